@@ -1,0 +1,34 @@
+"""The definition of every op and module in plain PyTorch.
+
+One file per op: ``definition`` says what it means and is differentiated by autograd; ``forward`` and
+``backward`` are the same maths with the hand-derived gradient and little memory, and serve every device that
+has no kernel of its own. ``LST``, ``UniPT`` and ``SHERL`` are the readable modules.
+"""
+
+from . import (
+    adapter,
+    gated_down,
+    gated_up,
+    guidance,
+    ladder,
+    norm_linear,
+    pooled_upsample,
+    relu_attention,
+)
+from .common import row_statistics
+from .modules import LST, SHERL, UniPT
+
+__all__ = [
+    "LST",
+    "SHERL",
+    "UniPT",
+    "adapter",
+    "gated_down",
+    "gated_up",
+    "guidance",
+    "ladder",
+    "norm_linear",
+    "pooled_upsample",
+    "relu_attention",
+    "row_statistics",
+]

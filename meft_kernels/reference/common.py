@@ -1,0 +1,98 @@
+"""Numerical pieces that every reference op shares: constants, precision rules, LayerNorm and GELU with their
+derivatives. Symbols: N rows (tokens), D backbone width, r side width."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+NORM_EPS = 1e-5  # added to the variance in every LayerNorm
+GATE_TEMPERATURE = 0.1  # LST's sigmoid and SHERL's tanh gates divide their parameter by this
+ATTENTION_EPS = 1e-7  # added to UniPT's row sums of ReLU scores
+GUIDANCE_EPS = 1e-6  # added to SHERL's norms and to its sum of weights
+
+# Rows are worked through in blocks of about this many elements, so that fp32 intermediates stay small: in
+# cache on a CPU, a fraction of an activation on a GPU.
+BLOCK_ELEMENTS = {"cpu": 2**19}
+DEFAULT_BLOCK_ELEMENTS = 2**24
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp32 for half precision and fp32, float64 for float64 (so that gradcheck is possible)."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def row_blocks(rows: int, width: int, device: torch.device) -> Iterator[slice]:
+    """Slices that cover ``range(rows)``, each about ``BLOCK_ELEMENTS`` elements of rows ``width`` wide."""
+    step = max(1, BLOCK_ELEMENTS.get(device.type, DEFAULT_BLOCK_ELEMENTS) // max(1, width))
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """``a @ b`` for two matrices or two equal batches of them, in the accumulation type of ``dtype``.
+
+    ``dtype`` is the activations' type. On CUDA half-precision products run on the tensor cores with the
+    result left in fp32; elsewhere the operands are widened.
+    """
+    if a.is_cuda and dtype in (torch.float16, torch.bfloat16) and a.numel():
+        multiply = torch.mm if a.ndim == 2 else torch.bmm
+        return multiply(a.to(dtype), b.to(dtype), out_dtype=torch.float32)
+    wide = accumulation_dtype(dtype)
+    return a.to(wide) @ b.to(wide)
+
+
+def row_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and reciprocal standard deviation over the last axis, ``(..., D) -> (...), (...)``, in the
+    accumulation type. The variance is biased and computed around the mean."""
+    rows = x.reshape(-1, x.shape[-1])
+    wide = accumulation_dtype(x.dtype)
+    mean = torch.empty(rows.shape[0], dtype=wide, device=x.device)
+    rstd = torch.empty_like(mean)
+    for block in row_blocks(rows.shape[0], rows.shape[1], x.device):
+        var, mean[block] = torch.var_mean(rows[block].to(wide), dim=-1, correction=0)
+        rstd[block] = torch.rsqrt(var + NORM_EPS)
+    return mean.view(x.shape[:-1]), rstd.view(x.shape[:-1])
+
+
+def standardize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """``(x - mean) * rstd`` over the last axis and ``rstd`` (..., 1): LayerNorm without its affine part."""
+    var, mean = torch.var_mean(x, dim=-1, correction=0, keepdim=True)
+    rstd = torch.rsqrt(var + NORM_EPS)
+    return (x - mean) * rstd, rstd
+
+
+def standardize_bwd(grad: Tensor, normed: Tensor, rstd: Tensor) -> Tensor:
+    """Gradient of ``standardize``: rstd * (g - mean(g) - n * mean(g * n))."""
+    mean_grad = grad.mean(-1, keepdim=True)
+    return rstd * (grad - mean_grad - normed * (grad * normed).mean(-1, keepdim=True))
+
+
+def gelu_bwd(x: Tensor) -> Tensor:
+    """Derivative of the exact GELU: Phi(x) + x * phi(x)."""
+    cdf = 0.5 * (1 + torch.erf(x * math.sqrt(0.5)))
+    return cdf + x * torch.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
+
+
+def frame_mask(lengths: Tensor, frames: int) -> Tensor:
+    """(B,) valid lengths to a boolean mask (B, T), true where a frame is valid."""
+    return torch.arange(frames, device=lengths.device) < lengths[:, None]
+
+
+def frame_weights(lengths: Tensor | None, batch: int, frames: int, like: Tensor) -> Tensor:
+    """Weights (B, T) whose weighted sum over frames is the mean over each utterance's valid frames, in the
+    accumulation type of ``like``. A length of zero gives all-zero weights."""
+    dtype = accumulation_dtype(like.dtype)
+    if lengths is None:
+        return torch.full((batch, frames), 1 / max(frames, 1), dtype=dtype, device=like.device)
+    return frame_mask(lengths, frames).to(dtype) / lengths.clamp(min=1).to(dtype)[:, None]
+
+
+def masked_mean(x: Tensor, weights: Tensor) -> Tensor:
+    """Weighted sum over frames, (B, T, C) with weights (B, T) -> (B, C), in the type of ``weights``.
+
+    Frames of weight zero do not count even when they hold NaN or infinity.
+    """
+    x = x.to(weights.dtype)
+    return torch.einsum("bt,btc->bc", weights, x.masked_fill((weights == 0)[..., None], 0))

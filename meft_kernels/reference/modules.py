@@ -1,0 +1,441 @@
+"""LST, UniPT and SHERL as plain PyTorch modules: parameters, initialisation, checks and the readable forward.
+
+The fast modules in ``meft_kernels.modules`` subclass these and replace the computation alone, so constructors
+and ``state_dict`` keys are shared. Symbols: B batch, T frames, D ``hidden_size``, r side width, L
+``num_layers``.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from . import adapter, gated_down, gated_up, guidance, ladder, norm_linear, pooled_upsample, relu_attention
+from .common import NORM_EPS
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _positive(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+    return value
+
+
+def _taps(layers: Sequence[int] | None, num_layers: int) -> tuple[int, ...]:
+    """Hidden states read after h_0, checked and sorted."""
+    if layers is None:
+        return tuple(range(1, num_layers + 1))
+    if isinstance(layers, (str, int)) or any(isinstance(i, bool) or not isinstance(i, int) for i in layers):
+        raise ValueError(f"layers must be a sequence of integers from 1 to {num_layers}, got {layers!r}")
+    taps = sorted(layers)
+    if not taps or taps[0] < 1 or taps[-1] > num_layers or len(set(taps)) != len(taps):
+        raise ValueError(
+            f"layers must hold distinct integers from 1 to {num_layers} (hidden state i is the output of "
+            f"encoder layer i; h_0 is always read), got {list(layers)!r}"
+        )
+    return tuple(taps)
+
+
+class SideNetwork(nn.Module):
+    """What the three side networks share: sizes, checks, initialisation, and reading the stream.
+
+    Args:
+        hidden_size: D, the backbone's width.
+        num_layers: L, the number of encoder layers; there are L + 1 hidden states.
+        reduction_factor: the side width is r = D // reduction_factor.
+        layers: indices into the hidden states, from 1 to L, that are read besides h_0. Default: all.
+
+    Raises:
+        ValueError: a size is not a positive integer, ``reduction_factor`` leaves no width, or ``layers`` is
+            not a sequence of distinct indices in range.
+    """
+
+    def __init__(
+        self, hidden_size: int, num_layers: int, reduction_factor: int, layers: Sequence[int] | None
+    ) -> None:
+        super().__init__()
+        self.hidden_size = _positive("hidden_size", hidden_size)
+        self.num_layers = _positive("num_layers", num_layers)
+        self.reduction_factor = _positive("reduction_factor", reduction_factor)
+        self.side_size = hidden_size // reduction_factor
+        if self.side_size == 0:
+            raise ValueError(
+                f"reduction_factor must be at most hidden_size ({hidden_size}), got {reduction_factor}"
+            )
+        self.taps = _taps(layers, num_layers)
+
+    @property
+    def last_layer(self) -> int:
+        """Index of the last hidden state that is read; a streaming backbone can stop after it."""
+        return self.taps[-1]
+
+    def extra_repr(self) -> str:
+        text = f"hidden_size={self.hidden_size}, num_layers={self.num_layers}, side_size={self.side_size}"
+        if self.taps != tuple(range(1, self.num_layers + 1)):
+            text += f", layers={list(self.taps)}"
+        return text
+
+    def reset_parameters(self) -> None:
+        """Linear weights N(0, 0.02^2), biases 0, LayerNorm 1 and 0, gates 0."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+            for name, parameter in module.named_parameters(recurse=False):
+                if name == "gate":
+                    nn.init.zeros_(parameter)
+
+    def read(self, hidden_states: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Yields h_0 and the tapped hidden states, checked, and pulls nothing after the last of them.
+
+        Raises:
+            TypeError: an entry is not a floating-point tensor.
+            ValueError: too few or too many entries, or an entry of another shape, type or device than h_0.
+        """
+        if isinstance(hidden_states, Tensor):
+            raise TypeError(
+                "hidden_states must be an iterable of tensors (B, T, D), one per layer, got one tensor of "
+                f"shape {tuple(hidden_states.shape)}"
+            )
+        expected = self.num_layers + 1
+        # Whoever stops the backbone early hands over a shorter list; a longer one is another model's.
+        sized = isinstance(hidden_states, (list, tuple))
+        if sized and not self.last_layer < len(hidden_states) <= expected:
+            raise ValueError(
+                f"hidden_states must hold {expected} tensors, the embedding output and one per layer, of "
+                f"which the first {self.last_layer + 1} are read; got {len(hidden_states)}"
+            )
+        first, wanted, index = None, (0, *self.taps), -1
+        for index, hidden_state in enumerate(hidden_states):
+            if index in wanted:
+                self._check(index, hidden_state, first)
+                first = hidden_state if first is None else first
+                yield hidden_state
+            if index == self.last_layer:
+                return
+        raise ValueError(
+            f"hidden_states ended after {index + 1} tensors; layers up to {self.last_layer} are read, so at "
+            f"least {self.last_layer + 1} are needed"
+        )
+
+    def _check(self, index: int, hidden_state: Tensor, first: Tensor | None) -> None:
+        name = f"hidden_states[{index}]"
+        if not isinstance(hidden_state, Tensor):
+            raise TypeError(
+                f"{name} must be a tensor (B, T, {self.hidden_size}), got {type(hidden_state).__name__}"
+            )
+        if hidden_state.dtype not in _DTYPES:
+            raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {hidden_state.dtype}")
+        if hidden_state.ndim != 3 or hidden_state.shape[-1] != self.hidden_size:
+            raise ValueError(
+                f"{name} must have shape (B, T, {self.hidden_size}), got {tuple(hidden_state.shape)}"
+            )
+        if hidden_state.shape[1] == 0:
+            raise ValueError(f"{name} must hold at least one frame, got shape {tuple(hidden_state.shape)}")
+        if first is None:
+            parameter = next(self.parameters())
+            if hidden_state.device != parameter.device:
+                raise ValueError(
+                    f"{name} is on {hidden_state.device} but the parameters of {type(self).__name__} are on "
+                    f"{parameter.device}; move one to the other's device"
+                )
+        elif hidden_state.shape != first.shape or hidden_state.dtype != first.dtype:
+            raise ValueError(
+                f"{name} must match hidden_states[0], {tuple(first.shape)} {first.dtype}, got "
+                f"{tuple(hidden_state.shape)} {hidden_state.dtype}"
+            )
+        elif hidden_state.device != first.device:
+            raise ValueError(f"{name} is on {hidden_state.device}, hidden_states[0] on {first.device}")
+
+    def check_lengths(self, lengths: Tensor | None, like: Tensor) -> None:
+        """Checks ``lengths`` against a (B, T, ...) tensor.
+
+        Values are looked at on the CPU alone, since reading them from a GPU would stall it.
+
+        Raises:
+            TypeError: not an integer tensor.
+            ValueError: not of shape (B,), on another device, or outside 1..T.
+        """
+        if lengths is None:
+            return
+        if not isinstance(lengths, Tensor) or lengths.dtype not in (torch.int32, torch.int64):
+            given = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
+            raise TypeError(f"lengths must be an int32 or int64 tensor of valid frames, got {given}")
+        batch, frames = like.shape[:2]
+        if lengths.shape != (batch,):
+            raise ValueError(
+                f"lengths must have shape ({batch},), one per utterance, got {tuple(lengths.shape)}"
+            )
+        if lengths.device != like.device:
+            raise ValueError(f"lengths is on {lengths.device}, the hidden states on {like.device}")
+        readable = type(lengths) is Tensor and lengths.device.type == "cpu"
+        if readable and not torch.compiler.is_compiling() and batch:
+            low, high = int(lengths.min()), int(lengths.max())
+            if low < 1 or high > frames:
+                raise ValueError(
+                    f"lengths must lie between 1 and the {frames} frames given, got {low} to {high}"
+                )
+
+
+class NormLinear(nn.Module):
+    """LayerNorm(D), then Linear(D, r)."""
+
+    def __init__(self, in_size: int, out_size: int, device=None, dtype=None) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(in_size, eps=NORM_EPS, device=device, dtype=dtype)
+        self.linear = nn.Linear(in_size, out_size, device=device, dtype=dtype)
+
+
+class Adapter(nn.Module):
+    """LayerNorm(r), Linear(r, a), GELU, Linear(a, r)."""
+
+    def __init__(self, size: int, adapter_dim: int, device=None, dtype=None) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(size, eps=NORM_EPS, device=device, dtype=dtype)
+        self.linear_1 = nn.Linear(size, adapter_dim, device=device, dtype=dtype)
+        self.linear_2 = nn.Linear(adapter_dim, size, device=device, dtype=dtype)
+
+
+class Rung(Adapter):
+    """An adapter with the gate (1,) that mixes the side state into it."""
+
+    def __init__(self, size: int, adapter_dim: int, device=None, dtype=None) -> None:
+        super().__init__(size, adapter_dim, device=device, dtype=dtype)
+        self.gate = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
+
+
+class GatedDown(nn.Module):
+    """Linear(D, r) and two Linear(r, r)."""
+
+    def __init__(self, in_size: int, out_size: int, device=None, dtype=None) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(in_size, out_size, device=device, dtype=dtype)
+        self.linear_2 = nn.Linear(out_size, out_size, device=device, dtype=dtype)
+        self.linear_3 = nn.Linear(out_size, out_size, device=device, dtype=dtype)
+
+
+def norm_params(norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a LayerNorm, in the order the ops take them."""
+    return norm.weight, norm.bias
+
+
+def norm_linear_params(module: NormLinear) -> tuple[Tensor, ...]:
+    """The four parameters of a ``NormLinear`` in the order the ops take them."""
+    return (*norm_params(module.norm), module.linear.weight, module.linear.bias)
+
+
+def adapter_params(module: Adapter) -> tuple[Tensor, ...]:
+    """The six parameters of an ``Adapter`` in the order the ops take them."""
+    first, second = module.linear_1, module.linear_2
+    return (*norm_params(module.norm), first.weight, first.bias, second.weight, second.bias)
+
+
+def gated_down_params(module: GatedDown) -> tuple[Tensor, ...]:
+    """The six parameters of a ``GatedDown`` in the order the ops take them."""
+    return tuple(
+        t
+        for linear in (module.linear_1, module.linear_2, module.linear_3)
+        for t in (linear.weight, linear.bias)
+    )
+
+
+class _Upsampled(SideNetwork):
+    """A side network whose output is LN(Wu f(LN(s)) + bu) of a side state s, f being identity or ReLU."""
+
+    relu_before_up: bool
+    up: NormLinear
+    norm: nn.LayerNorm
+
+    def state(self, hidden_states: Iterable[Tensor], lengths: Tensor | None) -> Tensor:
+        """The side state (B, T, r) that the output is made from."""
+        raise NotImplementedError
+
+    def forward(self, hidden_states: Iterable[Tensor], lengths: Tensor | None = None) -> Tensor:
+        """The side network's output, a replacement for the encoder's.
+
+        Args:
+            hidden_states: h_0 to h_L, raw layer outputs (B, T, D); any iterable, consumed as a stream.
+            lengths: valid frames of each utterance, (B,) integers; default all T.
+
+        Returns:
+            (B, T, D) in the hidden states' type.
+
+        Raises:
+            TypeError, ValueError: see ``read`` and ``check_lengths``.
+        """
+        state = self.state(hidden_states, lengths)
+        normed = nn.functional.layer_norm(
+            state.to(self.up.norm.weight.dtype), (self.side_size,), *norm_params(self.up.norm), NORM_EPS
+        )
+        up = self.up.linear(torch.relu(normed) if self.relu_before_up else normed)
+        return self.norm(up).to(state.dtype)
+
+    def pooled(self, hidden_states: Iterable[Tensor], lengths: Tensor | None = None) -> Tensor:
+        """The mean of ``forward`` over each utterance's valid frames, (B, D); arguments as there."""
+        state = self.state(hidden_states, lengths)
+        return pooled_upsample.definition(state, *self._pool_params(), lengths, self.relu_before_up)
+
+    def _pool_params(self) -> tuple[Tensor, ...]:
+        return (*norm_linear_params(self.up), *norm_params(self.norm))
+
+
+class LST(_Upsampled):
+    """Ladder Side-Tuning (arXiv 2206.06522) in the form that arXiv 2512.02074 gives it for Whisper.
+
+        s_0 = W0 LN(h_0) + b0
+        m_i = g_i s_{i-1} + (1 - g_i) (Wd_i LN(h_i) + bd_i),   g_i = sigmoid(gate_i / 0.1)
+        s_i = m_i + W2_i gelu(W1_i LN(m_i) + b1_i) + b2_i
+        out = LN(Wu LN(s_L) + bu)
+
+    Args:
+        hidden_size, num_layers, reduction_factor, layers: see ``SideNetwork``. A layer left out of ``layers``
+            has no rung.
+        adapter_dim: width of each rung's adapter.
+        device, dtype: of the parameters; fp32 masters are meant to be kept beside half-precision states.
+    """
+
+    relu_before_up = False
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_layers: int,
+        reduction_factor: int = 8,
+        adapter_dim: int = 256,
+        layers: Sequence[int] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(hidden_size, num_layers, reduction_factor, layers)
+        self.adapter_dim = _positive("adapter_dim", adapter_dim)
+        place = {"device": device, "dtype": dtype}
+        size, rungs = self.side_size, len(self.taps)
+        self.down = nn.ModuleList(NormLinear(hidden_size, size, **place) for _ in range(rungs + 1))
+        self.rungs = nn.ModuleList(Rung(size, adapter_dim, **place) for _ in range(rungs))
+        self.up = NormLinear(size, hidden_size, **place)
+        self.norm = nn.LayerNorm(hidden_size, eps=NORM_EPS, **place)
+        self.reset_parameters()
+
+    def state(self, hidden_states: Iterable[Tensor], lengths: Tensor | None) -> Tensor:
+        """s_L, (B, T, r)."""
+        stream = self.read(hidden_states)
+        first = next(stream)
+        self.check_lengths(lengths, first)
+        state = norm_linear.definition(first, *norm_linear_params(self.down[0]))
+        for hidden_state, down, rung in zip(stream, self.down[1:], self.rungs):
+            state = ladder.definition(
+                hidden_state, state, *norm_linear_params(down), rung.gate, *adapter_params(rung)
+            )
+        return state
+
+
+class UniPT(_Upsampled):
+    """Universal Parallel Tuning (arXiv 2308.14316) in the form that arXiv 2512.02074 gives it for Whisper.
+
+        F_i = W_i LN(h_i) + b_i;   A = F_L
+        M_i = rowl1(relu(A F_i^T)) F_i + F_i,  i < L;   G = sum_i softmax_i(w . (mean A * mean F_i) + b) M_i
+        Z = A + W2 gelu(W1 LN(G) + b1) + b2;   out = LN(Wu relu(LN(Z)) + bu)
+
+    The anchor A comes from the last tapped layer. With ``lengths`` the means, scores and row sums run over
+    valid frames.
+
+    Args:
+        hidden_size, num_layers, reduction_factor, layers, device, dtype: see ``LST``.
+    """
+
+    relu_before_up = True
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_layers: int,
+        reduction_factor: int = 8,
+        layers: Sequence[int] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(hidden_size, num_layers, reduction_factor, layers)
+        place = {"device": device, "dtype": dtype}
+        size = self.side_size
+        self.down = nn.ModuleList(NormLinear(hidden_size, size, **place) for _ in range(len(self.taps) + 1))
+        # No attribute here is called "gate": reset_parameters zeroes bare gates, and this one is a Linear.
+        self.gate = nn.Linear(size, 1, **place)
+        self.adapter = Adapter(size, hidden_size, **place)
+        self.up = NormLinear(size, hidden_size, **place)
+        self.norm = nn.LayerNorm(hidden_size, eps=NORM_EPS, **place)
+        self.reset_parameters()
+
+    def state(self, hidden_states: Iterable[Tensor], lengths: Tensor | None) -> Tensor:
+        """Z, (B, T, r)."""
+        features = []
+        for down, hidden_state in zip(self.down, self.read(hidden_states), strict=True):
+            features.append(norm_linear.definition(hidden_state, *norm_linear_params(down)))
+        *features, anchor = features
+        self.check_lengths(lengths, anchor)
+        merged = relu_attention.definition(anchor, self.gate.weight, self.gate.bias, lengths, features)
+        return anchor + adapter.definition(merged, *adapter_params(self.adapter))
+
+
+class SHERL(SideNetwork):
+    """SHERL (arXiv 2407.07523) in the form that arXiv 2512.02074 gives it for Whisper.
+
+        p_i = relu(V1_i h_i + a1_i);   z_i = (V2_i p_i + a2_i + p_i) * sigmoid(V3_i p_i + a3_i),  i = 0..L-1
+        y = redundancy-guided sum of z_0..z_{L-2} plus z_{L-1}     (see ``reference.guidance``)
+        x = Wo relu(y) + bo + tanh(gate / 0.1) h_{L-1}
+
+    x is the input of the frozen last encoder layer, through which gradients flow back to this module. h_L is
+    not read. With the gate at its initial 0, h_{L-1} does not reach the last layer at step 0, as in the
+    published code.
+
+    Args:
+        hidden_size, num_layers, reduction_factor, device, dtype: see ``LST``.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_layers: int,
+        reduction_factor: int = 8,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(hidden_size, num_layers, reduction_factor, None)
+        self.taps = tuple(range(1, num_layers))
+        place = {"device": device, "dtype": dtype}
+        size = self.side_size
+        self.down = nn.ModuleList(GatedDown(hidden_size, size, **place) for _ in range(num_layers))
+        self.guide = nn.Linear(size, 1, **place)
+        self.out = nn.Linear(size, hidden_size, **place)
+        self.gate = nn.Parameter(torch.empty(1, **place))
+        self.reset_parameters()
+
+    @property
+    def last_layer(self) -> int:
+        """Index of the last hidden state that is read: h_{L-1}."""
+        return self.num_layers - 1
+
+    def extra_repr(self) -> str:
+        return f"hidden_size={self.hidden_size}, num_layers={self.num_layers}, side_size={self.side_size}"
+
+    def forward(self, hidden_states: Iterable[Tensor], lengths: Tensor | None = None) -> Tensor:
+        """The input of the last encoder layer.
+
+        Args:
+            hidden_states: h_0 to h_{L-1}, raw layer outputs (B, T, D); any iterable, consumed as a stream.
+            lengths: accepted for a uniform interface and checked; every frame is computed on its own.
+
+        Returns:
+            (B, T, D) in the hidden states' type.
+
+        Raises:
+            TypeError, ValueError: see ``read`` and ``check_lengths``.
+        """
+        features = []
+        for down, hidden_state in zip(self.down, self.read(hidden_states), strict=True):
+            features.append(gated_down.definition(hidden_state, *gated_down_params(down)))
+        self.check_lengths(lengths, hidden_state)
+        merged = guidance.definition(self.guide.weight, self.guide.bias, features)
+        return gated_up.definition(hidden_state, merged, self.out.weight, self.out.bias, self.gate)
