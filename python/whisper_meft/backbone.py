@@ -1,0 +1,150 @@
+"""Finding, loading and recognising the frozen backbone that a saved side network refers to."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import nn
+from transformers import WhisperForAudioClassification
+from transformers.utils import logging as hf_logging
+
+from .errors import UserError
+from .files import replacing, write_text
+
+ASSETS = Path(__file__).parent / "assets"
+_SAMPLES = 64
+
+
+def resolve_backbone(name: str | os.PathLike, folder: str | os.PathLike | None = None) -> str:
+    """Where the backbone called ``name`` is.
+
+    Tried in this order: a folder relative to ``folder`` (that of the saved side network), a folder as
+    written, the name of a backbone shipped with this package (such as ``phoneme-tiny``), else a name on the
+    model hub, which is returned as it is.
+    """
+    name = os.fspath(name)
+    if folder is not None and not os.path.isabs(name) and (Path(folder) / name).is_dir():
+        return str((Path(folder) / name).resolve())
+    if os.path.isdir(name):
+        return str(Path(name).resolve())
+    if (ASSETS / name / "config.json").is_file():
+        return str(ASSETS / name)
+    return name
+
+
+def backbone_reference(name: str | None, folder: str | os.PathLike) -> str | None:
+    """How a model saved in ``folder`` should name its backbone, so that it is found again by
+    :func:`resolve_backbone`: relative when inside ``folder``, the bare name when shipped, else absolute."""
+    if not name or not os.path.isdir(name):
+        return name or None
+    path = Path(name).resolve()
+    if path.parent == ASSETS.resolve():
+        return path.name
+    inside = Path(folder).resolve()
+    return str(path.relative_to(inside)) if path.is_relative_to(inside) else str(path)
+
+
+def load_backbone(
+    name: str | os.PathLike,
+    folder: str | os.PathLike | None = None,
+    dtype: torch.dtype | None = None,
+    attn_implementation: str | None = None,
+    **hub_options: Any,
+) -> WhisperForAudioClassification:
+    """Loads a Whisper checkpoint's encoder. Its head is new: the side network brings its own.
+
+    Args:
+        name: a hub name, a folder, or the name of a shipped backbone; see :func:`resolve_backbone`.
+        folder: what a relative path is relative to.
+        dtype: number format of the weights; ``None`` keeps the checkpoint's.
+        attn_implementation: ``"sdpa"``, ``"eager"`` or ``"flash_attention_2"``; ``None`` is transformers'
+            choice.
+        hub_options: ``token``, ``revision``, ``cache_dir``, ``local_files_only`` and the like.
+
+    Raises:
+        UserError: not found, not a Whisper checkpoint, unreadable, or encoder weights are missing.
+    """
+    where = resolve_backbone(name, folder)
+    options = {"dtype": "auto" if dtype is None else dtype, "output_loading_info": True, **hub_options}
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    try:
+        with _quiet():
+            base, report = WhisperForAudioClassification.from_pretrained(where, **options)
+    except Exception as error:  # whatever a broken folder or an unreachable hub gives
+        raise UserError(
+            f"cannot load the backbone {os.fspath(name)!r} (as {where}): {one_line(error)}; name another "
+            "folder or hub model with backbone=... (--backbone)"
+        ) from error
+    missing = sorted(key for key in report["missing_keys"] if key.startswith("encoder."))
+    if missing:
+        raise UserError(
+            f"the backbone {where} lacks {len(missing)} encoder tensors, the first is {missing[0]}: is it a "
+            "Whisper checkpoint?"
+        )
+    return base
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No loading report and progress bar: that the head is new and the decoder unused is no news."""
+    verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+def write_backbone(encoder: nn.Module, folder: str | os.PathLike) -> None:
+    """Writes a frozen encoder as an ordinary Hugging Face folder (``config.json``, ``model.safetensors``).
+
+    The folder holds the encoder only, which is all that an audio classifier needs.
+    """
+    tensors = {f"encoder.{k}": v.detach().cpu().contiguous() for k, v in encoder.state_dict().items()}
+    with replacing(Path(folder) / "model.safetensors") as temporary:
+        safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt"})
+    config = type(encoder.config).from_dict(encoder.config.to_dict())
+    config.architectures = ["WhisperForAudioClassification"]
+    config.dtype = encoder.dtype
+    write_text(Path(folder) / "config.json", config.to_json_string())
+
+
+def fingerprint(encoder: nn.Module) -> str:
+    """A few of the encoder's weights in hexadecimal, to tell one backbone from another.
+
+    Args:
+        encoder: a Whisper encoder. 64 entries spread over its matrices and convolutions are taken as float32.
+    """
+    weights = [p for n, p in sorted(encoder.named_parameters()) if p.ndim > 1 and "positions" not in n]
+    picked = []
+    for i in range(_SAMPLES):
+        weight = weights[i * len(weights) // _SAMPLES]
+        picked.append(weight.detach().flatten()[(i * 2654435761) % weight.numel()].float())
+    return torch.stack(picked).cpu().numpy().astype("<f4").tobytes().hex()
+
+
+def same_backbone(encoder: nn.Module, saved: str) -> bool:
+    """Whether :func:`fingerprint` of ``encoder`` agrees with ``saved``, up to rounding to half precision."""
+    try:
+        expected = torch.frombuffer(bytearray.fromhex(saved), dtype=torch.float32)
+    except (ValueError, TypeError):
+        return False
+    found = torch.frombuffer(bytearray.fromhex(fingerprint(encoder)), dtype=torch.float32)
+    if expected.shape != found.shape:
+        return False
+    # bfloat16 rounds by 0.2 % (root mean square); training changes weights by more.
+    return bool((found - expected).norm() <= 0.006 * expected.norm())
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an exception's message, or its type where there is none."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

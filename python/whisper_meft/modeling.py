@@ -1,0 +1,567 @@
+"""The frozen encoder, a side network and a head as one Hugging Face model."""
+
+import copy
+import json
+import os
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForAudioClassification,
+    PreTrainedModel,
+    WhisperForAudioClassification,
+)
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.utils import logging as hf_logging
+
+from .backbone import (
+    backbone_reference,
+    fingerprint,
+    load_backbone,
+    one_line,
+    resolve_backbone,
+    same_backbone,
+    write_backbone,
+)
+from .configs import MeftConfig, parse_dtype
+from .encoder import FrozenEncoder
+from .errors import UserError
+from .files import read_json, replacing, write_text
+from .weights import load_checked, read_weights
+
+logger = hf_logging.get_logger("whisper_meft")
+
+_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+_IGNORED_OPTIONS = ("adapter_kwargs", "code_revision", "trust_remote_code", "use_safetensors", "weights_only")
+
+
+class MeftModelConfig(PreTrainedConfig):
+    """What ``config.json`` of a saved model holds.
+
+    Attributes:
+        meft: the method's options, see :meth:`whisper_meft.MeftConfig.to_dict`.
+        base_model_name_or_path: the backbone: hub name, absolute folder, or folder relative to this file.
+        base_model_fingerprint: a few of its weights, to recognise it
+            (:func:`whisper_meft.backbone.fingerprint`).
+        hidden_size, num_hidden_layers, num_mel_bins, max_source_positions: the backbone's sizes.
+        classifier_proj_size: width of the projector. Labels are in ``id2label`` and ``label2id`` as usual.
+    """
+
+    model_type = "whisper_meft"
+
+    meft: dict | None = None
+    base_model_name_or_path: str | None = None
+    base_model_fingerprint: str | None = None
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_mel_bins: int = 80
+    max_source_positions: int = 1500
+    classifier_proj_size: int = 256
+
+
+class MeftModel(PreTrainedModel):
+    """A Whisper encoder that stays frozen, a side network that reads its hidden states, and a classifier.
+
+    Made by :func:`get_meft_model` or :meth:`from_pretrained`. ``side_network``, ``projector`` and
+    ``classifier`` train and are what is saved; ``encoder`` is the backbone
+    (:class:`whisper_meft.FrozenEncoder`).
+
+    Args:
+        config: sizes, labels and the method's options.
+        base: the model whose ``encoder`` is used. Its modules are shared, not copied.
+
+    Raises:
+        UserError: the options do not fit the backbone.
+    """
+
+    config_class = MeftModelConfig
+    base_model_prefix = "meft"  # names no attribute: nothing of this model is a stock base model
+    main_input_name = "input_features"
+    # Nothing needs recomputing: the backbone saves no activations. So that TrainingArguments may ask for it.
+    supports_gradient_checkpointing = True
+    # forward takes num_items_in_batch: gradient accumulation then gives the gradient of the whole batch.
+    accepts_loss_kwargs = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+
+    def __init__(self, config: MeftModelConfig, base: WhisperForAudioClassification):
+        super().__init__(config)
+        self.meft_config = MeftConfig.from_dict(config.meft)
+        self.encoder = FrozenEncoder(base.encoder, dtype=self.meft_config.backbone_dtype)
+        _check_sizes(config, self.encoder)
+        self.meft_config.check_backbone(
+            config.hidden_size, config.num_hidden_layers, config.max_source_positions
+        )
+        # Masters in float32 whatever the backbone's number format.
+        place = {"device": self.encoder.conv1.weight.device, "dtype": torch.float32}
+        sizes = config.hidden_size, config.num_hidden_layers
+        self.side_network = self.meft_config.build_side_network(*sizes, **place)
+        self.projector = nn.Linear(config.hidden_size, config.classifier_proj_size, **place)
+        self.classifier = nn.Linear(config.classifier_proj_size, config.num_labels, **place)
+        for linear in (self.projector, self.classifier):
+            nn.init.normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
+        self.post_init()
+        # Trainer compares with the exact names when it loads a checkpoint, and then reports none missing.
+        self._keys_to_ignore_on_save = {f"encoder.{name}" for name in self.encoder.state_dict()}
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing: every part initialises itself, and the backbone is already loaded."""
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.encoder.conv1
+
+    def set_attn_implementation(self, attn_implementation: str) -> None:
+        """Chooses the encoder's attention: ``"sdpa"``, ``"eager"`` or ``"flash_attention_2"``."""
+        self.encoder.config._attn_implementation = attn_implementation
+
+    def forward(
+        self,
+        input_features: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        return_dict: bool | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutput | tuple[torch.Tensor, ...]:
+        """Class scores, and the cross-entropy when ``labels`` are given.
+
+        Args:
+            input_features: (B, mel bins, frames) log-mel from the backbone's feature extractor.
+            attention_mask: (B, frames) 1 for sound, then 0 for padding, as
+                ``WhisperFeatureExtractor(return_attention_mask=True)`` gives. Only read when the config's
+                ``max_frames`` is not ``"fidelity"``; without it every frame counts as sound.
+            labels: (B,) class numbers; -100 is skipped.
+            return_dict: ``False`` gives a tuple.
+            num_items_in_batch: what the summed loss is divided by, from Trainer; without it the batch size.
+            kwargs: ignored, for callers that pass options of other models.
+
+        Returns:
+            ``loss`` (a float32 scalar) if ``labels`` are given, and ``logits`` (B, classes) in the head's
+            dtype.
+
+        Raises:
+            UserError: wrong shape, dtype, device or label.
+        """
+        features, lengths = self._frames_to_compute(input_features, attention_mask)
+        states = self.encoder.stream(features, lengths)
+        if self.meft_config.through_last_layer:
+            pooled = _mean_over_time(self.encoder.last_layer(self.side_network(states), lengths), lengths)
+        else:
+            pooled = self.side_network.pooled(states, lengths)
+        # Mean, then project: the projector is linear. On (B, D) half precision would gain nothing.
+        with torch.autocast(pooled.device.type, enabled=False):
+            logits = self.classifier(self.projector(pooled.to(self.projector.weight.dtype)))
+            loss = None if labels is None else self._loss(logits, labels, num_items_in_batch)
+        if return_dict is False:
+            return (logits,) if loss is None else (loss, logits)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+    def _frames_to_compute(
+        self, features: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The features to encode, and the clips' lengths (B,) in encoder frames or None if padding counts."""
+        max_frames = self.meft_config.max_frames
+        if max_frames == "fidelity" or not isinstance(features, torch.Tensor) or features.ndim != 3:
+            return features, None  # the encoder reports a wrong shape
+        expected = (features.shape[0], features.shape[2])
+        if attention_mask is not None and tuple(attention_mask.shape) != expected:
+            raise UserError(
+                f"attention_mask must have shape {expected}, the batch and frames of input_features, got "
+                f"{tuple(attention_mask.shape)}"
+            )
+        if attention_mask is None and features.shape[2] == 2 * self.encoder.max_source_positions:
+            logger.warning_once(
+                f"max_frames={max_frames!r} without attention_mask: padding counts as sound. Make features "
+                "with return_attention_mask=True."
+            )
+        if isinstance(max_frames, int):
+            features = features[..., : 2 * max_frames]
+        frames = (features.shape[2] + 1) // 2
+        if attention_mask is None:
+            return features, torch.full((features.shape[0],), frames, device=features.device)
+        # A clip without sound counts as one frame, so that means and softmaxes stay finite.
+        return features, ((attention_mask.long().sum(-1) + 1) // 2).clamp(1, max(frames, 1))
+
+    def _loss(
+        self, logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
+    ) -> torch.Tensor:
+        if labels.ndim != 1 or labels.shape[0] != logits.shape[0] or labels.is_floating_point():
+            raise UserError(
+                f"labels must be {logits.shape[0]} class numbers, got shape {tuple(labels.shape)} of "
+                f"{labels.dtype}"
+            )
+        # Only where looking at the values costs no wait for a device (fake tensors have no values).
+        if type(labels) is torch.Tensor and labels.device.type == "cpu" and not torch.compiler.is_compiling():
+            wrong = [x for x in labels.tolist() if x != -100 and not 0 <= x < logits.shape[1]]
+            if wrong:
+                raise UserError(
+                    f"labels must lie in 0..{logits.shape[1] - 1}, the model has {logits.shape[1]} labels, "
+                    f"got {wrong[0]}"
+                )
+        labels = labels.to(logits.device, torch.long)
+        if num_items_in_batch is None:
+            return nn.functional.cross_entropy(logits.float(), labels)
+        if isinstance(num_items_in_batch, torch.Tensor):
+            num_items_in_batch = num_items_in_batch.to(logits.device)
+        return nn.functional.cross_entropy(logits.float(), labels, reduction="sum") / num_items_in_batch
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Numbers of trainable and of all parameters."""
+        sizes = [(p.numel(), p.requires_grad) for p in self.parameters()]
+        return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)
+
+    def print_trainable_parameters(self) -> None:
+        """Prints how much of the model trains, in PEFT's words."""
+        trainable, total = self.get_nb_trainable_parameters()
+        print(
+            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: "
+            f"{100 * trainable / total:.4f}"
+        )
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> None:
+        """Not possible for side networks.
+
+        Raises:
+            UserError: always, with the reason.
+        """
+        raise UserError(
+            f"a {self.meft_config.method} side network cannot be merged into the backbone: it is a network "
+            "of its own that runs beside the encoder and changes none of its weights, unlike LoRA; save it "
+            "with save_pretrained (a few MB, or self-contained with save_backbone=True)"
+        )
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        push_to_hub: bool = False,
+        save_backbone: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Writes the side network, the head, the options and the labels; the backbone only when asked to.
+
+        Each file is written beside its place and renamed, so there is never half a file.
+
+        Args:
+            save_directory: folder, made as needed. Gets ``config.json``, ``model.safetensors`` and a
+                ``README.md`` where there is none.
+            is_main_process: ``False`` writes nothing (other processes of a distributed run).
+            state_dict: tensors to save instead of the model's own, such as those gathered from several
+                processes.
+            push_to_hub: upload the folder afterwards; ``repo_id`` and :meth:`push_to_hub`'s options in
+                ``kwargs``.
+            save_backbone: also write the encoder to ``backbone/`` and refer to it there: the folder then
+                needs nothing else.
+            kwargs: options of ``PreTrainedModel.save_pretrained`` that have no meaning here are ignored.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        if not is_main_process:
+            return
+        folder = Path(save_directory)
+        tensors = self.state_dict() if state_dict is None else state_dict
+        tensors = {
+            k: v.detach().cpu().contiguous() for k, v in tensors.items() if not k.startswith("encoder.")
+        }
+        config = copy.deepcopy(self.config)
+        config.architectures = [type(self).__name__]
+        config.base_model_fingerprint = fingerprint(self.encoder)
+        # The number format that was trained with, so that the scores come out the same after loading.
+        config.meft = self.meft_config.to_dict() | {
+            "backbone_dtype": str(self.encoder.dtype).removeprefix("torch.")
+        }
+        if save_backbone:
+            write_backbone(self.encoder, folder / "backbone")
+            config.base_model_name_or_path = "backbone"
+        else:
+            config.base_model_name_or_path = backbone_reference(self.config.base_model_name_or_path, folder)
+            if not config.base_model_name_or_path:
+                logger.warning_once(
+                    "The backbone has no name to find it by: loading this model will need backbone=..., or "
+                    "save it with save_backbone=True."
+                )
+        with replacing(folder / "model.safetensors") as temporary:
+            safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt"})
+        if not (folder / "README.md").exists():
+            write_text(folder / "README.md", _model_card(config))
+        write_text(folder / "config.json", config.to_json_string())
+        if push_to_hub:
+            options = {
+                k: kwargs[k] for k in ("commit_message", "private", "token", "revision") if k in kwargs
+            }
+            self.push_to_hub(kwargs.get("repo_id") or folder.name, save_backbone=save_backbone, **options)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        save_backbone: bool = False,
+        commit_message: str = "Upload side network",
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Uploads what :meth:`save_pretrained` writes to the model hub.
+
+        Args:
+            repo_id: name of the repository, made as needed. save_backbone: see :meth:`save_pretrained`.
+            commit_message, private, token, revision, create_pr: see ``huggingface_hub.HfApi``.
+            kwargs: other options of ``PreTrainedModel.push_to_hub`` are ignored.
+
+        Raises:
+            UserError: the backbone is a local folder, which nobody else could find.
+        """
+        name = self.config.base_model_name_or_path
+        if not save_backbone and (not name or os.path.isdir(name)):
+            raise UserError(
+                f"the backbone ({name or 'no name'}) is not on the model hub, so nobody could load the "
+                "upload: use push_to_hub(..., save_backbone=True)"
+            )
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, save_backbone=save_backbone)
+            return api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                commit_message=commit_message,
+                revision=revision,
+                create_pr=create_pr,
+            )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        backbone: str | os.PathLike | nn.Module | None = None,
+        dtype: str | torch.dtype | None = None,
+        attn_implementation: str | None = None,
+        **kwargs: Any,
+    ) -> "MeftModel":
+        """Loads a saved side network and the backbone that it belongs to.
+
+        Args:
+            pretrained_model_name_or_path: folder that :meth:`save_pretrained` wrote, or its name on the model
+                hub.
+            backbone: hub name, folder, or loaded ``WhisperForAudioClassification`` to use instead of the one
+                that the saved config names.
+            dtype: number format of the backbone's weights; unset takes the saved one. The rest is float32.
+            attn_implementation: the backbone's attention, as in transformers.
+            kwargs: ``revision``, ``token``, ``cache_dir``, ``local_files_only``, ``force_download``;
+                ``subfolder`` of a local folder; ``config`` is accepted for the Auto classes.
+
+        Returns:
+            The model in evaluation mode.
+
+        Raises:
+            UserError: folder, config, weights or backbone are missing, damaged or do not belong together.
+        """
+        hub_options = {k: kwargs.pop(k) for k in _HUB_OPTIONS if k in kwargs}
+        subfolder = kwargs.pop("subfolder", "") or ""
+        saved_config = kwargs.pop("config", None)
+        for name in [k for k in kwargs if k.startswith("_") or k in _IGNORED_OPTIONS]:
+            kwargs.pop(name)
+        if kwargs:
+            raise UserError(f"from_pretrained got unknown arguments: {', '.join(sorted(kwargs))}")
+        if dtype == "auto":
+            dtype = None
+
+        folder = _fetch(pretrained_model_name_or_path, hub_options) / subfolder
+        config = saved_config if isinstance(saved_config, MeftModelConfig) else _read_config(folder)
+        config = copy.deepcopy(config)
+        dtype = parse_dtype(dtype)
+        if dtype is not None or isinstance(backbone, nn.Module):  # one that is loaded already stays as it is
+            config.meft = config.meft | {"backbone_dtype": None if dtype is None else str(dtype)}
+        MeftConfig.from_dict(config.meft)  # so that bad options are reported before anything is loaded
+        tensors = read_weights(folder)
+
+        if isinstance(backbone, nn.Module):
+            base = backbone
+            name = getattr(getattr(backbone, "config", None), "_name_or_path", None)
+        else:
+            name = config.base_model_name_or_path if backbone is None else os.fspath(backbone)
+            if not name:
+                raise UserError(
+                    f"{folder} does not name its backbone: give it with backbone=... (--backbone)"
+                )
+            name = resolve_backbone(name, folder if backbone is None else None)
+            # The token and the like go along; the revision is that of the side network, not of the backbone.
+            options = {k: v for k, v in hub_options.items() if k != "revision"}
+            base = load_backbone(
+                name,
+                dtype=parse_dtype(config.meft.get("backbone_dtype")),
+                attn_implementation=attn_implementation,
+                **options,
+            )
+        config.base_model_name_or_path = name or None
+        model = cls(config, base)
+        model.name_or_path = config.name_or_path = os.fspath(pretrained_model_name_or_path)
+        if attn_implementation is not None:
+            model.set_attn_implementation(attn_implementation)
+        load_checked(model, tensors, folder)
+        if config.base_model_fingerprint and not same_backbone(model.encoder, config.base_model_fingerprint):
+            warnings.warn(
+                f"the backbone {name or 'given'} has other weights than the one that {folder} was trained "
+                "with: its scores will be wrong",
+                stacklevel=2,
+            )
+        return model.eval()
+
+
+def get_meft_model(base: WhisperForAudioClassification, config: MeftConfig) -> MeftModel:
+    """Freezes a Whisper classifier's encoder and puts a trainable side network beside it.
+
+    Args:
+        base: gives the encoder (shared with it and frozen, cast if ``config.backbone_dtype`` says so), the
+            start values of the head (copied, as float32) and the labels.
+        config: :class:`LSTConfig`, :class:`UniPTConfig` or :class:`SHERLConfig`.
+
+    Returns:
+        A model in training mode, ready for ``transformers.Trainer``.
+
+    Raises:
+        UserError: ``base`` or ``config`` is of another kind, or they do not fit each other.
+    """
+    if not isinstance(base, WhisperForAudioClassification):
+        raise UserError(f"base must be a WhisperForAudioClassification, got {type(base).__name__}")
+    if not isinstance(config, MeftConfig):
+        raise UserError(f"config must be LSTConfig, UniPTConfig or SHERLConfig, got {type(config).__name__}")
+    name = base.config._name_or_path
+    sizes = base.config
+    model_config = MeftModelConfig(
+        meft=config.to_dict(),
+        base_model_name_or_path=resolve_backbone(name) if name else None,
+        hidden_size=sizes.d_model,
+        num_hidden_layers=sizes.encoder_layers,
+        num_mel_bins=sizes.num_mel_bins,
+        max_source_positions=sizes.max_source_positions,
+        classifier_proj_size=sizes.classifier_proj_size,
+        id2label=dict(sizes.id2label),
+        label2id=dict(sizes.label2id),
+    )
+    model = MeftModel(model_config, base)
+    with torch.no_grad():
+        for part in ("projector", "classifier"):
+            getattr(model, part).weight.copy_(getattr(base, part).weight)
+            getattr(model, part).bias.copy_(getattr(base, part).bias)
+    return model.train()
+
+
+def _mean_over_time(states: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
+    """(B, T, D) -> (B, D), the mean over each clip's valid frames, accumulated in at least float32."""
+    dtype = torch.promote_types(states.dtype, torch.float32)
+    if lengths is None:
+        return states.mean(1, dtype=dtype)
+    keep = torch.arange(states.shape[1], device=states.device) < lengths[:, None]
+    return states.masked_fill(~keep[..., None], 0).sum(1, dtype=dtype) / lengths[:, None].to(dtype)
+
+
+def _check_sizes(config: MeftModelConfig, encoder: FrozenEncoder) -> None:
+    expected = {
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_mel_bins": config.num_mel_bins,
+        "max_source_positions": config.max_source_positions,
+    }
+    found = {
+        "hidden_size": encoder.hidden_size,
+        "num_hidden_layers": encoder.num_layers,
+        "num_mel_bins": encoder.num_mel_bins,
+        "max_source_positions": encoder.max_source_positions,
+    }
+    wrong = [f"{k} is {found[k]} where {expected[k]} is needed" for k in expected if found[k] != expected[k]]
+    if wrong:
+        raise UserError(f"the backbone does not fit the side network: {', '.join(wrong)}")
+
+
+def _fetch(name: str | os.PathLike, hub_options: dict[str, Any]) -> Path:
+    """The local folder of a saved model, downloaded first if ``name`` is one of the model hub."""
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise UserError(f"{folder} is a file, the folder of a saved model is needed")
+    name = os.fspath(name)
+    try:
+        # The config first: a wrong name must not download a whole Whisper.
+        _read_config(Path(hf_hub_download(name, "config.json", **hub_options)).parent)
+        return Path(
+            snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.bin"], **hub_options)
+        )
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"there is no folder {name}, nor can it be had from the model hub: {one_line(error)}"
+        ) from error
+
+
+def _read_config(folder: Path) -> MeftModelConfig:
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} holds no config.json: it was not written by MeftModel.save_pretrained")
+    values = read_json(folder / "config.json")
+    if not isinstance(values, dict) or values.get("model_type") != MeftModelConfig.model_type:
+        kind = values.get("model_type") if isinstance(values, dict) else None
+        raise UserError(
+            f"{folder} holds a {kind or 'foreign'} model, not a side network; a checkpoint of the paper's "
+            "code is turned into one by `whisper-meft convert`"
+        )
+    try:
+        config = MeftModelConfig.from_dict(values)
+    except Exception as error:
+        raise UserError(f"{folder / 'config.json'} cannot be used: {error}") from error
+    if not isinstance(config.meft, dict):
+        raise UserError(
+            f"{folder / 'config.json'} cannot be used: it lacks the options of the method ('meft')"
+        )
+    return config
+
+
+def _model_card(config: MeftModelConfig) -> str:
+    base = config.base_model_name_or_path
+    head = {"library_name": "whisper_meft", "pipeline_tag": "audio-classification"}
+    if base and base != "backbone" and not os.path.isabs(base):
+        head["base_model"] = base
+    lines = ["---", *(f"{k}: {json.dumps(v)}" for k, v in head.items()), "tags:", "- audio-classification"]
+    lines += [
+        "- whisper",
+        f"- {config.meft['method']}",
+        "---",
+        "",
+        f"# {config.meft['method'].upper()} side network",
+        "",
+    ]
+    where = (
+        "" if not base or os.path.isabs(base) else " in `backbone/`" if base == "backbone" else f", `{base}`"
+    )
+    lines += [
+        f"A {config.meft['method'].upper()} side network and classifier (reduction factor "
+        f"{config.meft['reduction_factor']}) for a frozen Whisper encoder{where}.",
+        "",
+        f"Labels: {', '.join(str(v) for v in config.id2label.values())}.",
+        "",
+        "```python",
+        "from whisper_meft import MeftModel",
+        "",
+        'model = MeftModel.from_pretrained("path/or/name/of/this/folder")',
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+AutoConfig.register(MeftModelConfig.model_type, MeftModelConfig)
+AutoModelForAudioClassification.register(MeftModelConfig, MeftModel)
