@@ -18,7 +18,17 @@ _PLACES = {
     "get_meft_model": "modeling",
 }
 
-__all__ = sorted(_PLACES)
+__all__ = [  # noqa: F822 - made by __getattr__
+    "FrozenEncoder",
+    "LSTConfig",
+    "MeftConfig",
+    "MeftModel",
+    "MeftModelConfig",
+    "SHERLConfig",
+    "UniPTConfig",
+    "UserError",
+    "get_meft_model",
+]
 
 
 def __getattr__(name: str) -> Any:
