@@ -1,0 +1,14 @@
+"""Memory-efficient side networks for frozen speech encoders: LST, UniPT and SHERL, on fused ops.
+
+>>> from meft_kernels import LST
+>>> side = LST(hidden_size=768, num_layers=12, reduction_factor=8)
+>>> pooled = side.pooled(hidden_states)  # 13 tensors (B, T, 768) -> (B, 768)
+"""
+
+from . import ops, reference
+from .modules import LST, SHERL, UniPT
+from .ops import use_backend
+
+__version__ = "0.1.0"
+
+__all__ = ["LST", "SHERL", "UniPT", "ops", "reference", "use_backend"]

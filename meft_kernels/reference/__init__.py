@@ -15,13 +15,14 @@ from . import (
     pooled_upsample,
     relu_attention,
 )
-from .common import row_statistics
+from .common import accumulation_dtype, row_statistics
 from .modules import LST, SHERL, UniPT
 
 __all__ = [
     "LST",
     "SHERL",
     "UniPT",
+    "accumulation_dtype",
     "adapter",
     "gated_down",
     "gated_up",

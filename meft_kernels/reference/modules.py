@@ -276,9 +276,9 @@ class _Upsampled(SideNetwork):
     def pooled(self, hidden_states: Iterable[Tensor], lengths: Tensor | None = None) -> Tensor:
         """The mean of ``forward`` over each utterance's valid frames, (B, D); arguments as there."""
         state = self.state(hidden_states, lengths)
-        return pooled_upsample.definition(state, *self._pool_params(), lengths, self.relu_before_up)
+        return pooled_upsample.definition(state, *self.pool_params(), lengths, self.relu_before_up)
 
-    def _pool_params(self) -> tuple[Tensor, ...]:
+    def pool_params(self) -> tuple[Tensor, ...]:
         return (*norm_linear_params(self.up), *norm_params(self.norm))
 
 

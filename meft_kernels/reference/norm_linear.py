@@ -33,7 +33,8 @@ def fold(norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor) -
     wide = accumulation_dtype(weight.dtype)
     weight, norm_weight, norm_bias = weight.to(wide), norm_weight.to(wide), norm_bias.to(wide)
     scaled = weight * norm_weight
-    return scaled - scaled.mean(-1, keepdim=True), bias.to(wide) + weight @ norm_bias
+    # A sum of products and not a matrix product, so that autocast leaves it in full precision.
+    return scaled - scaled.mean(-1, keepdim=True), bias.to(wide) + (weight * norm_bias).sum(-1)
 
 
 def project(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:

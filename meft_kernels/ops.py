@@ -1,0 +1,420 @@
+"""Every op: schema, fake, device registration, ``torch.autograd.Function`` and public function.
+
+This is the one place that registers an op or chooses a backend. Under ``torch.ops.meft`` the reference serves
+every device; a faster kernel registered on a device's dispatch key takes over with no change here or above.
+``torch.ops.meft_reference`` holds the same ops with the reference alone, for ``use_backend("reference")``.
+
+Each op saves its inputs for the backward and nothing else: what the forward computed is recomputed. Under
+autocast, fp32 activations are cast on entry; parameters stay fp32 masters and are cast inside.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import reference
+
+_PROJECTION = "Tensor weight, Tensor bias, Tensor mean, Tensor rstd"
+_ADAPTER = (
+    "Tensor norm_weight, Tensor norm_bias, Tensor weight_1, Tensor bias_1, Tensor weight_2, Tensor bias_2"
+)
+
+# Arguments of each op; the public functions below say what they mean. A backward op takes the upstream
+# gradient first and, where the leading input may be frozen and large, ``need_x`` last. It returns the
+# gradients of the differentiable arguments in order, a list of tensors one by one.
+_SCHEMAS = {
+    "norm_linear": f"Tensor x, {_PROJECTION}",
+    "adapter": f"Tensor x, {_ADAPTER}",
+    "ladder": f"Tensor x, Tensor state, {_PROJECTION}, Tensor gate, {_ADAPTER}",
+    "pooled_upsample": "Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor bias, "
+    "Tensor out_norm_weight, Tensor out_norm_bias, Tensor? lengths, bool relu",
+    "relu_attention": "Tensor anchor, Tensor gate_weight, Tensor gate_bias, Tensor? lengths, "
+    "Tensor[] features",
+    "gated_down": "Tensor x, Tensor weight_1, Tensor bias_1, Tensor weight_2, Tensor bias_2, "
+    "Tensor weight_3, Tensor bias_3",
+    "guidance": "Tensor weight, Tensor bias, Tensor[] features",
+    "gated_up": "Tensor x, Tensor y, Tensor weight, Tensor bias, Tensor gate",
+}
+_CONSTANT = {"mean", "rstd", "lengths", "relu"}  # arguments that take no gradient
+
+OP_NAMES = ("row_statistics", *_SCHEMAS)
+BACKENDS = ("auto", "reference", "native", "triton")
+_NAMESPACES = {"auto": "meft", "reference": "meft_reference"}
+_backend = "auto"
+
+
+def _argument_names(name: str) -> list[str]:
+    return [argument.split()[-1] for argument in _SCHEMAS[name].split(", ")]
+
+
+# --- shapes -------------------------------------------------------------------------------------------------
+
+
+def _fake_row_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = reference.accumulation_dtype(x.dtype)
+    return x.new_empty(x.shape[:-1], dtype=dtype), x.new_empty(x.shape[:-1], dtype=dtype)
+
+
+def _resized(x: Tensor, weight: Tensor) -> Tensor:
+    """Shape of a projection of x by a weight (out, in)."""
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+_FAKES: dict[str, Callable[..., Tensor]] = {
+    "norm_linear": lambda x, weight, *_: _resized(x, weight),
+    "adapter": lambda x, *_: x.new_empty(x.shape),
+    "ladder": lambda x, state, *_: x.new_empty(state.shape),
+    "pooled_upsample": lambda x, norm_weight, norm_bias, weight, *_: _resized(x[:, 0], weight),
+    "relu_attention": lambda anchor, *_: anchor.new_empty(anchor.shape),
+    "gated_down": lambda x, weight, *_: _resized(x, weight),
+    "guidance": lambda weight, bias, features: features[-1].new_empty(features[-1].shape),
+    "gated_up": lambda x, *_: x.new_empty(x.shape),
+}
+
+
+def _fake_backward(name: str) -> Callable[..., list[Tensor]]:
+    """The gradients' shapes are the arguments', but x's, which is empty unless it is needed."""
+    names = _argument_names(name)
+
+    def fake(grad: Tensor, *arguments) -> list[Tensor]:
+        grads = []
+        for argument_name, argument in zip(names, arguments):
+            if argument_name == "x" and not arguments[-1]:
+                grads.append(argument.new_empty(0))
+            elif argument_name == "features":
+                grads.extend(feature.new_empty(feature.shape) for feature in argument)
+            elif argument_name not in _CONSTANT:
+                grads.append(argument.new_empty(argument.shape))
+        return grads
+
+    return fake
+
+
+# --- registration -------------------------------------------------------------------------------------------
+
+
+def _without_autocast(kernel: Callable) -> Callable:
+    """A reference kernel sets its own precisions, whatever autocast says about the operators in it."""
+
+    @functools.wraps(kernel)
+    def run(first: Tensor, *arguments):
+        with torch.autocast(first.device.type, enabled=False):
+            return kernel(first, *arguments)
+
+    return run
+
+
+def _register() -> list[torch.library.Library]:
+    """Defines every op in both namespaces, with the reference as the kernel of every device."""
+    libraries = [torch.library.Library(namespace, "DEF") for namespace in _NAMESPACES.values()]
+    ops = [("row_statistics(Tensor x) -> (Tensor, Tensor)", reference.row_statistics, _fake_row_statistics)]
+    for name, arguments in _SCHEMAS.items():
+        module = getattr(reference, name)
+        flag = ", bool need_x" if arguments.startswith("Tensor x,") else ""
+        ops.append((f"{name}({arguments}) -> Tensor", module.forward, _FAKES[name]))
+        ops.append(
+            (f"{name}_bwd(Tensor grad, {arguments}{flag}) -> Tensor[]", module.backward, _fake_backward(name))
+        )
+    for library in libraries:
+        for schema, kernel, fake in ops:
+            name = schema.split("(")[0]
+            library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+            library.impl(name, _without_autocast(kernel), "CompositeExplicitAutograd")
+            torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
+    return libraries
+
+
+_libraries = _register()  # kept alive: an op lives as long as its library
+
+
+def _kernel(backend: str, name: str) -> Callable:
+    return getattr(getattr(torch.ops, _NAMESPACES[backend]), name)
+
+
+def backend_status() -> dict[str, tuple[str, str]]:
+    """For every op the backend that ``auto`` uses here and, in words, why."""
+    status = {}
+    for name in OP_NAMES:
+        has = functools.partial(torch._C._dispatch_has_kernel_for_dispatch_key, f"meft::{name}")
+        if torch.cuda.is_available() and has("CUDA"):
+            status[name] = ("triton", "a kernel is registered for CUDA")
+        elif has("CPU"):
+            status[name] = ("native", "a C++ kernel is registered for the CPU")
+        else:
+            status[name] = ("reference", "no faster kernel is registered for this device")
+    return status
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Chooses the kernels of every op called inside the ``with`` block; its backward follows the forward.
+
+    Args:
+        name: ``"auto"`` (the fastest that is registered for the tensors' device), ``"reference"`` (plain
+            PyTorch), ``"native"`` (C++) or ``"triton"``.
+
+    Raises:
+        ValueError: no such backend.
+        RuntimeError: the backend has no kernels in this installation.
+    """
+    global _backend
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
+    if name not in _NAMESPACES:
+        available = ", ".join(map(repr, _NAMESPACES))
+        raise RuntimeError(f"backend {name!r} has no kernels in this installation; available: {available}")
+    previous, _backend = _backend, name
+    try:
+        yield
+    finally:
+        _backend = previous
+
+
+# --- autograd -----------------------------------------------------------------------------------------------
+
+
+def _make_function(name: str) -> type[torch.autograd.Function]:
+    """The autograd Function of an op. A list argument comes last and is passed on one tensor at a time."""
+    names = _argument_names(name)
+    listed = names[-1] == "features"
+    fixed = len(names) - listed
+    has_flag = names[-1] == "relu"
+    takes_need_x = names[0] == "x"
+    differentiable = [argument not in _CONSTANT for argument in names[:fixed]]
+
+    def pack(arguments: Sequence) -> tuple:
+        return (*arguments[:fixed], list(arguments[fixed:])) if listed else tuple(arguments)
+
+    class OpFunction(torch.autograd.Function):
+        @staticmethod
+        def forward(backend: str, *arguments):
+            return _kernel(backend, name)(*pack(arguments))
+
+        @staticmethod
+        def setup_context(ctx, inputs, output) -> None:
+            ctx.backend = inputs[0]
+            if has_flag:
+                ctx.flag = inputs[-1]
+            ctx.save_for_backward(*(inputs[1:-1] if has_flag else inputs[1:]))
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx, grad):
+            arguments = ctx.saved_tensors
+            if has_flag:
+                arguments = (*arguments, ctx.flag)
+            packed = pack(arguments)
+            if takes_need_x:
+                packed = (*packed, ctx.needs_input_grad[1])
+            computed = list(_kernel(ctx.backend, f"{name}_bwd")(grad, *packed))
+            if takes_need_x and not ctx.needs_input_grad[1]:
+                computed[0] = None
+            grads = [None]
+            for is_differentiable in differentiable:
+                grads.append(computed.pop(0) if is_differentiable else None)
+            return (*grads, *computed)
+
+    OpFunction.__name__ = OpFunction.__qualname__ = f"{name.title().replace('_', '')}Function"
+    return OpFunction
+
+
+NormLinearFunction = _make_function("norm_linear")
+AdapterFunction = _make_function("adapter")
+LadderFunction = _make_function("ladder")
+PooledUpsampleFunction = _make_function("pooled_upsample")
+ReluAttentionFunction = _make_function("relu_attention")
+GatedDownFunction = _make_function("gated_down")
+GuidanceFunction = _make_function("guidance")
+GatedUpFunction = _make_function("gated_up")
+
+
+def _activation(x: Tensor) -> Tensor:
+    """Casts fp32 activations to autocast's type where autocast is on."""
+    device = x.device.type
+    if x.dtype == torch.float32 and torch.is_autocast_enabled(device):
+        return x.to(torch.get_autocast_dtype(device))
+    return x
+
+
+# --- public functions ---------------------------------------------------------------------------------------
+
+
+def row_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and reciprocal standard deviation of each row, as LayerNorm needs them, without gradient.
+
+    Args:
+        x: (..., D).
+
+    Returns:
+        Two tensors (...), fp32 for half precision and fp32, float64 for float64.
+    """
+    return _kernel(_backend, "row_statistics")(x.detach())
+
+
+def norm_linear(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """``Linear(LayerNorm(x))`` that keeps x and never a normalised copy; see ``reference.norm_linear``.
+
+    Args:
+        x: (..., D). norm_weight, norm_bias: (D,). weight: (r, D). bias: (r,).
+
+    Returns:
+        (..., r) in the type of x.
+    """
+    x = _activation(x)
+    folded = reference.norm_linear.fold(norm_weight, norm_bias, weight, bias)
+    return NormLinearFunction.apply(_backend, x, *folded, *row_statistics(x))
+
+
+def adapter(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight_1: Tensor,
+    bias_1: Tensor,
+    weight_2: Tensor,
+    bias_2: Tensor,
+) -> Tensor:
+    """``Linear_2(gelu(Linear_1(LayerNorm(x))))`` without the residual; see ``reference.adapter``.
+
+    Args:
+        x: (..., r). norm_weight, norm_bias, bias_2: (r,). weight_1: (a, r). bias_1: (a,). weight_2: (r, a).
+
+    Returns:
+        (..., r) in the type of x.
+    """
+    parameters = (norm_weight, norm_bias, weight_1, bias_1, weight_2, bias_2)
+    return AdapterFunction.apply(_backend, _activation(x), *parameters)
+
+
+def ladder(
+    x: Tensor,
+    state: Tensor,
+    down_norm_weight: Tensor,
+    down_norm_bias: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor,
+    gate: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight_1: Tensor,
+    bias_1: Tensor,
+    weight_2: Tensor,
+    bias_2: Tensor,
+) -> Tensor:
+    """One rung of LST: project x, gate it with the state below, adapt; see ``reference.ladder``.
+
+    Args:
+        x: hidden state (..., D). state: side state (..., r), taken in the type of x.
+        down_norm_weight, down_norm_bias: (D,). down_weight: (r, D). down_bias: (r,).
+        gate: (1,), before the sigmoid and its temperature.
+        norm_weight … bias_2: the adapter's, as in ``adapter``.
+
+    Returns:
+        The next side state, (..., r) in the type of x.
+    """
+    x = _activation(x)
+    folded = reference.norm_linear.fold(down_norm_weight, down_norm_bias, down_weight, down_bias)
+    parameters = (gate, norm_weight, norm_bias, weight_1, bias_1, weight_2, bias_2)
+    return LadderFunction.apply(_backend, x, state.to(x.dtype), *folded, *row_statistics(x), *parameters)
+
+
+def pooled_upsample(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    out_norm_weight: Tensor,
+    out_norm_bias: Tensor,
+    lengths: Tensor | None = None,
+    relu: bool = False,
+) -> Tensor:
+    """Mean over time of ``LayerNorm(Linear(f(LayerNorm(x))))``, never writing the (B, T, D) tensor inside.
+
+    See ``reference.pooled_upsample``.
+
+    Args:
+        x: (B, T, r). norm_weight, norm_bias: (r,). weight: (D, r).
+        bias, out_norm_weight, out_norm_bias: (D,).
+        lengths: (B,) valid frames, or None for all T.
+        relu: whether f is ReLU (UniPT) or the identity (LST).
+
+    Returns:
+        (B, D) in the type of x.
+    """
+    parameters = (norm_weight, norm_bias, weight, bias, out_norm_weight, out_norm_bias)
+    return PooledUpsampleFunction.apply(_backend, _activation(x), *parameters, lengths, relu)
+
+
+def relu_attention(
+    anchor: Tensor,
+    gate_weight: Tensor,
+    gate_bias: Tensor,
+    features: Sequence[Tensor],
+    lengths: Tensor | None = None,
+) -> Tensor:
+    """UniPT's parallel interaction of all layers with the anchor, without T x T memory; see
+    ``reference.relu_attention``.
+
+    Args:
+        anchor: (B, T, r). gate_weight: (1, r). gate_bias: (1,). features: at least one tensor (B, T, r).
+        lengths: (B,) valid frames, or None for all T.
+
+    Returns:
+        (B, T, r) in the type of anchor.
+    """
+    anchor = _activation(anchor)
+    features = [feature.to(anchor.dtype) for feature in features]
+    return ReluAttentionFunction.apply(_backend, anchor, gate_weight, gate_bias, lengths, *features)
+
+
+def gated_down(
+    x: Tensor,
+    weight_1: Tensor,
+    bias_1: Tensor,
+    weight_2: Tensor,
+    bias_2: Tensor,
+    weight_3: Tensor,
+    bias_3: Tensor,
+) -> Tensor:
+    """SHERL's gated down-projection of one hidden state; see ``reference.gated_down``.
+
+    Args:
+        x: (..., D). weight_1: (r, D). weight_2, weight_3: (r, r). bias_1, bias_2, bias_3: (r,).
+
+    Returns:
+        (..., r) in the type of x.
+    """
+    parameters = (weight_1, bias_1, weight_2, bias_2, weight_3, bias_3)
+    return GatedDownFunction.apply(_backend, _activation(x), *parameters)
+
+
+def guidance(weight: Tensor, bias: Tensor, features: Sequence[Tensor]) -> Tensor:
+    """SHERL's redundancy-guided merge of shallow layers into the deepest; see ``reference.guidance``.
+
+    Args:
+        weight: (1, r). bias: (1,). features: the shallow layers' and last the deep one, each (..., r).
+
+    Returns:
+        (..., r) in the type of the features.
+    """
+    features = [_activation(feature) for feature in features]
+    return GuidanceFunction.apply(_backend, weight, bias, *features)
+
+
+def gated_up(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, gate: Tensor) -> Tensor:
+    """``Linear(relu(y)) + tanh(gate / 0.1) * x``, SHERL's input to the last encoder layer; see
+    ``reference.gated_up``.
+
+    Args:
+        x: hidden state (..., D). y: (..., r), taken in the type of x. weight: (D, r). bias: (D,). gate: (1,).
+
+    Returns:
+        (..., D) in the type of x.
+    """
+    x = _activation(x)
+    return GatedUpFunction.apply(_backend, x, y.to(x.dtype), weight, bias, gate)
