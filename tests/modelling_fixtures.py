@@ -3,7 +3,6 @@
 import torch
 from torch.utils.data import Dataset
 from transformers import WhisperConfig, WhisperForAudioClassification
-
 from whisper_meft import LSTConfig, SHERLConfig, UniPTConfig
 
 CONFIGS = {"lst": LSTConfig, "unipt": UniPTConfig, "sherl": SHERLConfig}

@@ -7,7 +7,6 @@ import pytest
 import torch
 from modelling_fixtures import LAYERS, MELS, WIDTH, WINDOW, batch, tiny_whisper
 from torch._subclasses.fake_tensor import FakeTensorMode
-
 from whisper_meft import FrozenEncoder, UserError
 
 

@@ -18,7 +18,7 @@ _PLACES = {
     "get_meft_model": "modeling",
 }
 
-__all__ = [  # noqa: F822 - made by __getattr__
+__all__ = [
     "FrozenEncoder",
     "LSTConfig",
     "MeftConfig",
