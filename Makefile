@@ -1,0 +1,33 @@
+# Two commands: `make demo` and `make test`. Both make .venv from the pinned versions first.
+# PYTHON picks the interpreter (3.11 or newer) that the environment is made with.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DELETE_ON_ERROR:
+.PHONY: demo test lint clean
+
+demo: $(READY)
+	$(BIN)/whisper-meft demo --output_dir demo_output
+
+test: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed; name one with: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	  -e '.[whisper,peft,speech,test,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info demo_output
