@@ -121,14 +121,14 @@ class Synthesiser:
         except ImportError as error:
             raise UserError(_NO_ENGINE) from error
         library = Path(espeakng_loader.get_library_path())
+        data = Path(espeakng_loader.get_data_path())
+        self._speakers = {path.name for path in (data / "voices" / "!v").iterdir()}
         self._folder = Path(tempfile.mkdtemp(prefix="espeak-"))
         self._library = None
         try:
             self._library = ctypes.CDLL(str(shutil.copy(library, self._folder / library.name)))
             # mode 2: synchronous, samples handed to the callback; option 1: phoneme events
-            self._rate = self._library.espeak_Initialize(
-                2, 0, os.fsencode(espeakng_loader.get_data_path()), 1
-            )
+            self._rate = self._library.espeak_Initialize(2, 0, os.fsencode(data), 1)
         except OSError as error:
             self.close()
             raise UserError(f"the espeak-ng engine of espeakng-loader does not load: {error}") from error
@@ -200,7 +200,8 @@ class Synthesiser:
             if not low <= value <= high:
                 raise UserError(f"speak: {name}={value} is outside {low} to {high}")
         full = voice if speaker is None else f"{voice}+{speaker}"
-        if self._library.espeak_SetVoiceByName(full.encode()) != 0:
+        known = speaker is None or speaker in self._speakers  # espeak passes over an unknown variant
+        if not known or self._library.espeak_SetVoiceByName(full.encode()) != 0:
             raise UserError(f"speak: espeak-ng has no voice {full!r}")
         # 40 of 100: some variants saturate the 16-bit output at the default loudness
         for number, value in ((_RATE, rate), (_AMPLITUDE, 40), (_PITCH, pitch), (_PITCH_RANGE, pitch_range)):
@@ -209,7 +210,7 @@ class Synthesiser:
         data = text.encode()
         flags = 1  # UTF-8
         self._library.espeak_Synth(data, ctypes.c_size_t(len(data) + 1), 0, 0, 0, flags, None, None)
-        if not self._chunks or not self._phonemes:
+        if not any(not name.startswith("_") for name, _ in self._phonemes):
             raise UserError(f"speak: espeak-ng gave no sound for {text!r} in voice {full!r}")
         return Utterance(_to_16k(np.concatenate(self._chunks), self._rate), self._phonemes)
 
@@ -255,6 +256,8 @@ def degrade(
         (samples,) float32, peak at most 0.95.
     """
     count = len(audio)
+    if count == 0:
+        return audio.astype(np.float32)
     hertz = np.fft.rfftfreq(count, 1 / SAMPLING_RATE)
     octave = np.log2(np.maximum(hertz, 60.0))
     points = np.linspace(np.log2(60.0), np.log2(SAMPLING_RATE / 2), 7)
@@ -270,7 +273,7 @@ def degrade(
 
 
 def _rms(signal: np.ndarray) -> float:
-    return float(np.sqrt(np.mean(np.square(signal)))) if len(signal) else 0.0
+    return float(np.sqrt(np.mean(np.square(signal))))
 
 
 @dataclass(frozen=True)
