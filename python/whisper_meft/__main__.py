@@ -1,0 +1,7 @@
+"""`python -m whisper_meft` is the same as `whisper-meft`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())
