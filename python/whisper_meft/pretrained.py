@@ -1,0 +1,165 @@
+"""Loading the pretrained Whisper encoder and its feature extractor, with errors that name the argument."""
+
+import json
+import os
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, WhisperFeatureExtractor, WhisperForAudioClassification
+from transformers.utils import logging as transformers_logging
+
+from .arguments import ModelArguments
+from .backbone import resolve_backbone
+from .errors import UserError
+
+
+@contextmanager
+def quiet_transformers():
+    """Silences transformers' loading bars and reports: a new head is always "newly initialised" here."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def resolve_dtype(name: str) -> str:
+    """ "auto" as a dtype name: bfloat16 (or float16) where there is a GPU, else float32."""
+    if name != "auto":
+        return name
+    if not torch.cuda.is_available():
+        return "float32"
+    return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+
+
+def check_source(argument: str, name: str) -> None:
+    """Raises UserError if ``name`` can only mean a local folder and there is no model folder there."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        raise UserError(f"{argument}: {name} is a file; a folder or the name of a model on the hub is needed")
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"{argument}: {name} holds no config.json, so it is not a model folder")
+        return
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise UserError(f"{argument}: there is no folder {name}")
+
+
+def _from_hub(argument: str, name: str, load: Any, **options: Any) -> Any:
+    try:
+        return load(name, **options)
+    except UserError:
+        raise
+    except (OSError, ValueError, RuntimeError, json.JSONDecodeError) as error:
+        text = " ".join(str(error).split())
+        raise UserError(f"{argument}: cannot load {name}: {text[:300]}") from error
+
+
+def load_config(arguments: ModelArguments) -> Any:
+    """The WhisperConfig of the backbone.
+
+    Raises:
+        UserError: there is no such model, or it is not a Whisper checkpoint.
+    """
+    name = resolve_backbone(arguments.model_name_or_path)
+    check_source("model_name_or_path", name)
+    local_config = Path(name).expanduser() / "config.json"
+    if local_config.is_file() and "meft" in _read_config(local_config):
+        raise UserError(
+            f"model_name_or_path: {name} is a side network trained by this library, its backbone is needed"
+        )
+    config = _from_hub(
+        "model_name_or_path",
+        name,
+        AutoConfig.from_pretrained,
+        revision=arguments.model_revision,
+        cache_dir=arguments.cache_dir,
+        token=arguments.token,
+        trust_remote_code=arguments.trust_remote_code,
+    )
+    if config.model_type != "whisper":
+        raise UserError(
+            f"model_name_or_path: {name} is a {config.model_type} checkpoint, a Whisper checkpoint is needed"
+        )
+    return config
+
+
+def load_whisper(
+    arguments: ModelArguments, config: Any, labels: list[str], dtype: str
+) -> WhisperForAudioClassification:
+    """The pretrained classifier with a head for ``labels``.
+
+    Args:
+        arguments: where it is.
+        config: from :func:`load_config`.
+        labels: class names in index order.
+        dtype: "float32", "float16" or "bfloat16".
+
+    Raises:
+        UserError: the weights cannot be read, or some of the encoder's are missing.
+    """
+    name = resolve_backbone(arguments.model_name_or_path)
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {label: index for index, label in enumerate(labels)}
+    with quiet_transformers():
+        model, report = _from_hub(
+            "model_name_or_path",
+            name,
+            WhisperForAudioClassification.from_pretrained,
+            config=config,
+            dtype=getattr(torch, dtype),
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            revision=arguments.model_revision,
+            cache_dir=arguments.cache_dir,
+            token=arguments.token,
+        )
+    head = ("projector.", "classifier.")
+    mismatched = [each[0] if isinstance(each, tuple) else each for each in report["mismatched_keys"]]
+    broken = [key for key in [*report["missing_keys"], *mismatched] if not key.startswith(head)]
+    if broken:
+        raise UserError(
+            f"model_name_or_path: {name} lacks {len(broken)} encoder weights (or has them in another shape), "
+            f"for example {sorted(broken)[0]}"
+        )
+    return model
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"model_name_or_path: {path} is not valid JSON: {error}") from error
+    return content if isinstance(content, dict) else {}
+
+
+def load_feature_extractor(
+    name: str, argument: str = "feature_extractor_name", **hub: Any
+) -> WhisperFeatureExtractor:
+    """The log-mel feature extractor at ``name`` (folder or hub name).
+
+    Raises:
+        UserError: there is none, or it is not Whisper's.
+    """
+    name = resolve_backbone(name)
+    path = Path(name).expanduser()
+    if path.is_dir() and not any(
+        (path / file).is_file() for file in ("preprocessor_config.json", "processor_config.json")
+    ):
+        raise UserError(
+            f"{argument}: {name} holds no preprocessor_config.json; name the feature extractor's folder "
+            "with --feature_extractor_name"
+        )
+    if not path.is_dir():
+        check_source(argument, name)
+    extractor = _from_hub(argument, os.fspath(name), WhisperFeatureExtractor.from_pretrained, **hub)
+    kind = extractor.feature_extractor_type if hasattr(extractor, "feature_extractor_type") else None
+    if kind not in (None, "WhisperFeatureExtractor"):
+        raise UserError(f"{argument}: {name} is a {kind}, Whisper's feature extractor is needed")
+    return extractor

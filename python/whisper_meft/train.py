@@ -1,0 +1,510 @@
+"""`whisper-meft train`: data, backbone, side network and the stock Trainer put together.
+
+:func:`train` is the whole run and can be called from Python; the command line, the demo and the tests all go
+through it.
+"""
+
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import (
+    EarlyStoppingCallback,
+    EvalPrediction,
+    ProgressCallback,
+    Trainer,
+    WhisperFeatureExtractor,
+    set_seed,
+)
+
+from . import checkpoints, data, plots
+from .arguments import DataFormatArguments, MethodArguments, ModelArguments, Parser, hide_options
+from .configs import MeftConfig
+from .errors import UserError
+from .examples import (
+    ExampleSet,
+    check_known_labels,
+    label_inventory,
+    split_by_speaker,
+    warn_on_shared_audio,
+    warn_on_shared_speakers,
+)
+from .files import read_json, write_json, write_text
+from .guard import FiniteGuard, Indexed, IndexedCollator, NonFiniteError
+from .metrics import Scores, score
+from .modeling import MeftModel, get_meft_model
+from .pretrained import load_config, load_feature_extractor, load_whisper, resolve_dtype
+from .readers import canonical_split
+from .train_arguments import (
+    COMMON_TRAINING_OPTIONS,
+    LEARNING_RATES,
+    TrainArguments,
+    TrainDataArguments,
+)
+
+
+@dataclass
+class TrainResult:
+    """What a finished run leaves in memory; the same is on disk in ``output_dir``.
+
+    Attributes:
+        model: the trained model, in evaluation mode.
+        feature_extractor: the one it was trained with.
+        scores: on the evaluation data, or None if there was none.
+        training: numbers of the training run, as in train_results.json.
+        history: the Trainer's log.
+    """
+
+    model: MeftModel
+    feature_extractor: WhisperFeatureExtractor
+    scores: Scores | None
+    training: dict[str, Any]
+    history: list[dict[str, Any]]
+
+
+def _not_about_mtime(record: logging.LogRecord) -> bool:
+    # The Trainer warns when checkpoints follow each other within a second; it then sorts them by step.
+    return "mtime may not be reliable" not in record.getMessage()
+
+
+logging.getLogger("transformers.trainer_utils").addFilter(_not_about_mtime)
+
+
+def main_process() -> bool:
+    """Whether this is the process that prints and writes (the only one, or rank 0 under torchrun)."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def say(text: str) -> None:
+    """Prints a line, from the main process only."""
+    if main_process():
+        print(text, flush=True)
+
+
+def method_config(arguments: MethodArguments, backbone_dtype: str) -> MeftConfig:
+    """The side network's configuration; an option that the method does not have is an error."""
+    values: dict[str, Any] = {
+        "method": arguments.method,
+        "reduction_factor": arguments.reduction_factor,
+        "max_frames": arguments.max_frames,
+        "backbone_dtype": backbone_dtype,
+    }
+    for name in ("adapter_dim", "layers"):
+        if getattr(arguments, name) is not None:
+            values[name] = getattr(arguments, name)
+    return MeftConfig.from_dict(values)
+
+
+@dataclass
+class RunData:
+    """The examples of a run.
+
+    Attributes:
+        training, evaluation: usable examples; evaluation is None where nothing is evaluated.
+        left_out: (name, reason) of the unusable ones.
+        note: how the evaluation data came to be, for the reader of its scores.
+    """
+
+    training: ExampleSet
+    evaluation: ExampleSet | None
+    left_out: list[tuple[str, str]]
+    note: str
+
+
+def load_data(
+    arguments: TrainDataArguments,
+    evaluate: bool,
+    select: bool,
+    seed: int,
+    num_workers: int = 0,
+    progress: bool = True,
+) -> RunData:
+    """Reads and checks the examples, setting speakers aside for validation where no other data is there.
+
+    Args:
+        arguments: what to read.
+        evaluate: whether evaluation data is needed.
+        select: whether the best checkpoint is chosen on it.
+        seed: of the split and of the choice of max_*_samples.
+        num_workers: threads that check the audio.
+        progress: show progress bars.
+
+    Raises:
+        UserError: the data cannot be found or used.
+    """
+    source = arguments.train_data
+    splits = _splits(arguments, source)
+    training = _load(arguments, source, arguments.train_split_name or ("train" if splits else None))
+    training = _at_most(training, arguments.max_train_samples, seed)
+    evaluation, is_test, origin = None, False, ""
+    if arguments.eval_data is not None:
+        kinds = {canonical_split(name) for name in _splits(arguments, arguments.eval_data)}
+        split = arguments.eval_split_name or next((k for k in ("validation", "test") if k in kinds), None)
+        evaluation = _load(arguments, arguments.eval_data, split)
+        is_test = "test" in (canonical_split(split or ""), canonical_split(Path(arguments.eval_data).stem))
+    elif arguments.eval_split_name or "validation" in {canonical_split(name) for name in splits}:
+        split = arguments.eval_split_name or "validation"
+        evaluation = _load(arguments, source, split)
+        is_test = canonical_split(split) == "test"
+    show = progress and main_process()
+    training, left_out = data.check_audio(training, arguments.strict, num_workers, show)
+    if evaluation is not None:
+        evaluation = _at_most(evaluation, arguments.max_eval_samples, seed)
+        evaluation, more = data.check_audio(evaluation, arguments.strict, num_workers, show)
+        left_out = left_out + more
+    elif evaluate:
+        training, evaluation = split_by_speaker(training, arguments.validation_fraction, seed)
+        evaluation = _at_most(evaluation, arguments.max_eval_samples, seed)
+        origin = (
+            f"no evaluation data was given: {len(evaluation)} of {len(training) + len(evaluation)} training "
+            "examples were set aside, by whole speakers where those are known; "
+        )
+    if evaluation is not None:
+        check_known_labels(evaluation, label_inventory(training))
+        warn_on_shared_speakers(training, evaluation)
+        warn_on_shared_audio(training, evaluation)
+    if not select:
+        note = "the last weights are scored, nothing was chosen on this data"
+    elif is_test:
+        note = (
+            "this looks like a test set, and the best checkpoint is chosen on it: its scores are optimistic; "
+            "leave eval_data out to choose on speakers set aside from the training data, and score the test "
+            "set with `whisper-meft evaluate`"
+        )
+    else:
+        note = "the best checkpoint is chosen on this data, so its scores are slightly optimistic"
+    return RunData(training, evaluation, left_out, origin + note)
+
+
+def _splits(arguments: TrainDataArguments, source: str) -> list[str]:
+    return data.list_splits(
+        source,
+        arguments.data_format,
+        dataset_config_name=arguments.dataset_config_name,
+        cache_dir=arguments.dataset_cache_dir,
+    )
+
+
+def _load(arguments: DataFormatArguments, source: str, split: str | None) -> ExampleSet:
+    return data.load_examples(source, split=split, **arguments.reader_options())
+
+
+def _at_most(examples: ExampleSet, limit: int | None, seed: int) -> ExampleSet:
+    if limit is None or limit >= len(examples):
+        return examples
+    chosen = np.random.default_rng(seed).permutation(len(examples))[:limit]
+    return examples.select(sorted(chosen.tolist()))
+
+
+# What a finished run leaves beside its checkpoints.
+RESULT_FILES = [
+    "config.json",
+    "model.safetensors",
+    "preprocessor_config.json",
+    "training_args.bin",
+    "README.md",
+    "train_results.json",
+    "eval_results.json",
+    "evaluation.txt",
+    "confusion_matrix.png",
+    "learning_curve.png",
+]
+
+
+def prepare_output_dir(arguments: TrainArguments) -> Path | None:
+    """Checks the output folder against what is asked for and finds the checkpoint to resume from, if any.
+
+    Raises:
+        UserError: the folder holds something and neither resuming nor overwriting was asked for, or the named
+            checkpoint cannot be resumed from.
+    """
+    folder = Path(arguments.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output_dir: {folder} is a file, a folder is needed")
+    wanted = (arguments.resume_from_checkpoint or "").strip()
+    processes = arguments.world_size
+    # One process at a time, the main one first: it may remove half-written checkpoints.
+    with arguments.main_process_first(local=False, desc="looking for checkpoints"):
+        if wanted.lower() in ("true", "latest"):
+            found = checkpoints.newest_complete(folder, say, processes)
+            if found is None:
+                say(f"{folder} holds no complete checkpoint: training starts from the beginning")
+            return found
+        if wanted.lower() not in ("", "false"):
+            return checkpoints.require_complete(Path(wanted), processes)
+        if not folder.is_dir() or not any(folder.iterdir()):
+            return None
+        if not arguments.overwrite_output_dir:
+            # Only the main process looks: it has not written anything yet when the others come here.
+            raise UserError(
+                f"output_dir: {folder} is not empty; name another folder, or go on with the run in it by "
+                "--resume_from_checkpoint True, or start anew with --overwrite_output_dir True"
+            )
+        if main_process():
+            for checkpoint in checkpoints.list_checkpoints(folder):
+                shutil.rmtree(checkpoint)
+            for name in RESULT_FILES:
+                (folder / name).unlink(missing_ok=True)
+    return None
+
+
+class Progress(ProgressCallback):
+    """The Trainer's progress bar, with log lines for people."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or self.training_bar is None or not logs:
+            return
+        head = f"epoch {logs.get('epoch', 0):6.2f}  "
+        if "eval_accuracy" in logs:
+            self.training_bar.write(
+                f"{head}evaluation: accuracy {logs['eval_accuracy']:.2%}, mean class accuracy "
+                f"{logs['eval_mean_class_accuracy']:.2%}, macro-F1 {logs['eval_macro_f1']:.4f}, "
+                f"loss {logs['eval_loss']:.4f}"
+            )
+        elif "loss" in logs:
+            rate = f"  learning rate {logs['learning_rate']:.2e}" if "learning_rate" in logs else ""
+            self.training_bar.write(f"{head}loss {logs['loss']:.4f}{rate}")
+
+
+def make_compute_metrics(labels: Sequence[str]):
+    """The Trainer's compute_metrics for classes named ``labels``: accuracy, mean_class_accuracy, macro_f1."""
+
+    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+        scores = scores_of(prediction.predictions, prediction.label_ids, labels)
+        return {
+            "accuracy": scores.accuracy,
+            "mean_class_accuracy": scores.mean_class_accuracy,
+            "macro_f1": scores.macro_f1,
+        }
+
+    return compute_metrics
+
+
+def scores_of(logits: Any, reference: np.ndarray, labels: Sequence[str]) -> Scores:
+    """Scores logits (N, K) against class indices (N,).
+
+    Raises:
+        UserError: a logit is NaN or infinite.
+    """
+    logits = np.asarray(logits[0] if isinstance(logits, tuple | list) else logits)
+    if not np.isfinite(logits).all():
+        raise UserError("the model's outputs hold NaN or infinite values, so it cannot be scored")
+    return score(reference, logits.argmax(axis=-1), labels)
+
+
+def train(
+    model_arguments: ModelArguments,
+    method_arguments: MethodArguments,
+    data_arguments: TrainDataArguments,
+    training_arguments: TrainArguments,
+) -> TrainResult:
+    """One training run, from files to files.
+
+    Writes into ``training_arguments.output_dir``: checkpoints; the trained side network and head
+    (config.json, model.safetensors) with the feature extractor; train_results.json, eval_results.json,
+    evaluation.txt, confusion_matrix.png and learning_curve.png.
+
+    Raises:
+        UserError: anything about the input that cannot be used, by name; NaN or infinity during training.
+    """
+    output_dir = Path(training_arguments.output_dir)
+    resume_from = prepare_output_dir(training_arguments)
+    dtype = resolve_dtype(model_arguments.backbone_dtype)
+    config = method_config(method_arguments, dtype)
+    if training_arguments.learning_rate is None:
+        training_arguments.learning_rate = LEARNING_RATES[config.method]
+
+    # What is quick to check comes first: a wrong name should not cost a pass over the data.
+    backbone_config = load_config(model_arguments)
+    extractor = load_feature_extractor(
+        model_arguments.feature_extractor_name or model_arguments.model_name_or_path,
+        "feature_extractor_name" if model_arguments.feature_extractor_name else "model_name_or_path",
+        revision=model_arguments.model_revision,
+        cache_dir=model_arguments.cache_dir,
+        token=model_arguments.token,
+    )
+    data.check_feature_extractor(extractor, backbone_config, config.max_frames)
+    config.check_backbone(
+        backbone_config.d_model, backbone_config.encoder_layers, backbone_config.max_source_positions
+    )
+    examples = load_data(
+        data_arguments,
+        evaluate=training_arguments.eval_strategy != "no",
+        select=training_arguments.load_best_model_at_end,
+        seed=training_arguments.seed,
+        num_workers=training_arguments.dataloader_num_workers,
+        progress=not training_arguments.disable_tqdm,
+    )
+    labels = label_inventory(examples.training)
+    label2id = {label: index for index, label in enumerate(labels)}
+
+    set_seed(training_arguments.seed)
+    model = get_meft_model(load_whisper(model_arguments, backbone_config, labels, dtype), config)
+    training_set = data.SpeechDataset(examples.training, extractor, label2id, config.max_frames)
+    evaluation_set = None
+    if examples.evaluation is not None:
+        evaluation_set = data.SpeechDataset(examples.evaluation, extractor, label2id, config.max_frames)
+    _describe(model, config, examples, labels, model_arguments.model_name_or_path)
+
+    guard = FiniteGuard(
+        model,
+        [example.name for example in examples.training],
+        [example.name for example in examples.evaluation or ()],
+    )
+    callbacks: list[Any] = [guard]
+    if training_arguments.early_stopping_patience is not None:
+        callbacks.append(EarlyStoppingCallback(training_arguments.early_stopping_patience))
+    trainer = Trainer(
+        model=model,
+        args=training_arguments,
+        train_dataset=Indexed(training_set),
+        eval_dataset=None if evaluation_set is None else Indexed(evaluation_set),
+        data_collator=IndexedCollator(data.Collator(extractor, config.max_frames)),
+        compute_metrics=make_compute_metrics(labels),
+        processing_class=extractor,
+        callbacks=callbacks,
+    )
+    if not training_arguments.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(Progress)
+    if resume_from is not None:
+        _check_same_model(resume_from, model)
+        say(f"resuming from {resume_from}")
+    try:
+        outcome = trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+    except NonFiniteError as error:
+        good = checkpoints.list_checkpoints(output_dir)
+        kept = f"the last good one is {good[0]}" if good else "there is none yet"
+        raise NonFiniteError(f"{error}; checkpoints are as they were, {kept}") from error
+    except KeyboardInterrupt:
+        if checkpoints.list_checkpoints(output_dir):
+            say(f"\nstopped; go on with --resume_from_checkpoint True --output_dir {output_dir}")
+        raise
+
+    trainer.save_model()
+    scores, evaluation_loss = None, None
+    if evaluation_set is not None:
+        predicted = trainer.predict(trainer.eval_dataset, metric_key_prefix="eval")
+        scores = scores_of(predicted.predictions, predicted.label_ids, labels)
+        evaluation_loss = predicted.metrics.get("eval_loss")
+    guard.close()
+    trainable, total = model.get_nb_trainable_parameters()
+    summary = {
+        "method": config.to_dict(),
+        "model_name_or_path": model_arguments.model_name_or_path,
+        "labels": labels,
+        "train_examples": len(examples.training),
+        "train_data": examples.training.description,
+        "epochs": trainer.state.epoch,
+        "steps": trainer.state.global_step,
+        "learning_rate": training_arguments.learning_rate,
+        "train_loss": outcome.training_loss,
+        "train_runtime_seconds": outcome.metrics.get("train_runtime"),
+        "train_samples_per_second": outcome.metrics.get("train_samples_per_second"),
+        "trainable_parameters": trainable,
+        "all_parameters": total,
+        "best_checkpoint": trainer.state.best_model_checkpoint,
+        "best_metric": trainer.state.best_metric,
+        "left_out": [{"file": name, "reason": reason} for name, reason in examples.left_out],
+    }
+    if main_process():
+        _write_results(output_dir, summary, scores, evaluation_loss, examples, trainer.state.log_history)
+    _report(output_dir, scores, examples)
+    if training_arguments.push_to_hub:
+        trainer.push_to_hub()
+    return TrainResult(model.eval(), extractor, scores, summary, trainer.state.log_history)
+
+
+def _describe(
+    model: MeftModel, config: MeftConfig, examples: RunData, labels: Sequence[str], backbone: str
+) -> None:
+    trainable, total = model.get_nb_trainable_parameters()
+    counts = examples.training.label_counts()
+    say(
+        f"{config.method.upper()} on {backbone}: {trainable:,} of {total:,} parameters train "
+        f"({trainable / total:.2%})"
+    )
+    say(f"training on {len(examples.training)} examples of {len(labels)} classes")
+    say("  " + ", ".join(f"{label}: {counts[label]}" for label in labels))
+    if examples.evaluation is not None:
+        say(f"evaluating on {len(examples.evaluation)} examples; {examples.note}")
+
+
+def _check_same_model(checkpoint: Path, model: MeftModel) -> None:
+    """Raises UserError if a checkpoint was written with another method, other sizes or other labels."""
+    saved, now = read_json(checkpoint / "config.json"), model.config.to_dict()
+    pairs = [
+        (name, saved.get(name), now.get(name)) for name in ("label2id", "hidden_size", "num_hidden_layers")
+    ]
+    pairs += [(name, (saved.get("meft") or {}).get(name), value) for name, value in now["meft"].items()]
+    for name, before, after in pairs:
+        if before != after:
+            raise UserError(
+                f"resume_from_checkpoint: {checkpoint} has {name}={before!r}, but now it is {after!r}"
+            )
+
+
+def _write_results(
+    folder: Path,
+    summary: dict[str, Any],
+    scores: Scores | None,
+    loss: float | None,
+    examples: RunData,
+    history: list[dict[str, Any]],
+) -> None:
+    write_json(folder / "train_results.json", summary)
+    plots.plot_learning_curve(history, folder / "learning_curve.png", summary["method"]["method"].upper())
+    if scores is None:
+        return
+    write_json(
+        folder / "eval_results.json",
+        {"data": examples.evaluation.description, "note": examples.note, "loss": loss, **scores.as_dict()},
+    )
+    write_text(folder / "evaluation.txt", scores.as_text() + "\n")
+    plots.plot_confusion(
+        scores.confusion, scores.labels, folder / "confusion_matrix.png", f"accuracy {scores.accuracy:.1%}"
+    )
+
+
+def _report(folder: Path, scores: Scores | None, examples: RunData) -> None:
+    if scores is not None:
+        say(f"\nevaluation on {examples.evaluation.description}\n{scores.as_text()}\nnote: {examples.note}")
+    say(f"\nmodel and results are in {folder}")
+    if examples.left_out:
+        count = len(examples.training) + len(examples.evaluation or ()) + len(examples.left_out)
+        say(data.describe_bad(examples.left_out, count))
+
+
+def make_parser(all_options: bool = False) -> Parser:
+    """The parser of `whisper-meft train`."""
+    parser = Parser(
+        "train",
+        (ModelArguments, MethodArguments, TrainDataArguments, TrainArguments),
+        usage="--model_name_or_path NAME_OR_DIR --train_data PATH_OR_NAME --output_dir DIR [options]\n"
+        "       whisper-meft train CONFIG.json [options]",
+        description="Trains a side network and a classification head on a frozen Whisper encoder.",
+    )
+    parser.add_argument(
+        "--help_all",
+        action="help",
+        help="also describe the other options of transformers.TrainingArguments",
+    )
+    if not all_options:
+        hidden = hide_options(parser, TrainArguments._argument_group_name, COMMON_TRAINING_OPTIONS)
+        parser.epilog = (
+            "Every other option of transformers.TrainingArguments is accepted too (described by --help_all): "
+            + " ".join(hidden)
+        )
+    return parser
+
+
+def run(argv: Sequence[str]) -> int:
+    """`whisper-meft train`; returns the exit status."""
+    arguments = make_parser("--help_all" in argv).parse(argv)
+    train(*arguments)
+    return 0
