@@ -67,6 +67,8 @@ def read_audio(
         source_rate: of a bare array; ``sampling_rate`` by default. Other sources know their rate.
         name: what messages call the source; its path by default.
 
+    An MP3 of varying bitrate without a length tag is read as far as libsndfile guesses its length.
+
     Returns:
         float32 ``(samples,)``, at least one sample, finite; channels are averaged.
 
