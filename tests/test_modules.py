@@ -109,7 +109,8 @@ def test_streams_and_pulls_no_more_than_it_reads(method):
     assert torch.equal(side(stream()), side(hidden_states))
     assert pulled == list(range(side.last_layer + 1))
     assert side.last_layer == (L - 1 if method == "SHERL" else L)
-    assert torch.equal(side(tuple(hidden_states)), side(hidden_states))
+    for same in (tuple(hidden_states), torch.stack(hidden_states), dict(enumerate(hidden_states)).values()):
+        assert torch.equal(side(same), side(hidden_states))
 
 
 def test_pooled_is_the_mean_over_valid_frames():
@@ -163,9 +164,11 @@ def test_input_types_beside_fp32_parameters(method, dtype):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_parameters(method, dtype):
     side = build(method).to(dtype)
-    out = output(side, states(dtype=dtype))
-    out.sum().backward()
-    assert out.dtype == dtype and all(p.grad.dtype == dtype for p in side.parameters())
+    for given in (dtype, torch.float32):
+        side.zero_grad()
+        out = output(side, states(dtype=given))
+        out.sum().backward()
+        assert out.dtype == given and all(p.grad.dtype == dtype for p in side.parameters())
 
 
 @BOTH

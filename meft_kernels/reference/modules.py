@@ -95,14 +95,15 @@ class SideNetwork(nn.Module):
             TypeError: an entry is not a floating-point tensor.
             ValueError: too few or too many entries, or an entry of another shape, type or device than h_0.
         """
-        if isinstance(hidden_states, Tensor):
+        stacked = isinstance(hidden_states, Tensor) and hidden_states.ndim == 4  # (L + 1, B, T, D)
+        if isinstance(hidden_states, Tensor) and not stacked:
             raise TypeError(
                 "hidden_states must be an iterable of tensors (B, T, D), one per layer, got one tensor of "
                 f"shape {tuple(hidden_states.shape)}"
             )
         expected = self.num_layers + 1
         # Whoever stops the backbone early hands over a shorter list; a longer one is another model's.
-        sized = isinstance(hidden_states, (list, tuple))
+        sized = stacked or isinstance(hidden_states, (list, tuple))
         if sized and not self.last_layer < len(hidden_states) <= expected:
             raise ValueError(
                 f"hidden_states must hold {expected} tensors, the embedding output and one per layer, of "
