@@ -45,9 +45,16 @@ class FrozenEncoder(nn.Module):
         self.layer_norm = whisper_encoder.layer_norm
         dtype = parse_dtype(dtype)
         if dtype is not None:
-            self.to(dtype)
+            self._cast(dtype)
         self.requires_grad_(False)
         self.eval()
+
+    def _cast(self, dtype: torch.dtype) -> None:
+        # New parameters, one by one: Module.to() cannot convert fake tensors in place.
+        for module in self.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.dtype != dtype:
+                    setattr(module, name, nn.Parameter(parameter.detach().to(dtype), requires_grad=False))
 
     @property
     def num_layers(self) -> int:
