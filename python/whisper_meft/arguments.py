@@ -119,9 +119,10 @@ class Parser(HfArgumentParser):
         options = read_json(path)
         if not isinstance(options, dict):
             raise UserError(f"{path} must hold one JSON object of options, got {type(options).__name__}")
-        positionals = {action.dest: action for action in self._actions if not action.option_strings}
+        positionals = [action.dest for action in self._actions if not action.option_strings]
         dests = {action.dest for action in self._actions}
-        first, rest = [], []
+        first: dict[str, list[str]] = {}
+        rest: list[str] = []
         for name, value in options.items():
             if name not in dests or name == "help":
                 close = difflib.get_close_matches(name, dests, n=1, cutoff=0.7)
@@ -131,13 +132,13 @@ class Parser(HfArgumentParser):
                 continue
             items = [_as_text(item) for item in (value if isinstance(value, list) else [value])]
             if name in positionals:
-                first += items
+                first[name] = items
             elif isinstance(value, list):
                 rest += [f"--{name}", *items]
             else:
                 # The = keeps values that begin with a dash in one piece.
                 rest.append(f"--{name}={items[0]}")
-        return first + rest
+        return [item for name in positionals for item in first.get(name, [])] + rest
 
 
 def _as_text(value: Any) -> str:

@@ -56,7 +56,7 @@ def _from_hub(argument: str, name: str, load: Any, **options: Any) -> Any:
         return load(name, **options)
     except UserError:
         raise
-    except (OSError, ValueError, RuntimeError, json.JSONDecodeError) as error:
+    except Exception as error:  # whatever a broken folder or an unreachable hub gives
         text = " ".join(str(error).split())
         raise UserError(f"{argument}: cannot load {name}: {text[:300]}") from error
 

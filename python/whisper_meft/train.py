@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm.auto import tqdm
 from transformers import (
     EarlyStoppingCallback,
     EvalPrediction,
+    PrinterCallback,
     ProgressCallback,
     Trainer,
     WhisperFeatureExtractor,
@@ -253,22 +255,28 @@ def prepare_output_dir(arguments: TrainArguments) -> Path | None:
     return None
 
 
-class Progress(ProgressCallback):
-    """The Trainer's progress bar, with log lines for people."""
+class ProgressBar(ProgressCallback):
+    """The Trainer's progress bars without its log lines."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero or self.training_bar is None or not logs:
+        pass
+
+
+class LogLines(PrinterCallback):
+    """Log lines for people, above the progress bar where there is one."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or not logs:
             return
         head = f"epoch {logs.get('epoch', 0):6.2f}  "
         if "eval_accuracy" in logs:
-            self.training_bar.write(
+            tqdm.write(
                 f"{head}evaluation: accuracy {logs['eval_accuracy']:.2%}, mean class accuracy "
                 f"{logs['eval_mean_class_accuracy']:.2%}, macro-F1 {logs['eval_macro_f1']:.4f}, "
                 f"loss {logs['eval_loss']:.4f}"
             )
         elif "loss" in logs:
-            rate = f"  learning rate {logs['learning_rate']:.2e}" if "learning_rate" in logs else ""
-            self.training_bar.write(f"{head}loss {logs['loss']:.4f}{rate}")
+            tqdm.write(f"{head}loss {logs['loss']:.4f}  learning rate {logs.get('learning_rate', 0):.2e}")
 
 
 def make_compute_metrics(labels: Sequence[str]):
@@ -369,9 +377,11 @@ def train(
         processing_class=extractor,
         callbacks=callbacks,
     )
+    for standard in (PrinterCallback, ProgressCallback):
+        trainer.pop_callback(standard)
+    trainer.add_callback(LogLines)
     if not training_arguments.disable_tqdm:
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(Progress)
+        trainer.add_callback(ProgressBar)
     if resume_from is not None:
         _check_same_model(resume_from, model)
         say(f"resuming from {resume_from}")

@@ -65,6 +65,9 @@ class TrainDataArguments(DataFormatArguments):
         if self.eval_data and self.eval_file:
             raise UsageError("only one of --eval_data and --eval_file can be given, got both")
         self.eval_data = self.eval_data or self.eval_file
+        if not 0 < self.validation_fraction < 1:
+            got = self.validation_fraction
+            raise UsageError(f"--validation_fraction must lie between 0 and 1, got {got}")
         for name in ("max_train_samples", "max_eval_samples"):
             value = getattr(self, name)
             if value is not None and value < 1:
