@@ -92,7 +92,7 @@ def check_audio(
     with ThreadPoolExecutor(max(1, num_workers)) as pool:
         results = pool.map(inspect, examples) if num_workers > 1 else map(inspect, examples)
         bar = tqdm(results, total=len(examples), desc="checking audio", unit="file", disable=not progress)
-        for example, result in zip(examples, bar):
+        for result, example in zip(bar, examples):
             if isinstance(result, Example):
                 good.append(result)
                 continue
