@@ -81,6 +81,11 @@ def test_example_names():
     assert Example(b"", name="given").name == "given"
 
 
+def test_labels_written_in_two_ways_are_one():
+    examples = ExampleSet([Example("1.wav", "e\u0301te\u0301"), Example("2.wav", "\xe9t\xe9")])
+    assert examples.label_counts() == {"\xe9t\xe9": 2}
+
+
 def test_label_inventory_is_sorted_and_from_train_only():
     assert label_inventory(make_set("b: ä: a: b: Z:")) == ["Z", "a", "b", "ä"]
     assert label_inventory(make_set("10: 9: 2:")) == ["2", "9", "10"]

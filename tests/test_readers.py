@@ -351,8 +351,13 @@ def kaldi(clips):
     return root
 
 
-def test_kaldi_joins_by_id(kaldi):
+def test_kaldi_joins_by_id(kaldi, clips):
     assert found(load_examples(kaldi)) == [(0, "a", "s1"), (1, "b b", "s2"), (2, "c", None)]
+    table(kaldi / "wav.scp", f"u1 {clips}/clips/3.wav", encoding="utf-8-sig", end="\r\n")
+    assert found(load_examples(kaldi)) == [(3, "a", "s1")]
+
+
+def test_kaldi_folders_are_splits(kaldi):
     assert list_splits(kaldi) == []
     assert list_splits(kaldi.parent) == ["train"]
     assert len(load_examples(kaldi.parent)) == len(load_examples(kaldi.parent, split="train")) == 3

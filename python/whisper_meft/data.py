@@ -186,7 +186,7 @@ def log_mel(wave: np.ndarray, feature_extractor: Any, full_window: bool = False)
     frames, window = math.ceil(len(wave) / hop), _window_frames(feature_extractor)
     # Enough silence behind the clip that the last frame computed sees nothing else, also not by reflection.
     padded = (frames + math.ceil(feature_extractor.n_fft / hop)) * hop
-    short = padded < feature_extractor.n_samples and not getattr(feature_extractor, "dither", 0.0)
+    short = not getattr(feature_extractor, "dither", 0.0)  # dithered silence is no constant
     if short:
         wave = np.pad(wave, (0, padded - len(wave)))
     mel = feature_extractor(

@@ -2,6 +2,7 @@
 
 import logging
 import random
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -56,6 +57,9 @@ class Example:
     seconds: float | None = None
 
     def __post_init__(self):
+        if self.label is not None and not self.label.isascii():
+            # The same letters may be composed in one file system or spreadsheet and decomposed in another.
+            object.__setattr__(self, "label", unicodedata.normalize("NFC", self.label))
         if not self.name:
             name = describe_source(self.audio)
             if self.start is not None or self.stop is not None:
