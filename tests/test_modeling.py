@@ -267,17 +267,18 @@ def test_bad_inputs_are_named(inputs, message):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("max_frames", ["fidelity", "longest"])
-def test_half_precision_backbone_keeps_float32_masters(method, max_frames):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_backbone_keeps_float32_masters(method, max_frames, dtype):
     exact = model_of(method, max_frames=max_frames)
     config = CONFIGS[method](reduction_factor=4, max_frames=max_frames)
-    model = randomise(get_meft_model(tiny_whisper(dtype=torch.bfloat16), config))
+    model = randomise(get_meft_model(tiny_whisper(dtype=dtype), config))
     features, labels = batch()
     mask = mel_mask([48, 29, 12, 2], 48)
     for parameter in model.encoder.parameters():
-        assert parameter.dtype == torch.bfloat16
+        assert parameter.dtype == dtype
     for autocast in (False, True):
         model.zero_grad()
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        with torch.autocast("cpu", dtype=dtype, enabled=autocast):
             output = model(features, attention_mask=mask, labels=labels)
         output.loss.backward()
         assert output.logits.dtype == output.loss.dtype == torch.float32
@@ -287,6 +288,24 @@ def test_half_precision_backbone_keeps_float32_masters(method, max_frames):
                 assert torch.isfinite(parameter.grad).all(), name
         expected = scores(exact, attention_mask=mask)
         assert (output.logits - expected).norm() < 0.1 * expected.norm()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("max_frames", ["fidelity", "longest"])
+def test_compiles_into_one_graph(method, max_frames):
+    model = model_of(method, max_frames=max_frames)
+    features, labels = batch()
+    inputs = {"attention_mask": mel_mask([48, 29, 12, 2], 48), "labels": labels}
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    loss = compiled(features, **inputs).loss
+    loss.backward()
+    gradient = model.classifier.weight.grad.clone()
+    model.zero_grad()
+    expected = model(features, **inputs).loss
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradient, model.classifier.weight.grad)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
