@@ -2,9 +2,21 @@
 
 Rows are chosen by kernel, side width and architecture family, never by batch or length, so that the same inputs
 give the same bits on every call and nothing compiles twice for a new number of frames.
+
+``python -m meft_kernels.tune`` measures better rows for one device on request and writes them to a JSON file;
+where there is such a file for the device at hand, its rows come first.
 """
 
+import functools
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
 
 # Shared memory that one block may use, in bytes, and the family that a compute capability belongs to.
 SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
@@ -22,6 +34,8 @@ class Row:
         num_warps, num_stages: launch options.
         reason: why these, with what was measured or compiled.
         family: architecture family, or "any". A row of the exact family is preferred.
+        mma: the instruction that its products should compile to on Hopper, "wgmma", or "hmma" where their
+            tiles are too small for it by nature.
     """
 
     kernel: str
@@ -31,24 +45,68 @@ class Row:
     num_stages: int
     reason: str
     family: str = "any"
+    mma: str = "wgmma"
 
 
-def family_of(capability: tuple[int, int] | None) -> str:
-    """Architecture family of a CUDA compute capability; ``None`` (the interpreter) counts as "hopper"."""
+def sm_of(capability: tuple[int, int] | None) -> int:
+    """The known architecture that serves a CUDA compute capability; ``None`` (no GPU) counts as Hopper."""
     if capability is None:
-        return "hopper"
+        return 90
     number = 10 * capability[0] + capability[1]
     known = [sm for sm in sorted(FAMILIES) if sm <= number]
-    return FAMILIES[known[-1]] if known else "consumer"
+    return known[-1] if known else min(FAMILIES)
 
 
 def choose(kernel: str, width: int, capability: tuple[int, int] | None = None) -> Row | None:
     """The row that serves a kernel at a width on a device, or None where no block shape fits."""
-    family = family_of(capability)
-    rows = [row for row in TABLE if row.kernel == kernel and row.widths[0] <= width <= row.widths[1]]
-    exact = [row for row in rows if row.family == family]
-    general = [row for row in rows if row.family == "any"]
-    return (exact or general or [None])[0]
+    family = FAMILIES[sm_of(capability)]
+    tuned = device_rows(torch.cuda.get_device_name()) if capability and torch.cuda.is_available() else ()
+    for rows in (_trial, tuned, TABLE):
+        fitting = [row for row in rows if row.kernel == kernel and row.widths[0] <= width <= row.widths[1]]
+        fitting.sort(key=lambda row: row.family != family)  # the exact family first
+        if fitting and fitting[0].family in (family, "any"):
+            return fitting[0]
+    return None
+
+
+_trial: tuple[Row, ...] = ()
+
+
+@contextmanager
+def trial(*rows: Row) -> Iterator[None]:
+    """Puts rows before all others inside the ``with`` block, to time them."""
+    global _trial
+    before, _trial = _trial, rows
+    try:
+        yield
+    finally:
+        _trial = before
+
+
+def device_file(device_name: str) -> Path:
+    """Where the rows measured on a device are kept: in ``MEFT_KERNELS_TUNING_DIR``, else a user folder."""
+    folder = os.environ.get("MEFT_KERNELS_TUNING_DIR")
+    if folder is None:
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = Path(cache) / "meft_kernels" / "tuning"
+    return Path(folder) / f"{re.sub(r'[^A-Za-z0-9]+', '-', device_name).strip('-').lower()}.json"
+
+
+@functools.cache
+def device_rows(device_name: str) -> tuple[Row, ...]:
+    """The rows measured on a device, none where there is no file.
+
+    Raises:
+        ValueError: the file is there and cannot be used; its name is in the message.
+    """
+    path = device_file(device_name)
+    if not path.is_file():
+        return ()
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        return tuple(Row(**{**row, "widths": tuple(row["widths"])}) for row in rows)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} holds no usable block sizes, remove it or tune again: {error}") from error
 
 
 # --- norm_linear, adapter, ladder ---------------------------------------------------------------------------
