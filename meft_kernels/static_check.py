@@ -1,0 +1,192 @@
+"""Compiles the Triton kernels ahead of time, without a GPU, and reads what the compiler made of them.
+
+Each ``triton_kernels`` module gives its launches (``static_launches``); a row of the shape table compiles to
+registers, spills, shared memory and matrix instructions per architecture.
+"""
+
+import importlib
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from . import tuning
+
+# Widths that Whisper's encoders give at reduction factors 2, 4, 8 and 16.
+WIDTHS = (24, 32, 48, 64, 80, 96, 128, 160, 192, 256, 320, 384, 512, 640)
+MODULES = (
+    "row_statistics",
+    "norm_linear",
+    "adapter",
+    "ladder",
+    "relu_attention",
+    "gated_down",
+    "guidance",
+    "gated_up",
+)
+
+_THREADS = {80: 2048, 86: 1536, 89: 1536, 90: 2048, 100: 2048, 120: 1536}
+_SHARED_PER_SM = {80: 167936, 86: 102400, 89: 102400, 90: 233472, 100: 233472, 120: 102400}
+_REGISTERS_PER_SM = 65536
+_SPILL_LIMIT = 32  # bytes, stores plus loads, on Hopper up to width 192
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel of one row on one architecture.
+
+    Attributes:
+        row, kernel, width, dtype, sm: what was compiled.
+        registers: per thread. spill_stores, spill_loads, shared: bytes.
+        wgmma, mma: Hopper's and the older matrix instructions in the code (tcgen05 counts as wgmma).
+        blocks_per_sm: as many as registers, threads and shared memory allow.
+        problem: why the row may not ship, or "".
+    """
+
+    row: tuning.Row
+    kernel: str
+    width: int
+    dtype: str
+    sm: int
+    registers: int = 0
+    spill_stores: int = 0
+    spill_loads: int = 0
+    shared: int = 0
+    wgmma: int = 0
+    mma: int = 0
+    blocks_per_sm: int = 0
+    problem: str = field(default="")
+
+
+def kernel_module(name: str):
+    """The module of ``triton_kernels`` that defines a kernel (``ladder_fwd`` is in ``ladder``)."""
+    module = next((m for m in sorted(MODULES, key=len, reverse=True) if name.startswith(m)), None)
+    if module is None:
+        raise ValueError(f"kernel {name!r} belongs to no module of triton_kernels")
+    return importlib.import_module(f".triton_kernels.{module}", __package__)
+
+
+def serving_widths(row: tuning.Row, sm: int) -> list[int]:
+    """The widths at which the table chooses this row on an architecture."""
+    capability = divmod(sm, 10)
+    widths = {w for w in (*WIDTHS, *row.widths) if row.widths[0] <= w <= row.widths[1]}
+    return [w for w in sorted(widths) if _from_table(row.kernel, w, capability) is row]
+
+
+def _from_table(kernel: str, width: int, capability: tuple[int, int]) -> tuning.Row | None:
+    family = tuning.FAMILIES[tuning.sm_of(capability)]
+    rows = [r for r in tuning.TABLE if r.kernel == kernel and r.widths[0] <= width <= r.widths[1]]
+    rows.sort(key=lambda r: r.family != family)
+    return rows[0] if rows and rows[0].family in (family, "any") else None
+
+
+def check_row(row: tuning.Row, sm: int, width: int, dtype: str = "bf16") -> Iterator[Compiled]:
+    """Compiles the kernels of a row at a width; one result per kernel."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    for function, signature, constexprs, attrs in kernel_module(row.kernel).static_launches(
+        row, dtype, width
+    ):
+        name = function.__name__
+        what = {"row": row, "kernel": name, "width": width, "dtype": dtype, "sm": sm}
+        try:
+            source = ASTSource(fn=function, signature=signature, constexprs=constexprs, attrs=attrs)
+            options = {"num_warps": row.num_warps, "num_stages": row.num_stages}
+            binary = compile(source, target=GPUTarget("cuda", sm, 32), options=options)
+        except Exception as error:  # the compiler has many; each means that the row does not compile
+            text = str(error).strip().splitlines() or [type(error).__name__]
+            yield Compiled(**what, problem=f"does not compile: {text[0]}")
+            continue
+        ptx, shared = binary.asm["ptx"], binary.metadata.shared
+        registers, stores, loads = _assembler_report(ptx, sm)
+        threads = 32 * row.num_warps
+        by_shared = _SHARED_PER_SM[sm] // (shared + 1024)
+        by_registers = _REGISTERS_PER_SM // max(1, -(-registers // 8) * 8 * threads)
+        result = Compiled(
+            **what,
+            registers=registers,
+            spill_stores=stores,
+            spill_loads=loads,
+            shared=shared,
+            wgmma=ptx.count("wgmma.mma_async") + ptx.count("tcgen05.mma"),
+            mma=len(re.findall(r"\bmma\.sync", ptx)),
+            blocks_per_sm=min(by_shared, by_registers, _THREADS[sm] // threads),
+        )
+        yield Compiled(**{**vars(result), "problem": _problem(result)})
+
+
+def _problem(result: Compiled) -> str:
+    limit = tuning.SHARED_MEMORY[result.sm]
+    if result.shared > limit:
+        return f"needs {result.shared} bytes of shared memory, sm_{result.sm} has {limit}"
+    if result.sm == 90 and result.width <= 192:
+        spill = result.spill_stores + result.spill_loads
+        if spill > _SPILL_LIMIT:
+            return f"spills {spill} bytes, at most {_SPILL_LIMIT} are allowed"
+        if result.dtype != "fp32" and result.row.mma == "wgmma" and result.mma and not result.wgmma:
+            return "its products do not use wgmma"
+    return ""
+
+
+def _assembler_report(ptx: str, sm: int) -> tuple[int, int, int]:
+    """Registers per thread, spill stores and spill loads in bytes, from ptxas."""
+    import triton.backends.nvidia as nvidia
+
+    folder = Path(nvidia.__file__).parent / "bin"
+    tool = folder / ("ptxas-blackwell" if sm >= 100 else "ptxas")
+    executable = str(tool) if tool.exists() else shutil.which("ptxas")
+    if executable is None:
+        raise RuntimeError("ptxas is needed to read registers and spills; the triton package brings it")
+    target = re.search(r"^\.target (sm_\w+)", ptx, re.MULTILINE).group(1)
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "kernel.ptx"
+        path.write_text(ptx, encoding="utf-8")
+        command = [executable, "-v", f"--gpu-name={target}", str(path), "-o", str(path.with_suffix(".cubin"))]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers = max(map(int, re.findall(r"Used (\d+) registers", report)), default=0)
+    stores = sum(map(int, re.findall(r"(\d+) bytes spill stores", report)))
+    loads = sum(map(int, re.findall(r"(\d+) bytes spill loads", report)))
+    return registers, stores, loads
+
+
+def check_table(
+    sms: Iterable[int] = tuple(tuning.SHARED_MEMORY),
+    kernels: Iterable[str] | None = None,
+    widths: Iterable[int] | None = None,
+    dtype: str = "bf16",
+) -> Iterator[Compiled]:
+    """Compiles the table's rows at the widths they serve.
+
+    Args:
+        sms: architectures, as 80 for sm_80.
+        kernels: names to compile; default all.
+        widths: only these widths; default every width a row serves.
+        dtype: "bf16", "fp16" or "fp32".
+    """
+    for sm in sms:
+        for row in tuning.TABLE:
+            if kernels is not None and row.kernel not in kernels:
+                continue
+            for width in serving_widths(row, sm):
+                if widths is None or width in widths:
+                    yield from check_row(row, sm, width, dtype)
+
+
+HEADER = (
+    f"{'kernel':<30}{'width':>6}{'sm':>5}{'reg':>5}{'spill st/ld':>13}{'smem KB':>9}{'wgmma':>7}"
+    f"{'mma':>6}{'blocks/SM':>11}  "
+)
+
+
+def line(result: Compiled) -> str:
+    """A result as one row of the printed table."""
+    spill = f"{result.spill_stores}/{result.spill_loads}"
+    return (
+        f"{result.kernel:<30}{result.width:>6}{result.sm:>5}{result.registers:>5}{spill:>13}"
+        f"{result.shared / 1024:>9.1f}{result.wgmma:>7}{result.mma:>6}{result.blocks_per_sm:>11}  "
+        f"{result.problem or 'ok'}"
+    )
