@@ -2,13 +2,17 @@
 
 This is the one place that registers an op or chooses a backend. Under ``torch.ops.meft`` the reference serves
 every device; a faster kernel registered on a device's dispatch key takes over with no change here or above.
-``torch.ops.meft_reference`` holds the same ops with the reference alone, for ``use_backend("reference")``.
+``torch.ops.meft_reference`` and ``torch.ops.meft_triton`` hold the same ops with one kernel for all devices,
+for ``use_backend``.
 
 Each op saves its inputs for the backward and nothing else: what the forward computed is recomputed. Under
 autocast, fp32 activations are cast on entry; parameters stay fp32 masters and are cast inside.
 """
 
 import functools
+import importlib
+import importlib.util
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -43,8 +47,12 @@ _CONSTANT = {"mean", "rstd", "lengths", "relu"}  # arguments that take no gradie
 
 OP_NAMES = ("row_statistics", *_SCHEMAS)
 BACKENDS = ("auto", "reference", "native", "triton")
-_NAMESPACES = {"auto": "meft", "reference": "meft_reference"}
+_NAMESPACES = {"auto": "meft", "reference": "meft_reference", "triton": "meft_triton"}
 _backend = "auto"
+
+# Ops whose Triton kernels have passed the GPU suite on a real device: ``auto`` uses them on CUDA. The others
+# wait behind ``use_backend("triton")``.
+_PROVEN_ON_GPU: frozenset[str] = frozenset()
 
 
 def _argument_names(name: str) -> list[str]:
@@ -108,24 +116,49 @@ def _without_autocast(kernel: Callable) -> Callable:
     return run
 
 
+_PLAIN = {"pooled_upsample"}  # no kernel would do better: the quadratic form is a few small products
+
+
+def _triton_kernel(name: str, function: str) -> Callable:
+    """A function of ``triton_kernels.<name>``, imported, and Triton with it, when it is first called."""
+
+    def run(*arguments):
+        module = importlib.import_module(f".triton_kernels.{name}", __package__)
+        return getattr(module, function)(*arguments)
+
+    return run
+
+
 def _register() -> list[torch.library.Library]:
-    """Defines every op in both namespaces, with the reference as the kernel of every device."""
-    libraries = [torch.library.Library(namespace, "DEF") for namespace in _NAMESPACES.values()]
-    ops = [("row_statistics(Tensor x) -> (Tensor, Tensor)", reference.row_statistics, _fake_row_statistics)]
+    """Defines every op in each namespace: the reference for all devices, Triton where it is asked for."""
+    forward, backward = "forward", "backward"
+    statistics = "row_statistics(Tensor x) -> (Tensor, Tensor)"
+    # Of each registered op: schema, its module's name, the function there, the reference kernel, the fake.
+    rows = [(statistics, "row_statistics", forward, reference.row_statistics, _fake_row_statistics)]
     for name, arguments in _SCHEMAS.items():
         module = getattr(reference, name)
         flag = ", bool need_x" if arguments.startswith("Tensor x,") else ""
-        ops.append((f"{name}({arguments}) -> Tensor", module.forward, _FAKES[name]))
-        ops.append(
-            (f"{name}_bwd(Tensor grad, {arguments}{flag}) -> Tensor[]", module.backward, _fake_backward(name))
-        )
-    for library in libraries:
-        for schema, kernel, fake in ops:
+        backward_schema = f"{name}_bwd(Tensor grad, {arguments}{flag}) -> Tensor[]"
+        rows.append((f"{name}({arguments}) -> Tensor", name, forward, module.forward, _FAKES[name]))
+        rows.append((backward_schema, name, backward, module.backward, _fake_backward(name)))
+    libraries = []
+    for backend, namespace in _NAMESPACES.items():
+        library = torch.library.Library(namespace, "DEF")
+        libraries.append(library)
+        for schema, op, function, kernel, fake in rows:
             name = schema.split("(")[0]
+            fused = _without_autocast(_triton_kernel(op, function))
+            use_fused = backend == "triton" and op not in _PLAIN
+            default = fused if use_fused else _without_autocast(kernel)
             library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-            library.impl(name, _without_autocast(kernel), "CompositeExplicitAutograd")
-            torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
+            library.impl(name, default, "CompositeExplicitAutograd")
+            if backend == "auto" and op in _PROVEN_ON_GPU and _HAS_TRITON:
+                library.impl(name, fused, "CUDA")
+            torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
     return libraries
+
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 _libraries = _register()  # kept alive: an op lives as long as its library
@@ -144,6 +177,8 @@ def backend_status() -> dict[str, tuple[str, str]]:
             status[name] = ("triton", "a kernel is registered for CUDA")
         elif has("CPU"):
             status[name] = ("native", "a C++ kernel is registered for the CPU")
+        elif torch.cuda.is_available() and _HAS_TRITON and name not in _PLAIN:
+            status[name] = ("reference", "the triton kernel is not proven on a GPU yet; use_backend has it")
         else:
             status[name] = ("reference", "no faster kernel is registered for this device")
     return status
@@ -167,6 +202,12 @@ def use_backend(name: str) -> Iterator[None]:
     if name not in _NAMESPACES:
         available = ", ".join(map(repr, _NAMESPACES))
         raise RuntimeError(f"backend {name!r} has no kernels in this installation; available: {available}")
+    if name == "triton" and not _HAS_TRITON:
+        raise RuntimeError("backend 'triton' needs the triton package, which is not installed")
+    if name == "triton" and not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError(
+            "backend 'triton' needs a CUDA device (or TRITON_INTERPRET=1 to interpret it on the CPU)"
+        )
     previous, _backend = _backend, name
     try:
         yield

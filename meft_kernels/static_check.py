@@ -61,12 +61,16 @@ class Compiled:
     problem: str = field(default="")
 
 
-def kernel_module(name: str):
-    """The module of ``triton_kernels`` that defines a kernel (``ladder_fwd`` is in ``ladder``)."""
-    module = next((m for m in sorted(MODULES, key=len, reverse=True) if name.startswith(m)), None)
+def module_name(kernel: str) -> str:
+    """The op that a kernel belongs to: ``ladder_fwd`` is ``ladder``'s.
+
+    Raises:
+        ValueError: there is no such op.
+    """
+    module = next((m for m in sorted(MODULES, key=len, reverse=True) if kernel.startswith(m)), None)
     if module is None:
-        raise ValueError(f"kernel {name!r} belongs to no module of triton_kernels")
-    return importlib.import_module(f".triton_kernels.{module}", __package__)
+        raise ValueError(f"kernel {kernel!r} belongs to no module of triton_kernels")
+    return module
 
 
 def serving_widths(row: tuning.Row, sm: int) -> list[int]:
@@ -88,9 +92,8 @@ def check_row(row: tuning.Row, sm: int, width: int, dtype: str = "bf16") -> Iter
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    for function, signature, constexprs, attrs in kernel_module(row.kernel).static_launches(
-        row, dtype, width
-    ):
+    module = importlib.import_module(f".triton_kernels.{module_name(row.kernel)}", __package__)
+    for function, signature, constexprs, attrs in module.static_launches(row, dtype, width):
         name = function.__name__
         what = {"row": row, "kernel": name, "width": width, "dtype": dtype, "sm": sm}
         try:

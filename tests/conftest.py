@@ -5,6 +5,10 @@ import os
 import pytest
 import torch
 
+# Before anything imports a kernel: without a GPU the Triton kernels run in the interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # Hubs are out of reach of the tests; a slip must fail at once and not wait for a connection.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")

@@ -1,0 +1,196 @@
+"""``python -m meft_kernels.tune``: check the table of block sizes with no GPU, or measure better ones on one.
+
+--check      compile every row for every architecture and fail on spills, missing wgmma or too much memory
+--dry-run    list the candidates of a search that pass the static check; needs no GPU
+(neither)    time them on the GPU at hand and write the best to a file that the library picks up
+"""
+
+import argparse
+import datetime
+import itertools
+import json
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from . import ops, static_check, tuning
+from .testing import Case
+
+_MEBIBYTE = 2**20
+
+
+def candidates(row: tuning.Row) -> Iterator[tuning.Row]:
+    """The row itself and its neighbours: each block size halved, kept or doubled, other warps and stages."""
+    names = list(row.blocks)
+    sizes = [sorted({max(16, size // 2), size, size * 2}) for size in row.blocks.values()]
+    for blocks in itertools.product(*sizes):
+        for warps, stages in itertools.product((4, 8), (1, 2, 3)):
+            yield replace(row, blocks=dict(zip(names, blocks)), num_warps=warps, num_stages=stages)
+
+
+def passing(row: tuning.Row, sm: int, width: int, dtype: str) -> Iterator[tuning.Row]:
+    """The candidates of a row that compile on an architecture without spilling."""
+    for candidate in candidates(row):
+        results = list(static_check.check_row(candidate, sm, width, dtype))
+        if all(not r.problem and r.spill_stores + r.spill_loads <= 32 for r in results):
+            yield candidate
+
+
+def time_case(case: Case, dtype: torch.dtype, backward: bool, repeats: int = 20) -> float:
+    """Median milliseconds of an op on the current CUDA device, inputs rotated beyond the L2 cache."""
+    l2 = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+    size = max(1, case.batch * case.frames * case.width * torch.finfo(dtype).bits // 8)
+    sets = [case.inputs(dtype, "cuda", seed) for seed in range(min(8, 2 + 2 * l2 // size))]
+    for inputs in sets:
+        for value in inputs.values():
+            for tensor in value if isinstance(value, list) else [value]:
+                if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+                    tensor.requires_grad_(backward)
+    upstream = torch.randn_like(case.function()(**sets[0]))
+
+    def run(inputs: dict) -> float:
+        out = case.function()(**inputs)
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        if backward:
+            out.backward(upstream)
+        else:
+            case.function()(**inputs)
+        stop.record()
+        stop.synchronize()
+        return start.elapsed_time(stop)
+
+    for inputs in sets:
+        run(inputs)
+    return statistics.median(run(sets[i % len(sets)]) for i in range(repeats))
+
+
+def search(row: tuning.Row, width: int, dtype: str, batch: int, frames: int) -> tuning.Row:
+    """The fastest passing candidate of a row at one width on the current CUDA device."""
+    capability = torch.cuda.get_device_capability()
+    name = static_check.module_name(row.kernel)
+    case = Case(op=name, batch=batch, frames=frames, width=8 * width, side=width, adapter_dim=256, layers=12)
+    best, best_time = None, float("inf")
+    for candidate in passing(row, tuning.sm_of(capability), width, dtype):
+        with tuning.trial(candidate), ops.use_backend("triton"):
+            try:
+                elapsed = time_case(case, getattr(torch, _TORCH_TYPES[dtype]), "bwd" in row.kernel)
+            except RuntimeError as error:  # out of resources on this device: not a candidate here
+                print(f"  {candidate.blocks}: {str(error).splitlines()[0]}")
+                continue
+        print(f"  {elapsed:9.3f} ms  {candidate.blocks} {candidate.num_warps}w {candidate.num_stages}s")
+        if elapsed < best_time:
+            best, best_time = candidate, elapsed
+    if best is None:
+        return row
+    reason = f"{best_time:.3f} ms at batch {batch}, {frames} frames, {dtype}"
+    return replace(best, widths=(width, width), family="any", reason=reason)
+
+
+_TORCH_TYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def write_rows(rows: Sequence[tuning.Row]) -> Path:
+    """Merges rows into the current device's file, which is replaced in one step."""
+    name = torch.cuda.get_device_name()
+    path = tuning.device_file(name)
+    keys = {(row.kernel, row.widths) for row in rows}
+    kept = [row for row in tuning.device_rows(name) if (row.kernel, row.widths) not in keys]
+    content = {
+        "device": name,
+        "capability": list(torch.cuda.get_device_capability()),
+        "torch": torch.__version__,
+        "triton": metadata.version("triton"),
+        "date": datetime.date.today().isoformat(),
+        "rows": [asdict(row) for row in (*kept, *rows)],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
+        json.dump(content, file, indent=2)
+    os.replace(file.name, path)
+    tuning.device_rows.cache_clear()
+    return path
+
+
+def _rows(op: str | None, width: int | None, sm: int) -> list[tuple[tuning.Row, int]]:
+    """Rows and widths that the options ask for."""
+    found = []
+    for row in tuning.TABLE:
+        if op is None or static_check.module_name(row.kernel) == op:
+            widths = static_check.serving_widths(row, sm)
+            found += [(row, w) for w in widths if width is None or w == width]
+    return found
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m meft_kernels.tune", description=__doc__.split("\n")[0])
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--check", action="store_true", help="compile every row for every architecture")
+    mode.add_argument("--dry-run", action="store_true", help="list the candidates that pass statically")
+    parser.add_argument("--op", choices=static_check.MODULES, help="only this op (default: all)")
+    parser.add_argument("--width", type=int, help="only this side width (default: all that rows serve)")
+    parser.add_argument("--sm", type=int, choices=sorted(tuning.SHARED_MEMORY), help="only this architecture")
+    parser.add_argument("--dtype", choices=sorted(_TORCH_TYPES), default="bf16", help="default: bf16")
+    parser.add_argument("--batch", type=int, default=32, help="batch of the timed case (default: 32)")
+    parser.add_argument("--frames", type=int, default=1500, help="frames of the timed case (default: 1500)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit status."""
+    options = _parser().parse_args(argv)
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        print("meft_kernels.tune: triton is not installed (pip install triton)", file=sys.stderr)
+        return 1
+    if options.check:
+        return _check(options)
+    has_gpu = torch.cuda.is_available()
+    sm = options.sm or (tuning.sm_of(torch.cuda.get_device_capability()) if has_gpu else 90)
+    rows = _rows(options.op, options.width, sm)
+    if not rows:
+        print(f"meft_kernels.tune: no row serves op {options.op}, width {options.width}", file=sys.stderr)
+        return 1
+    if options.dry_run:
+        for row, width in rows:
+            good = list(passing(row, sm, width, options.dtype))
+            print(f"{row.kernel} width {width} sm_{sm}: {len(good)} candidates pass")
+            for candidate in good:
+                print(f"  {candidate.blocks} {candidate.num_warps} warps {candidate.num_stages} stages")
+        return 0
+    if not has_gpu:
+        print("meft_kernels.tune: a CUDA device is needed; --check and --dry-run do without", file=sys.stderr)
+        return 1
+    best = []
+    for row, width in rows:
+        print(f"{row.kernel} width {width}")
+        best.append(search(row, width, options.dtype, options.batch, options.frames))
+        print(f"wrote {write_rows(best)}")
+    return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    sms = (options.sm,) if options.sm else tuple(tuning.SHARED_MEMORY)
+    kernels = {row.kernel for row in tuning.TABLE}
+    if options.op:
+        kernels = {kernel for kernel in kernels if static_check.module_name(kernel) == options.op}
+    widths = None if options.width is None else (options.width,)
+    print(static_check.HEADER)
+    count, bad = 0, 0
+    for result in static_check.check_table(sms, kernels, widths, options.dtype):
+        print(static_check.line(result), flush=True)
+        count, bad = count + 1, bad + bool(result.problem)
+    print(f"{count} kernels compiled, {bad} with problems")
+    return 1 if bad or not count else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
