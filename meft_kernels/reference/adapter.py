@@ -73,7 +73,7 @@ def bottleneck_bwd(
     normed, rstd = standardize(x)
     affine = normed * norm_weight + norm_bias
     hidden = matmul(affine, weight_1.T, dtype) + bias_1
-    grad_hidden = matmul(grad, weight_2, dtype) * gelu_bwd(hidden)
+    grad_hidden = gelu_bwd(matmul(grad, weight_2, dtype), hidden)
     grad_weight_2 = matmul(grad.T, F.gelu(hidden), dtype)
     grad_affine = matmul(grad_hidden, weight_1, dtype)
     return (

@@ -1,7 +1,6 @@
 """Numerical pieces that every reference op shares: constants, precision rules, LayerNorm and GELU with their
 derivatives. Symbols: N rows (tokens), D backbone width, r side width."""
 
-import math
 from collections.abc import Iterator
 
 import torch
@@ -43,6 +42,12 @@ def matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return a.to(wide) @ b.to(wide)
 
 
+def _centre(x: Tensor) -> tuple[Tensor, Tensor]:
+    # Not var_mean: on a CPU its Welford update costs several times these vectorised passes.
+    mean = x.mean(-1, keepdim=True)
+    return x - mean, mean
+
+
 def row_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and reciprocal standard deviation over the last axis, ``(..., D) -> (...), (...)``, in the
     accumulation type. The variance is biased and computed around the mean."""
@@ -51,16 +56,17 @@ def row_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     mean = torch.empty(rows.shape[0], dtype=wide, device=x.device)
     rstd = torch.empty_like(mean)
     for block in row_blocks(rows.shape[0], rows.shape[1], x.device):
-        var, mean[block] = torch.var_mean(rows[block].to(wide), dim=-1, correction=0)
-        rstd[block] = torch.rsqrt(var + NORM_EPS)
+        centred, block_mean = _centre(rows[block].to(wide))
+        mean[block] = block_mean.squeeze(-1)
+        rstd[block] = torch.rsqrt(centred.square().mean(-1) + NORM_EPS)
     return mean.view(x.shape[:-1]), rstd.view(x.shape[:-1])
 
 
 def standardize(x: Tensor) -> tuple[Tensor, Tensor]:
     """``(x - mean) * rstd`` over the last axis and ``rstd`` (..., 1): LayerNorm without its affine part."""
-    var, mean = torch.var_mean(x, dim=-1, correction=0, keepdim=True)
-    rstd = torch.rsqrt(var + NORM_EPS)
-    return (x - mean) * rstd, rstd
+    centred, _ = _centre(x)
+    rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + NORM_EPS)
+    return centred * rstd, rstd
 
 
 def standardize_bwd(grad: Tensor, normed: Tensor, rstd: Tensor) -> Tensor:
@@ -69,10 +75,9 @@ def standardize_bwd(grad: Tensor, normed: Tensor, rstd: Tensor) -> Tensor:
     return rstd * (grad - mean_grad - normed * (grad * normed).mean(-1, keepdim=True))
 
 
-def gelu_bwd(x: Tensor) -> Tensor:
-    """Derivative of the exact GELU: Phi(x) + x * phi(x)."""
-    cdf = 0.5 * (1 + torch.erf(x * math.sqrt(0.5)))
-    return cdf + x * torch.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
+def gelu_bwd(grad: Tensor, x: Tensor) -> Tensor:
+    """Gradient of the exact GELU: g * (Phi(x) + x * phi(x)), in one pass."""
+    return torch.ops.aten.gelu_backward(grad, x)
 
 
 def frame_mask(lengths: Tensor, frames: int) -> Tensor:
