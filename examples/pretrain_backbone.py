@@ -16,9 +16,11 @@ import argparse
 import copy
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import soxr
 import torch
 from safetensors.torch import save_file
 from torch import nn
@@ -33,6 +35,7 @@ from whisper_meft.speech import (
     TRAIN_SPEAKERS,
     Manner,
     Synthesiser,
+    Utterance,
     cut,
     degrade,
     manners,
@@ -68,16 +71,24 @@ class Corpus:
         self.engine, self.extractor = engine, extractor
 
     def draw(
-        self, voices: tuple[str, ...], source, clips: int, rng: np.random.Generator, note: str
+        self,
+        voices: tuple[str, ...],
+        source: Iterator[Manner],
+        clips: int,
+        rng: np.random.Generator,
+        note: str,
+        warped: bool = False,
     ) -> tuple[torch.Tensor, list[list[str]]]:
         """(clips, 80, 200) float16 log-mel features and, for each clip, 100 phoneme names."""
         audio, names, features = [], [], []
         for i, manner in zip(tqdm(range(clips), desc=note, unit="clip"), source):
-            voice = voices[i % len(voices)]
+            voice = voices[rng.integers(len(voices))]
             text = manner.sentence if voice in ENGLISH else made_up_words(rng)
             spoken = self.engine.speak(
                 text, voice, manner.speaker, manner.rate, manner.pitch, manner.pitch_range
             )
+            if warped:
+                spoken = stretch(spoken, rng.uniform(0.85, 1.15))
             # every fifth clip is shorter, so that the encoder has seen padding
             clip, start = cut(spoken, SECONDS if i % 5 else rng.uniform(0.8, SECONDS), rng)
             audio.append(degrade(clip, rng, (12.0, 30.0)))
@@ -88,6 +99,12 @@ class Corpus:
                 features.append(batch["input_features"].half())
                 audio = []
         return torch.cat(features), names
+
+
+def stretch(spoken: Utterance, factor: float) -> Utterance:
+    """The utterance in 1/factor of its time, with resonances and pitch times ``factor``: another speaker."""
+    audio = soxr.resample(spoken.audio, SAMPLING_RATE * factor, SAMPLING_RATE)
+    return Utterance(audio, [(name, time / factor) for name, time in spoken.phonemes])
 
 
 def inventory(names: list[list[str]], least: int) -> list[str]:
@@ -216,9 +233,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--clips", type=int, default=8000, help="training clips of 2 s")
+    parser.add_argument("--clips", type=int, default=14000, help="training clips of 2 s")
     parser.add_argument("--held_out_clips", type=int, default=480)
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -232,7 +249,7 @@ def main() -> None:
     with Synthesiser() as engine:
         corpus = Corpus(engine, extractor)
         both = [voice for pair in zip(ENGLISH * 2, OTHERS) for voice in pair]
-        features, names = corpus.draw(tuple(both), stream, options.clips, rng, "training clips")
+        features, names = corpus.draw(tuple(both), stream, options.clips, rng, "training clips", warped=True)
         phonemes = inventory(names, least=len(names) * 100 // 20_000)
         held_out = {}
         for part, voices in (
@@ -260,7 +277,7 @@ def main() -> None:
     save(options.output_dir, model, head, phonemes, extractor, report)
 
 
-def with_speakers(stream, speakers):
+def with_speakers(stream: Iterator[Manner], speakers: tuple[str, ...]) -> Iterator[Manner]:
     """The same stream of manners, spoken by others."""
     for i, manner in enumerate(stream):
         yield Manner(
