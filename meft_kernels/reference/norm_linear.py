@@ -49,8 +49,9 @@ def project_bwd(
     grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, need_x: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of ``project`` for weight, bias and, on request, x; ``grad`` (N, r)."""
-    scaled = rstd[:, None] * grad
-    grad_weight = matmul(scaled.T, x, x.dtype) - (scaled * mean[:, None]).sum(0)[:, None]
+    # Rounded before both terms, since the product may take it rounded: a large mean then still cancels.
+    scaled = (rstd[:, None] * grad).to(x.dtype)
+    grad_weight = matmul(scaled.T, x, x.dtype) - (scaled.to(grad.dtype) * mean[:, None]).sum(0)[:, None]
     grad_x = None
     if need_x:
         normed = (x.to(grad.dtype) - mean[:, None]) * rstd[:, None]
