@@ -119,6 +119,28 @@ _RELU_ATTENTION: tuple[Row, ...] = ()
 
 # --- gated_down, guidance, gated_up -------------------------------------------------------------------------
 
-_SHERL: tuple[Row, ...] = ()
+_SHERL: tuple[Row, ...] = (
+    Row(
+        "guidance_fwd",
+        (1, 1280),
+        {"BLOCK_T": 4, "BLOCK_D": 32},
+        num_warps=4,
+        num_stages=2,
+        reason="one frame per warp, since the batched products are split over warps by frame alone; 45-72"
+        " registers at K = 10, 72-128 at K = 30, no spill, 4-10 KB, 128-bit copies through the pointer tuple",
+        mma="hmma",
+    ),
+    Row(
+        "guidance_bwd",
+        (1, 1280),
+        {"BLOCK_T": 4, "BLOCK_D": 16, "GROUPS": 16},
+        num_warps=4,
+        num_stages=2,
+        reason="chunks of 32 take 189 registers (2 blocks per SM), of 16 118 (4 blocks) and pad 48, 80 and 160"
+        " nowhere; 252 at K = 30, no spill up to width 320; 64 frames per program keep the partial sums of the"
+        " weight at 1/2800 of what is read at K = 10",
+        mma="hmma",
+    ),
+)
 
 TABLE: tuple[Row, ...] = (*_LADDER, *_RELU_ATTENTION, *_SHERL)

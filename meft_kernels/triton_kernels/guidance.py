@@ -1,0 +1,297 @@
+"""SHERL's redundancy-guided merge of the shallow layers in one pass over the frames; see
+``reference.guidance`` for the maths.
+
+A program takes one frame per warp and one slot per shallow layer. A first sweep over the width gathers
+every sum over it: the Gram matrix of the layers, the logits and, backward, their products with the upstream
+gradient. What remains is a (SLOTS, SLOTS) problem per frame in registers; a second sweep, whose reads hit the
+cache, writes the width again. The features come as a tuple of pointers, so that nothing is stacked: a stack
+would cost a copy of all of them and 2 * (K + 1) * N * r * 2 bytes of traffic in half precision, about as much
+as the forward itself reads.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import tuning
+from ..reference import guidance as reference
+from ..reference.common import GUIDANCE_EPS
+from .host import POINTERS, TORCH_TYPES, aligned, compile_arguments, on_device, row_for
+
+MAX_SLOTS = 32  # shallow layers, one slot each; more go to the reference
+
+# Rows are frames of all utterances; K shallow layers, deep last; D is the side width r of the other files.
+
+
+@triton.jit
+def _relu(x):
+    return tl.where(x <= 0, 0.0, x)  # unlike tl.maximum on a GPU this keeps NaN
+
+
+@triton.jit
+def _addresses(tensors, slot, SLOTS: tl.constexpr):
+    """The tuple's pointers as a vector (SLOTS,), null beyond its end."""
+    addresses = tl.zeros([SLOTS], tl.int64)
+    for i in tl.static_range(len(tensors)):
+        addresses = tl.where(slot == i, tensors[i].to(tl.int64), addresses)
+    return addresses
+
+
+@triton.jit
+def _merge_weights(gram, logits, SLOTS: tl.constexpr, EPS: tl.constexpr):
+    """alpha, e, 1/rho (0 where rho is), sum of e plus epsilon, cosines and norms.
+
+    gram: (BLOCK_T, SLOTS, SLOTS). logits: (BLOCK_T, SLOTS). An empty slot has a zero vector, so rho = 0
+    and e = 0.
+    """
+    slot = tl.arange(0, SLOTS)
+    diagonal = (slot[:, None] == slot[None, :])[None, :, :]
+    norm = tl.sqrt(tl.sum(tl.where(diagonal, gram, 0.0), 2))
+    scale = norm + EPS
+    cosine = gram / (scale[:, :, None] * scale[:, None, :])
+    redundancy = tl.sum(_relu(cosine), 2)
+    dead = redundancy == 0
+    inverse = tl.where(dead, 0.0, 1.0 / tl.where(dead, 1.0, redundancy))
+    scores = _relu(logits) * inverse
+    total = tl.sum(scores, 1) + EPS
+    return scores / total[:, None], scores, inverse, total, cosine, norm
+
+
+@triton.jit(do_not_specialize=["rows"])
+def guidance_fwd_kernel(
+    shallow,  # K pointers to (rows, D)
+    deep_ptr,  # (rows, D)
+    weight_ptr,  # (D,)
+    bias_ptr,  # (1,)
+    out_ptr,  # (rows, D)
+    rows,
+    D: tl.constexpr,
+    SLOTS: tl.constexpr,  # K rounded up to a power of two, at least 16
+    EPS: tl.constexpr,
+    PRECISION: tl.constexpr,  # of the Gram matrix
+    BLOCK_T: tl.constexpr,  # frames
+    BLOCK_D: tl.constexpr,
+):
+    # alpha_j = e_j / (sum_k e_k + eps);  out = sum_j alpha_j x_j + q
+    K: tl.constexpr = len(shallow)
+    pointer: tl.constexpr = deep_ptr.dtype
+    row = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    slot = tl.arange(0, SLOTS)
+    column = tl.arange(0, BLOCK_D)
+    addresses = _addresses(shallow, slot, SLOTS)
+    sources = tl.multiple_of(addresses.to(pointer), 16)[None, :, None]
+    used = (row < rows)[:, None, None] & (slot < K)[None, :, None]
+    gram = tl.zeros([BLOCK_T, SLOTS, SLOTS], tl.float32)
+    logits = tl.zeros([BLOCK_T, SLOTS], tl.float32) + tl.load(bias_ptr).to(tl.float32)
+    for start in tl.range(0, D, BLOCK_D):
+        d = start + column
+        inside = (row < rows)[:, None] & (d < D)[None, :]
+        offset = row[:, None] * D + d[None, :]
+        x = tl.load(sources + offset[:, None, :], mask=used & (d < D)[None, None, :], other=0.0)
+        q = tl.load(deep_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+        w = tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)
+        gram = tl.dot(x, tl.permute(x, 0, 2, 1), gram, input_precision=PRECISION)
+        logits += tl.sum(x.to(tl.float32) * (w[None, :] * q)[:, None, :], 2)
+    alpha, scores, inverse, total, cosine, norm = _merge_weights(gram, logits, SLOTS, EPS)
+    for start in tl.range(0, D, BLOCK_D):
+        d = start + column
+        inside = (row < rows)[:, None] & (d < D)[None, :]
+        offset = row[:, None] * D + d[None, :]
+        x = tl.load(sources + offset[:, None, :], mask=used & (d < D)[None, None, :], other=0.0)
+        q = tl.load(deep_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+        out = tl.sum(alpha[:, :, None] * x.to(tl.float32), 1) + q
+        tl.store(out_ptr + offset, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def guidance_bwd_kernel(
+    shallow,  # K pointers to (rows, D)
+    grad_shallow,  # K pointers to (rows, D)
+    deep_ptr,  # (rows, D)
+    grad_deep_ptr,  # (rows, D)
+    grad_ptr,  # (rows, D)
+    weight_ptr,  # (D,)
+    bias_ptr,  # (1,)
+    weight_part_ptr,  # (programs, D) fp32
+    bias_part_ptr,  # (programs, SLOTS) fp32
+    rows,
+    D: tl.constexpr,
+    CHUNKS: tl.constexpr,  # ceil(D / BLOCK_D) rounded up to a power of two
+    SLOTS: tl.constexpr,
+    EPS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    MIX_PRECISION: tl.constexpr,  # of mixing (fp32) times features
+    BLOCK_T: tl.constexpr,  # frames
+    BLOCK_D: tl.constexpr,
+    GROUPS: tl.constexpr,  # tiles of frames per program
+):
+    # dx_i = alpha_i dA + dt_i w * q + sum_j M_ij x_j;  dq = dA + w * sum_i dt_i x_i
+    K: tl.constexpr = len(shallow)
+    pointer: tl.constexpr = deep_ptr.dtype
+    slot = tl.arange(0, SLOTS)
+    column = tl.arange(0, BLOCK_D)
+    chunk = tl.arange(0, CHUNKS)
+    addresses = _addresses(shallow, slot, SLOTS)
+    sources = tl.multiple_of(addresses.to(pointer), 16)[None, :, None]
+    addresses = _addresses(grad_shallow, slot, SLOTS)
+    targets = tl.multiple_of(addresses.to(pointer), 16)[None, :, None]
+    diagonal = (slot[:, None] == slot[None, :])[None, :, :]
+    bias = tl.load(bias_ptr).to(tl.float32)
+    weight_sum = tl.zeros([CHUNKS, BLOCK_D], tl.float32)
+    bias_sum = tl.zeros([BLOCK_T, SLOTS], tl.float32)
+    for group in tl.range(0, GROUPS):
+        row = (tl.program_id(0).to(tl.int64) * GROUPS + group) * BLOCK_T + tl.arange(0, BLOCK_T)
+        used = (row < rows)[:, None, None] & (slot < K)[None, :, None]
+        gram = tl.zeros([BLOCK_T, SLOTS, SLOTS], tl.float32)
+        logits = tl.zeros([BLOCK_T, SLOTS], tl.float32) + bias
+        grad_alpha = tl.zeros([BLOCK_T, SLOTS], tl.float32)
+        for start in tl.range(0, D, BLOCK_D):
+            d = start + column
+            inside = (row < rows)[:, None] & (d < D)[None, :]
+            offset = row[:, None] * D + d[None, :]
+            x = tl.load(sources + offset[:, None, :], mask=used & (d < D)[None, None, :], other=0.0)
+            q = tl.load(deep_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+            g = tl.load(grad_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+            w = tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)
+            gram = tl.dot(x, tl.permute(x, 0, 2, 1), gram, input_precision=PRECISION)
+            wide = x.to(tl.float32)
+            logits += tl.sum(wide * (w[None, :] * q)[:, None, :], 2)
+            grad_alpha += tl.sum(wide * g[:, None, :], 2)
+        alpha, scores, inverse, total, cosine, norm = _merge_weights(gram, logits, SLOTS, EPS)
+        grad_scores = (grad_alpha - tl.sum(alpha * grad_alpha, 1)[:, None]) / total[:, None]
+        grad_logits = grad_scores * inverse * (scores > 0).to(tl.float32)
+        grad_redundancy = -grad_scores * scores * inverse
+        pull = grad_redundancy[:, :, None] + grad_redundancy[:, None, :]
+        pull = pull * (cosine > 0).to(tl.float32)
+        scale = norm + EPS
+        mixing = pull / (scale[:, :, None] * scale[:, None, :])
+        still = norm == 0
+        length = tl.sum(pull * cosine, 2) / tl.where(still, 1.0, norm * scale)
+        mixing = tl.where(diagonal, mixing - tl.where(still, 0.0, length)[:, :, None], mixing)
+        bias_sum += tl.where((row < rows)[:, None], grad_logits, 0.0)
+        for start in tl.range(0, D, BLOCK_D):
+            d = start + column
+            inside = (row < rows)[:, None] & (d < D)[None, :]
+            offset = row[:, None] * D + d[None, :]
+            stored = used & (d < D)[None, None, :]
+            x = tl.load(sources + offset[:, None, :], mask=stored, other=0.0).to(tl.float32)
+            q = tl.load(deep_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+            g = tl.load(grad_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+            w = tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)
+            grad_x = (
+                alpha[:, :, None] * g[:, None, :] + grad_logits[:, :, None] * (w[None, :] * q)[:, None, :]
+            )
+            grad_x = tl.dot(mixing, x, grad_x, input_precision=MIX_PRECISION)
+            tl.store(targets + offset[:, None, :], grad_x.to(deep_ptr.dtype.element_ty), mask=stored)
+            weighted = tl.sum(grad_logits[:, :, None] * x, 1)
+            grad_q = g + w[None, :] * weighted
+            tl.store(grad_deep_ptr + offset, grad_q.to(deep_ptr.dtype.element_ty), mask=inside)
+            part = tl.sum(weighted * q, 0)
+            weight_sum += tl.where((chunk == start // BLOCK_D)[:, None], part[None, :], 0.0)
+    program = tl.program_id(0).to(tl.int64)
+    d = chunk[:, None] * BLOCK_D + column[None, :]
+    tl.store(weight_part_ptr + program * D + d, weight_sum, mask=d < D)
+    tl.store(bias_part_ptr + program * SLOTS + slot, tl.sum(bias_sum, 0))
+
+
+def _slots(layers: int) -> int:
+    return max(16, triton.next_power_of_2(layers))  # tl.dot needs 16
+
+
+def _constants(row: tuning.Row, dtype: torch.dtype, width: int, layers: int) -> dict:
+    """The constexpr arguments of a row's kernel for K ``layers``."""
+    wide = dtype == torch.float32
+    constants = {"D": width, "SLOTS": _slots(layers), "EPS": GUIDANCE_EPS, "PRECISION": "ieee", **row.blocks}
+    if row.kernel == "guidance_bwd":
+        chunks = triton.cdiv(width, row.blocks["BLOCK_D"])
+        constants["CHUNKS"] = triton.next_power_of_2(chunks)
+        # Mixing is fp32 and its row sums cancel where layers are alike: half precision would lose them, and
+        # overflow in fp16 for short vectors. Three tf32 products keep 21 bits on the tensor cores.
+        constants["MIX_PRECISION"] = "ieee" if wide else "tf32x3"
+    return constants
+
+
+def forward(weight: Tensor, bias: Tensor, features: list[Tensor]) -> Tensor:
+    """weight (1, r), bias (1,), K + 1 features (..., r) -> (..., r) in the features' type."""
+    last, layers = features[-1], len(features) - 1
+    if layers == 0:
+        return last.clone()
+    width = last.shape[-1]
+    row = row_for("guidance_fwd", last, width)
+    if row is None or layers > MAX_SLOTS:
+        return reference.forward(weight, bias, features)
+    *shallow, deep = (aligned(feature, width) for feature in features)
+    out = torch.empty_like(deep)
+    if out.numel():
+        with on_device(deep):
+            guidance_fwd_kernel[(triton.cdiv(deep.shape[0], row.blocks["BLOCK_T"]),)](
+                tuple(shallow),
+                deep,
+                weight.contiguous(),
+                bias,
+                out,
+                deep.shape[0],
+                **_constants(row, deep.dtype, width, layers),
+                num_warps=row.num_warps,
+                num_stages=row.num_stages,
+            )
+    return out.view(last.shape)
+
+
+def backward(grad: Tensor, weight: Tensor, bias: Tensor, features: list[Tensor]) -> list[Tensor]:
+    """Gradients of weight, bias and of each feature."""
+    last, layers = features[-1], len(features) - 1
+    width = last.shape[-1]
+    row = row_for("guidance_bwd", last, width)
+    if layers == 0 or layers > MAX_SLOTS or row is None:
+        return reference.backward(grad, weight, bias, features)
+    *shallow, deep = (aligned(feature, width) for feature in features)
+    grad = aligned(grad, width)
+    *grad_shallow, grad_deep = (torch.empty_like(deep) for _ in features)
+    programs = triton.cdiv(deep.shape[0], row.blocks["BLOCK_T"] * row.blocks["GROUPS"])
+    weight_parts = torch.empty(programs, width, dtype=torch.float32, device=deep.device)
+    bias_parts = torch.empty(programs, _slots(layers), dtype=torch.float32, device=deep.device)
+    if deep.numel():
+        with on_device(deep):
+            guidance_bwd_kernel[(programs,)](
+                tuple(shallow),
+                tuple(grad_shallow),
+                deep,
+                grad_deep,
+                grad,
+                weight.contiguous(),
+                bias,
+                weight_parts,
+                bias_parts,
+                deep.shape[0],
+                **_constants(row, deep.dtype, width, layers),
+                num_warps=row.num_warps,
+                num_stages=row.num_stages,
+            )
+    return [
+        weight_parts.sum(0)[None].to(weight.dtype),
+        bias_parts.sum().reshape(bias.shape).to(bias.dtype),
+        *(gradient.view(last.shape) for gradient in (*grad_shallow, grad_deep)),
+    ]
+
+
+def static_launches(row: tuning.Row, dtype: str, width: int) -> Iterator[tuple]:
+    """The row's kernel at the layer counts of whisper-small (K = 10) and whisper-large (K = 30): function,
+    signature, constexprs and attributes, as ``triton.compile`` takes them."""
+    kind = POINTERS[dtype]
+    for layers in (10, 30):
+        constants = _constants(row, TORCH_TYPES[dtype], width, layers)
+        if row.kernel == "guidance_fwd":
+            function, names = guidance_fwd_kernel, {"shallow": (kind,) * layers}
+            names |= {"deep_ptr": kind, "weight_ptr": "*fp32", "bias_ptr": "*fp32", "out_ptr": kind}
+        else:
+            function, names = (
+                guidance_bwd_kernel,
+                dict.fromkeys(("shallow", "grad_shallow"), (kind,) * layers),
+            )
+            names |= dict.fromkeys(("deep_ptr", "grad_deep_ptr", "grad_ptr"), kind)
+            names |= dict.fromkeys(("weight_ptr", "bias_ptr", "weight_part_ptr", "bias_part_ptr"), "*fp32")
+        yield compile_arguments(function, {**names, "rows": "i32"}, constants)

@@ -1,0 +1,63 @@
+"""What launchers share on the host: choosing a row, guarding the device, and products over all frames."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import triton
+from torch import Tensor
+
+from .. import tuning
+from ..reference.common import matmul
+
+# Triton's and torch's words for the activation types.
+POINTERS = {"fp16": "*fp16", "bf16": "*bf16", "fp32": "*fp32"}
+TORCH_TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def row_for(kernel: str, x: Tensor, width: int) -> tuning.Row | None:
+    """The table's row for a kernel at a width on the device of x, or None where the reference has to serve:
+    in float64, and at widths that no row covers."""
+    if x.dtype == torch.float64:
+        return None
+    return tuning.choose(kernel, width, torch.cuda.get_device_capability(x.device) if x.is_cuda else None)
+
+
+def on_device(x: Tensor) -> AbstractContextManager:
+    """Makes the device of x current, since Triton launches on the current one. No effect off CUDA."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def aligned(x: Tensor, width: int) -> Tensor:
+    """x as contiguous rows (N, width) that start at a multiple of 16 bytes, for the widest loads."""
+    rows = x.reshape(-1, width).contiguous()
+    return rows if rows.data_ptr() % 16 == 0 else rows.clone()
+
+
+def split_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """``a.T @ b`` in fp32 for rows a (N, m) and b (N, n): a weight gradient.
+
+    The sum over N is long and the result small, so it is cut into groups of rows whose partial products fill
+    the GPU and are then added up in a fixed order. The group grows with the result, so that the partials
+    take about N / 1024 * 64 KB whatever m and n are.
+    """
+    size = 1024 * triton.cdiv(a.shape[1], 128) * triton.cdiv(b.shape[1], 128)
+    whole = a.shape[0] // size * size
+    rest = matmul(a[whole:].T, b[whole:], dtype)
+    if whole == 0:
+        return rest
+    parts = matmul(a[:whole].view(-1, size, a.shape[1]).mT, b[:whole].view(-1, size, b.shape[1]), dtype)
+    return parts.sum(0).add_(rest)
+
+
+def compile_arguments(function, types: dict, constants: dict) -> tuple:
+    """(function, signature, constexprs, attributes) for ``triton.compile``: every pointer at a multiple of 16
+    bytes, as in a launch."""
+    signature = {**types, **dict.fromkeys(constants, "constexpr")}
+    constexprs = {(function.arg_names.index(name),): value for name, value in constants.items()}
+    attributes = {}
+    for name, kind in types.items():
+        index = function.arg_names.index(name)
+        paths = [(index, i) for i in range(len(kind))] if isinstance(kind, tuple) else [(index,)]
+        if "*" in kind[0]:
+            attributes |= {path: [["tt.divisibility", 16]] for path in paths}
+    return function, {name: signature[name] for name in function.arg_names}, constexprs, attributes
