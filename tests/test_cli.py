@@ -152,6 +152,13 @@ FINE = ["train", "--model_name_or_path", BACKBONE, "--train_data", TRAIN, "--out
         ),
         (["predict", MODEL, TEST, "--output", "{work}/file/out.csv"], 1, "cannot write {work}/file/out.csv"),
         (["predict", MODEL, TEST, "--batch_size", "0"], 2, "--batch_size must be at least 1"),
+        (["convert", MODEL, "{work}/new"], 1, "is a saved model of this library already"),
+        (["convert", "{work}/nowhere", "{work}/new"], 1, "there is no folder {work}/nowhere"),
+        (["convert", BACKBONE, TEST], 1, "test is not empty"),
+        (["convert", BACKBONE, "{work}/new"], 1, "backbone should hold the tensors of one side network"),
+        (["convert", MODEL, "{work}/new", "--to_published", "--method", "lst"], 2, "cannot be given with"),
+        (["demo", "--seed", "zero"], 2, "--seed: invalid int value: 'zero'"),
+        (["demo", "--output_dir", "{work}/file"], 1, "{work}/file"),
         (["train", "{work}/none.json"], 1, "cannot read {work}/none.json"),
         (["train", "{work}/broken.json"], 1, "broken.json is not valid JSON"),
         (["train", "{work}/list.json"], 1, "list.json must hold one JSON object"),
@@ -412,3 +419,24 @@ def test_predictions_do_not_depend_on_the_batch(work, tmp_path, capsys):
         assert one["file"] == other["file"]
         for label, p in one["probabilities"].items():
             assert other["probabilities"][label] == pytest.approx(p, abs=1e-5)
+
+
+# --- convert ----------------------------------------------------------------------------------------------
+
+
+def test_convert_goes_to_the_published_form_and_back(work, tmp_path, capsys):
+    status, _, err = run_main(capsys, "convert", work / "model", tmp_path / "published", "--to_published")
+    assert status == 0, err
+    status, out, err = run_main(
+        capsys, "convert", tmp_path / "published", tmp_path / "back", "--method", "lst"
+    )
+    assert status == 0, err
+    assert "LST, reduction factor 2, adapter width 256, classes high, low, middle" in out
+    answers = []
+    for model in (work / "model", tmp_path / "back"):
+        assert run_main(capsys, "predict", model, work / "test", "--output", tmp_path / "out.json")[0] == 0
+        answers.append(json.loads((tmp_path / "out.json").read_text()))
+    for one, other in zip(*answers, strict=True):
+        assert other["probabilities"] == pytest.approx(one["probabilities"], abs=1e-5)
+    status, _, err = run_main(capsys, "convert", tmp_path / "published", tmp_path / "x", "--method", "sherl")
+    assert status == 1 and "holds a lst side network, not sherl" in err

@@ -23,6 +23,9 @@ class UsageError(UserError):
     exit_status = 2
 
 
+_LONG = 60  # characters of a list of choices that still fit beside the option
+
+
 class HelpFormatter(argparse.HelpFormatter):
     """Shows one spelling of each option and its default where there is one worth showing."""
 
@@ -42,11 +45,14 @@ class HelpFormatter(argparse.HelpFormatter):
 
     def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
         if action.choices is not None:
-            return "{" + ",".join(map(str, action.choices)) + "}"
+            choices = ",".join(map(str, action.choices))
+            return "{" + choices + "}" if len(choices) <= _LONG else "NAME"
         return super()._format_args(action, action.metavar or self._get_default_metavar_for_optional(action))
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
+        if action.choices is not None and len(",".join(map(str, action.choices))) > _LONG:
+            text += " One of " + ", ".join(map(str, action.choices)) + "."
         shown = action.default not in (None, False, "", argparse.SUPPRESS) and action.option_strings
         if shown and action.nargs != 0 and "default" not in text:
             text += " (default: %(default)s)"

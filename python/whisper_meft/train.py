@@ -495,8 +495,8 @@ def make_parser(all_options: bool = False) -> Parser:
     parser = Parser(
         "train",
         (ModelArguments, MethodArguments, TrainDataArguments, TrainArguments),
-        usage="--model_name_or_path NAME_OR_DIR --train_data PATH_OR_NAME --output_dir DIR [options]\n"
-        "       whisper-meft train CONFIG.json [options]",
+        usage="--model_name_or_path NAME_OR_DIR --train_data PATH_OR_NAME --output_dir DIR ...\n"
+        "       whisper-meft train CONFIG.json ...",
         description="Trains a side network and a classification head on a frozen Whisper encoder.",
     )
     parser.add_argument(
