@@ -53,7 +53,8 @@ class HelpFormatter(argparse.HelpFormatter):
         text = action.help or ""
         if action.choices is not None and len(",".join(map(str, action.choices))) > _LONG:
             text += " One of " + ", ".join(map(str, action.choices)) + "."
-        shown = action.default not in (None, False, "", argparse.SUPPRESS) and action.option_strings
+        hidden = (None, False, "", argparse.SUPPRESS)
+        shown = action.option_strings and not any(action.default is value for value in hidden)
         if shown and action.nargs != 0 and "default" not in text:
             text += " (default: %(default)s)"
         return text
