@@ -14,6 +14,9 @@ POINTERS = {"fp16": "*fp16", "bf16": "*bf16", "fp32": "*fp32"}
 TORCH_TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
+GROUP_ROWS = 1024  # of split_product, for results of up to 128 x 128
+
+
 def row_for(kernel: str, x: Tensor, width: int) -> tuning.Row | None:
     """The table's row for a kernel at a width on the device of x, or None where the reference has to serve:
     in float64, and at widths that no row covers."""
@@ -38,9 +41,9 @@ def split_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
     The sum over N is long and the result small, so it is cut into groups of rows whose partial products fill
     the GPU and are then added up in a fixed order. The group grows with the result, so that the partials
-    take about N / 1024 * 64 KB whatever m and n are.
+    take about N / GROUP_ROWS * 64 KB whatever m and n are.
     """
-    size = 1024 * triton.cdiv(a.shape[1], 128) * triton.cdiv(b.shape[1], 128)
+    size = GROUP_ROWS * triton.cdiv(a.shape[1], 128) * triton.cdiv(b.shape[1], 128)
     whole = a.shape[0] // size * size
     rest = matmul(a[whole:].T, b[whole:], dtype)
     if whole == 0:

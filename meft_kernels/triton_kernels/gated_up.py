@@ -1,0 +1,214 @@
+"""SHERL's way back to the backbone's width; see ``reference.gated_up`` for the maths.
+
+The inner width r is small, so that the product costs less than moving its fp32 result of the backbone's width
+would: it is computed here, with ReLU on the way in and bias and gated residual on the way out, and each
+large tensor crosses the memory bus once. Backward, one kernel reads the upstream gradient and h once for dy,
+the bias, the gate and, on request, dh; the weight's gradient is a product with the frames split in groups
+(``host.split_product``).
+"""
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import tuning
+from ..reference import gated_up as reference
+from ..reference.common import GATE_TEMPERATURE
+from .host import POINTERS, aligned, compile_arguments, on_device, row_for, split_product
+
+# Rows are frames of all utterances, R the side width, D the backbone's. Programs count column tiles first.
+
+
+@triton.jit
+def _relu(x):
+    return tl.where(x <= 0, 0.0, x)  # unlike tl.maximum on a GPU this keeps NaN
+
+
+@triton.jit(do_not_specialize=["rows"])
+def gated_up_fwd_kernel(
+    x_ptr,  # (rows, D)
+    y_ptr,  # (rows, R)
+    weight_ptr,  # (D, R), in the type of x
+    bias_ptr,  # (D,)
+    keep_ptr,  # (1,) fp32: tanh(gate / temperature)
+    out_ptr,  # (rows, D)
+    rows,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # out = W relu(y) + b + keep * h
+    tiles: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N
+    row = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    out = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in tl.range(0, R, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        inside = (row < rows)[:, None] & (k < R)[None, :]
+        y = tl.load(y_ptr + row[:, None] * R + k[None, :], mask=inside, other=0.0)
+        inside = (k < R)[:, None] & (column < D)[None, :]
+        weight = tl.load(weight_ptr + column[None, :] * R + k[:, None], mask=inside, other=0.0)
+        out = tl.dot(_relu(y).to(weight.dtype), weight, out, input_precision=PRECISION)
+    inside = (row < rows)[:, None] & (column < D)[None, :]
+    # Rows times D may pass 2^31.
+    offset = row[:, None] * D + column[None, :]
+    x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + column, mask=column < D, other=0.0).to(tl.float32)
+    out += bias[None, :] + tl.load(keep_ptr) * x
+    tl.store(out_ptr + offset, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def gated_up_bwd_kernel(
+    grad_ptr,  # (rows, D)
+    x_ptr,  # (rows, D)
+    y_ptr,  # (rows, R)
+    weight_ptr,  # (D, R), in the type of x
+    keep_ptr,  # (1,) fp32
+    grad_x_ptr,  # (rows, D), only written if NEED_X
+    grad_y_ptr,  # (rows, R)
+    active_ptr,  # (rows, R): relu(y), for the weight's gradient
+    bias_part_ptr,  # (row tiles, D) fp32: partial sums of grad
+    gate_part_ptr,  # (row tiles, BLOCK_M) fp32: sums of grad * x over each row
+    rows,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    NEED_X: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # dy = (dout W) * 1[y > 0];  db = sum dout;  dgate ~ sum dout * h;  dh = keep * dout
+    tiles: tl.constexpr = (R + BLOCK_N - 1) // BLOCK_N
+    tile = (tl.program_id(0) // tiles).to(tl.int64)
+    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    # Of the programs on these rows the first one does the sums and dh: for the others the width is 0.
+    width = tl.where(tl.program_id(0) % tiles == 0, D, 0)
+    keep = tl.load(keep_ptr)
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    gate_sum = tl.zeros([BLOCK_M], tl.float32)
+    for start in tl.range(0, D, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        inside = (row < rows)[:, None] & (k < D)[None, :]
+        summed = (row < rows)[:, None] & (k < width)[None, :]
+        offset = row[:, None] * D + k[None, :]
+        grad = tl.load(grad_ptr + offset, mask=inside, other=0.0)
+        x = tl.load(x_ptr + offset, mask=summed, other=0.0).to(tl.float32)
+        within = (k < D)[:, None] & (column < R)[None, :]
+        weight = tl.load(weight_ptr + k[:, None] * R + column[None, :], mask=within, other=0.0)
+        total = tl.dot(grad, weight, total, input_precision=PRECISION)
+        wide = grad.to(tl.float32)
+        gate_sum += tl.sum(wide * x, 1)
+        tl.store(bias_part_ptr + tile * D + k, tl.sum(wide, 0), mask=k < width)
+        if NEED_X:
+            grad_x = (keep * wide).to(grad_x_ptr.dtype.element_ty)
+            tl.store(grad_x_ptr + offset, grad_x, mask=summed)
+    lane = tl.arange(0, BLOCK_M)
+    tl.store(gate_part_ptr + tile * BLOCK_M + lane, gate_sum, mask=lane < width * BLOCK_M)  # all or none
+    inside = (row < rows)[:, None] & (column < R)[None, :]
+    offset = row[:, None] * R + column[None, :]
+    y = tl.load(y_ptr + offset, mask=inside, other=0.0)
+    tl.store(active_ptr + offset, _relu(y).to(y.dtype), mask=inside)
+    total = total * (y > 0).to(tl.float32)
+    tl.store(grad_y_ptr + offset, total.to(grad_y_ptr.dtype.element_ty), mask=inside)
+
+
+def _constants(row: tuning.Row, backbone: int, side: int, **flags: bool) -> dict:
+    return {"D": backbone, "R": side, "PRECISION": "ieee", **flags, **row.blocks}
+
+
+def _keep(gate: Tensor) -> Tensor:
+    """tanh(gate / temperature), fp32, left on the device."""
+    return torch.tanh(gate.float() / GATE_TEMPERATURE)
+
+
+def forward(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, gate: Tensor) -> Tensor:
+    """x (..., D), y (..., r), weight (D, r), bias (D,), gate (1,) -> (..., D)."""
+    backbone, side = weight.shape
+    row = row_for("gated_up_fwd", x, side)
+    if row is None:
+        return reference.forward(x, y, weight, bias, gate)
+    rows, y = aligned(x, backbone), aligned(y, side)
+    weight, bias = weight.to(x.dtype).contiguous(), bias.contiguous()
+    out = torch.empty_like(rows)
+    programs = triton.cdiv(rows.shape[0], row.blocks["BLOCK_M"]) * triton.cdiv(
+        backbone, row.blocks["BLOCK_N"]
+    )
+    if programs:
+        with on_device(x):
+            gated_up_fwd_kernel[(programs,)](
+                rows,
+                y,
+                weight,
+                bias,
+                _keep(gate),
+                out,
+                rows.shape[0],
+                **_constants(row, backbone, side),
+                num_warps=row.num_warps,
+                num_stages=row.num_stages,
+            )
+    return out.view(x.shape)
+
+
+def backward(
+    grad: Tensor, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, need_x: bool
+) -> list[Tensor]:
+    """Gradients of x (empty unless ``need_x``), y, weight, bias and gate."""
+    backbone, side = weight.shape
+    row = row_for("gated_up_bwd", x, side)
+    if row is None:
+        return reference.backward(grad, x, y, weight, bias, gate, need_x)
+    rows, side_rows, grad = aligned(x, backbone), aligned(y, side), aligned(grad, backbone)
+    grad_x = torch.empty_like(rows) if need_x else rows.new_empty(0)
+    grad_y, active = torch.empty_like(side_rows), torch.empty_like(side_rows)
+    tiles, keep = triton.cdiv(rows.shape[0], row.blocks["BLOCK_M"]), _keep(gate)
+    bias_part = torch.empty(tiles, backbone, dtype=torch.float32, device=x.device)
+    gate_part = torch.empty(tiles, row.blocks["BLOCK_M"], dtype=torch.float32, device=x.device)
+    if tiles:
+        with on_device(x):
+            gated_up_bwd_kernel[(tiles * triton.cdiv(side, row.blocks["BLOCK_N"]),)](
+                grad,
+                rows,
+                side_rows,
+                weight.to(x.dtype).contiguous(),
+                keep,
+                grad_x if need_x else grad,  # any pointer of its type, when it is not written
+                grad_y,
+                active,
+                bias_part,
+                gate_part,
+                rows.shape[0],
+                **_constants(row, backbone, side, NEED_X=need_x),
+                num_warps=row.num_warps,
+                num_stages=row.num_stages,
+            )
+    return [
+        grad_x.view(x.shape) if need_x else grad_x,
+        grad_y.view(y.shape),
+        split_product(grad, active, x.dtype).to(weight.dtype),
+        bias_part.sum(0).to(bias.dtype),
+        ((1 - keep * keep) / GATE_TEMPERATURE * gate_part.sum()).to(gate.dtype),
+    ]
+
+
+def static_launches(row: tuning.Row, dtype: str, width: int) -> Iterator[tuple]:
+    """The row's kernel, the backward with dh, in front of a backbone 8 times as wide: function, signature,
+    constexprs and attributes, as ``triton.compile`` takes them."""
+    if row.kernel == "gated_up_fwd":
+        function, constants = gated_up_fwd_kernel, _constants(row, 8 * width, width)
+    else:
+        function, constants = gated_up_bwd_kernel, _constants(row, 8 * width, width, NEED_X=True)
+    types = {name: POINTERS[dtype] for name in function.arg_names if name not in constants}
+    for name in types:
+        if name.startswith(("bias", "keep", "gate")):
+            types[name] = "*fp32"
+    yield compile_arguments(function, {**types, "rows": "i32"}, constants)
