@@ -116,3 +116,9 @@ def test_a_plot_into_an_unwritable_place_is_a_user_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
         plot_confusion(np.eye(2, dtype=int), ["x", "y"], tmp_path / "file" / "plot.png")
+
+
+def test_class_names_in_any_script_are_drawn_without_warnings(tmp_path, recwarn):
+    plot_confusion(np.eye(3, dtype=int), ["中原官话", "لهجة", "a$^{$b"], tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+    assert not recwarn.list

@@ -77,13 +77,14 @@ class FiniteGuard(TrainerCallback):
         self._current = (index, fine)
         return args, kwargs
 
-    def _after(self, module: nn.Module, args: tuple, output: Any) -> None:
-        loss = output["loss"] if isinstance(output, dict) and output.get("loss") is not None else None
+    def _after(self, module: nn.Module, args: tuple, output: dict[str, Any]) -> None:
         index, fine = self._current
         self._current = (None, None)
         if fine is None:
             return
-        loss_fine = torch.ones((), dtype=torch.bool) if loss is None else torch.isfinite(loss.detach()).all()
+        # Where the Trainer computes the loss itself (label smoothing), the logits tell.
+        loss = output["loss"] if output.get("loss") is not None else output["logits"]
+        loss_fine = torch.isfinite(loss.detach()).all()
         if fine.is_cuda:
             # Everything that is needed goes to the CPU without making the host wait for the device.
             verdict = [part.to("cpu", non_blocking=True) for part in (fine, loss_fine)]
