@@ -6,7 +6,6 @@ registers, spills, shared memory and matrix instructions per architecture.
 
 import importlib
 import re
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -137,13 +136,9 @@ def _problem(result: Compiled) -> str:
 
 def _assembler_report(ptx: str, sm: int) -> tuple[int, int, int]:
     """Registers per thread, spill stores and spill loads in bytes, from ptxas."""
-    import triton.backends.nvidia as nvidia
+    from triton.backends.nvidia.compiler import get_ptxas
 
-    folder = Path(nvidia.__file__).parent / "bin"
-    tool = folder / ("ptxas-blackwell" if sm >= 100 else "ptxas")
-    executable = str(tool) if tool.exists() else shutil.which("ptxas")
-    if executable is None:
-        raise RuntimeError("ptxas is needed to read registers and spills; the triton package brings it")
+    executable = get_ptxas(sm).path  # the one that Triton compiled for
     target = re.search(r"^\.target (sm_\w+)", ptx, re.MULTILINE).group(1)
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "kernel.ptx"
