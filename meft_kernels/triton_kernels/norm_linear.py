@@ -1,0 +1,201 @@
+"""LayerNorm and projection with the LayerNorm folded behind the product; see ``reference.norm_linear``.
+
+The product ``x Wc^T`` is the vendor library's: fusing it would save a few per cent of the time that reading x
+takes. The kernels are what surrounds it.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import tuning
+from ..reference import norm_linear as reference
+from ..reference.common import matmul, row_blocks, standardize_bwd
+from .blocks import chunks, load_pair, store_pair, store_sums, vector_pair
+from .host import POINTERS, aligned, compile_arguments, on_device, row_for, split_product
+
+
+@triton.jit
+def unfold_pair(
+    raw0, raw1, row, rows, mean_ptr, rstd_ptr, centre_ptr, bias_ptr,
+    R: tl.constexpr, R0: tl.constexpr, R1: tl.constexpr,
+):  # fmt: skip
+    """z = rstd * (raw - mean * c) + b in fp32."""
+    mean = tl.load(mean_ptr + row, mask=row < rows, other=0.0)[:, None]
+    rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)[:, None]
+    c0, c1 = vector_pair(centre_ptr, R, R0, R1)
+    b0, b1 = vector_pair(bias_ptr, R, R0, R1)
+    return rstd * (raw0 - mean * c0) + b0, rstd * (raw1 - mean * c1) + b1
+
+
+@triton.jit(do_not_specialize=["rows"])
+def norm_linear_fwd_kernel(
+    raw_ptr,  # (rows, R) fp32, the product of x and the folded weight
+    mean_ptr,  # (rows,) fp32
+    rstd_ptr,  # (rows,) fp32
+    centre_ptr,  # (R,) fp32, sums of the folded weight's rows
+    bias_ptr,  # (R,)
+    out_ptr,  # (rows, R)
+    rows,
+    R: tl.constexpr,
+    R0: tl.constexpr,
+    R1: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    # z = rstd * (raw - mean * c) + b
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    raw0, raw1 = load_pair(raw_ptr, row, rows, R, R0, R1)
+    z0, z1 = unfold_pair(raw0, raw1, row, rows, mean_ptr, rstd_ptr, centre_ptr, bias_ptr, R, R0, R1)
+    store_pair(out_ptr, row, rows, z0, z1, R, R0, R1)
+
+
+@triton.jit
+def store_scaled(
+    ptr,
+    part_ptr,
+    dz0,
+    dz1,
+    row,
+    rows,
+    mean_ptr,
+    rstd_ptr,
+    R: tl.constexpr,
+    R0: tl.constexpr,
+    R1: tl.constexpr,
+):
+    """dzr = rstd * dz to ptr, and sum dzr * mean (R,) to part_ptr: of the rounded dzr, as the product takes
+    it, so that a large mean cancels."""
+    mean = tl.load(mean_ptr + row, mask=row < rows, other=0.0)[:, None]
+    rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)[:, None]
+    d0 = (rstd * dz0).to(ptr.dtype.element_ty)
+    d1 = (rstd * dz1).to(ptr.dtype.element_ty)
+    store_pair(ptr, row, rows, d0, d1, R, R0, R1)
+    store_sums(part_ptr, d0.to(tl.float32) * mean, d1.to(tl.float32) * mean, R, R0, R1)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def norm_linear_bwd_kernel(
+    grad_ptr,  # (rows, R)
+    mean_ptr,  # (rows,) fp32
+    rstd_ptr,  # (rows,) fp32
+    scaled_ptr,  # (rows, R)
+    part_ptr,  # (programs, 2, R) fp32
+    rows,
+    R: tl.constexpr,
+    R0: tl.constexpr,
+    R1: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    # dzr = rstd * dz;  parts: sum dz, sum dzr * mean
+    pid = tl.program_id(0).to(tl.int64)
+    row = pid * BLOCK_M + tl.arange(0, BLOCK_M)
+    g0, g1 = load_pair(grad_ptr, row, rows, R, R0, R1)
+    g0 = g0.to(tl.float32)
+    g1 = g1.to(tl.float32)
+    part = part_ptr + pid * 2 * R
+    store_sums(part, g0, g1, R, R0, R1)
+    store_scaled(scaled_ptr, part + R, g0, g1, row, rows, mean_ptr, rstd_ptr, R, R0, R1)
+
+
+def projected(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Product of rows x (N, D) and the folded weight (r, D) -> (N, r), and its row sums (r,), both fp32."""
+    rounded = weight.to(x.dtype)
+    return matmul(x, rounded.T, x.dtype), rounded.sum(-1, dtype=torch.float32)
+
+
+def folded_gradients(
+    scaled: Tensor, mean_sum: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, need_x: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x (N, D), empty unless ``need_x``, and of the folded weight (r, D) in fp32.
+
+    scaled: dzr (N, r). mean_sum: sum of dzr * mean (r,).
+    """
+    grad_weight = split_product(scaled, x, x.dtype) - mean_sum[:, None]
+    grad_x = torch.empty_like(x) if need_x else x.new_empty(0)
+    for block in row_blocks(x.shape[0], x.shape[1], x.device) if need_x else ():
+        normed = (x[block].float() - mean[block, None]) * rstd[block, None]
+        grad_normed = matmul(scaled[block], weight, x.dtype)  # already times rstd
+        grad_x[block] = standardize_bwd(grad_normed, normed, torch.ones_like(rstd[block, None]))
+    return grad_x, grad_weight
+
+
+def _constants(row: tuning.Row, width: int) -> dict:
+    whole, tail = chunks(width)
+    return {"R": width, "R0": whole, "R1": tail, **row.blocks}
+
+
+def forward(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    """As ``reference.norm_linear.forward``."""
+    width = weight.shape[0]
+    row = row_for("norm_linear_fwd", x, width)
+    if row is None:
+        return reference.forward(x, weight, bias, mean, rstd)
+    rows = aligned(x, x.shape[-1])
+    out = x.new_empty(rows.shape[0], width)
+    if rows.shape[0]:
+        raw, centre = projected(rows, weight)
+        constants = _constants(row, width)
+        grid = (triton.cdiv(rows.shape[0], constants["BLOCK_M"]),)
+        options = {"num_warps": row.num_warps, "num_stages": row.num_stages}
+        with on_device(x):
+            norm_linear_fwd_kernel[grid](
+                raw,
+                mean.reshape(-1).contiguous(),
+                rstd.reshape(-1).contiguous(),
+                centre,
+                bias.contiguous(),
+                out,
+                rows.shape[0],
+                **constants,
+                **options,
+            )
+    return out.view(*x.shape[:-1], width)
+
+
+def backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, need_x: bool
+) -> list[Tensor]:
+    """As ``reference.norm_linear.backward``."""
+    width = weight.shape[0]
+    row = row_for("norm_linear_bwd", x, width)
+    if row is None or x.numel() == 0:
+        return reference.backward(grad, x, weight, bias, mean, rstd, need_x)
+    rows, upstream = aligned(x, x.shape[-1]), aligned(grad, width)
+    mean, rstd = mean.reshape(-1).contiguous(), rstd.reshape(-1).contiguous()
+    constants = _constants(row, width)
+    programs = triton.cdiv(rows.shape[0], constants["BLOCK_M"])
+    scaled = x.new_empty(upstream.shape)
+    parts = torch.empty(programs, 2, width, dtype=torch.float32, device=x.device)
+    options = {"num_warps": row.num_warps, "num_stages": row.num_stages}
+    with on_device(x):
+        norm_linear_bwd_kernel[(programs,)](
+            upstream, mean, rstd, scaled, parts, rows.shape[0], **constants, **options
+        )
+    grad_bias, mean_sum = parts.sum(0)
+    grad_x, grad_weight = folded_gradients(scaled, mean_sum, rows, weight, mean, rstd, need_x)
+    return [
+        grad_x.view(x.shape) if need_x else grad_x,
+        grad_weight.to(weight.dtype),
+        grad_bias.to(bias.dtype),
+    ]
+
+
+def static_launches(row: tuning.Row, dtype: str, width: int) -> Iterator[tuple]:
+    """The row's kernel as ``triton.compile`` takes it, for side width ``width`` and fp32 parameters."""
+    statistics = {"mean_ptr": "*fp32", "rstd_ptr": "*fp32"}
+    if row.kernel == "norm_linear_fwd":
+        kernel = norm_linear_fwd_kernel
+        types = {"raw_ptr": "*fp32", **statistics, "centre_ptr": "*fp32", "bias_ptr": "*fp32"}
+        types |= {"out_ptr": POINTERS[dtype]}
+    else:
+        kernel = norm_linear_bwd_kernel
+        types = {
+            "grad_ptr": POINTERS[dtype],
+            **statistics,
+            "scaled_ptr": POINTERS[dtype],
+            "part_ptr": "*fp32",
+        }
+    yield compile_arguments(kernel, {**types, "rows": "i32"}, _constants(row, width))

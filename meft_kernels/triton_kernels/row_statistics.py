@@ -1,0 +1,64 @@
+"""Mean and reciprocal standard deviation of rows in one read; see ``reference.row_statistics``."""
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import tuning
+from ..reference.common import NORM_EPS
+from ..reference.common import row_statistics as reference
+from .host import POINTERS, aligned, compile_arguments, on_device, row_for
+
+
+@triton.jit(do_not_specialize=["rows"])
+def row_statistics_kernel(
+    x_ptr,  # (rows, D)
+    mean_ptr,  # (rows,) fp32
+    rstd_ptr,  # (rows,) fp32
+    rows,
+    D: tl.constexpr,
+    PADDED_D: tl.constexpr,
+    EPS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    # mean = sum(x) / D;  rstd = 1 / sqrt(sum((x - mean)^2) / D + eps)
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.arange(0, PADDED_D)
+    inside = (row < rows)[:, None] & (column < D)[None, :]
+    x = tl.load(x_ptr + row[:, None] * D + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    mean = tl.sum(x, 1) / D
+    centred = tl.where(inside, x - mean[:, None], 0.0)
+    rstd = tl.rsqrt(tl.sum(centred * centred, 1) / D + EPS)
+    tl.store(mean_ptr + row, mean, mask=row < rows)
+    tl.store(rstd_ptr + row, rstd, mask=row < rows)
+
+
+def _constants(row: tuning.Row, width: int) -> dict:
+    return {"D": width, "PADDED_D": triton.next_power_of_2(width), "EPS": NORM_EPS, **row.blocks}
+
+
+def forward(x: Tensor) -> tuple[Tensor, Tensor]:
+    """As ``reference.row_statistics``: x (..., D) -> mean (...) and rstd (...), fp32."""
+    width = x.shape[-1]
+    row = row_for("row_statistics", x, width)
+    if row is None:
+        return reference(x)
+    rows = aligned(x, width)
+    mean = torch.empty(rows.shape[0], dtype=torch.float32, device=x.device)
+    rstd = torch.empty_like(mean)
+    if rows.shape[0]:
+        constants = _constants(row, width)
+        grid = (triton.cdiv(rows.shape[0], constants["BLOCK_M"]),)
+        options = {"num_warps": row.num_warps, "num_stages": row.num_stages}
+        with on_device(x):
+            row_statistics_kernel[grid](rows, mean, rstd, rows.shape[0], **constants, **options)
+    return mean.view(x.shape[:-1]), rstd.view(x.shape[:-1])
+
+
+def static_launches(row: tuning.Row, dtype: str, width: int) -> Iterator[tuple]:
+    """The kernel as ``triton.compile`` takes it, for rows ``width`` wide."""
+    types = {"x_ptr": POINTERS[dtype], "mean_ptr": "*fp32", "rstd_ptr": "*fp32", "rows": "i32"}
+    yield compile_arguments(row_statistics_kernel, types, _constants(row, width))
