@@ -41,11 +41,11 @@ def help_text() -> str:
 def one_line(error: BaseException) -> str:
     """An exception as one line of text.
 
-    An error from a data-loading process arrives with the traceback of that process as its message; the last
-    line of that is what went wrong.
+    An error from a data-loading process or a replica on another device arrives with the traceback from there
+    as its message; the last line of that is what went wrong.
     """
     text = str(error).strip()
-    if text.startswith("Caught ") and "DataLoader worker" in text:
+    if text.startswith("Caught ") and "Original Traceback" in text:
         text = text.splitlines()[-1].partition(": ")[2]
     text = " ".join(text.split())
     if isinstance(error, UserError):

@@ -1,5 +1,6 @@
 """Stops training at the first NaN or infinity, before it reaches a checkpoint."""
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -57,7 +58,8 @@ class FiniteGuard(TrainerCallback):
         self.model = model
         self.names = {True: training_names, False: evaluation_names}
         self.step = 0
-        self._current: tuple[Tensor | None, Tensor | None] = (None, None)
+        # By thread: nn.DataParallel runs replicas of the model, hooks included, side by side.
+        self._current: dict[int, tuple[Tensor | None, Tensor]] = {}
         self._pending: list[tuple] = []
         self._hooks = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -73,13 +75,13 @@ class FiniteGuard(TrainerCallback):
         kwargs = dict(kwargs)
         index = kwargs.pop("index", None)
         features = kwargs.get("input_features")
-        fine = None if features is None else torch.isfinite(features.detach()).flatten(1).all(dim=1)  # [B]
-        self._current = (index, fine)
+        if features is not None:
+            fine = torch.isfinite(features.detach()).flatten(1).all(dim=1)  # [B]
+            self._current[threading.get_ident()] = (index, fine)
         return args, kwargs
 
     def _after(self, module: nn.Module, args: tuple, output: dict[str, Any]) -> None:
-        index, fine = self._current
-        self._current = (None, None)
+        index, fine = self._current.pop(threading.get_ident(), (None, None))
         if fine is None:
             return
         # Where the Trainer computes the loss itself (label smoothing), the logits tell.

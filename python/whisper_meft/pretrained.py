@@ -29,18 +29,18 @@ def quiet_transformers():
             transformers_logging.enable_progress_bar()
 
 
-def resolve_dtype(name: str) -> str:
-    """ "auto" as a dtype name: bfloat16 (or float16) where there is a GPU, else float32."""
+def resolve_dtype(name: str, use_cpu: bool = False) -> str:
+    """The dtype that "auto" stands for: bfloat16, or float16 on an older GPU, and float32 on the CPU."""
     if name != "auto":
         return name
-    if not torch.cuda.is_available():
+    if use_cpu or not torch.cuda.is_available():
         return "float32"
     return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
 
 
 def check_source(argument: str, name: str) -> None:
     """Raises UserError if ``name`` can only mean a local folder and there is no model folder there."""
-    path = Path(name).expanduser()
+    path = Path(name)
     if path.is_file():
         raise UserError(f"{argument}: {name} is a file; a folder or the name of a model on the hub is needed")
     if path.is_dir():
@@ -49,6 +49,10 @@ def check_source(argument: str, name: str) -> None:
         return
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise UserError(f"{argument}: there is no folder {name}")
+
+
+def _locate(name: str) -> str:
+    return resolve_backbone(os.path.expanduser(name))
 
 
 def _from_hub(argument: str, name: str, load: Any, **options: Any) -> Any:
@@ -67,9 +71,9 @@ def load_config(arguments: ModelArguments) -> Any:
     Raises:
         UserError: there is no such model, or it is not a Whisper checkpoint.
     """
-    name = resolve_backbone(arguments.model_name_or_path)
+    name = _locate(arguments.model_name_or_path)
     check_source("model_name_or_path", name)
-    local_config = Path(name).expanduser() / "config.json"
+    local_config = Path(name) / "config.json"
     if local_config.is_file() and "meft" in _read_config(local_config):
         raise UserError(
             f"model_name_or_path: {name} is a side network trained by this library, its backbone is needed"
@@ -104,7 +108,7 @@ def load_whisper(
     Raises:
         UserError: the weights cannot be read, or some of the encoder's are missing.
     """
-    name = resolve_backbone(arguments.model_name_or_path)
+    name = _locate(arguments.model_name_or_path)
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: index for index, label in enumerate(labels)}
     with quiet_transformers():
@@ -147,8 +151,8 @@ def load_feature_extractor(
     Raises:
         UserError: there is none, or it is not Whisper's.
     """
-    name = resolve_backbone(name)
-    path = Path(name).expanduser()
+    name = _locate(name)
+    path = Path(name)
     if path.is_dir() and not any(
         (path / file).is_file() for file in ("preprocessor_config.json", "processor_config.json")
     ):

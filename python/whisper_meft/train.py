@@ -322,7 +322,7 @@ def train(
     """
     output_dir = Path(training_arguments.output_dir)
     resume_from = prepare_output_dir(training_arguments)
-    dtype = resolve_dtype(model_arguments.backbone_dtype)
+    dtype = resolve_dtype(model_arguments.backbone_dtype, training_arguments.use_cpu)
     config = method_config(method_arguments, dtype)
     if training_arguments.learning_rate is None:
         training_arguments.learning_rate = LEARNING_RATES[config.method]

@@ -119,8 +119,9 @@ class TrainArguments(TrainingArguments):
         default=0.02, metadata={"help": "log every so many steps; below 1 a share of the whole run"}
     )
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "leave NaN out of logged losses"})
-    report_to: str | None = field(
-        default="none", metadata={"help": "experiment trackers: none, all, tensorboard, wandb, trackio ..."}
+    report_to: list[str] | None = field(
+        default=None,
+        metadata={"help": "experiment trackers: tensorboard, wandb, trackio ... (default: none)"},
     )
     dataloader_num_workers: int | None = field(
         default=None,
@@ -164,6 +165,8 @@ class TrainArguments(TrainingArguments):
                 )
             if not self.load_best_model_at_end:
                 raise UsageError("--early_stopping_patience needs evaluation and --load_best_model_at_end")
+        if self.report_to is None:
+            self.report_to = "none"
         if not torch.cuda.is_available() and not torch.backends.mps.is_available():
             self.use_cpu = True
         super().__post_init__()
