@@ -218,22 +218,24 @@ def use_backend(name: str) -> Iterator[None]:
 # --- autograd -----------------------------------------------------------------------------------------------
 
 
-def _make_function(name: str) -> type[torch.autograd.Function]:
-    """The autograd Function of an op. A list argument comes last and is passed on one tensor at a time."""
+def _pack(name: str, arguments: Sequence) -> tuple:
+    """Arguments as the op takes them: a list, which comes last, was passed on one tensor at a time."""
     names = _argument_names(name)
-    listed = names[-1] == "features"
-    fixed = len(names) - listed
+    fixed = len(names) - 1
+    return (*arguments[:fixed], list(arguments[fixed:])) if names[-1] == "features" else tuple(arguments)
+
+
+def _make_function(name: str) -> type[torch.autograd.Function]:
+    """The autograd Function of an op; its first argument is the backend."""
+    names = _argument_names(name)
     has_flag = names[-1] == "relu"
     takes_need_x = names[0] == "x"
-    differentiable = [argument not in _CONSTANT for argument in names[:fixed]]
-
-    def pack(arguments: Sequence) -> tuple:
-        return (*arguments[:fixed], list(arguments[fixed:])) if listed else tuple(arguments)
+    differentiable = [argument not in _CONSTANT for argument in names if argument != "features"]
 
     class OpFunction(torch.autograd.Function):
         @staticmethod
         def forward(backend: str, *arguments):
-            return _kernel(backend, name)(*pack(arguments))
+            return _kernel(backend, name)(*_pack(name, arguments))
 
         @staticmethod
         def setup_context(ctx, inputs, output) -> None:
@@ -248,7 +250,7 @@ def _make_function(name: str) -> type[torch.autograd.Function]:
             arguments = ctx.saved_tensors
             if has_flag:
                 arguments = (*arguments, ctx.flag)
-            packed = pack(arguments)
+            packed = _pack(name, arguments)
             if takes_need_x:
                 packed = (*packed, ctx.needs_input_grad[1])
             computed = list(_kernel(ctx.backend, f"{name}_bwd")(grad, *packed))
@@ -263,14 +265,14 @@ def _make_function(name: str) -> type[torch.autograd.Function]:
     return OpFunction
 
 
-NormLinearFunction = _make_function("norm_linear")
-AdapterFunction = _make_function("adapter")
-LadderFunction = _make_function("ladder")
-PooledUpsampleFunction = _make_function("pooled_upsample")
-ReluAttentionFunction = _make_function("relu_attention")
-GatedDownFunction = _make_function("gated_down")
-GuidanceFunction = _make_function("guidance")
-GatedUpFunction = _make_function("gated_up")
+_FUNCTIONS = {name: _make_function(name) for name in _SCHEMAS}
+
+
+def _call(name: str, *arguments) -> Tensor:
+    """Runs an op with autograd where a gradient is asked for, else its kernel alone."""
+    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
+        return _FUNCTIONS[name].apply(_backend, *arguments)
+    return _kernel(_backend, name)(*_pack(name, arguments))
 
 
 def _activation(x: Tensor) -> Tensor:
@@ -307,7 +309,7 @@ def norm_linear(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tenso
     """
     x = _activation(x)
     folded = reference.norm_linear.fold(norm_weight, norm_bias, weight, bias)
-    return NormLinearFunction.apply(_backend, x, *folded, *row_statistics(x))
+    return _call("norm_linear", x, *folded, *row_statistics(x))
 
 
 def adapter(
@@ -328,7 +330,7 @@ def adapter(
         (..., r) in the type of x.
     """
     parameters = (norm_weight, norm_bias, weight_1, bias_1, weight_2, bias_2)
-    return AdapterFunction.apply(_backend, _activation(x), *parameters)
+    return _call("adapter", _activation(x), *parameters)
 
 
 def ladder(
@@ -360,7 +362,7 @@ def ladder(
     x = _activation(x)
     folded = reference.norm_linear.fold(down_norm_weight, down_norm_bias, down_weight, down_bias)
     parameters = (gate, norm_weight, norm_bias, weight_1, bias_1, weight_2, bias_2)
-    return LadderFunction.apply(_backend, x, state.to(x.dtype), *folded, *row_statistics(x), *parameters)
+    return _call("ladder", x, state.to(x.dtype), *folded, *row_statistics(x), *parameters)
 
 
 def pooled_upsample(
@@ -388,7 +390,7 @@ def pooled_upsample(
         (B, D) in the type of x.
     """
     parameters = (norm_weight, norm_bias, weight, bias, out_norm_weight, out_norm_bias)
-    return PooledUpsampleFunction.apply(_backend, _activation(x), *parameters, lengths, relu)
+    return _call("pooled_upsample", _activation(x), *parameters, lengths, relu)
 
 
 def relu_attention(
@@ -410,7 +412,7 @@ def relu_attention(
     """
     anchor = _activation(anchor)
     features = [feature.to(anchor.dtype) for feature in features]
-    return ReluAttentionFunction.apply(_backend, anchor, gate_weight, gate_bias, lengths, *features)
+    return _call("relu_attention", anchor, gate_weight, gate_bias, lengths, *features)
 
 
 def gated_down(
@@ -431,7 +433,7 @@ def gated_down(
         (..., r) in the type of x.
     """
     parameters = (weight_1, bias_1, weight_2, bias_2, weight_3, bias_3)
-    return GatedDownFunction.apply(_backend, _activation(x), *parameters)
+    return _call("gated_down", _activation(x), *parameters)
 
 
 def guidance(weight: Tensor, bias: Tensor, features: Sequence[Tensor]) -> Tensor:
@@ -444,7 +446,7 @@ def guidance(weight: Tensor, bias: Tensor, features: Sequence[Tensor]) -> Tensor
         (..., r) in the type of the features.
     """
     features = [_activation(feature) for feature in features]
-    return GuidanceFunction.apply(_backend, weight, bias, *features)
+    return _call("guidance", weight, bias, *features)
 
 
 def gated_up(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, gate: Tensor) -> Tensor:
@@ -458,4 +460,4 @@ def gated_up(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, gate: Tensor) -
         (..., D) in the type of x.
     """
     x = _activation(x)
-    return GatedUpFunction.apply(_backend, x, y.to(x.dtype), weight, bias, gate)
+    return _call("gated_up", x, y.to(x.dtype), weight, bias, gate)
