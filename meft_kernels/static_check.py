@@ -175,7 +175,7 @@ def check_table(
 
 
 HEADER = (
-    f"{'kernel':<30}{'width':>6}{'sm':>5}{'reg':>5}{'spill st/ld':>13}{'smem KB':>9}{'wgmma':>7}"
+    f"{'kernel':<36}{'width':>6}{'sm':>5}{'reg':>5}{'spill st/ld':>13}{'smem KB':>9}{'wgmma':>7}"
     f"{'mma':>6}{'blocks/SM':>11}  "
 )
 
@@ -184,7 +184,7 @@ def line(result: Compiled) -> str:
     """A result as one row of the printed table."""
     spill = f"{result.spill_stores}/{result.spill_loads}"
     return (
-        f"{result.kernel:<30}{result.width:>6}{result.sm:>5}{result.registers:>5}{spill:>13}"
+        f"{result.kernel:<36}{result.width:>6}{result.sm:>5}{result.registers:>5}{spill:>13}"
         f"{result.shared / 1024:>9.1f}{result.wgmma:>7}{result.mma:>6}{result.blocks_per_sm:>11}  "
         f"{result.problem or 'ok'}"
     )
