@@ -14,8 +14,8 @@ import pytest
 import soundfile
 from training_fixtures import RATE, TONES, make_audio_folder, make_backbone, tone, train_command
 from whisper_meft import train
-from whisper_meft.cli import COMMANDS, main, one_line
-from whisper_meft.errors import UserError
+from whisper_meft.cli import COMMANDS, main
+from whisper_meft.errors import UserError, one_line
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'python'}", "OMP_NUM_THREADS": "1"}

@@ -5,7 +5,9 @@ encoder, in double precision, with nothing of this library.
 """
 
 import json
+import pickle
 import shutil
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -287,8 +289,30 @@ def test_a_named_backbone_is_referred_to(tmp_path):
     with pytest.raises(UserError, match="has other weights than the one in"):
         convert(tmp_path / "own", tmp_path / "fails", backbone=tmp_path / "other")
     tiny_whisper(12, d_model=16, encoder_layers=2).save_pretrained(tmp_path / "smaller")
-    with pytest.raises(UserError, match="2 layers of width 16, the checkpoint was trained on 3 of width 32"):
-        convert(tmp_path / "srcFalse", tmp_path / "fails", backbone=tmp_path / "smaller")
+    tiny_whisper(12, num_mel_bins=13).save_pretrained(tmp_path / "other_mel")
+    for name, message in (
+        ("smaller", "hidden_size is 16 where 32 is needed, num_hidden_layers is 2 where 3 is needed"),
+        ("other_mel", "num_mel_bins is 13 where 12 is needed"),
+    ):
+        with pytest.raises(UserError, match=message):
+            convert(tmp_path / "srcFalse", tmp_path / "fails", backbone=tmp_path / name)
+
+
+def test_a_pickle_that_runs_code_is_refused_without_advice_to_run_it(tmp_path):
+    write_checkpoint(tmp_path / "src", "lst")
+    (tmp_path / "src/model.safetensors").unlink()
+    (tmp_path / "src/pytorch_model.bin").write_bytes(pickle.dumps(Path("anything but tensors"), protocol=2))
+    with pytest.raises(UserError, match="more than tensors, which could run code") as caught:
+        convert(tmp_path / "src", tmp_path / "dst")
+    assert "weights_only" not in str(caught.value)
+
+
+def test_impossible_sizes_in_the_config_name_the_file(tmp_path):
+    write_checkpoint(tmp_path / "src", "lst")
+    config = json.loads((tmp_path / "src/config.json").read_text())
+    (tmp_path / "src/config.json").write_text(json.dumps(config | {"d_model": -4}))
+    with pytest.raises(UserError, match=r"config\.json cannot be used"):
+        convert(tmp_path / "src", tmp_path / "dst")
 
 
 def test_feature_extractor_is_written_or_copied(tmp_path):

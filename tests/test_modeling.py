@@ -488,7 +488,7 @@ def test_a_given_backbone(backbone_folder, tmp_path):
     model = saved_model(backbone_folder, tmp_path / "out")
     copied = shutil.copytree(backbone_folder, tmp_path / "copy")
     shutil.rmtree(backbone_folder)
-    with pytest.raises(UserError, match="cannot load the backbone .*backbone=") as caught:
+    with pytest.raises(UserError, match="backbone: cannot load .*backbone=") as caught:
         MeftModel.from_pretrained(tmp_path / "out")
     assert "\n" not in str(caught.value)
     loaded = MeftModel.from_pretrained(tmp_path / "out", backbone=copied)
@@ -589,7 +589,7 @@ def test_folders_that_are_no_saved_models(backbone_folder, tmp_path):
     saved_model(backbone_folder, tmp_path / "out")
     with pytest.raises(UserError, match="unknown arguments: devicemap"):
         MeftModel.from_pretrained(tmp_path / "out", devicemap="auto")
-    with pytest.raises(UserError, match="cannot load the backbone .*nowhere"):
+    with pytest.raises(UserError, match="backbone: cannot load .*nowhere"):
         MeftModel.from_pretrained(tmp_path / "out", backbone=tmp_path / "nowhere")
     (tmp_path / "out/model.safetensors").unlink()
     with pytest.raises(UserError, match="holds no weights"):

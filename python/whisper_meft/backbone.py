@@ -1,7 +1,7 @@
 """Finding, loading and recognising the frozen backbone that a saved side network refers to."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from torch import nn
 from transformers import WhisperForAudioClassification
 from transformers.utils import logging as hf_logging
 
-from .errors import UserError
+from .errors import UserError, one_line
 from .files import replacing, write_text
 
 ASSETS = Path(__file__).parent / "assets"
@@ -53,9 +53,10 @@ def load_backbone(
     folder: str | os.PathLike | None = None,
     dtype: torch.dtype | None = None,
     attn_implementation: str | None = None,
+    argument: str = "backbone",
     **hub_options: Any,
 ) -> WhisperForAudioClassification:
-    """Loads a Whisper checkpoint's encoder. Its head is new: the side network brings its own.
+    """Loads a Whisper checkpoint's encoder, with its classification head or, where it has none, a new one.
 
     Args:
         name: a hub name, a folder, or the name of a shipped backbone; see :func:`resolve_backbone`.
@@ -63,34 +64,53 @@ def load_backbone(
         dtype: number format of the weights; ``None`` keeps the checkpoint's.
         attn_implementation: ``"sdpa"``, ``"eager"`` or ``"flash_attention_2"``; ``None`` is transformers'
             choice.
+        argument: what messages call ``name``.
         hub_options: ``token``, ``revision``, ``cache_dir``, ``local_files_only`` and the like.
 
     Raises:
-        UserError: not found, not a Whisper checkpoint, unreadable, or encoder weights are missing.
+        UserError: not found, not a Whisper checkpoint, unreadable, or encoder weights are missing or of
+            another shape.
     """
     where = resolve_backbone(name, folder)
+    called = os.fspath(name) if where == os.fspath(name) else f"{os.fspath(name)} (as {where})"
     options = {"dtype": "auto" if dtype is None else dtype, "output_loading_info": True, **hub_options}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     try:
-        with _quiet():
-            base, report = WhisperForAudioClassification.from_pretrained(where, **options)
+        with quiet_transformers():
+            base, report = WhisperForAudioClassification.from_pretrained(
+                where, ignore_mismatched_sizes=True, **options
+            )
     except Exception as error:  # whatever a broken folder or an unreachable hub gives
         raise UserError(
-            f"cannot load the backbone {os.fspath(name)!r} (as {where}): {one_line(error)}; name another "
-            "folder or hub model with backbone=... (--backbone)"
+            f"{argument}: cannot load {called}: {one_line(error)}; name another folder or hub model with "
+            f"{argument}=... (--{argument})"
         ) from error
-    missing = sorted(key for key in report["missing_keys"] if key.startswith("encoder."))
-    if missing:
+    mismatched = [each[0] if isinstance(each, tuple) else each for each in report["mismatched_keys"]]
+    broken = sorted(key for key in [*report["missing_keys"], *mismatched] if key.startswith("encoder."))
+    if broken:
         raise UserError(
-            f"the backbone {where} lacks {len(missing)} encoder tensors, the first is {missing[0]}: is it a "
-            "Whisper checkpoint?"
+            f"{argument}: {called} lacks {len(broken)} encoder tensors (or has them in another shape), the "
+            f"first is {broken[0]}: is it a Whisper checkpoint?"
         )
     return base
 
 
+def set_labels(base: WhisperForAudioClassification, labels: Sequence[str]) -> None:
+    """Gives a classifier the classes ``labels``, in index order; its last layer is new where it had another
+    number of them."""
+    base.config.id2label = dict(enumerate(labels))
+    base.config.label2id = {label: index for index, label in enumerate(labels)}
+    old = base.classifier
+    if old.out_features != len(labels):
+        place = {"device": old.weight.device, "dtype": old.weight.dtype}
+        base.classifier = nn.Linear(old.in_features, len(labels), **place)
+        nn.init.normal_(base.classifier.weight, std=0.02)
+        nn.init.zeros_(base.classifier.bias)
+
+
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """No loading report and progress bar: that the head is new and the decoder unused is no news."""
     verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
@@ -142,9 +162,3 @@ def same_backbone(encoder: nn.Module, saved: str) -> bool:
         return False
     # bfloat16 rounds by 0.2 % (root mean square); training changes weights by more.
     return bool((found - expected).norm() <= 0.006 * expected.norm())
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of an exception's message, or its type where there is none."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from .errors import UserError
+from .errors import one_line
 
 # Subcommand -> (module with a function run(argv) -> exit status, one line of help).
 COMMANDS = {
@@ -36,24 +36,6 @@ def help_text() -> str:
         + "\n\n`whisper-meft COMMAND --help` describes the options of a command; every option can also come\n"
         "from a JSON file. `whisper-meft --version` prints the version.\n"
     )
-
-
-def one_line(error: BaseException) -> str:
-    """An exception as one line of text.
-
-    An error from a data-loading process or a replica on another device arrives with the traceback from there
-    as its message; the last line of that is what went wrong.
-    """
-    text = str(error).strip()
-    if text.startswith("Caught ") and "Original Traceback" in text:
-        text = text.splitlines()[-1].partition(": ")[2]
-    text = " ".join(text.split())
-    if isinstance(error, UserError):
-        return text
-    name = type(error).__name__
-    if isinstance(error, OSError | ValueError | RuntimeError | ImportError) and text:
-        return text if type(error) in (OSError, ValueError, ImportError) else f"{name}: {text}"
-    return f"{name}: {text}" if text else name
 
 
 def _complain(message: str) -> None:

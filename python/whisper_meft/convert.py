@@ -12,12 +12,12 @@ import safetensors.torch
 import torch
 from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForAudioClassification
 
-from .backbone import fingerprint, load_backbone, one_line, same_backbone
+from .backbone import fingerprint, load_backbone, same_backbone
 from .configs import LSTConfig, MeftConfig, SHERLConfig, UniPTConfig
 from .encoder import FrozenEncoder
-from .errors import UserError
+from .errors import UserError, one_line
 from .files import read_json, replacing, write_text
-from .modeling import MeftModel, MeftModelConfig, get_meft_model
+from .modeling import MeftModel, MeftModelConfig, check_sizes, get_meft_model
 from .weights import check_names, load_checked, read_weights
 
 # A tensor that every checkpoint of the method has, of shape [side width, backbone width].
@@ -115,8 +115,11 @@ def convert(
         tensors.pop("layer_weights", None)
 
     # The checkpoint's tensors fall into two parts; what is in neither is reported below.
-    with torch.device("meta"):
-        skeleton = WhisperForAudioClassification(whisper_config)
+    try:
+        with torch.device("meta"):
+            skeleton = WhisperForAudioClassification(whisper_config)
+    except Exception as error:  # sizes that no Whisper can have
+        raise UserError(f"{src / 'config.json'} cannot be used: {one_line(error)}") from error
     backbone_names = {f"encoder.{name}" for name in skeleton.encoder.state_dict()}
     own_backbone = {name: tensors.pop(name) for name in backbone_names & set(tensors)}
     if not own_backbone and backbone is None:
@@ -254,12 +257,7 @@ def _own_base(
 
 def _with_head(named: WhisperForAudioClassification, config: WhisperConfig) -> WhisperForAudioClassification:
     """``named`` with a head of the sizes and labels in ``config``; its values are about to be replaced."""
-    encoder = FrozenEncoder(named.encoder)
-    if encoder.hidden_size != config.d_model or encoder.num_layers != config.encoder_layers:
-        raise UserError(
-            f"the backbone has {encoder.num_layers} layers of width {encoder.hidden_size}, the checkpoint "
-            f"was trained on {config.encoder_layers} of width {config.d_model}"
-        )
+    check_sizes(config, FrozenEncoder(named.encoder))
     named.config.classifier_proj_size = config.classifier_proj_size
     named.config.id2label, named.config.label2id = config.id2label, config.label2id
     named.projector = torch.nn.Linear(config.d_model, config.classifier_proj_size)

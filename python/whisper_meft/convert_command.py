@@ -57,8 +57,8 @@ def run(argv: Sequence[str]) -> int:
     if destination.is_dir() and any(destination.iterdir()) and not arguments.overwrite:
         raise UserError(f"DST: {destination} is not empty; name another folder, or add --overwrite True")
 
+    from .backbone import quiet_transformers
     from .convert import convert, to_published
-    from .pretrained import quiet_transformers
 
     with quiet_transformers():
         if arguments.to_published:

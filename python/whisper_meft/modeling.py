@@ -26,14 +26,13 @@ from .backbone import (
     backbone_reference,
     fingerprint,
     load_backbone,
-    one_line,
     resolve_backbone,
     same_backbone,
     write_backbone,
 )
 from .configs import MeftConfig, parse_dtype
 from .encoder import FrozenEncoder
-from .errors import UserError
+from .errors import UserError, one_line
 from .files import read_json, replacing, write_text
 from .weights import load_checked, read_weights
 
@@ -96,7 +95,7 @@ class MeftModel(PreTrainedModel):
         super().__init__(config)
         self.meft_config = MeftConfig.from_dict(config.meft)
         self.encoder = FrozenEncoder(base.encoder, dtype=self.meft_config.backbone_dtype)
-        _check_sizes(config, self.encoder)
+        check_sizes(config, self.encoder)
         self.meft_config.check_backbone(
             config.hidden_size, config.num_hidden_layers, config.max_source_positions
         )
@@ -469,7 +468,8 @@ def _mean_over_time(states: torch.Tensor, lengths: torch.Tensor | None) -> torch
     return states.masked_fill(~keep[..., None], 0).sum(1, dtype=dtype) / lengths[:, None].to(dtype)
 
 
-def _check_sizes(config: MeftModelConfig, encoder: FrozenEncoder) -> None:
+def check_sizes(config: PreTrainedConfig, encoder: FrozenEncoder) -> None:
+    """Raises UserError unless ``encoder`` has the sizes in ``config``, a MeftModelConfig or WhisperConfig."""
     expected = {
         "hidden_size": config.hidden_size,
         "num_hidden_layers": config.num_hidden_layers,

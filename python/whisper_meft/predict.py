@@ -15,11 +15,12 @@ from tqdm.auto import tqdm
 
 from . import data
 from .arguments import Parser, UsageError
+from .backbone import quiet_transformers
 from .errors import UserError
 from .examples import Example, ExampleSet
 from .files import write_json, write_text
 from .modeling import MeftModel
-from .pretrained import load_feature_extractor, quiet_transformers
+from .pretrained import load_feature_extractor
 
 
 @dataclass

@@ -2,31 +2,15 @@
 
 import json
 import os
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, WhisperFeatureExtractor, WhisperForAudioClassification
-from transformers.utils import logging as transformers_logging
 
 from .arguments import ModelArguments
-from .backbone import resolve_backbone
-from .errors import UserError
-
-
-@contextmanager
-def quiet_transformers():
-    """Silences transformers' loading bars and reports: a new head is always "newly initialised" here."""
-    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
+from .backbone import load_backbone, resolve_backbone
+from .errors import UserError, one_line
 
 
 def resolve_dtype(name: str, use_cpu: bool = False) -> str:
@@ -61,8 +45,7 @@ def _from_hub(argument: str, name: str, load: Any, **options: Any) -> Any:
     except UserError:
         raise
     except Exception as error:  # whatever a broken folder or an unreachable hub gives
-        text = " ".join(str(error).split())
-        raise UserError(f"{argument}: cannot load {name}: {text[:300]}") from error
+        raise UserError(f"{argument}: cannot load {name}: {one_line(error)}") from error
 
 
 def load_config(arguments: ModelArguments) -> Any:
@@ -94,45 +77,21 @@ def load_config(arguments: ModelArguments) -> Any:
     return config
 
 
-def load_whisper(
-    arguments: ModelArguments, config: Any, labels: list[str], dtype: str
-) -> WhisperForAudioClassification:
-    """The pretrained classifier with a head for ``labels``.
+def load_whisper(arguments: ModelArguments, dtype: str) -> WhisperForAudioClassification:
+    """The pretrained classifier, see :func:`whisper_meft.backbone.load_backbone`.
 
     Args:
         arguments: where it is.
-        config: from :func:`load_config`.
-        labels: class names in index order.
         dtype: "float32", "float16" or "bfloat16".
-
-    Raises:
-        UserError: the weights cannot be read, or some of the encoder's are missing.
     """
-    name = _locate(arguments.model_name_or_path)
-    config.id2label = dict(enumerate(labels))
-    config.label2id = {label: index for index, label in enumerate(labels)}
-    with quiet_transformers():
-        model, report = _from_hub(
-            "model_name_or_path",
-            name,
-            WhisperForAudioClassification.from_pretrained,
-            config=config,
-            dtype=getattr(torch, dtype),
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            revision=arguments.model_revision,
-            cache_dir=arguments.cache_dir,
-            token=arguments.token,
-        )
-    head = ("projector.", "classifier.")
-    mismatched = [each[0] if isinstance(each, tuple) else each for each in report["mismatched_keys"]]
-    broken = [key for key in [*report["missing_keys"], *mismatched] if not key.startswith(head)]
-    if broken:
-        raise UserError(
-            f"model_name_or_path: {name} lacks {len(broken)} encoder weights (or has them in another shape), "
-            f"for example {sorted(broken)[0]}"
-        )
-    return model
+    return load_backbone(
+        arguments.model_name_or_path,
+        dtype=getattr(torch, dtype),
+        argument="model_name_or_path",
+        revision=arguments.model_revision,
+        cache_dir=arguments.cache_dir,
+        token=arguments.token,
+    )
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from transformers import (
 
 from . import checkpoints, data, plots
 from .arguments import DataFormatArguments, MethodArguments, ModelArguments, Parser, hide_options
+from .backbone import set_labels
 from .configs import MeftConfig
 from .errors import UserError
 from .examples import (
@@ -340,6 +341,8 @@ def train(
     config.check_backbone(
         backbone_config.d_model, backbone_config.encoder_layers, backbone_config.max_source_positions
     )
+    set_seed(training_arguments.seed)  # a new head draws its start values
+    base = load_whisper(model_arguments, dtype)
     examples = load_data(
         data_arguments,
         evaluate=training_arguments.eval_strategy != "no",
@@ -352,7 +355,8 @@ def train(
     label2id = {label: index for index, label in enumerate(labels)}
 
     set_seed(training_arguments.seed)
-    model = get_meft_model(load_whisper(model_arguments, backbone_config, labels, dtype), config)
+    set_labels(base, labels)
+    model = get_meft_model(base, config)
     training_set = data.SpeechDataset(examples.training, extractor, label2id, config.max_frames)
     evaluation_set = None
     if examples.evaluation is not None:

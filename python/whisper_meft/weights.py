@@ -1,5 +1,6 @@
 """Reading checkpoint tensors from untrusted or damaged files."""
 
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -7,8 +8,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from .backbone import one_line
-from .errors import UserError
+from .errors import UserError, one_line
 from .files import read_json
 
 _NAMES = (
@@ -55,6 +55,12 @@ def _read_file(path: Path) -> dict[str, torch.Tensor]:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path, device="cpu")
         tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # torch's own message advises to switch the protection off.
+        raise UserError(
+            f"cannot read {path}: it holds more than tensors, which could run code when it is loaded, or it "
+            "is damaged"
+        ) from error
     except Exception as error:  # every library has its own exceptions for a damaged file
         raise UserError(
             f"cannot read {path}, it is damaged, incomplete or not a weights file: {one_line(error)}"
