@@ -216,6 +216,8 @@ def _detect(source: str) -> str:
             raise UserError(f"{source} is a single audio file: give a folder of labelled audio or a manifest")
         if path.name == "wav.scp":
             raise UserError(f"{source}: give the folder that holds wav.scp, {path.parent}")
+        if suffix in (".json", ".jsonl"):
+            raise UserError(f"{source} is a JSON file: a manifest must be a CSV or TSV table")
         return "manifest"
     if (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
         return "huggingface"
@@ -252,7 +254,10 @@ def _choose(splits: Splits, split: str | None, shown: str) -> list[str | None]:
     names = [name for name in splits if name is not None]
     if split is None:
         if len(splits) > 1:
-            raise UserError(f"{shown} has several splits ({listing(names)}): say which one to read")
+            raise UserError(
+                f"{shown} has several splits ({listing(names)}): name one of them (--split; for training "
+                "--train_split_name, --eval_split_name)"
+            )
         return list(splits)
     exact = [name for name in names if name.lower() == split.lower()]
     wanted = canonical_split(split) if split.lower() in _CANONICAL else None
