@@ -111,7 +111,53 @@ def device_rows(device_name: str) -> tuple[Row, ...]:
 
 # --- norm_linear, adapter, ladder ---------------------------------------------------------------------------
 
-_LADDER: tuple[Row, ...] = ()
+# Compiled for sm_90 in bf16 (registers per thread, spills, shared memory), not measured. Two blocks of 4
+# warps on a multiprocessor hide each other's loads; above width 96 the accumulators need 8 warps.
+_ROWS = "row-wise, bound by memory; tiles of 16 KB on average, no spill at any width"
+_SMALL = "100 KB of shared memory: half the rows"
+
+_LADDER: tuple[Row, ...] = (
+    Row("row_statistics", (1, 2048), {"BLOCK_M": 4}, 4, 1, "width is D; 48 registers at 640"),
+    Row("norm_linear_fwd", (1, 192), {"BLOCK_M": 32}, 4, 1, _ROWS),
+    Row("norm_linear_fwd", (193, 1280), {"BLOCK_M": 8}, 4, 1, _ROWS),
+    Row("norm_linear_bwd", (1, 192), {"BLOCK_M": 32}, 4, 1, _ROWS),
+    Row("norm_linear_bwd", (193, 1280), {"BLOCK_M": 8}, 4, 1, _ROWS),
+    Row("adapter_fwd", (1, 96), {"BLOCK_M": 64, "BLOCK_H": 64}, 4, 2, "156 registers at 96, 60 KB"),
+    Row("adapter_fwd", (97, 384), {"BLOCK_M": 64, "BLOCK_H": 32}, 8, 2, "225 registers at 384, 144 KB"),
+    Row("adapter_fwd", (193, 384), {"BLOCK_M": 32, "BLOCK_H": 32}, 8, 2, _SMALL, "consumer", "hmma"),
+    Row("adapter_bwd", (1, 96), {"BLOCK_M": 64, "BLOCK_H": 64}, 4, 2, "255 registers at 96, no spill, 72 KB"),
+    Row("adapter_bwd", (97, 192), {"BLOCK_M": 64, "BLOCK_H": 32}, 8, 2, "241 registers at 192, 96 KB"),
+    Row("adapter_bwd_weight", (1, 80), {"BLOCK_M": 64, "BLOCK_H": 64}, 4, 2, "255 registers at 80, no spill"),
+    Row("adapter_bwd_weight", (81, 128), {"BLOCK_M": 64, "BLOCK_H": 64}, 8, 2, "255 registers at 128, 96 KB"),
+    Row("adapter_bwd_weight", (129, 192), {"BLOCK_M": 32, "BLOCK_H": 64}, 8, 2, "64 rows spill 56 bytes"),
+    Row("adapter_bwd_normed", (1, 192), {"BLOCK_M": 32}, 8, 1, _ROWS),
+    Row("adapter_bwd_normed", (193, 640), {"BLOCK_M": 16}, 8, 1, _ROWS),
+    Row("adapter_bwd_normed", (641, 1280), {"BLOCK_M": 8}, 8, 1, _ROWS),
+    Row("adapter_bwd_input", (1, 192), {"BLOCK_M": 32}, 8, 1, _ROWS),
+    Row("adapter_bwd_input", (193, 640), {"BLOCK_M": 16}, 8, 1, _ROWS),
+    Row("adapter_bwd_input", (641, 1280), {"BLOCK_M": 8}, 8, 1, _ROWS),
+    Row(
+        "adapter_bwd_hidden",
+        (1, 8192),
+        {"BLOCK_M": 64, "BLOCK_N": 64},
+        4,
+        1,
+        "width is the hidden one; partial sums take 1/64 of what is read",
+    ),
+    Row("ladder_fwd", (1, 96), {"BLOCK_M": 64, "BLOCK_H": 64}, 4, 2, "233 registers at 96, 60 KB"),
+    Row("ladder_fwd", (97, 256), {"BLOCK_M": 64, "BLOCK_H": 32}, 8, 2, "212 registers at 192, 72 KB"),
+    Row("ladder_fwd", (257, 384), {"BLOCK_M": 32, "BLOCK_H": 32}, 8, 2, "64 rows spill", mma="hmma"),
+    Row("ladder_fwd", (193, 256), {"BLOCK_M": 32, "BLOCK_H": 32}, 8, 2, _SMALL, "consumer", "hmma"),
+    Row("ladder_bwd", (1, 80), {"BLOCK_M": 64, "BLOCK_H": 64}, 4, 2, "255 registers at 80, no spill, 60 KB"),
+    Row("ladder_bwd", (81, 96), {"BLOCK_M": 64, "BLOCK_H": 64}, 8, 2, "232 registers; 4 warps spill"),
+    Row("ladder_bwd", (97, 128), {"BLOCK_M": 64, "BLOCK_H": 32}, 8, 2, "213 registers; 160 spills"),
+    Row("ladder_bwd_mixed", (1, 192), {"BLOCK_M": 32}, 8, 1, _ROWS),
+    Row("ladder_bwd_mixed", (193, 640), {"BLOCK_M": 16}, 8, 1, _ROWS),
+    Row("ladder_bwd_mixed", (641, 1280), {"BLOCK_M": 8}, 8, 1, _ROWS),
+    Row("ladder_bwd_split", (1, 192), {"BLOCK_M": 32}, 8, 1, _ROWS),
+    Row("ladder_bwd_split", (193, 640), {"BLOCK_M": 16}, 8, 1, _ROWS),
+    Row("ladder_bwd_split", (641, 1280), {"BLOCK_M": 8}, 8, 1, _ROWS),
+)
 
 # --- relu_attention -----------------------------------------------------------------------------------------
 

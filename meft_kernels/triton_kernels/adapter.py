@@ -120,9 +120,9 @@ def adapter_bwd_kernel(
         weight_1_ptr, bias_1_ptr, weight_2_ptr, BLOCK_M, R0, R1, HIDDEN, BLOCK_H,
     )  # fmt: skip
     # Loaded again: what lives through the loop above costs registers there.
-    g0, g1 = load_pair(grad_ptr, row, rows, R, R0, R1, "evict_first")
+    g0, g1 = load_pair(grad_ptr, row, rows, R, R0, R1, True)
     store_sums(part + 2 * R, g0.to(tl.float32), g1.to(tl.float32), R, R0, R1)
-    x0, x1 = load_pair(x_ptr, row, rows, R, R0, R1, "evict_first")
+    x0, x1 = load_pair(x_ptr, row, rows, R, R0, R1, True)
     dx0, dx1 = norm_gradient_pair(
         d0, d1, x0.to(tl.float32), x1.to(tl.float32), norm_weight_ptr, part, R, R0, R1, EPS
     )

@@ -21,21 +21,23 @@ def chunks(width: int) -> tuple[int, int]:
 
 
 @triton.jit
-def load_tile(ptr, row, rows, R: tl.constexpr, START: tl.constexpr, SIZE: tl.constexpr, EVICT: tl.constexpr):
+def load_tile(ptr, row, rows, R: tl.constexpr, START: tl.constexpr, SIZE: tl.constexpr, AGAIN: tl.constexpr):
     column = START + tl.arange(0, SIZE)
     inside = (row < rows)[:, None] & (column < R)[None, :]
     offset = row[:, None] * R + column[None, :]
-    return tl.load(ptr + offset, mask=inside, other=0.0, eviction_policy=EVICT)
+    return tl.load(ptr + offset, mask=inside, other=0.0, eviction_policy="evict_first" if AGAIN else "")
 
 
 @triton.jit
-def load_pair(ptr, row, rows, R: tl.constexpr, R0: tl.constexpr, R1: tl.constexpr, EVICT: tl.constexpr = ""):
-    """Rows of a (rows, R) matrix. A second load with another EVICT is not merged with the first, so that the
+def load_pair(
+    ptr, row, rows, R: tl.constexpr, R0: tl.constexpr, R1: tl.constexpr, AGAIN: tl.constexpr = False
+):
+    """Rows of a (rows, R) matrix. A second load with another AGAIN is not merged with the first, so that the
     tile need not stay in registers in between."""
-    x0 = load_tile(ptr, row, rows, R, 0, R0, EVICT)
+    x0 = load_tile(ptr, row, rows, R, 0, R0, AGAIN)
     x1 = x0
     if R1 > 0:
-        x1 = load_tile(ptr, row, rows, R, R0, R1, EVICT)
+        x1 = load_tile(ptr, row, rows, R, R0, R1, AGAIN)
     return x0, x1
 
 

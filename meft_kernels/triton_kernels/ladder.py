@@ -52,23 +52,24 @@ def _gate(gate_ptr, TEMPERATURE: tl.constexpr):
 @triton.jit
 def _down_and_state(
     raw_ptr, mean_ptr, rstd_ptr, centre_ptr, down_bias_ptr, state_ptr, row, rows,
-    R: tl.constexpr, R0: tl.constexpr, R1: tl.constexpr, EVICT: tl.constexpr = "",
+    R: tl.constexpr, R0: tl.constexpr, R1: tl.constexpr, AGAIN: tl.constexpr = False,
 ):  # fmt: skip
     """The pairs z and state in fp32."""
-    raw0, raw1 = load_pair(raw_ptr, row, rows, R, R0, R1, EVICT)
+    raw0, raw1 = load_pair(raw_ptr, row, rows, R, R0, R1, AGAIN)
     z0, z1 = unfold_pair(raw0, raw1, row, rows, mean_ptr, rstd_ptr, centre_ptr, down_bias_ptr, R, R0, R1)
-    s0, s1 = load_pair(state_ptr, row, rows, R, R0, R1, EVICT)
+    s0, s1 = load_pair(state_ptr, row, rows, R, R0, R1, AGAIN)
     return z0, z1, s0.to(tl.float32), s1.to(tl.float32)
 
 
 @triton.jit
 def _mixed_pair(
     raw_ptr, mean_ptr, rstd_ptr, centre_ptr, down_bias_ptr, state_ptr, gate_ptr, row, rows,
-    R: tl.constexpr, R0: tl.constexpr, R1: tl.constexpr, TEMPERATURE: tl.constexpr, EVICT: tl.constexpr = "",
+    R: tl.constexpr, R0: tl.constexpr, R1: tl.constexpr, TEMPERATURE: tl.constexpr,
+    AGAIN: tl.constexpr = False,
 ):  # fmt: skip
     """v = u * state + (1 - u) * z."""
     z0, z1, s0, s1 = _down_and_state(
-        raw_ptr, mean_ptr, rstd_ptr, centre_ptr, down_bias_ptr, state_ptr, row, rows, R, R0, R1, EVICT
+        raw_ptr, mean_ptr, rstd_ptr, centre_ptr, down_bias_ptr, state_ptr, row, rows, R, R0, R1, AGAIN
     )
     keep, take = _gate(gate_ptr, TEMPERATURE)
     return keep * s0 + take * z0, keep * s1 + take * z1
@@ -185,10 +186,10 @@ def ladder_bwd_kernel(
     # Loaded again: what lives through the loop above costs registers there.
     v0, v1 = _mixed_pair(
         raw_ptr, mean_ptr, rstd_ptr, centre_ptr, down_bias_ptr, state_ptr, gate_ptr, row, rows,
-        R, R0, R1, TEMPERATURE, "evict_first",
+        R, R0, R1, TEMPERATURE, True,
     )  # fmt: skip
     dv0, dv1 = norm_gradient_pair(d0, d1, v0, v1, norm_weight_ptr, part, R, R0, R1, EPS)
-    g0, g1 = load_pair(grad_ptr, row, rows, R, R0, R1, "evict_first")
+    g0, g1 = load_pair(grad_ptr, row, rows, R, R0, R1, True)
     store_sums(part + 2 * R, g0.to(tl.float32), g1.to(tl.float32), R, R0, R1)
     _store_gradients(
         dv0 + g0.to(tl.float32), dv1 + g1.to(tl.float32),
