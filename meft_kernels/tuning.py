@@ -161,7 +161,14 @@ _LADDER: tuple[Row, ...] = (
 
 # --- relu_attention -----------------------------------------------------------------------------------------
 
-_RELU_ATTENTION: tuple[Row, ...] = ()
+_RELU_ATTENTION: tuple[Row, ...] = (
+    Row("relu_attention_sum", (1, 192), {"BLOCK_M": 32}, 4, 3, "first"),
+    Row("relu_attention_fwd", (1, 96), {"BLOCK_M": 64, "BLOCK_N": 64}, 4, 3, "first"),
+    Row("relu_attention_fwd", (97, 192), {"BLOCK_M": 64, "BLOCK_N": 64}, 8, 3, "first"),
+    Row("relu_attention_bwd_anchor", (1, 96), {"BLOCK_M": 64, "BLOCK_N": 32}, 4, 3, "first"),
+    Row("relu_attention_bwd_features", (1, 96), {"BLOCK_M": 64, "BLOCK_N": 64}, 4, 3, "first"),
+    Row("relu_attention_bwd_features", (97, 192), {"BLOCK_M": 32, "BLOCK_N": 64}, 4, 3, "first"),
+)
 
 # --- gated_down, guidance, gated_up -------------------------------------------------------------------------
 
@@ -183,7 +190,7 @@ _SHERL: tuple[Row, ...] = (
         num_warps=4,
         num_stages=2,
         reason="chunks of 32 take 189 registers (2 blocks per SM), of 16 118 (4) and fit 48, 80 and 160"
-        " without padding; 252 at K = 30, no spill up to width 320; 64 frames per program keep the partial"
+        " without padding; 253 at K = 30, no spill up to width 320; 64 frames per program keep the partial"
         " sums of the weight at 1/300 of what is read at K = 10",
         mma="hmma",
     ),

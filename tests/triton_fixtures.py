@@ -22,8 +22,14 @@ def run(module: ModuleType, inputs: dict, grad: Tensor, names: Iterable[str], *f
 
 
 def convert(inputs: dict, change: Callable[[Tensor], Tensor]) -> dict:
-    """The inputs with every tensor, also those in lists, changed."""
-    return {k: [change(t) for t in v] if isinstance(v, list) else change(v) for k, v in inputs.items()}
+    """The inputs with every floating-point tensor, also those in lists, changed."""
+
+    def changed(value):
+        if isinstance(value, list):
+            return [changed(item) for item in value]
+        return change(value) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return {name: changed(value) for name, value in inputs.items()}
 
 
 def assert_as_good_as_reference(

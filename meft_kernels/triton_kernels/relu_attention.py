@@ -1,0 +1,433 @@
+"""UniPT's ReLU attention in Triton; see ``reference.relu_attention`` for the maths.
+
+Forward, one program holds a block of queries and walks through all layers and their keys, which are loaded
+once and are the values too; scores live in registers. Backward, one kernel over blocks of queries gives dA
+and two numbers per query and layer (delta and C_l / R), a second one over blocks of keys gives dF from them;
+in between lies the softmax over layers, a few numbers per clip. Nothing is kept from the forward.
+
+The layers are walked through at run time, so that their features have to lie in one slab (n, B, T, r):
+``torch.stack`` copies them, twice their bytes over the memory bus in each direction (0.26 ms at 3.35 TB/s for
+12 layers of 128 clips of 1500 frames of 96 half-precision columns; the products of the forward alone need
+1.3 ms). Keys beyond a clip's length are not loaded and whole blocks of them not visited.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import tuning
+from ..reference import relu_attention as reference
+from ..reference.common import ATTENTION_EPS
+from .blocks import chunks, store_sums
+from .host import POINTERS, compile_arguments, on_device, row_for
+
+# A clip's rows are R columns wide, in two tiles of R0 and R1 columns (see ``blocks``). Programs count blocks
+# of a clip's rows first, so that its features stay in the L2 cache.
+
+
+@triton.jit
+def _tile(ptr, row, rows, R: tl.constexpr, START: tl.constexpr, SIZE: tl.constexpr):
+    column = START + tl.arange(0, SIZE)
+    inside = (row < rows)[:, None]
+    if START + SIZE > R:
+        inside = inside & (column < R)[None, :]
+    return tl.load(ptr + row[:, None] * R + column[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _pair(ptr, row, rows, R: tl.constexpr, R0: tl.constexpr, R1: tl.constexpr):
+    x0 = _tile(ptr, row, rows, R, 0, R0)
+    x1 = x0
+    if R1 > 0:
+        x1 = _tile(ptr, row, rows, R, R0, R1)
+    return x0, x1
+
+
+@triton.jit
+def _store_tile(ptr, row, rows, x, R: tl.constexpr, START: tl.constexpr, SIZE: tl.constexpr):
+    column = START + tl.arange(0, SIZE)
+    inside = (row < rows)[:, None]
+    if START + SIZE > R:
+        inside = inside & (column < R)[None, :]
+    tl.store(ptr + row[:, None] * R + column[None, :], x.to(ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _store_pair(ptr, row, rows, x0, x1, R: tl.constexpr, R0: tl.constexpr, R1: tl.constexpr):
+    _store_tile(ptr, row, rows, x0, R, 0, R0)
+    if R1 > 0:
+        _store_tile(ptr, row, rows, x1, R, R0, R1)
+
+
+@triton.jit
+def _scores(a0, a1, b0, b1, R1: tl.constexpr):
+    """a b^T in fp32."""
+    s = tl.dot(a0, b0.T, input_precision="ieee")
+    if R1 > 0:
+        s = tl.dot(a1, b1.T, s, input_precision="ieee")
+    return s
+
+
+@triton.jit
+def _accumulate(p, b0, b1, y0, y1, R1: tl.constexpr):
+    """y + p b."""
+    y0 = tl.dot(p, b0, y0, input_precision="ieee")
+    if R1 > 0:
+        y1 = tl.dot(p, b1, y1, input_precision="ieee")
+    return y0, y1
+
+
+@triton.jit
+def _relu(x):
+    return tl.where(x <= 0, 0.0, x)  # unlike tl.maximum on a GPU this keeps NaN
+
+
+@triton.jit(do_not_specialize=["batch", "frames"])
+def relu_attention_sum_kernel(
+    features_ptr,  # (layers, batch, frames, R)
+    lengths_ptr,  # (batch,) int32, 0 ... frames
+    sums_ptr,  # (layers, batch, R) fp32
+    batch,
+    frames,
+    R: tl.constexpr,
+    R0: tl.constexpr,
+    R1: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    # sums over each clip's valid frames, in an order that the other clips have no part in
+    pair = tl.program_id(0).to(tl.int64)  # layer and clip
+    rows = tl.load(lengths_ptr + pair % batch)
+    sum0 = tl.zeros([BLOCK_M, R0], tl.float32)
+    sum1 = tl.zeros([BLOCK_M, R1 if R1 > 0 else R0], tl.float32)
+    for start in tl.range(0, rows, BLOCK_M):
+        row = start + tl.arange(0, BLOCK_M)
+        f0, f1 = _pair(features_ptr + pair * frames * R, row, rows, R, R0, R1)
+        sum0 += f0.to(tl.float32)
+        sum1 += f1.to(tl.float32)
+    store_sums(sums_ptr + pair * R, sum0, sum1, R, R0, R1)
+
+
+@triton.jit(do_not_specialize=["layers", "batch", "frames"])
+def relu_attention_fwd_kernel(
+    anchor_ptr,  # (batch, frames, R)
+    features_ptr,  # (layers, batch, frames, R)
+    gates_ptr,  # (batch, layers) fp32
+    lengths_ptr,  # (batch,) int32, 0 ... frames
+    out_ptr,  # (batch, frames, R)
+    layers,
+    batch,
+    frames,
+    R: tl.constexpr,
+    R0: tl.constexpr,
+    R1: tl.constexpr,
+    EPS: tl.constexpr,
+    BLOCK_M: tl.constexpr,  # queries
+    BLOCK_N: tl.constexpr,  # keys
+):
+    # out = sum_l C_l (relu(A F_l^T) F_l / R_l + F_l)
+    tiles = tl.cdiv(frames, BLOCK_M)
+    clip = tl.program_id(0) // tiles
+    row = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    keys = tl.load(lengths_ptr + clip)
+    start_of_clip = clip.to(tl.int64) * frames * R
+    q0, q1 = _pair(anchor_ptr + start_of_clip, row, frames, R, R0, R1)
+    out0 = tl.zeros([BLOCK_M, R0], tl.float32)
+    out1 = tl.zeros([BLOCK_M, R1 if R1 > 0 else R0], tl.float32)
+    feature_ptr = features_ptr + start_of_clip
+    for layer in tl.range(0, layers):
+        y0 = tl.zeros([BLOCK_M, R0], tl.float32)
+        y1 = tl.zeros([BLOCK_M, R1 if R1 > 0 else R0], tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        for start in tl.range(0, keys, BLOCK_N):
+            f0, f1 = _pair(feature_ptr, start + tl.arange(0, BLOCK_N), keys, R, R0, R1)
+            p = _relu(_scores(q0, q1, f0, f1, R1))
+            total += tl.sum(p, 1)
+            y0, y1 = _accumulate(p.to(f0.dtype), f0, f1, y0, y1, R1)
+        gate = tl.load(gates_ptr + clip * layers + layer)
+        scale = (gate / (total + EPS))[:, None]
+        f0, f1 = _pair(feature_ptr, row, frames, R, R0, R1)
+        out0 += scale * y0 + gate * f0.to(tl.float32)
+        out1 += scale * y1 + gate * f1.to(tl.float32)
+        feature_ptr += batch.to(tl.int64) * frames * R
+    _store_pair(out_ptr + start_of_clip, row, frames, out0, out1, R, R0, R1)
+
+
+@triton.jit(do_not_specialize=["layers", "batch", "frames"])
+def relu_attention_bwd_anchor_kernel(
+    grad_ptr,  # (batch, frames, R)
+    anchor_ptr,  # (batch, frames, R)
+    features_ptr,  # (layers, batch, frames, R)
+    gates_ptr,  # (batch, layers) fp32
+    lengths_ptr,  # (batch,) int32
+    grad_anchor_ptr,  # (batch, frames, R) fp32, without the gates' share
+    delta_ptr,  # (layers, batch, frames) fp32: delta
+    scale_ptr,  # (layers, batch, frames) fp32: C_l / R_l
+    gate_part_ptr,  # (layers, batch, frames) fp32: delta + grad . F_l, whose sums are the gates' gradients
+    layers,
+    batch,
+    frames,
+    R: tl.constexpr,
+    R0: tl.constexpr,
+    R1: tl.constexpr,
+    EPS: tl.constexpr,
+    BLOCK_M: tl.constexpr,  # queries
+    BLOCK_N: tl.constexpr,  # keys
+):
+    # dA = sum_l (k 1[S > 0] * (E - delta)) F_l,  k = C_l / R_l,  E = dM F_l^T,
+    # delta = rowsum(relu(S) * E) / R_l;
+    # delta comes from a sweep of its own: E - delta cancels and must be rounded after the difference.
+    tiles = tl.cdiv(frames, BLOCK_M)
+    clip = tl.program_id(0) // tiles
+    row = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    keys = tl.load(lengths_ptr + clip)
+    start_of_clip = clip.to(tl.int64) * frames * R
+    q0, q1 = _pair(anchor_ptr + start_of_clip, row, frames, R, R0, R1)
+    g0, g1 = _pair(grad_ptr + start_of_clip, row, frames, R, R0, R1)
+    out0 = tl.zeros([BLOCK_M, R0], tl.float32)
+    out1 = tl.zeros([BLOCK_M, R1 if R1 > 0 else R0], tl.float32)
+    feature_ptr = features_ptr + start_of_clip
+    statistic = clip.to(tl.int64) * frames + row
+    for layer in tl.range(0, layers):
+        total = tl.zeros([BLOCK_M], tl.float32)
+        delta = tl.zeros([BLOCK_M], tl.float32)
+        for start in tl.range(0, keys, BLOCK_N):
+            f0, f1 = _pair(feature_ptr, start + tl.arange(0, BLOCK_N), keys, R, R0, R1)
+            p = _relu(_scores(q0, q1, f0, f1, R1))
+            total += tl.sum(p, 1)
+            delta += tl.sum(p * _scores(g0, g1, f0, f1, R1), 1)
+        delta = delta / (total + EPS)
+        scale = tl.load(gates_ptr + clip * layers + layer) / (total + EPS)
+        for start in tl.range(0, keys, BLOCK_N):
+            f0, f1 = _pair(feature_ptr, start + tl.arange(0, BLOCK_N), keys, R, R0, R1)
+            s = _scores(q0, q1, f0, f1, R1)
+            e = _scores(g0, g1, f0, f1, R1)
+            x = tl.where(s > 0, scale[:, None] * (e - delta[:, None]), 0.0)
+            out0, out1 = _accumulate(x.to(f0.dtype), f0, f1, out0, out1, R1)
+        f0, f1 = _pair(feature_ptr, row, frames, R, R0, R1)
+        product = tl.sum(g0.to(tl.float32) * f0.to(tl.float32), 1)
+        if R1 > 0:
+            product += tl.sum(g1.to(tl.float32) * f1.to(tl.float32), 1)
+        tl.store(delta_ptr + statistic, delta, mask=row < frames)
+        tl.store(scale_ptr + statistic, scale, mask=row < frames)
+        tl.store(gate_part_ptr + statistic, delta + product, mask=row < frames)
+        feature_ptr += batch.to(tl.int64) * frames * R
+        statistic += batch.to(tl.int64) * frames
+    _store_pair(grad_anchor_ptr + start_of_clip, row, frames, out0, out1, R, R0, R1)
+
+
+@triton.jit(do_not_specialize=["layers", "batch", "frames"])
+def relu_attention_bwd_features_kernel(
+    grad_ptr,  # (batch, frames, R)
+    anchor_ptr,  # (batch, frames, R)
+    features_ptr,  # (layers, batch, frames, R)
+    gates_ptr,  # (batch, layers) fp32
+    lengths_ptr,  # (batch,) int32
+    delta_ptr,  # (layers, batch, frames) fp32
+    scale_ptr,  # (layers, batch, frames) fp32
+    share_ptr,  # (batch, layers, R) fp32: what the gates give to each valid frame
+    grad_features_ptr,  # (layers, batch, frames, R)
+    layers,
+    batch,
+    frames,
+    R: tl.constexpr,
+    R0: tl.constexpr,
+    R1: tl.constexpr,
+    BLOCK_M: tl.constexpr,  # queries
+    BLOCK_N: tl.constexpr,  # keys
+):
+    # dF_l = (k 1[S > 0] * (E - delta))^T A + (k relu(S))^T dM + C_l dM + share,  k = C_l / R_l
+    # Scores are transposed, keys by queries, so that the products take them from registers.
+    tiles = tl.cdiv(frames, BLOCK_N)
+    pair = tl.program_id(0) // tiles  # layer and clip
+    layer = pair // batch
+    clip = pair % batch
+    first = tl.program_id(0) % tiles * BLOCK_N
+    key = first + tl.arange(0, BLOCK_N)
+    keys = tl.load(lengths_ptr + clip)
+    start_of_clip = clip.to(tl.int64) * frames * R
+    start_of_pair = pair.to(tl.int64) * frames
+    f0, f1 = _pair(features_ptr + start_of_pair * R, key, keys, R, R0, R1)
+    y0 = tl.zeros([BLOCK_N, R0], tl.float32)
+    y1 = tl.zeros([BLOCK_N, R1 if R1 > 0 else R0], tl.float32)
+    queries = tl.where(first < keys, frames, 0)  # a block beyond the clip's length gets no attention
+    for start in tl.range(0, queries, BLOCK_M):
+        row = start + tl.arange(0, BLOCK_M)
+        q0, q1 = _pair(anchor_ptr + start_of_clip, row, frames, R, R0, R1)
+        g0, g1 = _pair(grad_ptr + start_of_clip, row, frames, R, R0, R1)
+        delta = tl.load(delta_ptr + start_of_pair + row, mask=row < frames, other=0.0)[None, :]
+        scale = tl.load(scale_ptr + start_of_pair + row, mask=row < frames, other=0.0)[None, :]
+        s = _scores(f0, f1, q0, q1, R1)
+        e = _scores(f0, f1, g0, g1, R1)
+        x = tl.where(s > 0, scale * (e - delta), 0.0)
+        y0, y1 = _accumulate(x.to(q0.dtype), q0, q1, y0, y1, R1)
+        p = scale * _relu(s)
+        y0, y1 = _accumulate(p.to(g0.dtype), g0, g1, y0, y1, R1)
+    gate = tl.load(gates_ptr + clip * layers + layer)
+    g0, g1 = _pair(grad_ptr + start_of_clip, key, frames, R, R0, R1)
+    share_ptr += (clip.to(tl.int64) * layers + layer) * R
+    zeros = key * 0  # the one row of shares, once per key
+    share0 = _tile(share_ptr, zeros, tl.where(key < keys, 1, 0), R, 0, R0)
+    y0 += gate * g0.to(tl.float32) + share0
+    if R1 > 0:
+        share1 = _tile(share_ptr, zeros, tl.where(key < keys, 1, 0), R, R0, R1)
+        y1 += gate * g1.to(tl.float32) + share1
+    _store_pair(grad_features_ptr + start_of_pair * R, key, frames, y0, y1, R, R0, R1)
+
+
+def _constants(row: tuning.Row, width: int) -> dict:
+    first, second = chunks(width)
+    constants = {"R": width, "R0": first, "R1": second, **row.blocks}
+    divides = row.kernel in ("relu_attention_fwd", "relu_attention_bwd_anchor")
+    return {**constants, "EPS": ATTENTION_EPS} if divides else constants
+
+
+def _options(row: tuning.Row, dtype: torch.dtype) -> dict:
+    """In fp32 tiles take twice the shared memory and products are slow anyway: no copies ahead."""
+    return {
+        "num_warps": row.num_warps,
+        "num_stages": 1 if dtype == torch.float32 else row.num_stages,
+    }
+
+
+def _means(slab: Tensor, counts: Tensor, divisor: Tensor, row: tuning.Row) -> Tensor:
+    """Means over each clip's valid frames, (n, B, T, r) -> (n, B, r) fp32."""
+    layers, batch, frames, width = slab.shape
+    sums = torch.empty(layers, batch, width, dtype=torch.float32, device=slab.device)
+    relu_attention_sum_kernel[(layers * batch,)](
+        slab, counts, sums, batch, frames, **_constants(row, width), **_options(row, slab.dtype)
+    )
+    return sums / divisor[:, None]
+
+
+def _prepare(
+    anchor: Tensor, weight: Tensor, lengths: Tensor | None, slab: Tensor, row: tuning.Row
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Valid frames (B,) int32, what divides their sums (B,), softmax gates (B, n), and the means (B, r) and
+    (B, n, r) behind them. The bias of the confidences shifts them all and does not count."""
+    batch, frames, _ = anchor.shape
+    if lengths is None:
+        lengths = torch.full((batch,), frames, dtype=torch.int32, device=anchor.device)
+    counts = lengths.clamp(0, frames).to(torch.int32)
+    divisor = lengths.clamp(min=1).float()
+    anchor_mean = _means(anchor[None], counts, divisor, row)[0]
+    feature_means = _means(slab, counts, divisor, row).transpose(0, 1)
+    # A matrix product would round by the number of clips.
+    confidences = (anchor_mean[:, None] * feature_means * weight.float()).sum(-1)
+    return counts, divisor, torch.softmax(confidences, -1), anchor_mean, feature_means
+
+
+def forward(
+    anchor: Tensor,
+    gate_weight: Tensor,
+    gate_bias: Tensor,
+    lengths: Tensor | None,
+    features: list[Tensor],
+) -> Tensor:
+    """anchor and each feature (B, T, r), gate (1, r) and (1,), lengths (B,) or None -> (B, T, r)."""
+    batch, frames, width = anchor.shape
+    sum_row = row_for("relu_attention_sum", anchor, width)
+    row = row_for("relu_attention_fwd", anchor, width)
+    if sum_row is None or row is None:
+        return reference.forward(anchor, gate_weight, gate_bias, lengths, features)
+    anchor = anchor.contiguous()
+    out = torch.empty_like(anchor)
+    if out.numel():
+        slab = torch.stack(features)
+        with on_device(anchor):
+            counts, _, gates, _, _ = _prepare(anchor, gate_weight, lengths, slab, sum_row)
+            relu_attention_fwd_kernel[(batch * triton.cdiv(frames, row.blocks["BLOCK_M"]),)](
+                anchor,
+                slab,
+                gates,
+                counts,
+                out,
+                len(features),
+                batch,
+                frames,
+                **_constants(row, width),
+                **_options(row, anchor.dtype),
+            )
+    return out
+
+
+def backward(
+    grad: Tensor,
+    anchor: Tensor,
+    gate_weight: Tensor,
+    gate_bias: Tensor,
+    lengths: Tensor | None,
+    features: list[Tensor],
+) -> list[Tensor]:
+    """Gradients of anchor, gate_weight, gate_bias (zero) and of each feature (slices of one slab)."""
+    batch, frames, width = anchor.shape
+    sum_row = row_for("relu_attention_sum", anchor, width)
+    anchor_row = row_for("relu_attention_bwd_anchor", anchor, width)
+    features_row = row_for("relu_attention_bwd_features", anchor, width)
+    if None in (sum_row, anchor_row, features_row) or not anchor.numel():
+        return reference.backward(grad, anchor, gate_weight, gate_bias, lengths, features)
+    anchor, slab = anchor.contiguous(), torch.stack(features)
+    grad_anchor = torch.empty(anchor.shape, dtype=torch.float32, device=anchor.device)
+    grad_slab = torch.empty_like(slab)
+    statistics = torch.empty(3, len(features), batch, frames, dtype=torch.float32, device=anchor.device)
+    delta, scale, gate_parts = statistics
+    sizes = (len(features), batch, frames)
+    with on_device(anchor):
+        counts, divisor, gates, anchor_mean, feature_means = _prepare(
+            anchor, gate_weight, lengths, slab, sum_row
+        )
+        inputs = (grad.contiguous(), anchor, slab, gates, counts)
+        relu_attention_bwd_anchor_kernel[(batch * triton.cdiv(frames, anchor_row.blocks["BLOCK_M"]),)](
+            *inputs,
+            grad_anchor,
+            *statistics,
+            *sizes,
+            **_constants(anchor_row, width),
+            **_options(anchor_row, anchor.dtype),
+        )
+        gate_grads = gate_parts.sum(-1).T  # (B, n)
+        confidence_grads = gates * (gate_grads - (gates * gate_grads).sum(-1, keepdim=True))
+        weight = gate_weight.float().squeeze(0)
+        per_frame = (confidence_grads / divisor[:, None])[..., None]  # a mean gives each frame an equal share
+        shares = per_frame * (weight * anchor_mean)[:, None]
+        tiles = triton.cdiv(frames, features_row.blocks["BLOCK_N"])
+        relu_attention_bwd_features_kernel[(len(features) * batch * tiles,)](
+            *inputs,
+            delta,
+            scale,
+            shares,
+            grad_slab,
+            *sizes,
+            **_constants(features_row, width),
+            **_options(features_row, anchor.dtype),
+        )
+    anchor_share = (per_frame * feature_means).sum(1) * weight
+    valid = torch.arange(frames, device=anchor.device) < counts[:, None]
+    grad_anchor += valid[..., None] * anchor_share[:, None]
+    grad_weight = (confidence_grads[..., None] * anchor_mean[:, None] * feature_means).sum((0, 1))
+    return [
+        grad_anchor.to(anchor.dtype),
+        grad_weight[None].to(gate_weight.dtype),
+        torch.zeros_like(gate_bias),
+        *grad_slab.unbind(0),
+    ]
+
+
+def static_launches(row: tuning.Row, dtype: str, width: int) -> Iterator[tuple]:
+    """The row's kernel: function, signature, constexprs and attributes, as ``triton.compile`` takes them."""
+    function = {
+        "relu_attention_sum": relu_attention_sum_kernel,
+        "relu_attention_fwd": relu_attention_fwd_kernel,
+        "relu_attention_bwd_anchor": relu_attention_bwd_anchor_kernel,
+        "relu_attention_bwd_features": relu_attention_bwd_features_kernel,
+    }[row.kernel]
+    constants = _constants(row, width)
+    types = {name: POINTERS[dtype] for name in function.arg_names if name not in constants}
+    for name in types:
+        if name in ("gates_ptr", "grad_anchor_ptr", "delta_ptr", "scale_ptr", "gate_part_ptr", "share_ptr"):
+            types[name] = "*fp32"
+    kinds = {"sums_ptr": "*fp32", "lengths_ptr": "*i32", "layers": "i32", "batch": "i32", "frames": "i32"}
+    types |= {name: kind for name, kind in kinds.items() if name in types}
+    yield compile_arguments(function, types, constants)

@@ -1,0 +1,221 @@
+"""UniPT's ReLU attention in Triton: values and gradients by layers, widths, frames, lengths; dead queries."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from triton_fixtures import DEVICE, assert_as_good_as_reference, run
+
+from meft_kernels import tuning
+from meft_kernels.reference import relu_attention as reference
+from meft_kernels.testing import Case
+from meft_kernels.triton_kernels import relu_attention as kernel
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "small_blocks")
+TYPES = [torch.float32, torch.float16]
+KERNELS = (
+    "relu_attention_sum",
+    "relu_attention_fwd",
+    "relu_attention_bwd_anchor",
+    "relu_attention_bwd_features",
+)
+ORDER = ("anchor", "gate_weight", "gate_bias", "lengths", "features")
+
+
+@pytest.fixture
+def small_blocks():
+    """Several blocks of queries and of keys in small cases, of different sizes; on a GPU the table's own."""
+    if DEVICE == "cuda":
+        yield
+        return
+    rows = [tuning.choose(name, 24) for name in KERNELS]
+    small = [replace(row, widths=(1, 192), blocks=dict.fromkeys(row.blocks, 16)) for row in rows]
+    small[2].blocks["BLOCK_N"] = 32
+    with tuning.trial(*small):
+        yield
+
+
+def names(case: Case) -> list[str]:
+    return ["anchor", "gate_weight", "gate_bias", *(f"features[{i}]" for i in range(case.layers))]
+
+
+def draw(case: Case, dtype: torch.dtype, seed: int = 0):
+    """Inputs in the order of the kernel's arguments, and an upstream gradient."""
+    grad = torch.randn(case.batch, case.frames, case.side, generator=torch.Generator().manual_seed(seed))
+    inputs = case.inputs(dtype, DEVICE, seed)
+    return {name: inputs[name] for name in ORDER}, grad.to(DEVICE, dtype)
+
+
+def check(case: Case, dtype: torch.dtype, draws: int = 1):
+    pairs = [draw(case, dtype, seed) for seed in range(draws)]
+    assert_as_good_as_reference(kernel, reference, pairs, names(case))
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("side", [5, 24, 48, 80, 96, 160, 192])
+def test_widths(side, dtype):
+    check(Case("relu_attention", batch=2, frames=21, side=side, layers=2, masked=side != 80), dtype)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("frames", [1, 12, 32, 53])
+def test_frames(frames, dtype):
+    """One frame, less than a block, whole blocks, and tails."""
+    check(Case("relu_attention", batch=1, frames=frames, side=24, layers=2), dtype)
+
+
+@pytest.mark.parametrize("layers", [1, 5])
+def test_layers(layers):
+    check(Case("relu_attention", batch=2, frames=20, side=24, layers=layers, masked=True), torch.float32)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_blocks_of_the_table(name):
+    """The table's own block sizes, with tails behind them."""
+    row = tuning.choose(name, 24)
+    with tuning.trial(*(row for row in tuning.TABLE if row.kernel in KERNELS)):
+        assert tuning.choose(name, 24).blocks != row.blocks or DEVICE == "cuda"
+        check(Case("relu_attention", batch=1, frames=150, side=24, layers=2, masked=True), torch.float16)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_lengths_at_the_edges(dtype):
+    """A clip without frames, one frame, a whole block, one more, all frames, and more than there are."""
+    case = Case("relu_attention", batch=6, frames=20, side=24, layers=2)
+    inputs, grad = draw(case, dtype)
+    inputs["lengths"] = torch.tensor([0, 1, 16, 17, 20, 99], device=DEVICE)
+    assert_as_good_as_reference(kernel, reference, [(inputs, grad)], names(case))
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("special", ["dead query", "all negative", "one positive", "equal rows", "one gate"])
+def test_degenerate_scores(special, dtype):
+    case = Case("relu_attention", batch=1, frames=40, side=24, layers=3)
+    pairs = []
+    for seed in range(2):
+        inputs, grad = draw(case, dtype, seed)
+        if special == "dead query":
+            inputs["anchor"][:, 3:20] = 0
+        elif special == "all negative":
+            inputs["anchor"] = -inputs["anchor"].abs()
+            inputs["features"] = [feature.abs() for feature in inputs["features"]]
+        elif special == "one positive":
+            inputs["anchor"] = inputs["anchor"].abs()
+            for index, feature in enumerate(inputs["features"]):
+                feature.copy_(-feature.abs())
+                feature[:, 33 + index].neg_()
+        elif special == "equal rows":
+            inputs["features"][1][:] = inputs["features"][1][:, :1]
+        else:
+            inputs["gate_weight"] *= 100
+        pairs.append((inputs, grad))
+    assert_as_good_as_reference(kernel, reference, pairs, names(case))
+
+
+def test_dead_queries_pass_nothing_on():
+    """Without a positive score only C_l F_l and C_l dM are left."""
+    case = Case("relu_attention", batch=1, frames=40, side=24, layers=1)
+    inputs, grad = draw(case, torch.float32)
+    inputs["anchor"] = torch.zeros_like(inputs["anchor"])
+    result = run(kernel, inputs, grad, names(case))
+    assert torch.equal(result["out"], inputs["features"][0])
+    assert torch.equal(result["features[0]"], grad)
+    assert not result["anchor"].any() and not result["gate_weight"].any()
+
+
+def test_bias_does_not_count():
+    case = Case("relu_attention", frames=20)
+    inputs, grad = draw(case, torch.float32)
+    result = run(kernel, inputs, grad, names(case))
+    moved = run(kernel, {**inputs, "gate_bias": inputs["gate_bias"] + 3}, grad, names(case))
+    assert all(torch.equal(moved[name], result[name]) for name in result)
+    assert not result["gate_bias"].any()
+
+
+def test_padding_reaches_no_valid_frame():
+    """What stands behind a clip's end, NaN included, changes nothing in front of it, bit for bit."""
+    case = Case("relu_attention", batch=2, frames=40, side=24, layers=2, masked=True)
+    inputs, grad = draw(case, torch.float32)
+    inputs["lengths"] = torch.tensor([19, 33], device=DEVICE)
+    grad[0, 19:] = grad[1, 33:] = 0
+    expected = run(kernel, inputs, grad, names(case))
+    for feature in inputs["features"]:
+        feature[0, 19:] = torch.nan
+        feature[1, 33:] = torch.nan
+    result = run(kernel, inputs, grad, names(case))
+    for clip, length in enumerate((19, 33)):
+        assert torch.equal(result["out"][clip, :length], expected["out"][clip, :length])
+    assert result["out"][0, 19:].isnan().all()
+
+
+@pytest.mark.parametrize("where", ["anchor", "features"])
+def test_nan_stays(where):
+    case = Case("relu_attention", batch=2, frames=40, side=24, layers=2)
+    inputs, grad = draw(case, torch.float32)
+    tensor = inputs["anchor"] if where == "anchor" else inputs["features"][0]
+    tensor[0, 35, 3] = torch.nan
+    result = run(kernel, inputs, grad, names(case))
+    assert result["out"][0, 35].isnan().all()
+    assert torch.isfinite(result["out"][1]).all()
+    assert result["gate_weight"].isnan().any()
+    assert result["anchor"][0].isnan().any() and result["features[0]"][0].isnan().any()
+
+
+def test_strided_inputs():
+    case = Case("relu_attention", batch=2, frames=20, side=24, layers=2)
+    inputs, grad = draw(case, torch.float16)
+    strange = dict(inputs)
+    strange["anchor"] = inputs["anchor"].mT.contiguous().mT
+    strange["gate_weight"] = inputs["gate_weight"].repeat(2, 1).T[:, :1].T
+    first, second = inputs["features"]
+    strange["features"] = [
+        first.transpose(0, 1).contiguous().transpose(0, 1),
+        second.repeat(1, 1, 2)[..., :24],
+    ]
+    expected = run(kernel, inputs, grad, names(case))
+    got = run(kernel, strange, grad.mT.contiguous().mT, names(case))
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+def test_clips_are_independent_and_runs_repeat():
+    case = Case("relu_attention", batch=3, frames=21, side=48, layers=2, masked=True)
+    inputs, grad = draw(case, torch.float16)
+    together = run(kernel, inputs, grad, names(case))
+    again = run(kernel, inputs, grad, names(case))
+    assert all(torch.equal(together[name], again[name]) for name in together)
+    one = {name: [f[1:2] for f in value] if name == "features" else value for name, value in inputs.items()}
+    one |= {"anchor": inputs["anchor"][1:2], "lengths": inputs["lengths"][1:2]}
+    alone = run(kernel, one, grad[1:2], names(case))
+    assert torch.equal(alone["out"], together["out"][1:2])
+
+
+@pytest.mark.parametrize("shape", [{"batch": 0}, {"frames": 0}], ids=["no clips", "no frames"])
+def test_nothing_to_do(shape):
+    case = Case("relu_attention", **shape)
+    inputs, grad = draw(case, torch.float16)
+    result = run(kernel, inputs, grad, names(case))
+    assert result["out"].shape == grad.shape and result["features[2]"].shape == grad.shape
+    assert not result["gate_weight"].any() and not result["gate_bias"].any()
+
+
+def test_half_precision_parameters():
+    case = Case("relu_attention", frames=20)
+    inputs, grad = draw(case, torch.float16)
+    inputs |= {name: inputs[name].half() for name in ("gate_weight", "gate_bias")}
+    assert_as_good_as_reference(kernel, reference, [(inputs, grad)], names(case))
+
+
+@pytest.mark.parametrize("missing", [None, *KERNELS])
+def test_what_no_row_serves_goes_to_the_reference(missing, monkeypatch):
+    case = Case("relu_attention", frames=10)
+    inputs, grad = draw(case, torch.float64 if missing is None else torch.float32)
+    if missing is not None:
+        choose = tuning.choose
+        monkeypatch.setattr(tuning, "choose", lambda name, *a: None if name == missing else choose(name, *a))
+    expected = run(reference, inputs, grad, names(case))
+    got = run(kernel, inputs, grad, names(case))
+    served = ["out"] if missing == "relu_attention_fwd" else names(case)
+    assert all(torch.equal(got[name], expected[name]) for name in served)
