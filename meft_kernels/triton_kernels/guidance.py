@@ -83,9 +83,10 @@ def guidance_fwd_kernel(
     column = tl.arange(0, BLOCK_D)
     addresses = _addresses(shallow, slot, SLOTS)
     sources = tl.multiple_of(addresses.to(pointer), 16)[None, :, None]
+    bias = tl.load(bias_ptr).to(tl.float32)
     used = (row < rows)[:, None, None] & (slot < K)[None, :, None]
     gram = tl.zeros([BLOCK_T, SLOTS, SLOTS], tl.float32)
-    logits = tl.zeros([BLOCK_T, SLOTS], tl.float32) + tl.load(bias_ptr).to(tl.float32)
+    logits = tl.zeros([BLOCK_T, SLOTS], tl.float32)
     for start in tl.range(0, D, BLOCK_D):
         d = start + column
         inside = (row < rows)[:, None] & (d < D)[None, :]
@@ -95,7 +96,7 @@ def guidance_fwd_kernel(
         w = tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)
         gram = tl.dot(x, tl.permute(x, 0, 2, 1), gram, input_precision=PRECISION)
         logits += tl.sum(x.to(tl.float32) * (w[None, :] * q)[:, None, :], 2)
-    alpha, scores, inverse, total, cosine, norm = _merge_weights(gram, logits, SLOTS, EPS)
+    alpha, scores, inverse, total, cosine, norm = _merge_weights(gram, logits + bias, SLOTS, EPS)
     for start in tl.range(0, D, BLOCK_D):
         d = start + column
         inside = (row < rows)[:, None] & (d < D)[None, :]
@@ -146,7 +147,7 @@ def guidance_bwd_kernel(
         row = (tl.program_id(0).to(tl.int64) * GROUPS + group) * BLOCK_T + tl.arange(0, BLOCK_T)
         used = (row < rows)[:, None, None] & (slot < K)[None, :, None]
         gram = tl.zeros([BLOCK_T, SLOTS, SLOTS], tl.float32)
-        logits = tl.zeros([BLOCK_T, SLOTS], tl.float32) + bias
+        logits = tl.zeros([BLOCK_T, SLOTS], tl.float32)
         grad_alpha = tl.zeros([BLOCK_T, SLOTS], tl.float32)
         for start in tl.range(0, D, BLOCK_D):
             d = start + column
@@ -160,8 +161,11 @@ def guidance_bwd_kernel(
             wide = x.to(tl.float32)
             logits += tl.sum(wide * (w[None, :] * q)[:, None, :], 2)
             grad_alpha += tl.sum(wide * g[:, None, :], 2)
-        alpha, scores, inverse, total, cosine, norm = _merge_weights(gram, logits, SLOTS, EPS)
-        grad_scores = (grad_alpha - tl.sum(alpha * grad_alpha, 1)[:, None]) / total[:, None]
+        alpha, scores, inverse, total, cosine, norm = _merge_weights(gram, logits + bias, SLOTS, EPS)
+        # dalpha_j - sum_k alpha_k dalpha_k, with sum_k alpha_k = 1 - eps / total: taken pair by pair, since
+        # the difference of the sums would be rounding alone where a single layer has all the weight.
+        spread = alpha[:, None, :] * (grad_alpha[:, :, None] - grad_alpha[:, None, :])
+        grad_scores = (tl.sum(spread, 2) + grad_alpha * (EPS / total)[:, None]) / total[:, None]
         grad_logits = grad_scores * inverse * (scores > 0).to(tl.float32)
         grad_redundancy = -grad_scores * scores * inverse
         pull = grad_redundancy[:, :, None] + grad_redundancy[:, None, :]
