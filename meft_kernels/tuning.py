@@ -185,7 +185,7 @@ _SHERL: tuple[Row, ...] = (
     ),
     Row(
         "guidance_bwd",
-        (1, 1280),
+        (8, 1280),
         {"BLOCK_T": 4, "BLOCK_D": 16, "GROUPS": 16},
         num_warps=4,
         num_stages=2,
