@@ -268,12 +268,13 @@ def adapter_bwd_hidden_kernel(
     tl.store(part_ptr + pid * H + column, tl.sum(dp, 0), mask=column < H)
 
 
-def fitted(row: tuning.Row, dtype: torch.dtype) -> tuning.Row:
-    """The row itself, or in fp32 blocks of at most 32 rows and hidden columns and no copies ahead: twice the
-    bytes, and products of a kind that needs more registers."""
+def fitted(row: tuning.Row, dtype: torch.dtype, width: int) -> tuning.Row:
+    """The row itself, or in fp32 blocks of at most 32 (above side width 128: 16) rows and hidden columns and
+    no copies ahead: twice the bytes, and products of a kind that needs more registers."""
     if dtype != torch.float32:
         return row
-    return replace(row, blocks={name: min(size, 32) for name, size in row.blocks.items()}, num_stages=1)
+    largest = 32 if width <= 128 else 16
+    return replace(row, blocks={name: min(size, largest) for name, size in row.blocks.items()}, num_stages=1)
 
 
 def options(row: tuning.Row) -> dict:
@@ -312,7 +313,7 @@ def weight_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of W1 (H, R), b1 (H,) and W2 (R, H) in fp32, from g and m (N, R), by one kernel."""
     hidden, width = weight_1.shape
-    row = fitted(row_for("adapter_bwd_weight", affine, width), affine.dtype)
+    row = fitted(row_for("adapter_bwd_weight", affine, width), affine.dtype, width)
     weights = packed(weight_1, bias_1, weight_2, affine.dtype, row.blocks["BLOCK_H"])
     padded_hidden, padded_width = weights[0].shape
     columns = padded_hidden // row.blocks["BLOCK_H"]
@@ -375,7 +376,7 @@ def gradients(
     affine, grad_x = torch.empty_like(grad), torch.empty_like(x)
     row = row_for("adapter_bwd", grad, width)
     if row is not None:
-        row = fitted(row, grad.dtype)
+        row = fitted(row, grad.dtype, width)
         programs = triton.cdiv(count, row.blocks["BLOCK_M"])
         parts = torch.empty(programs, 3, width, dtype=torch.float32, device=x.device)
         weights = packed(weight_1, bias_1, weight_2, grad.dtype, row.blocks["BLOCK_H"])
@@ -419,7 +420,7 @@ def forward(
     row = row_for("adapter_fwd", x, width)
     if row is None:
         return reference.forward(x, norm_weight, norm_bias, weight_1, bias_1, weight_2, bias_2)
-    row = fitted(row, x.dtype)
+    row = fitted(row, x.dtype, width)
     rows = aligned(x, width)
     out = torch.empty_like(rows)
     if rows.numel():
@@ -475,7 +476,7 @@ def pointer_types(function, dtype: str, wide: tuple[str, ...] = ()) -> dict[str,
 def static_launches(row: tuning.Row, dtype: str, width: int) -> Iterator[tuple]:
     """The row's kernel as ``triton.compile`` takes it: UniPT's adapter of a backbone 8 times as wide as its
     side ``width``; the width of ``adapter_bwd_hidden`` is the hidden one."""
-    row = fitted(row, TORCH_TYPES[dtype])
+    row = fitted(row, TORCH_TYPES[dtype], width)
     function = globals()[f"{row.kernel}_kernel"]
     if function is adapter_bwd_hidden_kernel:
         types = pointer_types(function, dtype, ("hidden_ptr", "grad_hidden_ptr"))

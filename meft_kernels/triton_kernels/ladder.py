@@ -280,7 +280,7 @@ def forward(
         return reference.forward(
             x, state, weight, bias, mean, rstd, gate, norm_weight, norm_bias, *parameters
         )
-    row = fitted(row, x.dtype)
+    row = fitted(row, x.dtype, width)
     rows, below = aligned(x, x.shape[-1]), aligned(state, width)
     out = torch.empty(below.shape, dtype=x.dtype, device=x.device)
     if rows.shape[0]:
@@ -350,7 +350,7 @@ def _fused_gradients(
     """
     norm_weight, norm_bias, *linear = parameters
     count, width = grad.shape
-    row = fitted(row_for("ladder_bwd", grad, width), grad.dtype)
+    row = fitted(row_for("ladder_bwd", grad, width), grad.dtype, width)
     weights = packed(*linear, grad.dtype, row.blocks["BLOCK_H"])
     programs = triton.cdiv(count, row.blocks["BLOCK_M"])
     affine = torch.empty_like(grad)
@@ -394,7 +394,7 @@ _FLOAT = ("raw_ptr", "mean_ptr", "rstd_ptr", "centre_ptr", "down_bias_ptr", "gat
 
 def static_launches(row: tuning.Row, dtype: str, width: int) -> Iterator[tuple]:
     """The row's kernel as ``triton.compile`` takes it, for side width ``width`` and 256 hidden columns."""
-    row = fitted(row, TORCH_TYPES[dtype])
+    row = fitted(row, TORCH_TYPES[dtype], width)
     function = globals()[f"{row.kernel}_kernel"]
     if "BLOCK_H" in row.blocks:
         values = {**constants(row, width, 256), "EPS": NORM_EPS}
