@@ -26,6 +26,7 @@ UNREADABLE_SUFFIXES = frozenset(
 )
 
 _RATES = (1_000, 1_000_000)  # Hz; a rate outside these is a damaged header
+_LOUDEST = 1e10  # integers written as floats reach 2^31; squares of much more leave the range of float32
 _BLOCK = 1 << 22  # frames decoded at a time, so that a damaged header cannot ask for terabytes
 _STREAMED = 0x7FFFF000  # size fields from here on mean "unknown" in files written to a pipe
 _CONVERT = "convert it first, for example with `ffmpeg -i IN -ar 16000 -ac 1 OUT.wav`"
@@ -163,6 +164,8 @@ def decode_audio(
         wave, rate = _cut(wave, _check_rate(source_rate, name), start, stop, unit, name)
     if not np.isfinite(wave).all():
         raise UserError(f"{name} holds samples that are not finite (NaN or infinite)")
+    if len(wave) and (peak := float(np.abs(wave).max())) > _LOUDEST:
+        raise UserError(f"{name} holds samples up to {peak:.3g}: that is not audio, which lies in -1 to 1")
     return wave, rate
 
 
@@ -251,8 +254,18 @@ def _from_decoder(decoder: Any, name: str) -> tuple[np.ndarray, int]:
 
 
 def _decode_file(file: str | io.BytesIO, start, stop, unit, name) -> tuple[np.ndarray, int]:
+    # Opening a pipe waits for its writer, maybe for ever.
+    if (
+        isinstance(file, str)
+        and os.path.exists(file)
+        and not os.path.isfile(file)
+        and not os.path.isdir(file)
+    ):
+        raise UserError(f"{name} is a pipe or a device, a regular file is needed")
     try:
-        with soundfile.SoundFile(file) as opened:
+        # soundfile cannot encode a name that is not text; as bytes it is passed on as it is.
+        name_as_is = isinstance(file, str) and os.name == "posix"
+        with soundfile.SoundFile(os.fsencode(file) if name_as_is else file) as opened:
             rate = _check_rate(opened.samplerate, name)
             first, last = _frames(start, stop, unit, rate, name)
             if not opened.frames:

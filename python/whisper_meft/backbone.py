@@ -26,7 +26,7 @@ def resolve_backbone(name: str | os.PathLike, folder: str | os.PathLike | None =
     written, the name of a backbone shipped with this package (such as ``phoneme-tiny``), else a name on the
     model hub, which is returned as it is.
     """
-    name = os.fspath(name)
+    name = os.path.expanduser(os.fspath(name))
     if folder is not None and not os.path.isabs(name) and (Path(folder) / name).is_dir():
         return str((Path(folder) / name).resolve())
     if os.path.isdir(name):
@@ -34,6 +34,19 @@ def resolve_backbone(name: str | os.PathLike, folder: str | os.PathLike | None =
     if (ASSETS / name / "config.json").is_file():
         return str(ASSETS / name)
     return name
+
+
+def check_source(argument: str, name: str) -> None:
+    """Raises UserError if ``name`` can only mean a local folder and there is no model folder there."""
+    path = Path(name)
+    if path.is_file():
+        raise UserError(f"{argument}: {name} is a file; a folder or the name of a model on the hub is needed")
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"{argument}: {name} holds no config.json, so it is not a model folder")
+        return
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise UserError(f"{argument}: there is no folder {name}")
 
 
 def backbone_reference(name: str | None, folder: str | os.PathLike) -> str | None:
@@ -72,6 +85,7 @@ def load_backbone(
             another shape.
     """
     where = resolve_backbone(name, folder)
+    check_source(argument, where)
     called = os.fspath(name) if where == os.fspath(name) else f"{os.fspath(name)} (as {where})"
     options = {"dtype": "auto" if dtype is None else dtype, "output_loading_info": True, **hub_options}
     if attn_implementation is not None:

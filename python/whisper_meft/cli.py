@@ -39,6 +39,10 @@ def help_text() -> str:
 
 
 def _complain(message: str) -> None:
+    if "tqdm" in sys.modules:
+        # A progress bar that was cut off stays on its line: the message goes to the next.
+        for bar in list(getattr(sys.modules["tqdm"].tqdm, "_instances", ())):
+            bar.close()
     rank = os.environ.get("RANK", "0")
     where = "" if rank == "0" else f"[process {rank}] "
     print(f"whisper-meft: {where}{message}", file=sys.stderr, flush=True)
@@ -58,6 +62,8 @@ def _one_line_warnings() -> Iterator[None]:
                 tqdm.write(f"whisper-meft: {record.levelname.lower()}: {text}", file=sys.stderr)
 
     logger, handler = logging.getLogger("whisper_meft"), Handler()
+    # It reports every attempt to reach the hub with two lines; the error in the end says it all.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     propagate = logger.propagate
     logger.addHandler(handler)
     logger.propagate = False
@@ -91,6 +97,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program name; default sys.argv[1:].
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            # File names and labels that the terminal's encoding cannot show must not end a run.
+            stream.reconfigure(errors="backslashreplace")
     debug = os.environ.get("WHISPER_MEFT_DEBUG", "0") not in ("", "0")
     try:
         if not argv or argv[0] in ("-h", "--help", "help"):

@@ -11,7 +11,7 @@ from . import data, plots
 from .arguments import DataFormatArguments, Parser, UsageError
 from .errors import UserError
 from .examples import ExampleSet, check_known_labels
-from .files import write_json, write_text
+from .files import check_writable, write_json, write_text
 from .metrics import Scores, score
 from .predict import Classifier, InferenceArguments
 from .readers import canonical_split
@@ -55,6 +55,9 @@ def evaluate(classifier: Classifier, examples: ExampleSet) -> tuple[Scores, np.n
     check_known_labels(examples, classifier.labels)
     index = {label: number for number, label in enumerate(classifier.labels)}
     probabilities = classifier.probabilities(examples)
+    finite = np.isfinite(probabilities).all(axis=1)
+    if not finite.all():
+        raise UserError(f"the model's output for {examples[int(finite.argmin())].name} is NaN or infinite")
     reference = np.array([index[example.label] for example in examples])
     return score(reference, probabilities.argmax(axis=1), classifier.labels), probabilities
 
@@ -111,14 +114,16 @@ def load_labelled(arguments: EvaluateArguments) -> ExampleSet:
 def run(argv: Sequence[str]) -> int:
     """`whisper-meft evaluate`; returns the exit status."""
     inference, arguments, where = make_parser().parse(argv)
+    folder = Path(arguments.output_dir or Path(where.model_dir) / "evaluation")
+    if Path(where.model_dir, "config.json").is_file() or arguments.output_dir:
+        check_writable(folder / "eval_results.json")
     examples = load_labelled(arguments)
     total = len(examples)
     classifier = Classifier.load(where.model_dir, inference, progress=sys.stderr.isatty())
-    examples, bad = classifier.check(examples, arguments.strict)
-    scores, _ = evaluate(classifier, examples)
     if arguments.output_dir is None and not Path(where.model_dir).is_dir():
         raise UserError("--output_dir is needed for a model that is not in a local folder")
-    folder = Path(arguments.output_dir or Path(where.model_dir) / "evaluation")
+    examples, bad = classifier.check(examples, arguments.strict)
+    scores, _ = evaluate(classifier, examples)
     left_out = [{"file": name, "reason": reason} for name, reason in bad]
     write_scores(scores, folder, examples.description, model=str(where.model_dir), left_out=left_out)
     print(f"{where.model_dir} on {examples.description}\n{scores.as_text()}\nresults are in {folder}")

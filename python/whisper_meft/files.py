@@ -12,7 +12,44 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from .errors import UserError
+
+
+def _temporary_beside(path: Path) -> Path:
+    """A new empty file in the folder of ``path``, which is made as needed."""
+    if path.is_dir():
+        raise UserError(f"cannot write {path}: it is a folder, a file name is needed")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        prefix = f".{path.stem[:100]}-"
+        descriptor, name = tempfile.mkstemp(prefix=prefix, suffix=path.suffix, dir=path.parent)
+    except FileExistsError as error:
+        raise UserError(f"cannot write {path}: {path.parent} is not a folder") from error
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    os.close(descriptor)
+    return Path(name)
+
+
+def check_writable(path: str | os.PathLike) -> None:
+    """Finds out before the work is done whether a file could be written at ``path``. Leaves nothing behind.
+
+    Raises:
+        UserError: ``path`` is a folder, or nothing can be written in its folder or in the one where that
+            would be made.
+    """
+    path = Path(path)
+    folder = path.parent
+    while not os.path.lexists(folder) and folder != folder.parent:
+        folder = folder.parent
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"cannot write {path}: {folder} is not a folder")
+    try:
+        _temporary_beside(path if folder == path.parent else folder / "probe").unlink()
+    except UserError as error:
+        raise UserError(f"cannot write {path}: {str(error).partition(': ')[2]}") from error
 
 
 @contextmanager
@@ -23,18 +60,10 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     exception the temporary file is removed and ``path`` stays as it was.
 
     Raises:
-        UserError: the folder cannot be made or written, or ``path`` is a folder.
+        UserError: the folder cannot be made or written, ``path`` is a folder, or the disk is full.
     """
     path = Path(path)
-    if path.is_dir():
-        raise UserError(f"cannot write {path}: it is a folder, a file name is needed")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-    os.close(descriptor)
-    temporary = Path(name)
+    temporary = _temporary_beside(path)
     try:
         yield temporary
         # mkstemp makes files private; give the result the permissions an ordinary open() would.
@@ -42,14 +71,20 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Writes ``text`` as UTF-8, atomically."""
+    """Writes ``text`` as UTF-8, atomically.
+
+    What UTF-8 cannot hold (bytes of a file name in another encoding) is written as JSON escapes of lone
+    surrogates, which JSON reads back as it was.
+    """
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:

@@ -172,6 +172,8 @@ class MeftModel(PreTrainedModel):
         if max_frames == "fidelity" or not isinstance(features, torch.Tensor) or features.ndim != 3:
             return features, None  # the encoder reports a wrong shape
         expected = (features.shape[0], features.shape[2])
+        if not isinstance(attention_mask, torch.Tensor | None):
+            raise UserError(f"attention_mask must be a tensor or None, got {type(attention_mask).__name__}")
         if attention_mask is not None and tuple(attention_mask.shape) != expected:
             raise UserError(
                 f"attention_mask must have shape {expected}, the batch and frames of input_features, got "
@@ -193,6 +195,8 @@ class MeftModel(PreTrainedModel):
     def _loss(
         self, logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
     ) -> torch.Tensor:
+        if not isinstance(labels, torch.Tensor):
+            raise UserError(f"labels must be a tensor of class numbers, got {type(labels).__name__}")
         if labels.ndim != 1 or labels.shape[0] != logits.shape[0] or labels.is_floating_point():
             raise UserError(
                 f"labels must be {logits.shape[0]} class numbers, got shape {tuple(labels.shape)} of "

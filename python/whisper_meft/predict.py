@@ -18,7 +18,7 @@ from .arguments import Parser, UsageError
 from .backbone import quiet_transformers
 from .errors import UserError
 from .examples import Example, ExampleSet
-from .files import write_json, write_text
+from .files import check_writable, write_json, write_text
 from .modeling import MeftModel
 from .pretrained import load_feature_extractor
 
@@ -125,10 +125,11 @@ class Classifier:
         return data.check_audio(examples, strict, num_workers=self.num_workers, progress=self.progress)
 
     def probabilities(self, examples: ExampleSet) -> np.ndarray:
-        """Class probabilities, float32 (N, K), rows in the order of ``examples``.
+        """Class probabilities, float32 (N, K), rows in the order of ``examples``; NaN where the model's
+        output was not finite.
 
         Raises:
-            UserError: an example cannot be read, or the model's outputs are not finite.
+            UserError: an example cannot be read.
         """
         dataset = data.SpeechDataset(examples, self.feature_extractor, None, self.max_frames)
         collator = data.Collator(self.feature_extractor, self.max_frames)
@@ -138,11 +139,7 @@ class Classifier:
             for batch in tqdm(loader, desc="classifying", unit="batch", disable=not self.progress):
                 logits = self.model(**{name: value.to(self.device) for name, value in batch.items()}).logits
                 rows.append(logits.float().softmax(dim=-1).cpu().numpy())
-        result = np.concatenate(rows)
-        if not np.isfinite(result).all():
-            first = examples[int(np.argmin(np.isfinite(result).all(axis=1)))].name
-            raise UserError(f"the model's output for {first} is NaN or infinite")
-        return result
+        return np.concatenate(rows)
 
 
 def find_audio(sources: Sequence[str]) -> list[str]:
@@ -153,6 +150,8 @@ def find_audio(sources: Sequence[str]) -> list[str]:
     """
     found: dict[str, None] = {}
     for source in sources:
+        if not source:
+            raise UserError("AUDIO_OR_DIR is empty, the name of a file or folder is needed")
         path = Path(source)
         if path.is_dir():
             inside = data.list_audio_files(path)
@@ -209,14 +208,17 @@ def predict(
     # The error of a single file says it all; of several the good ones are answered.
     good, bad = classifier.check(examples, strict=len(examples) == 1)
     probabilities = classifier.probabilities(good)
-    rows = [
-        {
-            "file": example.name,
-            "label": classifier.labels[int(row.argmax())],
-            "probabilities": {label: float(p) for label, p in zip(classifier.labels, row)},
-        }
-        for example, row in zip(good, probabilities)
-    ]
+    rows = []
+    for example, row in zip(good, probabilities):
+        if not np.isfinite(row).all():
+            bad.append((example.name, "the model's output for it is NaN or infinite"))
+            continue
+        named = {label: float(p) for label, p in zip(classifier.labels, row)}
+        rows.append(
+            {"file": example.name, "label": classifier.labels[int(row.argmax())], "probabilities": named}
+        )
+    if not rows:
+        raise UserError(f"no file could be classified; {bad[0][0]}: {bad[0][1]}")
     return rows, bad
 
 
@@ -238,6 +240,8 @@ def run(argv: Sequence[str]) -> int:
     """`whisper-meft predict`; returns the exit status."""
     inference, output, where = make_parser().parse(argv)
     files = find_audio(where.audio)
+    if output.output is not None:
+        check_writable(output.output)
     classifier = Classifier.load(where.model_dir, inference, progress=sys.stderr.isatty())
     rows, bad = predict(classifier, files)
     if output.output is None:

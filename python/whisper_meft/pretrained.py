@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, WhisperFeatureExtractor, WhisperForAudioClassification
 
 from .arguments import ModelArguments
-from .backbone import load_backbone, resolve_backbone
+from .backbone import check_source, load_backbone, resolve_backbone
 from .errors import UserError, one_line
 
 
@@ -20,23 +20,6 @@ def resolve_dtype(name: str, use_cpu: bool = False) -> str:
     if use_cpu or not torch.cuda.is_available():
         return "float32"
     return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-
-
-def check_source(argument: str, name: str) -> None:
-    """Raises UserError if ``name`` can only mean a local folder and there is no model folder there."""
-    path = Path(name)
-    if path.is_file():
-        raise UserError(f"{argument}: {name} is a file; a folder or the name of a model on the hub is needed")
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UserError(f"{argument}: {name} holds no config.json, so it is not a model folder")
-        return
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise UserError(f"{argument}: there is no folder {name}")
-
-
-def _locate(name: str) -> str:
-    return resolve_backbone(os.path.expanduser(name))
 
 
 def _from_hub(argument: str, name: str, load: Any, **options: Any) -> Any:
@@ -54,7 +37,7 @@ def load_config(arguments: ModelArguments) -> Any:
     Raises:
         UserError: there is no such model, or it is not a Whisper checkpoint.
     """
-    name = _locate(arguments.model_name_or_path)
+    name = resolve_backbone(arguments.model_name_or_path)
     check_source("model_name_or_path", name)
     local_config = Path(name) / "config.json"
     if local_config.is_file() and "meft" in _read_config(local_config):
@@ -110,7 +93,7 @@ def load_feature_extractor(
     Raises:
         UserError: there is none, or it is not Whisper's.
     """
-    name = _locate(name)
+    name = resolve_backbone(name)
     path = Path(name)
     if path.is_dir() and not any(
         (path / file).is_file() for file in ("preprocessor_config.json", "processor_config.json")

@@ -174,7 +174,7 @@ def list_audio_files(folder: str | os.PathLike) -> list[str]:
                 for entry in entries:
                     if entry.name.startswith(".") or entry.name == "__MACOSX":
                         continue
-                    if entry.is_dir():
+                    if os.path.isdir(entry.path):  # unlike entry.is_dir(), content with a link to itself
                         waiting.append(entry.path)
                     elif os.path.splitext(entry.name)[1].lower() in _AUDIO_SUFFIXES:
                         found.append(entry.path)
