@@ -71,6 +71,8 @@ class FiniteGuard(TrainerCallback):
         for hook in self._hooks:
             hook.remove()
 
+    # Not compiled with the model: they look at values.
+    @torch.compiler.disable
     def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         kwargs = dict(kwargs)
         index = kwargs.pop("index", None)
@@ -80,6 +82,7 @@ class FiniteGuard(TrainerCallback):
             self._current[threading.get_ident()] = (index, fine)
         return args, kwargs
 
+    @torch.compiler.disable
     def _after(self, module: nn.Module, args: tuple, output: dict[str, Any]) -> None:
         index, fine = self._current.pop(threading.get_ident(), (None, None))
         if fine is None:

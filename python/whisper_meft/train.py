@@ -37,7 +37,7 @@ from .examples import (
     warn_on_shared_audio,
     warn_on_shared_speakers,
 )
-from .files import read_json, write_json, write_text
+from .files import check_writable, read_json, write_json, write_text
 from .guard import FiniteGuard, Indexed, IndexedCollator, NonFiniteError
 from .metrics import Scores, score
 from .modeling import MeftModel, get_meft_model
@@ -233,6 +233,8 @@ def prepare_output_dir(arguments: TrainArguments) -> Path | None:
     processes = arguments.world_size
     # One process at a time, the main one first: it may remove half-written checkpoints.
     with arguments.main_process_first(local=False, desc="looking for checkpoints"):
+        if main_process():
+            check_writable(folder / RESULT_FILES[0])
         if wanted.lower() in ("true", "latest"):
             found = checkpoints.newest_complete(folder, say, processes)
             if found is None:
@@ -355,6 +357,12 @@ def train(
     label2id = {label: index for index, label in enumerate(labels)}
 
     set_seed(training_arguments.seed)
+    smallest = training_arguments.per_device_train_batch_size * training_arguments.world_size
+    if training_arguments.dataloader_drop_last and len(examples.training) < smallest:
+        raise UserError(
+            f"dataloader_drop_last: the {len(examples.training)} training examples do not fill one batch of "
+            f"{smallest}, so nothing is left to train on"
+        )
     set_labels(base, labels)
     model = get_meft_model(base, config)
     training_set = data.SpeechDataset(examples.training, extractor, label2id, config.max_frames)

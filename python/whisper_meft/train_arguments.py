@@ -1,5 +1,6 @@
 """The options of `whisper-meft train`: data, and TrainingArguments with defaults for this task."""
 
+import math
 import os
 from dataclasses import dataclass, field
 from typing import Literal
@@ -11,6 +12,9 @@ from .arguments import DataFormatArguments, UsageError
 
 # The learning rates of the paper's scripts.
 LEARNING_RATES = {"lst": 5e-4, "unipt": 1e-4, "sherl": 1e-4}
+
+# What the best checkpoint can be chosen by.
+METRICS = ("accuracy", "mean_class_accuracy", "macro_f1", "loss")
 
 
 @dataclass
@@ -135,8 +139,8 @@ class TrainArguments(TrainingArguments):
     def __post_init__(self):
         if not self.output_dir:
             raise UsageError("--output_dir is needed")
-        if self.learning_rate is not None and not self.learning_rate > 0:
-            raise UsageError(f"--learning_rate must be above 0, got {self.learning_rate}")
+        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
+            raise UsageError(f"--learning_rate must be above 0 and finite, got {self.learning_rate}")
         for name in (
             "per_device_train_batch_size",
             "per_device_eval_batch_size",
@@ -144,8 +148,24 @@ class TrainArguments(TrainingArguments):
         ):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name} must be at least 1, got {getattr(self, name)}")
-        if self.num_train_epochs <= 0 and self.max_steps <= 0:
-            raise UsageError(f"--num_train_epochs must be above 0, got {self.num_train_epochs}")
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise UsageError(f"--max_steps must be at least 1, or -1 for no limit, got {self.max_steps}")
+        if self.max_steps < 0 and not 0 < self.num_train_epochs < math.inf:
+            raise UsageError(f"--num_train_epochs must be above 0 and finite, got {self.num_train_epochs}")
+        if not 0 <= self.seed < 2**32:
+            raise UsageError(f"--seed must lie between 0 and 2^32 - 1, got {self.seed}")
+        for name in ("save_steps", "eval_steps"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UsageError(f"--{name} must be above 0, got {value}")
+        if self.dataloader_num_workers is not None and self.dataloader_num_workers < 0:
+            raise UsageError(f"--dataloader_num_workers must be 0 or more, got {self.dataloader_num_workers}")
+        for name in ("remove_unused_columns", "prediction_loss_only"):
+            if getattr(self, name):
+                raise UsageError(f"--{name} cannot be True: scores and checks need what it leaves out")
+        metric = (self.metric_for_best_model or "accuracy").removeprefix("eval_")
+        if metric not in METRICS:
+            raise UsageError(f"--metric_for_best_model must be one of {', '.join(METRICS)}, got {metric}")
         if self.eval_strategy is None:
             self.eval_strategy = "epoch" if self.save_strategy == "best" else self.save_strategy
             if self.eval_strategy == "steps" and self.eval_steps is None:
