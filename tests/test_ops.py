@@ -259,6 +259,16 @@ def test_guidance_special_rows():
     assert torch.equal(ops.guidance(-weight, bias, [one, one, deep]), deep)
 
 
+@pytest.mark.parametrize("width", [1, 3])
+@pytest.mark.parametrize("size", [1e-42, 1e-30, 1e-20, 1e-10])
+def test_guidance_of_tiny_vectors_is_finite(size, width):
+    weight, bias = torch.ones(1, width), torch.zeros(1)
+    features = [torch.full((1, 2, width), value).requires_grad_() for value in (size, 1.0, 2.0)]
+    out = ops.guidance(weight, bias, features)
+    grads = torch.autograd.grad(out.sum(), features)
+    assert torch.isfinite(out).all() and all(torch.isfinite(grad).all() for grad in grads)
+
+
 def test_use_backend():
     case = ONE_EACH[0]
     inputs = case.inputs(torch.float32)

@@ -93,11 +93,13 @@ def backward(grad: Tensor, weight: Tensor, bias: Tensor, features: list[Tensor])
         pull = (grad_redundancy[:, :, None] + grad_redundancy[:, None]) * (cosine > 0)
         scale = norms + GUIDANCE_EPS
         mixing = pull / (scale[:, :, None] * scale[:, None])
-        length = (pull * cosine).sum(-1) / (norms * scale)
-        mixing -= torch.diag_embed(torch.where(norms > 0, length, 0))
+        # x / |x| first: the product of two tiny numbers below it would be zero, and zero by zero NaN.
+        unit = shallow / torch.where(norms > 0, norms, 1)[..., None]
+        shortening = unit * ((pull * cosine).sum(-1) / scale)[..., None]
         weighted = (grad_logits[:, None] @ shallow).squeeze(1)  # sum_i dt_i x_i
         gated = (wide_weight * deep)[:, None]
-        grad_shallow = alpha[..., None] * g[:, None] + grad_logits[..., None] * gated + mixing @ shallow
+        grad_shallow = alpha[..., None] * g[:, None] + grad_logits[..., None] * gated
+        grad_shallow += mixing @ shallow - shortening
         for target, part in zip(grad_features, (*grad_shallow.unbind(1), g + wide_weight * weighted)):
             target[block] = part
         grad_weight += (weighted * deep).sum(0)
