@@ -68,6 +68,22 @@ def test_an_epoch_without_a_batch_is_explained(work, tmp_path, capsys):
     assert "do not fill one batch of 64" in capsys.readouterr().err
 
 
+def test_a_run_at_its_last_step_is_not_trained_further(work, tmp_path, capsys):
+    command = train_command(
+        work / "backbone", work / "train", tmp_path / "out", max_steps=2, save_strategy="steps", save_steps=2
+    )
+    assert main(command) == 0
+    before = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert main([*command, "--resume_from_checkpoint", "True"]) == 1
+    err = capsys.readouterr().err
+    assert "checkpoint-2 is at the last step (max_steps 2) already" in err
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == before
+    assert (
+        "checkpoint-2" in before
+        and main(["evaluate", str(tmp_path / "out/checkpoint-2"), "--data", str(work / "train")]) == 0
+    )
+
+
 @pytest.mark.parametrize("command", ["train", "evaluate", "predict"])
 def test_an_output_that_cannot_be_written_is_found_before_any_work(
     command, work, tmp_path, capsys, monkeypatch

@@ -325,6 +325,8 @@ def train(
     """
     output_dir = Path(training_arguments.output_dir)
     resume_from = prepare_output_dir(training_arguments)
+    if resume_from is not None:
+        _check_steps_left(resume_from, training_arguments.max_steps)
     dtype = resolve_dtype(model_arguments.backbone_dtype, training_arguments.use_cpu)
     config = method_config(method_arguments, dtype)
     if training_arguments.learning_rate is None:
@@ -455,6 +457,15 @@ def _describe(
     say("  " + ", ".join(f"{label}: {counts[label]}" for label in labels))
     if examples.evaluation is not None:
         say(f"evaluating on {len(examples.evaluation)} examples; {examples.note}")
+
+
+def _check_steps_left(checkpoint: Path, max_steps: int) -> None:
+    """Raises UserError if a checkpoint is at the last step already: the Trainer would do one step more."""
+    if 0 < max_steps <= (checkpoints.checkpoint_step(checkpoint) or 0):
+        raise UserError(
+            f"resume_from_checkpoint: {checkpoint} is at the last step (max_steps {max_steps}) already; "
+            "evaluate and predict take it as a model, a larger --max_steps goes on from it"
+        )
 
 
 def _check_same_model(checkpoint: Path, model: MeftModel) -> None:
