@@ -12,17 +12,21 @@ The layers are walked through at run time, so that their features have to lie in
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import tuning
 from ..reference import relu_attention as reference
 from ..reference.common import ATTENTION_EPS
 from .blocks import chunks, store_sums
-from .host import POINTERS, compile_arguments, on_device, row_for
+from .host import POINTERS, TORCH_TYPES, aligned, compile_arguments, on_device, row_for
+
+FP32_WIDTH = 192  # widest rows of the kernels in fp32
 
 # A clip's rows are R columns wide, in two tiles of R0 and R1 columns (see ``blocks``). Programs count blocks
 # of a clip's rows first, so that its features stay in the L2 cache.
@@ -34,7 +38,8 @@ def _tile(ptr, row, rows, R: tl.constexpr, START: tl.constexpr, SIZE: tl.constex
     inside = (row < rows)[:, None]
     if START + SIZE > R:
         inside = inside & (column < R)[None, :]
-    return tl.load(ptr + row[:, None] * R + column[None, :], mask=inside, other=0.0)
+    offset = row[:, None] * R + column[None, :]
+    return tl.load(ptr + offset, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -43,6 +48,30 @@ def _pair(ptr, row, rows, R: tl.constexpr, R0: tl.constexpr, R1: tl.constexpr):
     x1 = x0
     if R1 > 0:
         x1 = _tile(ptr, row, rows, R, R0, R1)
+    return x0, x1
+
+
+@triton.jit
+def _block(
+    block0,  # descriptors of (clips, rows, R) with tiles (1, SIZE, R0) and (1, SIZE, R1), or None
+    block1,
+    ptr,  # where there is none, the clip's rows
+    clip,
+    start,
+    rows,
+    R: tl.constexpr,
+    R0: tl.constexpr,
+    R1: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """SIZE rows of a clip, zero beyond the last. Descriptors spare the registers of pointers and masks."""
+    if block0 is None:
+        x0, x1 = _pair(ptr, start + tl.arange(0, SIZE), rows, R, R0, R1)
+    else:
+        x0 = block0.load([clip, start, 0]).reshape([SIZE, R0])
+        x1 = x0
+        if R1 > 0:
+            x1 = block1.load([clip, start, R0]).reshape([SIZE, R1])
     return x0, x1
 
 
@@ -88,7 +117,8 @@ def _relu(x):
 @triton.jit(do_not_specialize=["batch", "frames"])
 def relu_attention_sum_kernel(
     features_ptr,  # (layers, batch, frames, R)
-    lengths_ptr,  # (batch,) int32, 0 ... frames
+    factor_ptr,  # (batch, frames, R) or None
+    lengths_ptr,  # (batch,) int32, 0 ... frames; None: all frames
     sums_ptr,  # (layers, batch, R) fp32
     batch,
     frames,
@@ -97,16 +127,23 @@ def relu_attention_sum_kernel(
     R1: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    # sums over each clip's valid frames, in an order that the other clips have no part in
+    # sums over frames, of F_l or F_l * factor, in an order that the other clips have no part in
     pair = tl.program_id(0).to(tl.int64)  # layer and clip
-    rows = tl.load(lengths_ptr + pair % batch)
+    clip = pair % batch
+    rows = frames
+    if lengths_ptr is not None:
+        rows = tl.load(lengths_ptr + clip)
     sum0 = tl.zeros([BLOCK_M, R0], tl.float32)
     sum1 = tl.zeros([BLOCK_M, R1 if R1 > 0 else R0], tl.float32)
     for start in tl.range(0, rows, BLOCK_M):
         row = start + tl.arange(0, BLOCK_M)
         f0, f1 = _pair(features_ptr + pair * frames * R, row, rows, R, R0, R1)
-        sum0 += f0.to(tl.float32)
-        sum1 += f1.to(tl.float32)
+        f0, f1 = f0.to(tl.float32), f1.to(tl.float32)
+        if factor_ptr is not None:
+            h0, h1 = _pair(factor_ptr + clip * frames * R, row, rows, R, R0, R1)
+            f0, f1 = f0 * h0.to(tl.float32), f1 * h1.to(tl.float32)
+        sum0 += f0
+        sum1 += f1
     store_sums(sums_ptr + pair * R, sum0, sum1, R, R0, R1)
 
 
@@ -114,6 +151,8 @@ def relu_attention_sum_kernel(
 def relu_attention_fwd_kernel(
     anchor_ptr,  # (batch, frames, R)
     features_ptr,  # (layers, batch, frames, R)
+    keys0,  # descriptors of (layers * batch, frames, R): features, zero beyond each clip's length; or None
+    keys1,
     gates_ptr,  # (batch, layers) fp32
     lengths_ptr,  # (batch,) int32, 0 ... frames
     out_ptr,  # (batch, frames, R)
@@ -137,12 +176,13 @@ def relu_attention_fwd_kernel(
     out0 = tl.zeros([BLOCK_M, R0], tl.float32)
     out1 = tl.zeros([BLOCK_M, R1 if R1 > 0 else R0], tl.float32)
     feature_ptr = features_ptr + start_of_clip
+    pair = clip
     for layer in tl.range(0, layers):
         y0 = tl.zeros([BLOCK_M, R0], tl.float32)
         y1 = tl.zeros([BLOCK_M, R1 if R1 > 0 else R0], tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         for start in tl.range(0, keys, BLOCK_N):
-            f0, f1 = _pair(feature_ptr, start + tl.arange(0, BLOCK_N), keys, R, R0, R1)
+            f0, f1 = _block(keys0, keys1, feature_ptr, pair, start, keys, R, R0, R1, BLOCK_N)
             p = _relu(_scores(q0, q1, f0, f1, R1))
             total += tl.sum(p, 1)
             y0, y1 = _accumulate(p.to(f0.dtype), f0, f1, y0, y1, R1)
@@ -152,6 +192,7 @@ def relu_attention_fwd_kernel(
         out0 += scale * y0 + gate * f0.to(tl.float32)
         out1 += scale * y1 + gate * f1.to(tl.float32)
         feature_ptr += batch.to(tl.int64) * frames * R
+        pair += batch
     _store_pair(out_ptr + start_of_clip, row, frames, out0, out1, R, R0, R1)
 
 
@@ -160,12 +201,13 @@ def relu_attention_bwd_anchor_kernel(
     grad_ptr,  # (batch, frames, R)
     anchor_ptr,  # (batch, frames, R)
     features_ptr,  # (layers, batch, frames, R)
+    keys0,  # descriptors as above, or None
+    keys1,
     gates_ptr,  # (batch, layers) fp32
     lengths_ptr,  # (batch,) int32
     grad_anchor_ptr,  # (batch, frames, R) fp32, without the gates' share
     delta_ptr,  # (layers, batch, frames) fp32: delta
     scale_ptr,  # (layers, batch, frames) fp32: C_l / R_l
-    gate_part_ptr,  # (layers, batch, frames) fp32: delta + grad . F_l, whose sums are the gates' gradients
     layers,
     batch,
     frames,
@@ -190,32 +232,51 @@ def relu_attention_bwd_anchor_kernel(
     out1 = tl.zeros([BLOCK_M, R1 if R1 > 0 else R0], tl.float32)
     feature_ptr = features_ptr + start_of_clip
     statistic = clip.to(tl.int64) * frames + row
+    pair = clip
     for layer in tl.range(0, layers):
         total = tl.zeros([BLOCK_M], tl.float32)
         delta = tl.zeros([BLOCK_M], tl.float32)
         for start in tl.range(0, keys, BLOCK_N):
-            f0, f1 = _pair(feature_ptr, start + tl.arange(0, BLOCK_N), keys, R, R0, R1)
+            f0, f1 = _block(keys0, keys1, feature_ptr, pair, start, keys, R, R0, R1, BLOCK_N)
             p = _relu(_scores(q0, q1, f0, f1, R1))
             total += tl.sum(p, 1)
             delta += tl.sum(p * _scores(g0, g1, f0, f1, R1), 1)
         delta = delta / (total + EPS)
         scale = tl.load(gates_ptr + clip * layers + layer) / (total + EPS)
         for start in tl.range(0, keys, BLOCK_N):
-            f0, f1 = _pair(feature_ptr, start + tl.arange(0, BLOCK_N), keys, R, R0, R1)
+            f0, f1 = _block(keys0, keys1, feature_ptr, pair, start, keys, R, R0, R1, BLOCK_N)
             s = _scores(q0, q1, f0, f1, R1)
             e = _scores(g0, g1, f0, f1, R1)
             x = tl.where(s > 0, scale[:, None] * (e - delta[:, None]), 0.0)
             out0, out1 = _accumulate(x.to(f0.dtype), f0, f1, out0, out1, R1)
-        f0, f1 = _pair(feature_ptr, row, frames, R, R0, R1)
-        product = tl.sum(g0.to(tl.float32) * f0.to(tl.float32), 1)
-        if R1 > 0:
-            product += tl.sum(g1.to(tl.float32) * f1.to(tl.float32), 1)
         tl.store(delta_ptr + statistic, delta, mask=row < frames)
         tl.store(scale_ptr + statistic, scale, mask=row < frames)
-        tl.store(gate_part_ptr + statistic, delta + product, mask=row < frames)
         feature_ptr += batch.to(tl.int64) * frames * R
+        pair += batch
         statistic += batch.to(tl.int64) * frames
     _store_pair(grad_anchor_ptr + start_of_clip, row, frames, out0, out1, R, R0, R1)
+
+
+@triton.jit
+def _store_with_share(
+    out_ptr,
+    y,
+    gate,
+    grad_ptr,
+    share_ptr,
+    key,
+    keys,
+    frames,
+    R: tl.constexpr,
+    START: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """y + gate * grad, and the share in valid rows."""
+    column = START + tl.arange(0, SIZE)
+    share = tl.load(share_ptr + column, mask=column < R, other=0.0)
+    y += gate * _tile(grad_ptr, key, frames, R, START, SIZE).to(tl.float32)
+    y += tl.where((key < keys)[:, None], share[None, :], 0.0)
+    _store_tile(out_ptr, key, frames, y, R, START, SIZE)
 
 
 @triton.jit(do_not_specialize=["layers", "batch", "frames"])
@@ -223,6 +284,10 @@ def relu_attention_bwd_features_kernel(
     grad_ptr,  # (batch, frames, R)
     anchor_ptr,  # (batch, frames, R)
     features_ptr,  # (layers, batch, frames, R)
+    queries0,  # descriptors of (batch, frames, R): anchor; or None
+    queries1,
+    grads0,  # likewise: grad
+    grads1,
     gates_ptr,  # (batch, layers) fp32
     lengths_ptr,  # (batch,) int32
     delta_ptr,  # (layers, batch, frames) fp32
@@ -255,8 +320,10 @@ def relu_attention_bwd_features_kernel(
     queries = tl.where(first < keys, frames, 0)  # a block beyond the clip's length gets no attention
     for start in tl.range(0, queries, BLOCK_M):
         row = start + tl.arange(0, BLOCK_M)
-        q0, q1 = _pair(anchor_ptr + start_of_clip, row, frames, R, R0, R1)
-        g0, g1 = _pair(grad_ptr + start_of_clip, row, frames, R, R0, R1)
+        q0, q1 = _block(
+            queries0, queries1, anchor_ptr + start_of_clip, clip, start, frames, R, R0, R1, BLOCK_M
+        )
+        g0, g1 = _block(grads0, grads1, grad_ptr + start_of_clip, clip, start, frames, R, R0, R1, BLOCK_M)
         delta = tl.load(delta_ptr + start_of_pair + row, mask=row < frames, other=0.0)[None, :]
         scale = tl.load(scale_ptr + start_of_pair + row, mask=row < frames, other=0.0)[None, :]
         s = _scores(f0, f1, q0, q1, R1)
@@ -266,15 +333,27 @@ def relu_attention_bwd_features_kernel(
         p = scale * _relu(s)
         y0, y1 = _accumulate(p.to(g0.dtype), g0, g1, y0, y1, R1)
     gate = tl.load(gates_ptr + clip * layers + layer)
-    g0, g1 = _pair(grad_ptr + start_of_clip, key, frames, R, R0, R1)
+    grad_ptr += start_of_clip
     share_ptr += (clip.to(tl.int64) * layers + layer) * R
-    zeros = key * 0  # the one row of shares, once per key
-    share0 = _tile(share_ptr, zeros, tl.where(key < keys, 1, 0), R, 0, R0)
-    y0 += gate * g0.to(tl.float32) + share0
+    grad_features_ptr += start_of_pair * R
+    _store_with_share(grad_features_ptr, y0, gate, grad_ptr, share_ptr, key, keys, frames, R, 0, R0)
     if R1 > 0:
-        share1 = _tile(share_ptr, zeros, tl.where(key < keys, 1, 0), R, R0, R1)
-        y1 += gate * g1.to(tl.float32) + share1
-    _store_pair(grad_features_ptr + start_of_pair * R, key, frames, y0, y1, R, R0, R1)
+        _store_with_share(grad_features_ptr, y1, gate, grad_ptr, share_ptr, key, keys, frames, R, R0, R1)
+
+
+def _row(kernel: str, x: Tensor) -> tuning.Row | None:
+    """The row for a kernel, or None where the reference has to serve."""
+    row = row_for(f"relu_attention_{kernel}", x, x.shape[-1])
+    return None if row is None else _for_type(row, x.dtype, x.shape[-1])
+
+
+def _for_type(row: tuning.Row, dtype: torch.dtype, width: int) -> tuning.Row | None:
+    """fp32 has no matrix instructions and twice the bytes: larger tiles than 16 x 16 spill kilobytes, and
+    wide rows are better off with the vendor library."""
+    if dtype != torch.float32:
+        return row
+    small = replace(row, blocks=dict.fromkeys(row.blocks, 16), num_stages=1, family="any")
+    return small if width <= FP32_WIDTH else None
 
 
 def _constants(row: tuning.Row, width: int) -> dict:
@@ -284,22 +363,43 @@ def _constants(row: tuning.Row, width: int) -> dict:
     return {**constants, "EPS": ATTENTION_EPS} if divides else constants
 
 
-def _options(row: tuning.Row, dtype: torch.dtype) -> dict:
-    """In fp32 tiles take twice the shared memory and products are slow anyway: no copies ahead."""
-    return {
-        "num_warps": row.num_warps,
-        "num_stages": 1 if dtype == torch.float32 else row.num_stages,
-    }
+def _options(row: tuning.Row) -> dict:
+    return {"num_warps": row.num_warps, "num_stages": row.num_stages}
 
 
-def _means(slab: Tensor, counts: Tensor, divisor: Tensor, row: tuning.Row) -> Tensor:
-    """Means over each clip's valid frames, (n, B, T, r) -> (n, B, r) fp32."""
+def _uses_descriptors(row: tuning.Row, width: int, dtype: torch.dtype) -> bool:
+    """Whether a row is for a GPU with the copy engine, and rows of x start at multiples of 16 bytes."""
+    return row.family == "hopper" and width * dtype.itemsize % 16 == 0
+
+
+def _descriptors(x: Tensor, row: tuning.Row, size: int) -> tuple:
+    """Descriptors of (clips, rows, R) in tiles of ``size`` rows by R0 and by R1 columns; (None, None) where
+    the kernel has to load through pointers."""
+    width = x.shape[-1]
+    if not _uses_descriptors(row, width, x.dtype):
+        return None, None
+    first, second = (TensorDescriptor.from_tensor(x, [1, size, c]) if c else None for c in chunks(width))
+    return first, second
+
+
+def _keys(slab: Tensor, lengths: Tensor | None, row: tuning.Row) -> tuple:
+    """Descriptors of the keys. The copy engine knows the slab's end and no clip's, so that with lengths it
+    reads a copy with padding zeroed."""
+    layers, batch, frames, width = slab.shape
+    if lengths is not None and _uses_descriptors(row, width, slab.dtype):
+        padding = torch.arange(frames, device=slab.device) >= lengths[:, None]
+        slab = slab.masked_fill(padding[..., None], 0)
+    return _descriptors(slab.view(layers * batch, frames, width), row, row.blocks["BLOCK_N"])
+
+
+def _sums(slab: Tensor, factor: Tensor | None, counts: Tensor | None, row: tuning.Row) -> Tensor:
+    """Sums over frames of slab or slab * factor, (n, B, T, r) and (B, T, r) -> (n, B, r) fp32."""
     layers, batch, frames, width = slab.shape
     sums = torch.empty(layers, batch, width, dtype=torch.float32, device=slab.device)
     relu_attention_sum_kernel[(layers * batch,)](
-        slab, counts, sums, batch, frames, **_constants(row, width), **_options(row, slab.dtype)
+        slab, factor, counts, sums, batch, frames, **_constants(row, width), **_options(row)
     )
-    return sums / divisor[:, None]
+    return sums
 
 
 def _prepare(
@@ -312,8 +412,8 @@ def _prepare(
         lengths = torch.full((batch,), frames, dtype=torch.int32, device=anchor.device)
     counts = lengths.clamp(0, frames).to(torch.int32)
     divisor = lengths.clamp(min=1).float()
-    anchor_mean = _means(anchor[None], counts, divisor, row)[0]
-    feature_means = _means(slab, counts, divisor, row).transpose(0, 1)
+    anchor_mean = _sums(anchor[None], None, counts, row)[0] / divisor[:, None]
+    feature_means = _sums(slab, None, counts, row).transpose(0, 1) / divisor[:, None, None]
     # A matrix product would round by the number of clips.
     confidences = (anchor_mean[:, None] * feature_means * weight.float()).sum(-1)
     return counts, divisor, torch.softmax(confidences, -1), anchor_mean, feature_means
@@ -328,11 +428,11 @@ def forward(
 ) -> Tensor:
     """anchor and each feature (B, T, r), gate (1, r) and (1,), lengths (B,) or None -> (B, T, r)."""
     batch, frames, width = anchor.shape
-    sum_row = row_for("relu_attention_sum", anchor, width)
-    row = row_for("relu_attention_fwd", anchor, width)
+    sum_row = _row("sum", anchor)
+    row = _row("fwd", anchor)
     if sum_row is None or row is None:
         return reference.forward(anchor, gate_weight, gate_bias, lengths, features)
-    anchor = anchor.contiguous()
+    anchor = aligned(anchor, width).view(anchor.shape)
     out = torch.empty_like(anchor)
     if out.numel():
         slab = torch.stack(features)
@@ -341,6 +441,7 @@ def forward(
             relu_attention_fwd_kernel[(batch * triton.cdiv(frames, row.blocks["BLOCK_M"]),)](
                 anchor,
                 slab,
+                *_keys(slab, lengths, row),
                 gates,
                 counts,
                 out,
@@ -348,7 +449,7 @@ def forward(
                 batch,
                 frames,
                 **_constants(row, width),
-                **_options(row, anchor.dtype),
+                **_options(row),
             )
     return out
 
@@ -363,31 +464,34 @@ def backward(
 ) -> list[Tensor]:
     """Gradients of anchor, gate_weight, gate_bias (zero) and of each feature (slices of one slab)."""
     batch, frames, width = anchor.shape
-    sum_row = row_for("relu_attention_sum", anchor, width)
-    anchor_row = row_for("relu_attention_bwd_anchor", anchor, width)
-    features_row = row_for("relu_attention_bwd_features", anchor, width)
+    sum_row = _row("sum", anchor)
+    anchor_row = _row("bwd_anchor", anchor)
+    features_row = _row("bwd_features", anchor)
     if None in (sum_row, anchor_row, features_row) or not anchor.numel():
         return reference.backward(grad, anchor, gate_weight, gate_bias, lengths, features)
-    anchor, slab = anchor.contiguous(), torch.stack(features)
+    grad, anchor = (aligned(x, width).view(anchor.shape) for x in (grad, anchor))
+    slab = torch.stack(features)
     grad_anchor = torch.empty(anchor.shape, dtype=torch.float32, device=anchor.device)
     grad_slab = torch.empty_like(slab)
-    statistics = torch.empty(3, len(features), batch, frames, dtype=torch.float32, device=anchor.device)
-    delta, scale, gate_parts = statistics
+    delta, scale = torch.empty(2, len(features), batch, frames, dtype=torch.float32, device=anchor.device)
     sizes = (len(features), batch, frames)
     with on_device(anchor):
         counts, divisor, gates, anchor_mean, feature_means = _prepare(
             anchor, gate_weight, lengths, slab, sum_row
         )
-        inputs = (grad.contiguous(), anchor, slab, gates, counts)
+        inputs, gated = (grad, anchor, slab), (gates, counts)
         relu_attention_bwd_anchor_kernel[(batch * triton.cdiv(frames, anchor_row.blocks["BLOCK_M"]),)](
             *inputs,
+            *_keys(slab, lengths, anchor_row),
+            *gated,
             grad_anchor,
-            *statistics,
+            delta,
+            scale,
             *sizes,
             **_constants(anchor_row, width),
-            **_options(anchor_row, anchor.dtype),
+            **_options(anchor_row),
         )
-        gate_grads = gate_parts.sum(-1).T  # (B, n)
+        gate_grads = (delta.sum(-1) + _sums(slab, grad, None, sum_row).sum(-1)).T  # (B, n)
         confidence_grads = gates * (gate_grads - (gates * gate_grads).sum(-1, keepdim=True))
         weight = gate_weight.float().squeeze(0)
         per_frame = (confidence_grads / divisor[:, None])[..., None]  # a mean gives each frame an equal share
@@ -395,13 +499,16 @@ def backward(
         tiles = triton.cdiv(frames, features_row.blocks["BLOCK_N"])
         relu_attention_bwd_features_kernel[(len(features) * batch * tiles,)](
             *inputs,
+            *_descriptors(anchor, features_row, features_row.blocks["BLOCK_M"]),
+            *_descriptors(grad, features_row, features_row.blocks["BLOCK_M"]),
+            *gated,
             delta,
             scale,
             shares,
             grad_slab,
             *sizes,
             **_constants(features_row, width),
-            **_options(features_row, anchor.dtype),
+            **_options(features_row),
         )
     anchor_share = (per_frame * feature_means).sum(1) * weight
     valid = torch.arange(frames, device=anchor.device) < counts[:, None]
@@ -417,6 +524,9 @@ def backward(
 
 def static_launches(row: tuning.Row, dtype: str, width: int) -> Iterator[tuple]:
     """The row's kernel: function, signature, constexprs and attributes, as ``triton.compile`` takes them."""
+    row = _for_type(row, TORCH_TYPES[dtype], width)
+    if row is None:
+        return
     function = {
         "relu_attention_sum": relu_attention_sum_kernel,
         "relu_attention_fwd": relu_attention_fwd_kernel,
@@ -424,10 +534,21 @@ def static_launches(row: tuning.Row, dtype: str, width: int) -> Iterator[tuple]:
         "relu_attention_bwd_features": relu_attention_bwd_features_kernel,
     }[row.kernel]
     constants = _constants(row, width)
+    names = [name for name in function.arg_names if name.endswith(("s0", "s1"))]
+    descriptors = {}
+    for name, columns in zip(names, chunks(width) * 2):
+        size = row.blocks["BLOCK_N" if name.startswith("keys") else "BLOCK_M"]
+        if columns and _uses_descriptors(row, width, TORCH_TYPES[dtype]):
+            descriptors[name] = f"tensordesc<{dtype}[1, {size}, {columns}]>"
+        else:
+            constants[name] = None
+    if row.kernel == "relu_attention_sum":
+        constants["factor_ptr"] = None
     types = {name: POINTERS[dtype] for name in function.arg_names if name not in constants}
     for name in types:
-        if name in ("gates_ptr", "grad_anchor_ptr", "delta_ptr", "scale_ptr", "gate_part_ptr", "share_ptr"):
+        if name in ("gates_ptr", "grad_anchor_ptr", "delta_ptr", "scale_ptr", "share_ptr"):
             types[name] = "*fp32"
     kinds = {"sums_ptr": "*fp32", "lengths_ptr": "*i32", "layers": "i32", "batch": "i32", "frames": "i32"}
     types |= {name: kind for name, kind in kinds.items() if name in types}
+    types |= descriptors
     yield compile_arguments(function, types, constants)
