@@ -163,8 +163,8 @@ _LADDER: tuple[Row, ...] = (
 # --- relu_attention -----------------------------------------------------------------------------------------
 
 # In the rows for any family loads go through pointers and tiles fit 99 KB: Ampere and the consumer cards.
-# Hopper's rows use the copy engine, Blackwell's pointers. M is queries and N keys. The reference serves widths
-# of 97 to 103, which no encoder gives: they pad to 128, miss the engine's 16 bytes and spill.
+# Hopper's rows use the copy engine, Blackwell's pointers. M is queries and N keys. The reference serves the
+# widths 97 to 103, which no encoder gives: they pad to 128, miss the engine's 16 bytes and spill.
 _RELU_ATTENTION: tuple[Row, ...] = (
     Row(
         "relu_attention_sum",
