@@ -74,16 +74,9 @@ def module_name(kernel: str) -> str:
 
 def serving_widths(row: tuning.Row, sm: int) -> list[int]:
     """The widths at which the table chooses this row on an architecture."""
-    capability = divmod(sm, 10)
+    family = tuning.FAMILIES[sm]
     widths = {w for w in (*WIDTHS, *row.widths) if row.widths[0] <= w <= row.widths[1]}
-    return [w for w in sorted(widths) if _from_table(row.kernel, w, capability) is row]
-
-
-def _from_table(kernel: str, width: int, capability: tuple[int, int]) -> tuning.Row | None:
-    family = tuning.FAMILIES[tuning.sm_of(capability)]
-    rows = [r for r in tuning.TABLE if r.kernel == kernel and r.widths[0] <= width <= r.widths[1]]
-    rows.sort(key=lambda r: r.family != family)
-    return rows[0] if rows and rows[0].family in (family, "any") else None
+    return [w for w in sorted(widths) if tuning.best_of(tuning.TABLE, row.kernel, w, family) is row]
 
 
 def check_row(row: tuning.Row, sm: int, width: int, dtype: str = "bf16") -> Iterator[Compiled]:

@@ -11,7 +11,7 @@ import functools
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,12 +61,16 @@ def choose(kernel: str, width: int, capability: tuple[int, int] | None = None) -
     """The row that serves a kernel at a width on a device, or None where no block shape fits."""
     family = FAMILIES[sm_of(capability)]
     tuned = device_rows(torch.cuda.get_device_name()) if capability and torch.cuda.is_available() else ()
-    for rows in (_trial, tuned, TABLE):
-        fitting = [row for row in rows if row.kernel == kernel and row.widths[0] <= width <= row.widths[1]]
-        fitting.sort(key=lambda row: row.family != family)  # the exact family first
-        if fitting and fitting[0].family in (family, "any"):
-            return fitting[0]
-    return None
+    found = (best_of(rows, kernel, width, family) for rows in (_trial, tuned, TABLE))
+    return next((row for row in found if row is not None), None)
+
+
+def best_of(rows: Iterable[Row], kernel: str, width: int, family: str) -> Row | None:
+    """The first of ``rows`` for a kernel, width and family, one of the exact family before one for any."""
+    fitting = [row for row in rows if row.kernel == kernel and row.widths[0] <= width <= row.widths[1]]
+    exact = [row for row in fitting if row.family == family]
+    general = [row for row in fitting if row.family == "any"]
+    return next(iter(exact + general), None)
 
 
 _trial: tuple[Row, ...] = ()
