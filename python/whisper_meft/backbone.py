@@ -46,7 +46,8 @@ def check_source(argument: str, name: str) -> None:
             raise UserError(f"{argument}: {name} holds no config.json, so it is not a model folder")
         return
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise UserError(f"{argument}: there is no folder {name}")
+        hint = "; name another folder or hub model with backbone=... (--backbone)"
+        raise UserError(f"{argument}: there is no folder {name}{hint if argument == 'backbone' else ''}")
 
 
 def backbone_reference(name: str | None, folder: str | os.PathLike) -> str | None:
