@@ -56,7 +56,7 @@ def time_case(case: Case, dtype: torch.dtype, backward: bool, repeats: int = 20)
     upstream = torch.randn_like(case.function()(**sets[0]))
 
     def run(inputs: dict) -> float:
-        out = case.function()(**inputs)
+        out = case.function()(**inputs) if backward else None
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         if backward:
@@ -72,11 +72,20 @@ def time_case(case: Case, dtype: torch.dtype, backward: bool, repeats: int = 20)
     return statistics.median(run(sets[i % len(sets)]) for i in range(repeats))
 
 
+def case_for(row: tuning.Row, width: int, batch: int, frames: int) -> Case:
+    """A case of the shared table that runs a row's kernel at a width, in the sense that the row gives it."""
+    shape = {"batch": batch, "frames": frames, "adapter_dim": 256, "layers": 12}
+    if row.kernel == "row_statistics":  # its width is the backbone's, and norm_linear calls it
+        return Case(op="norm_linear", width=width, side=max(1, width // 8), **shape)
+    if row.kernel == "adapter_bwd_hidden":  # its width is the adapter's, and wide sides call it
+        return Case(op="adapter", side=256, **{**shape, "adapter_dim": width})
+    return Case(op=static_check.module_name(row.kernel), width=8 * width, side=width, **shape)
+
+
 def search(row: tuning.Row, width: int, dtype: str, batch: int, frames: int) -> tuning.Row:
     """The fastest passing candidate of a row at one width on the current CUDA device."""
     capability = torch.cuda.get_device_capability()
-    name = static_check.module_name(row.kernel)
-    case = Case(op=name, batch=batch, frames=frames, width=8 * width, side=width, adapter_dim=256, layers=12)
+    case = case_for(row, width, batch, frames)
     best, best_time = None, float("inf")
     for candidate in passing(row, tuning.sm_of(capability), width, dtype):
         with tuning.trial(candidate), ops.use_backend("triton"):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from meft_kernels import static_check, tuning
+from meft_kernels import static_check, tune, tuning
 
 ROOT = Path(__file__).parent.parent
 GENERAL = tuning.Row("toy_fwd", (1, 100), {"BLOCK": 64}, 4, 2, "general")
@@ -86,6 +86,13 @@ def test_every_row_has_a_reason_and_a_module():
         assert row.widths[0] <= row.widths[1]
         assert row.num_warps in (1, 2, 4, 8)
         assert static_check.module_name(row.kernel)
+
+
+def test_every_row_can_be_searched():
+    """Each kernel of the table has a case that its op accepts, so that no search stops half-way."""
+    for row in {row.kernel: row for row in tuning.TABLE}.values():
+        case = tune.case_for(row, max(16, row.widths[0]), batch=1, frames=2)
+        assert case.function()(**case.inputs(torch.float32)).shape[0] == 1
 
 
 def test_static_gate_rejects():
