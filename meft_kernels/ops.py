@@ -55,8 +55,9 @@ _backend = "auto"
 _PROVEN_ON_GPU: frozenset[str] = frozenset()
 
 
-def _argument_names(name: str) -> list[str]:
-    return [argument.split()[-1] for argument in _SCHEMAS[name].split(", ")]
+_ARGUMENT_NAMES = {
+    name: [argument.split()[-1] for argument in arguments.split(", ")] for name, arguments in _SCHEMAS.items()
+}
 
 
 # --- shapes -------------------------------------------------------------------------------------------------
@@ -86,7 +87,7 @@ _FAKES: dict[str, Callable[..., Tensor]] = {
 
 def _fake_backward(name: str) -> Callable[..., list[Tensor]]:
     """The gradients' shapes are the arguments', but x's, which is empty unless it is needed."""
-    names = _argument_names(name)
+    names = _ARGUMENT_NAMES[name]
 
     def fake(grad: Tensor, *arguments) -> list[Tensor]:
         grads = []
@@ -220,14 +221,14 @@ def use_backend(name: str) -> Iterator[None]:
 
 def _pack(name: str, arguments: Sequence) -> tuple:
     """Arguments as the op takes them: a list, which comes last, was passed on one tensor at a time."""
-    names = _argument_names(name)
+    names = _ARGUMENT_NAMES[name]
     fixed = len(names) - 1
     return (*arguments[:fixed], list(arguments[fixed:])) if names[-1] == "features" else tuple(arguments)
 
 
 def _make_function(name: str) -> type[torch.autograd.Function]:
     """The autograd Function of an op; its first argument is the backend."""
-    names = _argument_names(name)
+    names = _ARGUMENT_NAMES[name]
     has_flag = names[-1] == "relu"
     takes_need_x = names[0] == "x"
     differentiable = [argument not in _CONSTANT for argument in names if argument != "features"]
