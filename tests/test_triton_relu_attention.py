@@ -230,3 +230,13 @@ def test_what_no_row_serves_goes_to_the_reference(missing, monkeypatch):
     got = run(kernel, inputs, grad, names(case))
     served = ["out"] if missing == "relu_attention_fwd" else names(case)
     assert all(torch.equal(got[name], expected[name]) for name in served)
+
+
+def test_nan_in_a_score_stays():
+    """A padding query is no part of any mean, so its NaN reaches the result through its scores alone."""
+    case = Case("relu_attention", batch=1, frames=21, side=24, layers=2, masked=True)
+    inputs, _ = draw(case, torch.float32)
+    inputs["lengths"] = torch.tensor([18], device=DEVICE)
+    inputs["anchor"][0, 20, 3] = torch.nan
+    out = kernel.forward(*inputs.values())
+    assert out[0, 20].isnan().all() and torch.isfinite(out[0, :20]).all()
