@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from whisper_meft import files
 from whisper_meft.errors import UserError
 
@@ -186,7 +185,7 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
         UserError: the file is missing, unreadable, not JSON or not a record.
     """
     content = files.read_json(path)
-    if not isinstance(content, dict) or not _KEYS <= content.keys():
+    if not isinstance(content, dict) or not content.keys() >= _KEYS:
         missing = ", ".join(sorted(_KEYS - set(content))) if isinstance(content, dict) else "all keys"
         raise UserError(f"{path} is not a benchmark record: it lacks {missing}")
     return content
