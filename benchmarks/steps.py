@@ -1,0 +1,224 @@
+"""One training step of every method on Whisper with random weights, built to be measured.
+
+The weights are drawn, not downloaded: time and memory depend on sizes alone.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor, nn
+from transformers import WhisperConfig, WhisperForAudioClassification
+from whisper_meft import FrozenEncoder, MeftConfig, get_meft_model
+from whisper_meft.configs import _METHODS
+from whisper_meft.errors import UserError
+
+import meft_kernels
+
+# d_model, layers, heads, inner width of the feed-forward block, mel bins of the encoder. "toy" is no Whisper:
+# it is there to try the benchmarks themselves.
+SIZES = {
+    "toy": (32, 2, 4, 48, 12),
+    "tiny": (384, 4, 6, 1536, 80),
+    "base": (512, 6, 8, 2048, 80),
+    "small": (768, 12, 12, 3072, 80),
+    "medium": (1024, 24, 16, 4096, 80),
+    "large": (1280, 32, 20, 5120, 80),
+    "large-v2": (1280, 32, 20, 5120, 80),
+    "large-v3": (1280, 32, 20, 5120, 128),
+}
+CLASSES = 6  # as in the paper
+HEAD = ("projector.", "classifier.")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a training step is measured at.
+
+    Attributes:
+        model: a name in ``SIZES``. batch: clips. frames: encoder frames of each clip, the whole window.
+        reduction_factor: of the side networks. dtype: of the computation; float32 means everywhere, a half
+            type means frozen weights in it and autocast to it over float32 masters. device: where.
+        backend: of the ops, see ``meft_kernels.use_backend``.
+
+    Raises:
+        UserError: a value that cannot be used.
+    """
+
+    model: str = "small"
+    batch: int = 128
+    frames: int = 1500
+    reduction_factor: int = 8
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    backend: str = "auto"
+
+    def __post_init__(self):
+        if self.model not in SIZES:
+            raise UserError(f"model must be one of {', '.join(SIZES)}, got {self.model!r}")
+        for name in ("batch", "frames", "reduction_factor"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be a positive integer, got {getattr(self, name)}")
+        if self.reduction_factor > SIZES[self.model][0]:
+            raise UserError(
+                f"reduction_factor must be at most {SIZES[self.model][0]}, the width of {self.model}, got "
+                f"{self.reduction_factor}"
+            )
+
+    def config(self) -> WhisperConfig:
+        """The encoder's sizes with a window of ``frames``; the decoder, which is never built, is as small as
+        can be."""
+        width, layers, heads, inner, mels = SIZES[self.model]
+        return WhisperConfig(
+            d_model=width,
+            encoder_layers=layers,
+            encoder_attention_heads=heads,
+            encoder_ffn_dim=inner,
+            num_mel_bins=mels,
+            max_source_positions=self.frames,
+            num_labels=CLASSES,
+            decoder_layers=1,
+            dropout=0.0,
+            attention_dropout=0.0,
+            activation_dropout=0.0,
+            encoder_layerdrop=0.0,
+        )
+
+    def base(self) -> WhisperForAudioClassification:
+        """A classifier with drawn float32 weights."""
+        with torch.device(self.device):
+            return WhisperForAudioClassification._from_config(self.config(), attn_implementation="sdpa")
+
+    def batch_of_clips(self) -> tuple[Tensor, Tensor]:
+        """Random log-mel (B, mel bins, 2 * frames) in float32 and labels (B,)."""
+        generator = torch.Generator().manual_seed(0)
+        shape = self.batch, SIZES[self.model][4], 2 * self.frames
+        features = torch.randn(shape, generator=generator).to(self.device)
+        return features, torch.arange(self.batch, device=self.device) % CLASSES
+
+    def autocast(self) -> AbstractContextManager:
+        """The precision of a training step."""
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(torch.device(self.device).type, dtype=self.dtype)
+
+
+def _full(setting: Setting) -> nn.Module:
+    """Every parameter of encoder and head trains, held in float32; Whisper's positions are constants."""
+    return setting.base().train()
+
+
+class _HeadOnly(nn.Module):
+    """The frozen encoder's last layer, pooled, and a head."""
+
+    def __init__(self, setting: Setting):
+        super().__init__()
+        base = setting.base()
+        self.encoder = FrozenEncoder(base.encoder, dtype=setting.dtype)
+        self.projector, self.classifier = base.projector, base.classifier
+
+    def forward(self, input_features: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        last = None
+        for states in self.encoder.stream(input_features):
+            last = states
+        with torch.no_grad():
+            pooled = self.encoder.layer_norm(last).mean(1, dtype=torch.float32)
+        logits = self.classifier(self.projector(pooled))
+        return {"loss": nn.functional.cross_entropy(logits.float(), labels)}
+
+
+# Methods that no config describes.
+_DIRECT: dict[str, Callable[[Setting], nn.Module]] = {"full": _full, "head": _HeadOnly}
+
+
+def methods() -> list[str]:
+    """Every method that can be measured: full fine-tuning and the head alone first, then those of
+    ``whisper_meft``."""
+    return [*_DIRECT, *(name for name in _METHODS if name not in _DIRECT)]
+
+
+def build(method: str, setting: Setting) -> nn.Module:
+    """A model in training mode, called with ``input_features`` and ``labels``; its output has ``["loss"]``.
+
+    Raises:
+        UserError: no such method, or its options do not fit the model.
+    """
+    if method not in methods():
+        raise UserError(f"methods must be all or some of {', '.join(methods())}, got {method!r}")
+    torch.manual_seed(0)
+    if method in _DIRECT:
+        return _DIRECT[method](setting).train()
+    wanted = {
+        "reduction_factor": setting.reduction_factor,
+        "backbone_dtype": str(setting.dtype).removeprefix("torch."),
+    }
+    known = {field.name for field in fields(_METHODS[method])}
+    config = MeftConfig.from_dict({"method": method, **{k: v for k, v in wanted.items() if k in known}})
+    return get_meft_model(setting.base(), config)
+
+
+class TrainingStep:
+    """A method's training step on one fixed batch: forward, backward, Adam.
+
+    Args:
+        method: one of :func:`methods`. setting: sizes, precision, device.
+    """
+
+    def __init__(self, method: str, setting: Setting):
+        self.setting = setting
+        self.model = build(method, setting)
+        self.features, self.labels = setting.batch_of_clips()
+        self.trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        kind = torch.device(setting.device).type
+        # Fused on a GPU, as Trainer does: no temporary copies of the parameters.
+        self.optimizer = torch.optim.Adam(self.trained.values(), lr=1e-4, fused=kind == "cuda")
+        self.scaler = torch.amp.GradScaler(kind, enabled=setting.dtype == torch.float16)
+
+    def backward(self) -> Tensor:
+        """Fresh gradients in the parameters (scaled under float16); returns the loss."""
+        self.optimizer.zero_grad(set_to_none=True)
+        with meft_kernels.use_backend(self.setting.backend):
+            with self.setting.autocast():
+                loss = self.model(input_features=self.features, labels=self.labels)["loss"]
+            self.scaler.scale(loss).backward()
+        return loss.detach()
+
+    def __call__(self) -> None:
+        self.backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def gradient_norms(self) -> dict[str, float]:
+        """Takes a step; returns its loss and the norms of the gradients of the head and of all else.
+
+        Returns:
+            ``loss``; ``gradient_norm`` over what the method itself trains, None if that is the head alone;
+            ``head_gradient_norm``.
+        """
+        loss = self.backward().item()
+        self.scaler.unscale_(self.optimizer)
+        squares = {True: [], False: []}
+        for name, parameter in self.trained.items():
+            if parameter.grad is not None:
+                squares[name.startswith(HEAD)].append(parameter.grad.double().square().sum())
+        norms = {head: torch.stack(s).sum().sqrt().item() if s else 0.0 for head, s in squares.items()}
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        only_head = all(name.startswith(HEAD) for name in self.trained)
+        own = None if only_head else norms[False]
+        return {"loss": loss, "gradient_norm": own, "head_gradient_norm": norms[True]}
+
+
+class InferenceForward:
+    """The frozen encoder's forward at the precision of the training step, keeping no hidden state."""
+
+    def __init__(self, setting: Setting):
+        torch.manual_seed(0)
+        self.encoder = FrozenEncoder(setting.base().encoder, dtype=setting.dtype)
+        self.features, _ = setting.batch_of_clips()
+
+    @torch.inference_mode()
+    def __call__(self) -> None:
+        for _ in self.encoder.stream(self.features):
+            pass

@@ -1,0 +1,341 @@
+"""``python -m benchmarks.train_step``: a training step of every method, against the encoder's inference.
+
+Each step is timed in turn with the frozen encoder's inference forward at the same precision, in one process:
+the figure that counts is their ratio, which other load and clocks hardly move. A CPU is timed by process-CPU
+time, a GPU by its own events. Peak memory is everything of the step: model, batch, gradients, optimizer,
+activations. On a GPU it is the allocator's; on a CPU the growth of the resident set of a fresh process whose
+large blocks are mapped (glibc keeps freed blocks otherwise).
+"""
+
+import argparse
+import contextlib
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from whisper_meft.configs import parse_dtype
+from whisper_meft.errors import UserError, one_line
+
+from . import record
+from .steps import SIZES, InferenceForward, Setting, TrainingStep, methods
+
+GIBIBYTE = 2**30
+# arXiv 2512.02074: whisper-small, batch 128, fp16, Adam, reduction factor 8, H100 94 GB.
+PAPER_GIBIBYTES = {"full": 76.14, "lora": 53.14, "lst": 20.39}
+PAPER_NOTE = (
+    "paper: whisper-small, batch 128, fp16, H100 94 GB; its MEFT methods are up to 2.1 x as fast as full "
+    "fine-tuning and need up to 73.25 % less memory"
+)
+
+
+# --- measuring ----------------------------------------------------------------------------------------------
+
+
+def _resident(field: str) -> int | None:
+    """VmRSS or VmHWM (its peak) of this process in bytes, None where there is no /proc."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(field)), None)
+
+
+def _forget_peak() -> None:
+    """Lowers VmHWM to what is resident now; where that is forbidden the peak of the past stays."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def probe(method: str, setting: Setting) -> dict:
+    """Memory, gradients and parameters of a method; on a CPU the peak is only right in a fresh process.
+
+    Returns:
+        ``peak_bytes`` (None where it cannot be read), ``trainable`` and ``parameters`` (numbers of elements),
+        and what :meth:`TrainingStep.gradient_norms` returns.
+    """
+    on_gpu = torch.device(setting.device).type == "cuda"
+    # What a first step loads and keeps (libraries, code pages, workspaces) is no memory of the method.
+    TrainingStep(method, replace(setting, model="toy", batch=1, frames=8, reduction_factor=4))()
+    _release()
+    before = torch.cuda.memory_allocated() if on_gpu else _resident("VmRSS")
+    step = TrainingStep(method, setting)
+    norms = step.gradient_norms()  # also makes the optimizer's state: from now on a step is like the next
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        _forget_peak()
+    step()
+    after = torch.cuda.max_memory_allocated() if on_gpu else _resident("VmHWM")
+    return {
+        "peak_bytes": None if after is None else after - before,
+        "trainable": sum(p.numel() for p in step.trained.values()),
+        "parameters": sum(p.numel() for p in step.model.parameters()),
+        **norms,
+    }
+
+
+def probe_in_fresh_process(method: str, setting: Setting) -> dict:
+    """:func:`probe` on a CPU, in a process of its own.
+
+    Raises:
+        UserError: the process failed; the message is its own. MemoryError: it was killed.
+    """
+    # Fixed, or else glibc raises the threshold with every large block freed and keeps such blocks.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    values = vars(setting) | {"dtype": str(setting.dtype).removeprefix("torch.")}
+    command = [sys.executable, "-m", "benchmarks.train_step", "--probe", method]
+    command += [f"--{name}={value}" for name, value in values.items()]
+    done = subprocess.run(command, cwd=record.ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode == -9:
+        raise MemoryError
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise UserError(said[-1].removeprefix("benchmarks.train_step: "))
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _seconds(run: Callable[[], None], device: str) -> float:
+    """Seconds of one call: events on a GPU, process-CPU time on a CPU."""
+    if torch.device(device).type == "cpu":
+        start = time.process_time()
+        run()
+        return time.process_time() - start
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop) / 1e3
+
+
+def _spread(seconds: list[float]) -> dict[str, float]:
+    """Median and 20 and 80 percentiles, in milliseconds."""
+    ordered = sorted(1e3 * s for s in seconds)
+    last = len(ordered) - 1
+    return {
+        "median": statistics.median(ordered),
+        "p20": ordered[round(0.2 * last)],
+        "p80": ordered[round(0.8 * last)],
+    }
+
+
+def clock(step: Callable[[], None], forward: Callable[[], None], device: str, repeats: int) -> dict:
+    """Times a step and the encoder's forward in turn, after two of each to warm up (one on a CPU).
+
+    Returns:
+        ``step_ms`` and ``encoder_ms``, each ``median``, ``p20`` and ``p80``, and the medians' ``ratio``.
+    """
+    for _ in range(1 if torch.device(device).type == "cpu" else 2):
+        forward()
+        step()
+    rounds = [(_seconds(forward, device), _seconds(step, device)) for _ in range(repeats)]
+    forwards, steps = (_spread(list(column)) for column in zip(*rounds))
+    return {"step_ms": steps, "encoder_ms": forwards, "ratio": steps["median"] / forwards["median"]}
+
+
+def verdict(figures: dict) -> str:
+    """``"ok"``, or why the figures of a row mean nothing: it did not train."""
+    for name in ("loss", "head_gradient_norm", "gradient_norm"):
+        value = figures[name]
+        if value is not None and not abs(value) < float("inf"):
+            return f"invalid: {name} is {value}"
+        if name != "loss" and value == 0:
+            return f"invalid: {name} is zero"
+    return "ok"
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    told = ("can't allocate memory", "out of memory", "not enough memory")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(t in str(error) for t in told)
+
+
+def measure(method: str, setting: Setting, repeats: int) -> dict:
+    """One row of the table. Whatever goes wrong with the method is said in ``status``.
+
+    Returns:
+        ``method``, ``status`` (``"ok"``, ``"invalid: ..."``, ``"out of memory"``, ``"failed: ..."``), and as
+        far as it came what :func:`probe` and :func:`clock` return.
+    """
+    row = {"method": method, "status": "ok"}
+    on_cpu = torch.device(setting.device).type == "cpu"
+    try:
+        row |= probe_in_fresh_process(method, setting) if on_cpu else probe(method, setting)
+        row["status"] = verdict(row)
+        _release()
+        forward = InferenceForward(setting)
+        row |= clock(TrainingStep(method, setting), forward, setting.device, repeats)
+    except Exception as error:  # one method must not cost the others their rows
+        row["status"] = "out of memory" if _out_of_memory(error) else f"failed: {one_line(error)}"
+    _release()  # after the except clause: the error's frames hold tensors
+    return row
+
+
+def _release() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+# --- the table ----------------------------------------------------------------------------------------------
+
+
+def table(rows: list[dict]) -> str:
+    """The rows as text, ratios to full fine-tuning included where it was measured."""
+    full = next((row for row in rows if row["method"] == "full" and row["status"] == "ok"), {})
+    head = ("method", "step ms", "20..80 %", "/ encoder", "x full", "peak GiB", "less", "paper GiB")
+    head += ("trainable", "%", "grad norm")
+    lines = [head]
+    for row in rows:
+        if row["status"] != "ok":
+            lines.append((row["method"], row["status"]))
+            continue
+        ms, peak = row["step_ms"], row["peak_bytes"]
+        faster = full["ratio"] / row["ratio"] if full else None
+        less = 1 - peak / full["peak_bytes"] if full and peak and full["peak_bytes"] else None
+        norm = row["head_gradient_norm"] if row["gradient_norm"] is None else row["gradient_norm"]
+        lines.append(
+            (
+                row["method"],
+                f"{ms['median']:.1f}",
+                f"{ms['p20']:.0f}..{ms['p80']:.0f}",
+                f"{row['ratio']:.2f}",
+                "-" if faster is None else f"{faster:.2f}",
+                "-" if peak is None else f"{peak / GIBIBYTE:.2f}",
+                "-" if less is None else f"{less:.0%}",
+                f"{PAPER_GIBIBYTES[row['method']]:.2f}" if row["method"] in PAPER_GIBIBYTES else "-",
+                f"{row['trainable']:,d}",
+                f"{100 * row['trainable'] / row['parameters']:.2f}",
+                f"{norm:.1e}",
+            )
+        )
+    widths = [max(len(line[i]) for line in lines if len(line) > 2) for i in range(len(head))]
+    widths[0] = max(len(line[0]) for line in lines)
+
+    def aligned(line: tuple[str, ...]) -> str:
+        if len(line) == 2:
+            return f"{line[0]:<{widths[0]}}  {line[1]}"
+        rest = "  ".join(f"{cell:>{width}}" for cell, width in zip(line[1:], widths[1:]))
+        return f"{line[0]:<{widths[0]}}  {rest}"
+
+    return "\n".join(aligned(line) for line in lines)
+
+
+# --- the command --------------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.train_step",
+        description="A whole training step of every method against the frozen encoder's inference forward.",
+    )
+    parser.add_argument("--model", default="small", help=f"sizes of the encoder: {', '.join(SIZES)}")
+    parser.add_argument("--batch", type=int, default=None, help="clips (default: 128 on a GPU, 2 on a CPU)")
+    parser.add_argument("--frames", type=int, default=1500, help="encoder frames of a clip (default: 1500)")
+    parser.add_argument("--methods", default="all", help=f"all, or some of {','.join(methods())}")
+    parser.add_argument("--reduction_factor", type=int, default=8, help="of the side networks (default: 8)")
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: bfloat16 on a GPU)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU where there is one")
+    parser.add_argument("--backend", choices=("auto", "reference", "native", "triton"), default="auto")
+    parser.add_argument("--repeats", type=int, help="timed steps of each (default: 10 on a GPU, 3 on a CPU)")
+    parser.add_argument("--quick", action="store_true", help="two timed steps; 300 frames on a CPU")
+    parser.add_argument("--output", type=Path, help="folder of the record (default: benchmarks/results)")
+    parser.add_argument("--probe", metavar="METHOD", help=argparse.SUPPRESS)
+    return parser
+
+
+def _setting(options: argparse.Namespace) -> Setting:
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device cuda was asked for, this machine has none: use --device cpu")
+    on_cpu = device == "cpu"
+    return Setting(
+        model=options.model,
+        batch=(2 if on_cpu else 128) if options.batch is None else options.batch,
+        frames=300 if options.quick and on_cpu and options.frames == 1500 else options.frames,
+        reduction_factor=options.reduction_factor,
+        dtype=parse_dtype(options.dtype) or (torch.float32 if on_cpu else torch.bfloat16),
+        device=device,
+        backend=options.backend,
+    )
+
+
+def described(setting: Setting) -> str:
+    """The setting in one line."""
+    dtype = str(setting.dtype).removeprefix("torch.")
+    return (
+        f"whisper-{setting.model}, batch {setting.batch}, {setting.frames} frames, {dtype}, reduction factor "
+        f"{setting.reduction_factor}, backend {setting.backend}"
+    )
+
+
+def _chosen(names: str) -> list[str]:
+    if names == "all":
+        return methods()
+    chosen = [name.strip() for name in names.split(",")]
+    for name in chosen:
+        if name not in methods():
+            raise UserError(f"methods must be all or some of {', '.join(methods())}, got {name!r}")
+    return chosen
+
+
+def run(setting: Setting, names: Sequence[str], repeats: int) -> Iterator[dict]:
+    """The rows of the methods, one by one as they are measured."""
+    for name in names:
+        print(f"measuring {name} ...", file=sys.stderr, flush=True)
+        yield measure(name, setting, repeats)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit status: 1 if a row is invalid or failed."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    options = _parser().parse_args(argv)
+    try:
+        setting = _setting(options)
+        if options.probe:
+            print(json.dumps(probe(options.probe, setting)))
+            return 0
+        names = _chosen(options.methods)
+        repeats = options.repeats
+        if repeats is None:
+            repeats = 2 if options.quick else 3 if setting.device == "cpu" else 10
+        if repeats < 1:
+            raise UserError(f"repeats must be a positive integer, got {repeats}")
+        shapes = vars(setting) | {"repeats": repeats}
+        command = " ".join(["python -m benchmarks.train_step", *argv])
+        rows, path = [], None
+        for row in run(setting, names, repeats):  # written after every row: a run cut short keeps its rows
+            rows.append(row)
+            path = record.write(
+                "train_step",
+                rows,
+                command=command,
+                shapes=shapes,
+                directory=options.output,
+                device=setting.device,
+                path=path,
+            )
+    except UserError as error:
+        print(f"benchmarks.train_step: {one_line(error)}", file=sys.stderr)
+        return 1
+    except Exception as error:
+        if not options.probe or not _out_of_memory(error):
+            raise
+        print("benchmarks.train_step: out of memory", file=sys.stderr)
+        return 1
+    print(f"{record.environment(setting.device)['device']}: {described(setting)}")
+    print(table(rows))
+    print(PAPER_NOTE)
+    print(f"wrote {os.path.relpath(path)}")
+    return 1 if any(row["status"].startswith(("invalid", "failed")) for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""The training-step table: what is measured, and that rows which mean nothing say so."""
+
+import pytest
+import torch
+from whisper_meft.errors import UserError
+
+from benchmarks import record, steps, train_step
+from benchmarks.steps import Setting, TrainingStep, methods
+
+TOY = Setting(model="toy", batch=2, frames=20, reduction_factor=4)
+
+
+@pytest.mark.parametrize("method", methods())
+def test_every_method_takes_a_step(method):
+    step = TrainingStep(method, TOY)
+    before = {n: p.detach().clone() for n, p in step.model.named_parameters()}
+    norms = step.gradient_norms()
+    assert train_step.verdict(norms) == "ok"
+    assert (norms["gradient_norm"] is None) == (method == "head")
+    moved = {n for n, p in step.model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved and moved <= step.trained.keys()
+    if norms["gradient_norm"] is not None:  # more than the head moves
+        assert any(not name.startswith(steps.HEAD) for name in moved)
+
+
+def test_full_fine_tuning_reaches_the_first_layer():
+    step = TrainingStep("full", TOY)
+    step.backward()
+    assert all(parameter.grad.any() for name, parameter in step.trained.items() if "conv1" in name)
+
+
+def test_half_precision_steps_train():
+    for dtype in (torch.bfloat16, torch.float16):
+        step = TrainingStep("lst", Setting(model="toy", batch=2, frames=20, reduction_factor=4, dtype=dtype))
+        norms = step.gradient_norms()
+        exact = TrainingStep("lst", TOY).gradient_norms()
+        assert norms["gradient_norm"] == pytest.approx(exact["gradient_norm"], rel=0.05)  # unscaled
+
+
+def test_rows_that_did_not_train_are_invalid():
+    good = {"loss": 1.0, "gradient_norm": 0.5, "head_gradient_norm": 0.1}
+    assert train_step.verdict(good) == "ok"
+    assert train_step.verdict(good | {"gradient_norm": None}) == "ok"
+    for name in ("gradient_norm", "head_gradient_norm"):
+        assert train_step.verdict(good | {name: 0.0}) == f"invalid: {name} is zero"
+    for name in good:
+        assert train_step.verdict(good | {name: float("nan")}) == f"invalid: {name} is nan"
+
+
+def test_a_dropped_gradient_shows(monkeypatch):
+    step = TrainingStep("lst", TOY)
+    side = step.model.side_network
+    monkeypatch.setattr(side, "pooled", lambda *args: type(side).pooled(side, *args).detach())
+    assert train_step.verdict(step.gradient_norms()) == "invalid: gradient_norm is zero"
+
+
+def fake_probe(method, setting):
+    if method == "full":
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    if method == "unipt":
+        raise UserError("its own reason")
+    norm = float("nan") if method == "sherl" else 1.0
+    norms = {"loss": 1.8, "gradient_norm": norm, "head_gradient_norm": 1.0}
+    return {"peak_bytes": 2**30, "trainable": 10, "parameters": 100, **norms}
+
+
+def test_a_failing_method_does_not_end_the_table(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(train_step, "probe_in_fresh_process", fake_probe)
+    options = "--model toy --batch 1 --frames 8 --reduction_factor 4 --device cpu --repeats 2"
+    options += f" --methods full,lst,unipt,sherl --output {tmp_path}"
+    assert train_step.main(options.split()) == 1
+    (found,) = record.load_all(tmp_path)
+    rows = {row["method"]: row for row in found["figures"]}
+    assert rows["full"]["status"] == "out of memory"
+    assert rows["unipt"]["status"] == "failed: its own reason"
+    assert rows["sherl"]["status"] == "invalid: gradient_norm is nan"
+    assert rows["lst"]["status"] == "ok" and rows["lst"]["ratio"] > 0
+    assert rows["lst"]["step_ms"]["p20"] <= rows["lst"]["step_ms"]["median"] <= rows["lst"]["step_ms"]["p80"]
+    assert found["shapes"]["model"] == "toy" and found["shapes"]["dtype"] == "float32"
+    out = capsys.readouterr().out
+    assert "out of memory" in out and "20.39" in out and "76.14" not in out.split("\n")[2]
+
+
+def test_out_of_memory_is_no_failure(monkeypatch, tmp_path):
+    monkeypatch.setattr(train_step, "probe_in_fresh_process", fake_probe)
+    argv = f"--model toy --batch 1 --frames 8 --device cpu --methods full --output {tmp_path}".split()
+    assert train_step.main(argv) == 0
+
+
+def test_peak_memory_of_a_fresh_process():
+    """At so small a batch full fine-tuning is weights, gradients and two moments: 16 bytes a parameter."""
+    setting = Setting(model="tiny", batch=1, frames=20)
+    row = train_step.probe_in_fresh_process("full", setting)
+    assert 1.0 < row["peak_bytes"] / (16 * row["trainable"]) < 1.25
+
+
+def test_a_probe_says_what_was_wrong():
+    with pytest.raises(UserError, match="methods must be all or some of .*, got 'nonsense'"):
+        train_step.probe_in_fresh_process("nonsense", TOY)
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        ("--methods lst,nope", "methods must be all or some of full, "),
+        ("--model huge", "model must be one of toy, tiny"),
+        ("--batch 0", "batch must be a positive integer, got 0"),
+        ("--repeats 0", "repeats must be a positive integer, got 0"),
+        ("--dtype int8", "dtype must be one of float32"),
+        ("--model tiny --reduction_factor 400", "reduction_factor must be at most 384"),
+    ],
+)
+def test_wrong_options_get_one_line(options, sentence, capsys, tmp_path):
+    assert train_step.main([*options.split(), "--device", "cpu", "--output", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert sentence in error and error.count("\n") == 1 and "Traceback" not in error
+    assert not list(tmp_path.iterdir())
