@@ -10,12 +10,51 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from . import ops, reference
+from . import modules, ops, reference
 
 # Sizes that whisper-small (D 768) and its relatives give are odd in both axes; so are the cases.
 HALF_TYPES = (torch.float16, torch.bfloat16)
+
+
+# Ops whose ``x`` is a hidden state of the frozen backbone.
+_READS_BACKBONE = ("row_statistics", "norm_linear", "ladder", "gated_down", "gated_up")
+
+
+class _Draws:
+    """Random activations in ``dtype`` and parameters in at least fp32, drawn on one device for another."""
+
+    def __init__(
+        self, dtype: torch.dtype, device: torch.device | str, seed: int, draw_on: torch.device | str
+    ) -> None:
+        self.dtype, self.device, self.draw_on = dtype, device, torch.device(draw_on)
+        self.parameter_dtype = torch.promote_types(dtype, torch.float32)
+        on_cpu = self.draw_on.type == "cpu"
+        drawn_dtype = torch.float64 if on_cpu else self.parameter_dtype
+        generator = None if self.draw_on.type == "meta" else torch.Generator(self.draw_on).manual_seed(seed)
+        self._how = {"generator": generator, "dtype": drawn_dtype, "device": self.draw_on}
+
+    def activation(self, batch: int, frames: int, width: int) -> Tensor:
+        rows = 0.7 + torch.randn(batch, frames, width, **self._how)
+        scale = 0.5 + torch.rand(batch, frames, 1, **self._how)
+        return (rows * scale).to(self.device, self.dtype)
+
+    def parameter(self, *shape: int, mean: float = 0.0, std: float = 0.3) -> Tensor:
+        return (mean + std * torch.randn(shape, **self._how)).to(self.device, self.parameter_dtype)
+
+    def weight(self, rows: int, columns: int) -> Tensor:
+        return self.parameter(rows, columns, std=columns**-0.5)
+
+    def norm(self, prefix: str, width: int) -> dict[str, Tensor]:
+        return {
+            f"{prefix}norm_weight": self.parameter(width, mean=1.0),
+            f"{prefix}norm_bias": self.parameter(width),
+        }
+
+    def lengths(self, batch: int, frames: int) -> Tensor:
+        how = {**self._how, "dtype": torch.int64}
+        return torch.randint(1, frames + 1, (batch,), **how).to(self.device)
 
 
 @dataclass(frozen=True)
@@ -38,31 +77,30 @@ class Case:
         masked = "-masked" if self.masked else ""
         return f"{self.op}-B{self.batch}-T{self.frames}-D{self.width}-r{self.side}-n{self.layers}{masked}"
 
-    def inputs(self, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0) -> dict:
-        """Arguments of the public function by name: activations in ``dtype``, parameters in fp32 (float64 if
-        ``dtype`` is), with means away from zero and values of order one."""
-        generator = torch.Generator().manual_seed(seed)
-        parameter_dtype = torch.promote_types(dtype, torch.float32)
+    @property
+    def frozen(self) -> frozenset[str]:
+        """Inputs that carry no gradient in training: hidden states of the frozen backbone."""
+        return frozenset({"x"} if self.op in _READS_BACKBONE else ())
 
-        def draw(*shape: int, mean: float = 0.0, std: float = 1.0) -> Tensor:
-            return mean + std * torch.randn(shape, generator=generator, dtype=torch.float64)
+    def inputs(
+        self,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+        draw_on: torch.device | str = "cpu",
+    ) -> dict:
+        """Arguments of the public function by name: activations in ``dtype``, parameters in fp32 (float64 if
+        ``dtype`` is), with means away from zero and values of order one.
+
+        ``draw_on`` is where the numbers are drawn: the same ones for every device by default; on a GPU they
+        are others, at real sizes in a fraction of the time; ``"meta"`` gives shapes alone.
+        """
+        draws = _Draws(dtype, device, seed, draw_on)
 
         def activation(width: int) -> Tensor:
-            rows = draw(self.batch, self.frames, width, mean=0.7)
-            scale = 0.5 + torch.rand(self.batch, self.frames, 1, generator=generator, dtype=torch.float64)
-            return (rows * scale).to(device, dtype)
+            return draws.activation(self.batch, self.frames, width)
 
-        def parameter(*shape: int, mean: float = 0.0, std: float = 0.3) -> Tensor:
-            return draw(*shape, mean=mean, std=std).to(device, parameter_dtype)
-
-        def weight(rows: int, columns: int) -> Tensor:
-            return parameter(rows, columns, std=columns**-0.5)
-
-        def norm(prefix: str, width: int) -> dict[str, Tensor]:
-            return {
-                f"{prefix}norm_weight": parameter(width, mean=1.0),
-                f"{prefix}norm_bias": parameter(width),
-            }
+        parameter, weight, norm = draws.parameter, draws.weight, draws.norm
 
         def adapter() -> dict[str, Tensor]:
             hidden = self.adapter_dim
@@ -77,7 +115,9 @@ class Case:
         d, r = self.width, self.side
         lengths = None
         if self.masked:
-            lengths = torch.randint(1, self.frames + 1, (self.batch,), generator=generator).to(device)
+            lengths = draws.lengths(self.batch, self.frames)
+        if self.op == "row_statistics":
+            return {"x": activation(d)}
         if self.op == "norm_linear":
             return {"x": activation(d), **norm("", d), "weight": weight(r, d), "bias": parameter(r)}
         if self.op == "adapter":
@@ -107,12 +147,172 @@ class Case:
         raise ValueError(f"op must be one of {', '.join(map(repr, ops.OP_NAMES[1:]))}, got {self.op!r}")
 
     def function(self) -> Callable[..., Tensor]:
-        """The public op, called with ``**inputs``."""
+        """The public op, called with ``**inputs``; row statistics as one tensor (2, ...)."""
+        if self.op == "row_statistics":
+            return lambda x: torch.stack(ops.row_statistics(x))
         return getattr(ops, self.op)
 
     def definition(self) -> Callable[..., Tensor]:
         """The reference's definition, called with ``**inputs``."""
+        if self.op == "row_statistics":
+            return _row_statistics
         return getattr(reference, self.op).definition
+
+    def cost(self, dtype: torch.dtype, backward: bool = False) -> "Cost":
+        """What the forward, or the backward in training, cannot do without."""
+        return _cost(self, dtype, backward)
+
+    def _products(self) -> tuple[int, int]:
+        """Multiply-adds of the matrix products in the forward and in the backward.
+
+        The backward gets the inputs and no intermediate result, so what it recomputes counts; no gradient
+        goes to frozen inputs. ReLU attention's backward computes scores and their gradients once for the
+        queries and once for the keys, since it uses no atomics.
+        """
+        rows, d, r, a, n = self.batch * self.frames, self.width, self.side, self.adapter_dim, self.layers
+        scores = self.batch * self.frames**2 * r * n
+        shallow = n - 1
+        return {
+            "row_statistics": (0, 0),
+            "norm_linear": (rows * d * r, rows * d * r),
+            "adapter": (2 * rows * r * a, 5 * rows * r * a),
+            "ladder": (rows * (d * r + 2 * r * a), rows * (2 * d * r + 5 * r * a)),
+            "pooled_upsample": (rows * (r * r + 2 * r), rows * (2 * r * r + 4 * r)),
+            "relu_attention": (2 * scores, 8 * scores),
+            "gated_down": (rows * (d * r + 2 * r * r), rows * (2 * d * r + 6 * r * r)),
+            "guidance": (
+                rows * (shallow * shallow * r + 2 * shallow * r),
+                rows * (2 * shallow * shallow * r + 4 * shallow * r),
+            ),
+            "gated_up": (rows * d * r, 2 * rows * d * r),
+        }[self.op]
+
+
+def _row_statistics(x: Tensor) -> Tensor:
+    """Mean and reciprocal standard deviation of each row, (..., D) -> (2, ...), as autograd-free PyTorch."""
+    x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+    variance, mean = torch.var_mean(x, -1, correction=0)
+    return torch.stack((mean, torch.rsqrt(variance + reference.common.NORM_EPS)))
+
+
+@dataclass(frozen=True)
+class NetworkCase:
+    """A whole side network at one shape: ``method`` LST, UniPT or SHERL on ``layers`` encoder layers."""
+
+    method: str
+    batch: int = 2
+    frames: int = 37
+    width: int = 64
+    reduction_factor: int = 8
+    layers: int = 3
+    factor: float = 2.0
+
+    frozen = frozenset({"hidden_states"})
+
+    @property
+    def op(self) -> str:
+        return self.method
+
+    @property
+    def side(self) -> int:
+        return self.width // self.reduction_factor
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}-B{self.batch}-T{self.frames}-D{self.width}-r{self.side}-n{self.layers}"
+
+    def _network(self, package, device: torch.device | str = "meta") -> nn.Module:
+        """The network with what training calls as its forward: the pooled output where the method pools."""
+        side = getattr(package, self.method)(self.width, self.layers, self.reduction_factor, device=device)
+        return _Called(side)
+
+    def inputs(
+        self,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+        draw_on: torch.device | str = "cpu",
+    ) -> dict:
+        """``hidden_states`` in ``dtype`` and every parameter by its name; see ``Case.inputs``."""
+        draws = _Draws(dtype, device, seed, draw_on)
+        shape = self.batch, self.frames, self.width
+        values: dict = {"hidden_states": [draws.activation(*shape) for _ in range(self.layers + 1)]}
+        for name, parameter in self._network(reference).named_parameters():
+            if parameter.ndim == 2:
+                values[name] = draws.weight(*parameter.shape)
+            elif name.endswith("norm.weight"):
+                values[name] = draws.parameter(*parameter.shape, mean=1.0)
+            else:
+                std = 0.1 if name.endswith("gate") else 0.3
+                values[name] = draws.parameter(*parameter.shape, std=std)
+        return values
+
+    def _function(self, package) -> Callable[..., Tensor]:
+        network = self._network(package)
+
+        def call(hidden_states: list[Tensor], **parameters: Tensor) -> Tensor:
+            return torch.func.functional_call(network, parameters, (hidden_states,))
+
+        return call
+
+    def function(self) -> Callable[..., Tensor]:
+        """The network on the ops, called with ``**inputs``."""
+        return self._function(modules)
+
+    def definition(self) -> Callable[..., Tensor]:
+        """The readable network, called with ``**inputs``."""
+        return self._function(reference)
+
+    def parts(self) -> list[Case]:
+        """The ops that one forward calls, in order."""
+
+        def part(op: str, layers: int = 1, adapter_dim: int = 256) -> Case:
+            return Case(op, self.batch, self.frames, self.width, self.side, adapter_dim, layers)
+
+        count = self.layers
+        if self.method == "LST":
+            return [part("norm_linear"), *[part("ladder")] * count, part("pooled_upsample")]
+        if self.method == "UniPT":
+            merge = [part("relu_attention", count), part("adapter", adapter_dim=self.width)]
+            return [*[part("norm_linear")] * (count + 1), *merge, part("pooled_upsample", 2)]
+        return [*[part("gated_down")] * count, part("guidance", count), part("gated_up")]
+
+    def cost(self, dtype: torch.dtype, backward: bool = False) -> "Cost":
+        """The sum over ``parts``."""
+        costs = [part.cost(dtype, backward) for part in self.parts()]
+        return Cost(sum(cost.bytes for cost in costs), sum(cost.flops for cost in costs))
+
+
+class _Called(nn.Module):
+    """A side network whose forward is the call that training makes."""
+
+    def __init__(self, side: nn.Module) -> None:
+        super().__init__()
+        self.side = side
+
+    def forward(self, hidden_states: list[Tensor]) -> Tensor:
+        return self.side.pooled(hidden_states) if hasattr(self.side, "pooled") else self.side(hidden_states)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The least that a computation must do: ``bytes`` between memory and chip, every input read once and
+    every result written once, and ``flops`` of its matrix products, a multiply-add being two."""
+
+    bytes: int
+    flops: int
+
+
+def _cost(case: Case, dtype: torch.dtype, backward: bool) -> Cost:
+    if backward and case.op == "row_statistics":
+        return Cost(0, 0)
+    inputs = case.inputs(dtype, "meta", draw_on="meta")
+    out = case.definition()(**inputs).nbytes
+    flat = flat_tensors(inputs)
+    read = sum(tensor.nbytes for tensor in flat.values())
+    # The backward reads the output's gradient in place of writing the output, and writes the inputs'.
+    written = sum(t.nbytes for name, t in flat.items() if name not in case.frozen) if backward else 0
+    return Cost(read + out + written, 2 * case._products()[backward])
 
 
 def _cases() -> list[Case]:
@@ -130,6 +330,35 @@ def _cases() -> list[Case]:
 
 
 CASES = _cases()
+
+SIDE_NETWORKS = ("LST", "UniPT", "SHERL")
+
+
+def real_case(
+    op: str, batch: int, frames: int = 1500, width: int = 768, side: int = 96, layers: int = 12
+) -> "Case | NetworkCase":
+    """An op, or a side network by its method's name, with the sizes it has on a Whisper encoder.
+
+    Args:
+        op: a name of ``ops.OP_NAMES`` or of ``SIDE_NETWORKS``.
+        batch, frames: of the hidden states; Whisper's window has 1500 frames.
+        width, side: D and r; a side network needs r = D // reduction factor.
+        layers: of the encoder. ReLU attention merges as many features, guidance too.
+
+    Raises:
+        ValueError: no such op, or a side network with no reduction factor that gives ``side``.
+    """
+    if op in SIDE_NETWORKS:
+        factor = max(1, width // side)
+        if width // factor != side:
+            raise ValueError(f"side must be width // reduction_factor for {op}, got {side} of {width}")
+        return NetworkCase(op, batch, frames, width, factor, layers)
+    if op not in ops.OP_NAMES:
+        names = ", ".join(map(repr, (*ops.OP_NAMES, *SIDE_NETWORKS)))
+        raise ValueError(f"op must be one of {names}, got {op!r}")
+    # UniPT's adapter is as wide as the backbone; LST's, inside its rungs, has a width of its own.
+    adapter_dim = width if op == "adapter" else 256
+    return Case(op, batch, frames, width, side, adapter_dim, layers)
 
 
 def flat_tensors(inputs: dict) -> dict[str, Tensor]:
@@ -156,11 +385,18 @@ def _cast(inputs: dict, dtype: torch.dtype | None) -> dict:
 
 
 def outputs_and_gradients(
-    function: Callable[..., Tensor], inputs: dict, upstream: Tensor, dtype: torch.dtype | None = None
+    function: Callable[..., Tensor],
+    inputs: dict,
+    upstream: Tensor,
+    dtype: torch.dtype | None = None,
+    differentiable: bool = True,
 ) -> dict[str, Tensor]:
-    """``function(**inputs)`` under the name ``out`` and the gradient of every floating-point input."""
+    """``function(**inputs)`` under the name ``out`` and, if ``differentiable``, the gradient of every
+    floating-point input."""
     copies = _cast(inputs, dtype)
     out = function(**copies)
+    if not differentiable:
+        return {"out": out.detach()}
     flat = flat_tensors(copies)
     grads = torch.autograd.grad(out, list(flat.values()), upstream.to(out.dtype), allow_unused=True)
     zeros = (torch.zeros_like(t) if g is None else g for t, g in zip(flat.values(), grads))
@@ -176,7 +412,7 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
 
 
 def assert_as_good_as_torch(
-    case: Case, dtype: torch.dtype, device: torch.device | str = "cpu", draws: int = 4
+    case: Case | NetworkCase, dtype: torch.dtype, device: torch.device | str = "cpu", draws: int = 4
 ) -> None:
     """Checks values and every gradient of an op in the current backend against float64.
 
@@ -195,9 +431,13 @@ def assert_as_good_as_torch(
         shape = case.definition()(**inputs).shape
         # The upstream gradient is rounded to the type first, so that every side sees the same one.
         upstream = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
-        truth.append(outputs_and_gradients(case.definition(), inputs, upstream, torch.float64))
-        yardstick.append(outputs_and_gradients(with_autocast, inputs, upstream))
-        computed.append(outputs_and_gradients(case.function(), inputs, upstream))
+        for results, function, type_ in (
+            (truth, case.definition(), torch.float64),
+            (yardstick, with_autocast, None),
+            (computed, case.function(), None),
+        ):
+            differentiable = case.op != "row_statistics"
+            results.append(outputs_and_gradients(function, inputs, upstream, type_, differentiable))
 
     def joined(results: list[dict[str, Tensor]], name: str) -> Tensor:
         return torch.cat([result[name].double().flatten() for result in results])
