@@ -4,11 +4,12 @@ Constructors, parameters and ``state_dict`` keys are the reference's; these comp
 ``ops``, keeping for the backward one small state per layer beside the hidden states.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
 from . import ops, reference
+from .reference import HiddenState
 from .reference.modules import (
     adapter_params,
     gated_down_params,
@@ -16,54 +17,86 @@ from .reference.modules import (
 )
 
 
-class LST(reference.LST):
+class _Folded:
+    """What the networks with a LayerNorm before each projection share."""
+
+    def fold(self) -> list[tuple[Tensor, Tensor]]:
+        """The projections with their LayerNorms folded in. Whoever runs a batch in parts folds once and hands
+        the list to each part."""
+        return [ops.fold(*norm_linear_params(down)) for down in self.down]
+
+
+class LST(_Folded, reference.LST):
     __doc__ = reference.LST.__doc__
 
-    def state(self, hidden_states: Iterable[Tensor], lengths: Tensor | None) -> Tensor:
-        stream = self.read(hidden_states)
+    def state(
+        self,
+        hidden_states: Iterable[Tensor | HiddenState],
+        lengths: Tensor | None,
+        folded: Sequence[tuple[Tensor, Tensor]] | None = None,
+    ) -> Tensor:
+        """s_L, (B, T, r); ``folded``: what ``fold`` gave, if it was called before."""
+        stream, keep = self.read(hidden_states), self.saved_activations
+        first_fold, *folded = folded or self.fold()
         first = next(stream)
-        self.check_lengths(lengths, first)
-        state = ops.norm_linear(first, *norm_linear_params(self.down[0]))
-        for hidden_state, down, rung in zip(stream, self.down[1:], self.rungs):
-            state = ops.ladder(
-                hidden_state, state, *norm_linear_params(down), rung.gate, *adapter_params(rung)
-            )
+        self.check_lengths(lengths, first.values)
+        state = ops.folded_linear(first.values, *first_fold, first.statistics, keep)
+        for hidden_state, projection, rung in zip(stream, folded, self.rungs):
+            parameters = (*projection, rung.gate, *adapter_params(rung))
+            state = ops.folded_ladder(hidden_state.values, state, *parameters, hidden_state.statistics, keep)
         return state
 
-    def pooled(self, hidden_states: Iterable[Tensor], lengths: Tensor | None = None) -> Tensor:
-        return ops.pooled_upsample(self.state(hidden_states, lengths), *self.pool_params(), lengths)
+    def pooled(
+        self,
+        hidden_states: Iterable[Tensor | HiddenState],
+        lengths: Tensor | None = None,
+        folded: Sequence[tuple[Tensor, Tensor]] | None = None,
+    ) -> Tensor:
+        """The mean of ``forward`` over each utterance's valid frames, (B, D); arguments as there, and
+        ``folded``: what ``fold`` gave, if it was called before."""
+        return ops.pooled_upsample(self.state(hidden_states, lengths, folded), *self.pool_params(), lengths)
 
-    pooled.__doc__ = reference.LST.pooled.__doc__
 
-
-class UniPT(reference.UniPT):
+class UniPT(_Folded, reference.UniPT):
     __doc__ = reference.UniPT.__doc__
 
-    def state(self, hidden_states: Iterable[Tensor], lengths: Tensor | None) -> Tensor:
+    def state(
+        self,
+        hidden_states: Iterable[Tensor | HiddenState],
+        lengths: Tensor | None,
+        folded: Sequence[tuple[Tensor, Tensor]] | None = None,
+    ) -> Tensor:
+        """Z, (B, T, r); ``folded``: what ``fold`` gave, if it was called before."""
         features = []
-        for down, hidden_state in zip(self.down, self.read(hidden_states), strict=True):
-            features.append(ops.norm_linear(hidden_state, *norm_linear_params(down)))
+        for projection, hidden_state in zip(folded or self.fold(), self.read(hidden_states), strict=True):
+            values, statistics = hidden_state.values, hidden_state.statistics
+            features.append(ops.folded_linear(values, *projection, statistics, self.saved_activations))
         *features, anchor = features
         self.check_lengths(lengths, anchor)
         merged = ops.relu_attention(anchor, self.gate.weight, self.gate.bias, features, lengths)
         return anchor + ops.adapter(merged, *adapter_params(self.adapter))
 
-    def pooled(self, hidden_states: Iterable[Tensor], lengths: Tensor | None = None) -> Tensor:
-        state = self.state(hidden_states, lengths)
+    def pooled(
+        self,
+        hidden_states: Iterable[Tensor | HiddenState],
+        lengths: Tensor | None = None,
+        folded: Sequence[tuple[Tensor, Tensor]] | None = None,
+    ) -> Tensor:
+        """As ``LST.pooled``."""
+        state = self.state(hidden_states, lengths, folded)
         return ops.pooled_upsample(state, *self.pool_params(), lengths, relu=True)
-
-    pooled.__doc__ = reference.UniPT.pooled.__doc__
 
 
 class SHERL(reference.SHERL):
     __doc__ = reference.SHERL.__doc__
 
-    def forward(self, hidden_states: Iterable[Tensor], lengths: Tensor | None = None) -> Tensor:
-        features = []
+    def forward(self, hidden_states: Iterable[Tensor | HiddenState], lengths: Tensor | None = None) -> Tensor:
+        features, keep = [], self.saved_activations
         for down, hidden_state in zip(self.down, self.read(hidden_states), strict=True):
-            features.append(ops.gated_down(hidden_state, *gated_down_params(down)))
-        self.check_lengths(lengths, hidden_state)
+            features.append(ops.gated_down(hidden_state.values, *gated_down_params(down), keep))
+        deepest = hidden_state.values
+        self.check_lengths(lengths, deepest)
         merged = ops.guidance(self.guide.weight, self.guide.bias, features)
-        return ops.gated_up(hidden_state, merged, self.out.weight, self.out.bias, self.gate)
+        return ops.gated_up(deepest, merged, self.out.weight, self.out.bias, self.gate, keep)
 
     forward.__doc__ = reference.SHERL.forward.__doc__

@@ -5,8 +5,9 @@ every device; a faster kernel registered on a device's dispatch key takes over w
 ``torch.ops.meft_reference`` and ``torch.ops.meft_triton`` hold the same ops with one kernel for all devices,
 for ``use_backend``.
 
-Each op saves its inputs for the backward and nothing else: what the forward computed is recomputed. Under
-autocast, fp32 activations are cast on entry; parameters stay fp32 masters and are cast inside.
+Each op saves its inputs for the backward and nothing else: what the forward computed is recomputed. With
+``saved_activations="fp8"`` the leading input x, a hidden state, is kept as an 8-bit normalised copy instead.
+Under autocast, fp32 activations are cast on entry; parameters stay fp32 masters and are cast inside.
 """
 
 import functools
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import reference
+from .reference import SAVED_ACTIVATIONS
 
 _PROJECTION = "Tensor weight, Tensor bias, Tensor mean, Tensor rstd"
 _ADAPTER = (
@@ -66,6 +68,15 @@ _ARGUMENT_NAMES = {
 def _fake_row_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     dtype = reference.accumulation_dtype(x.dtype)
     return x.new_empty(x.shape[:-1], dtype=dtype), x.new_empty(x.shape[:-1], dtype=dtype)
+
+
+def _fake_encode(x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    code = x.new_empty(x.shape, dtype=reference.eight_bit.CODE_DTYPE)
+    return code, mean.new_empty(x.shape[-1]), mean.new_empty(x.shape[-1])
+
+
+def _fake_decode(code: Tensor, scale: Tensor, shift: Tensor, like: Tensor) -> Tensor:
+    return like.new_empty(code.shape)
 
 
 def _resized(x: Tensor, weight: Tensor) -> Tensor:
@@ -117,7 +128,8 @@ def _without_autocast(kernel: Callable) -> Callable:
     return run
 
 
-_PLAIN = {"pooled_upsample"}  # no kernel would do better: the quadratic form is a few small products
+# Without a kernel of their own: the quadratic form is a few small products, the 8-bit copy one cheap pass.
+_PLAIN = {"pooled_upsample", "eight_bit"}
 
 
 def _triton_kernel(name: str, function: str) -> Callable:
@@ -130,12 +142,23 @@ def _triton_kernel(name: str, function: str) -> Callable:
     return run
 
 
+# Of each registered op: its module's name, the reference's function and the Triton launcher.
+_HOST_CODE: dict[str, tuple[str, Callable, Callable]] = {}
+
+
 def _register() -> list[torch.library.Library]:
     """Defines every op in each namespace: the reference for all devices, Triton where it is asked for."""
     forward, backward = "forward", "backward"
     statistics = "row_statistics(Tensor x) -> (Tensor, Tensor)"
+    encode = "encode(Tensor x, Tensor mean, Tensor rstd) -> (Tensor, Tensor, Tensor)"
+    decode = "decode(Tensor code, Tensor scale, Tensor shift, Tensor like) -> Tensor"
+    eight_bit = reference.eight_bit
     # Of each registered op: schema, its module's name, the function there, the reference kernel, the fake.
-    rows = [(statistics, "row_statistics", forward, reference.row_statistics, _fake_row_statistics)]
+    rows = [
+        (statistics, "row_statistics", forward, reference.row_statistics, _fake_row_statistics),
+        (encode, "eight_bit", "encode", eight_bit.encode, _fake_encode),
+        (decode, "eight_bit", "decode", eight_bit.decode, _fake_decode),
+    ]
     for name, arguments in _SCHEMAS.items():
         module = getattr(reference, name)
         flag = ", bool need_x" if arguments.startswith("Tensor x,") else ""
@@ -151,6 +174,7 @@ def _register() -> list[torch.library.Library]:
             fused = _without_autocast(_triton_kernel(op, function))
             use_fused = backend == "triton" and op not in _PLAIN
             default = fused if use_fused else _without_autocast(kernel)
+            _HOST_CODE[name] = (op, _without_autocast(kernel), fused)
             library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
             library.impl(name, default, "CompositeExplicitAutograd")
             if backend == "auto" and op in _PROVEN_ON_GPU and _HAS_TRITON:
@@ -167,6 +191,25 @@ _libraries = _register()  # kept alive: an op lives as long as its library
 
 def _kernel(backend: str, name: str) -> Callable:
     return getattr(getattr(torch.ops, _NAMESPACES[backend]), name)
+
+
+def host_code(name: str, backend: str, device_type: str) -> Callable | None:
+    """The Python function that serves an op, for whoever counts what it allocates.
+
+    Args:
+        name: as registered, such as ``"ladder"`` or ``"ladder_bwd"``.
+        backend: see ``use_backend``. device_type: ``"cpu"`` or ``"cuda"``.
+
+    Returns:
+        None where the kernel is not Python.
+    """
+    op, plain, fused = _HOST_CODE[name]
+    on_cuda = device_type == "cuda"
+    if backend in ("auto", "native") and not on_cuda:
+        has_native = torch._C._dispatch_has_kernel_for_dispatch_key(f"meft::{name}", "CPU")
+        return None if has_native else plain
+    proven = backend == "auto" and on_cuda and op in _PROVEN_ON_GPU and _HAS_TRITON
+    return fused if (backend == "triton" and op not in _PLAIN) or proven else plain
 
 
 def backend_status() -> dict[str, tuple[str, str]]:
@@ -227,7 +270,7 @@ def _pack(name: str, arguments: Sequence) -> tuple:
 
 
 def _make_function(name: str) -> type[torch.autograd.Function]:
-    """The autograd Function of an op; its first argument is the backend."""
+    """The autograd Function of an op; its first arguments are the backend and whether x is kept in 8 bits."""
     names = _ARGUMENT_NAMES[name]
     has_flag = names[-1] == "relu"
     takes_need_x = names[0] == "x"
@@ -235,29 +278,33 @@ def _make_function(name: str) -> type[torch.autograd.Function]:
 
     class OpFunction(torch.autograd.Function):
         @staticmethod
-        def forward(backend: str, *arguments):
+        def forward(backend: str, in_8_bits: bool, *arguments):
             return _kernel(backend, name)(*_pack(name, arguments))
 
         @staticmethod
         def setup_context(ctx, inputs, output) -> None:
-            ctx.backend = inputs[0]
+            ctx.backend, ctx.in_8_bits, *arguments = inputs
             if has_flag:
-                ctx.flag = inputs[-1]
-            ctx.save_for_backward(*(inputs[1:-1] if has_flag else inputs[1:]))
+                ctx.flag = arguments.pop()
+            if ctx.in_8_bits:
+                arguments = _encoded(ctx.backend, names, arguments)
+            ctx.save_for_backward(*arguments)
 
         @staticmethod
         @once_differentiable
         def backward(ctx, grad):
             arguments = ctx.saved_tensors
+            if ctx.in_8_bits:
+                arguments = _decoded(ctx.backend, names, arguments, grad)
             if has_flag:
                 arguments = (*arguments, ctx.flag)
             packed = _pack(name, arguments)
             if takes_need_x:
-                packed = (*packed, ctx.needs_input_grad[1])
+                packed = (*packed, ctx.needs_input_grad[2])
             computed = list(_kernel(ctx.backend, f"{name}_bwd")(grad, *packed))
-            if takes_need_x and not ctx.needs_input_grad[1]:
+            if takes_need_x and not ctx.needs_input_grad[2]:
                 computed[0] = None
-            grads = [None]
+            grads = [None, None]
             for is_differentiable in differentiable:
                 grads.append(computed.pop(0) if is_differentiable else None)
             return (*grads, *computed)
@@ -266,13 +313,44 @@ def _make_function(name: str) -> type[torch.autograd.Function]:
     return OpFunction
 
 
+def _encoded(backend: str, names: list[str], arguments: list) -> list:
+    """Arguments with x as an 8-bit copy of the normalised x, and at the end what it is decoded with."""
+    x, *rest = arguments
+    given = dict(zip(names, arguments))
+    has_statistics = "mean" in given
+    statistics = (given["mean"], given["rstd"]) if has_statistics else _kernel(backend, "row_statistics")(x)
+    code, *channels = _kernel(backend, "encode")(x, *statistics)
+    if has_statistics:  # the backward takes the copy for x, and its statistics are 0 and 1
+        return [code, *(None if n in ("mean", "rstd") else t for n, t in zip(names[1:], rest)), *channels]
+    return [code, *rest, *channels, *statistics]
+
+
+def _decoded(backend: str, names: list[str], saved: Sequence, grad: Tensor) -> list:
+    """The arguments that ``_encoded`` was given, with x from its 8-bit copy; ``grad`` has the type of x."""
+    code, *rest = saved
+    count = len(names) - 1
+    rest, (scale, shift, *statistics) = rest[:count], rest[count:]
+    x = _kernel(backend, "decode")(code, scale, shift, grad.new_empty(0))
+    if not statistics:
+        zero = scale.new_zeros(code.shape[:-1])
+        standard = {"mean": zero, "rstd": torch.ones_like(zero)}
+        return [x, *(standard.get(name, argument) for name, argument in zip(names[1:], rest))]
+    mean, rstd = (value[..., None] for value in statistics)
+    return [(x / rstd + mean).to(grad.dtype), *rest]
+
+
 _FUNCTIONS = {name: _make_function(name) for name in _SCHEMAS}
 
 
-def _call(name: str, *arguments) -> Tensor:
+def _call(name: str, *arguments, saved_activations: str = "exact") -> Tensor:
     """Runs an op with autograd where a gradient is asked for, else its kernel alone."""
+    if saved_activations not in SAVED_ACTIVATIONS:
+        accepted = " or ".join(map(repr, SAVED_ACTIVATIONS))
+        raise ValueError(f"saved_activations must be {accepted}, got {saved_activations!r}")
     if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
-        return _FUNCTIONS[name].apply(_backend, *arguments)
+        # A gradient to x itself would need the exact x.
+        in_8_bits = saved_activations == "fp8" and not arguments[0].requires_grad
+        return _FUNCTIONS[name].apply(_backend, in_8_bits, *arguments)
     return _kernel(_backend, name)(*_pack(name, arguments))
 
 
@@ -299,6 +377,19 @@ def row_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     return _kernel(_backend, "row_statistics")(x.detach())
 
 
+def fold(norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """LayerNorm's affine part and centring folded into a projection: one weight and bias for any number of
+    calls of ``folded_linear`` or ``folded_ladder``; see ``reference.norm_linear``.
+
+    Args:
+        norm_weight, norm_bias: (D,). weight: (r, D). bias: (r,).
+
+    Returns:
+        Weight (r, D) and bias (r,), with gradient to all four.
+    """
+    return reference.norm_linear.fold(norm_weight, norm_bias, weight, bias)
+
+
 def norm_linear(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """``Linear(LayerNorm(x))`` that keeps x and never a normalised copy; see ``reference.norm_linear``.
 
@@ -308,9 +399,31 @@ def norm_linear(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tenso
     Returns:
         (..., r) in the type of x.
     """
-    x = _activation(x)
-    folded = reference.norm_linear.fold(norm_weight, norm_bias, weight, bias)
-    return _call("norm_linear", x, *folded, *row_statistics(x))
+    return folded_linear(x, *fold(norm_weight, norm_bias, weight, bias))
+
+
+def folded_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    statistics: tuple[Tensor, Tensor] | None = None,
+    saved_activations: str = "exact",
+) -> Tensor:
+    """``norm_linear`` with parameters that ``fold`` gave.
+
+    Args:
+        x: (..., D). weight: (r, D). bias: (r,).
+        statistics: what ``row_statistics(x)`` would give, where it is known already.
+        saved_activations: ``"exact"`` keeps x for the backward, ``"fp8"`` an 8-bit copy of the normalised x.
+
+    Returns:
+        (..., r) in the type of x.
+
+    Raises:
+        ValueError: another ``saved_activations``.
+    """
+    x, statistics = _activation(x), statistics or row_statistics(x)
+    return _call("norm_linear", x, weight, bias, *statistics, saved_activations=saved_activations)
 
 
 def adapter(
@@ -360,10 +473,42 @@ def ladder(
     Returns:
         The next side state, (..., r) in the type of x.
     """
-    x = _activation(x)
-    folded = reference.norm_linear.fold(down_norm_weight, down_norm_bias, down_weight, down_bias)
+    folded = fold(down_norm_weight, down_norm_bias, down_weight, down_bias)
     parameters = (gate, norm_weight, norm_bias, weight_1, bias_1, weight_2, bias_2)
-    return _call("ladder", x, state.to(x.dtype), *folded, *row_statistics(x), *parameters)
+    return folded_ladder(x, state, *folded, *parameters)
+
+
+def folded_ladder(
+    x: Tensor,
+    state: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    gate: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight_1: Tensor,
+    bias_1: Tensor,
+    weight_2: Tensor,
+    bias_2: Tensor,
+    statistics: tuple[Tensor, Tensor] | None = None,
+    saved_activations: str = "exact",
+) -> Tensor:
+    """``ladder`` with a projection that ``fold`` gave.
+
+    Args:
+        x, state, gate, norm_weight … bias_2: as in ``ladder``. weight: (r, D). bias: (r,).
+        statistics, saved_activations: as in ``folded_linear``.
+
+    Returns:
+        The next side state, (..., r) in the type of x.
+
+    Raises:
+        ValueError: another ``saved_activations``.
+    """
+    x, statistics = _activation(x), statistics or row_statistics(x)
+    parameters = (gate, norm_weight, norm_bias, weight_1, bias_1, weight_2, bias_2)
+    arguments = (x, state.to(x.dtype), weight, bias, *statistics, *parameters)
+    return _call("ladder", *arguments, saved_activations=saved_activations)
 
 
 def pooled_upsample(
@@ -424,17 +569,19 @@ def gated_down(
     bias_2: Tensor,
     weight_3: Tensor,
     bias_3: Tensor,
+    saved_activations: str = "exact",
 ) -> Tensor:
     """SHERL's gated down-projection of one hidden state; see ``reference.gated_down``.
 
     Args:
         x: (..., D). weight_1: (r, D). weight_2, weight_3: (r, r). bias_1, bias_2, bias_3: (r,).
+        saved_activations: ``"exact"`` keeps x for the backward, ``"fp8"`` an 8-bit normalised copy.
 
     Returns:
         (..., r) in the type of x.
     """
     parameters = (weight_1, bias_1, weight_2, bias_2, weight_3, bias_3)
-    return _call("gated_down", _activation(x), *parameters)
+    return _call("gated_down", _activation(x), *parameters, saved_activations=saved_activations)
 
 
 def guidance(weight: Tensor, bias: Tensor, features: Sequence[Tensor]) -> Tensor:
@@ -450,15 +597,18 @@ def guidance(weight: Tensor, bias: Tensor, features: Sequence[Tensor]) -> Tensor
     return _call("guidance", weight, bias, *features)
 
 
-def gated_up(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, gate: Tensor) -> Tensor:
+def gated_up(
+    x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, saved_activations: str = "exact"
+) -> Tensor:
     """``Linear(relu(y)) + tanh(gate / 0.1) * x``, SHERL's input to the last encoder layer; see
     ``reference.gated_up``.
 
     Args:
         x: hidden state (..., D). y: (..., r), taken in the type of x. weight: (D, r). bias: (D,). gate: (1,).
+        saved_activations: as in ``gated_down``.
 
     Returns:
         (..., D) in the type of x.
     """
     x = _activation(x)
-    return _call("gated_up", x, y.to(x.dtype), weight, bias, gate)
+    return _call("gated_up", x, y.to(x.dtype), weight, bias, gate, saved_activations=saved_activations)

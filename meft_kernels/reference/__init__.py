@@ -7,6 +7,7 @@ has no kernel of its own. ``LST``, ``UniPT`` and ``SHERL`` are the readable modu
 
 from . import (
     adapter,
+    eight_bit,
     gated_down,
     gated_up,
     guidance,
@@ -16,14 +17,17 @@ from . import (
     relu_attention,
 )
 from .common import accumulation_dtype, row_statistics
-from .modules import LST, SHERL, UniPT
+from .modules import LST, SAVED_ACTIVATIONS, SHERL, HiddenState, UniPT
 
 __all__ = [
+    "HiddenState",
     "LST",
+    "SAVED_ACTIVATIONS",
     "SHERL",
     "UniPT",
     "accumulation_dtype",
     "adapter",
+    "eight_bit",
     "gated_down",
     "gated_up",
     "guidance",

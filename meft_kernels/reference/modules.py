@@ -6,6 +6,7 @@ and ``state_dict`` keys are shared. Symbols: B batch, T frames, D ``hidden_size`
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,28 @@ from torch import Tensor, nn
 from . import adapter, gated_down, gated_up, guidance, ladder, norm_linear, pooled_upsample, relu_attention
 from .common import NORM_EPS
 
+SAVED_ACTIVATIONS = ("exact", "fp8")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class HiddenState(NamedTuple):
+    """A hidden state with the row statistics that the frozen block's own LayerNorm computed of it.
+
+    Any entry of the hidden states that a side network reads may be one instead of a plain tensor: the network
+    then does not compute the statistics again.
+
+    Attributes:
+        values: (B, T, D). mean, rstd: (B, T), fp32 or float64, as ``ops.row_statistics`` gives them.
+    """
+
+    values: Tensor
+    mean: Tensor | None = None
+    rstd: Tensor | None = None
+
+    @property
+    def statistics(self) -> tuple[Tensor, Tensor] | None:
+        """``(mean, rstd)``, or None where they are not known."""
+        return None if self.mean is None or self.rstd is None else (self.mean, self.rstd)
 
 
 def _positive(name: str, value: int) -> int:
@@ -45,14 +67,22 @@ class SideNetwork(nn.Module):
         num_layers: L, the number of encoder layers; there are L + 1 hidden states.
         reduction_factor: the side width is r = D // reduction_factor.
         layers: indices into the hidden states, from 1 to L, that are read besides h_0. Default: all.
+        saved_activations: ``"exact"`` keeps the hidden states for the backward as they are, ``"fp8"`` as
+            normalised copies in 8 bits (see ``eight_bit``), from which weight gradients are made; outputs are
+            the same. The readable modules accept it and keep what autograd keeps.
 
     Raises:
-        ValueError: a size is not a positive integer, ``reduction_factor`` leaves no width, or ``layers`` is
-            not a sequence of distinct indices in range.
+        ValueError: a size is not a positive integer, ``reduction_factor`` leaves no width, ``layers`` is not
+            a sequence of distinct indices in range, or ``saved_activations`` is another word.
     """
 
     def __init__(
-        self, hidden_size: int, num_layers: int, reduction_factor: int, layers: Sequence[int] | None
+        self,
+        hidden_size: int,
+        num_layers: int,
+        reduction_factor: int,
+        layers: Sequence[int] | None,
+        saved_activations: str = "exact",
     ) -> None:
         super().__init__()
         self.hidden_size = _positive("hidden_size", hidden_size)
@@ -64,6 +94,10 @@ class SideNetwork(nn.Module):
                 f"reduction_factor must be at most hidden_size ({hidden_size}), got {reduction_factor}"
             )
         self.taps = _taps(layers, num_layers)
+        if saved_activations not in SAVED_ACTIVATIONS:
+            accepted = " or ".join(map(repr, SAVED_ACTIVATIONS))
+            raise ValueError(f"saved_activations must be {accepted}, got {saved_activations!r}")
+        self.saved_activations = saved_activations
 
     @property
     def last_layer(self) -> int:
@@ -74,7 +108,10 @@ class SideNetwork(nn.Module):
         text = f"hidden_size={self.hidden_size}, num_layers={self.num_layers}, side_size={self.side_size}"
         if self.taps != tuple(range(1, self.num_layers + 1)):
             text += f", layers={list(self.taps)}"
-        return text
+        return text + self._saved_repr()
+
+    def _saved_repr(self) -> str:
+        return "" if self.saved_activations == "exact" else f", saved_activations={self.saved_activations!r}"
 
     def reset_parameters(self) -> None:
         """Linear weights N(0, 0.02^2), biases 0, LayerNorm 1 and 0, gates 0."""
@@ -88,11 +125,11 @@ class SideNetwork(nn.Module):
                 if name == "gate":
                     nn.init.zeros_(parameter)
 
-    def read(self, hidden_states: Iterable[Tensor]) -> Iterator[Tensor]:
+    def read(self, hidden_states: Iterable[Tensor | HiddenState]) -> Iterator[HiddenState]:
         """Yields h_0 and the tapped hidden states, checked, and pulls nothing after the last of them.
 
         Raises:
-            TypeError: an entry is not a floating-point tensor.
+            TypeError: an entry is neither a floating-point tensor nor a ``HiddenState``.
             ValueError: too few or too many entries, or an entry of another shape, type or device than h_0.
         """
         stacked = isinstance(hidden_states, Tensor) and hidden_states.ndim == 4  # (L + 1, B, T, D)
@@ -110,10 +147,12 @@ class SideNetwork(nn.Module):
                 f"which the first {self.last_layer + 1} are read; got {len(hidden_states)}"
             )
         first, wanted, index = None, (0, *self.taps), -1
-        for index, hidden_state in enumerate(hidden_states):
+        for index, entry in enumerate(hidden_states):
             if index in wanted:
-                self._check(index, hidden_state, first)
-                first = hidden_state if first is None else first
+                hidden_state = entry if isinstance(entry, HiddenState) else HiddenState(entry)
+                self._check(index, hidden_state.values, first)
+                self._check_statistics(index, hidden_state)
+                first = hidden_state.values if first is None else first
                 yield hidden_state
             if index == self.last_layer:
                 return
@@ -150,6 +189,15 @@ class SideNetwork(nn.Module):
             )
         elif hidden_state.device != first.device:
             raise ValueError(f"{name} is on {hidden_state.device}, hidden_states[0] on {first.device}")
+
+    @staticmethod
+    def _check_statistics(index: int, hidden_state: HiddenState) -> None:
+        for name in ("mean", "rstd"):
+            value, shape = getattr(hidden_state, name), hidden_state.values.shape[:-1]
+            if value is not None and value.shape != shape:
+                raise ValueError(
+                    f"hidden_states[{index}].{name} must have shape {tuple(shape)}, got {tuple(value.shape)}"
+                )
 
     def check_lengths(self, lengths: Tensor | None, like: Tensor) -> None:
         """Checks ``lengths`` against a (B, T, ...) tensor.
@@ -292,8 +340,8 @@ class LST(_Upsampled):
         out = LN(Wu LN(s_L) + bu)
 
     Args:
-        hidden_size, num_layers, reduction_factor, layers: see ``SideNetwork``. A layer left out of ``layers``
-            has no rung.
+        hidden_size, num_layers, reduction_factor, layers, saved_activations: see ``SideNetwork``. A layer
+            left out of ``layers`` has no rung.
         adapter_dim: width of each rung's adapter.
         device, dtype: of the parameters; fp32 masters are meant to be kept beside half-precision states.
     """
@@ -307,10 +355,11 @@ class LST(_Upsampled):
         reduction_factor: int = 8,
         adapter_dim: int = 256,
         layers: Sequence[int] | None = None,
+        saved_activations: str = "exact",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(hidden_size, num_layers, reduction_factor, layers)
+        super().__init__(hidden_size, num_layers, reduction_factor, layers, saved_activations)
         self.adapter_dim = _positive("adapter_dim", adapter_dim)
         place = {"device": device, "dtype": dtype}
         size, rungs = self.side_size, len(self.taps)
@@ -322,7 +371,7 @@ class LST(_Upsampled):
 
     def state(self, hidden_states: Iterable[Tensor], lengths: Tensor | None) -> Tensor:
         """s_L, (B, T, r)."""
-        stream = self.read(hidden_states)
+        stream = (hidden_state.values for hidden_state in self.read(hidden_states))
         first = next(stream)
         self.check_lengths(lengths, first)
         state = norm_linear.definition(first, *norm_linear_params(self.down[0]))
@@ -344,7 +393,7 @@ class UniPT(_Upsampled):
     valid frames.
 
     Args:
-        hidden_size, num_layers, reduction_factor, layers, device, dtype: see ``LST``.
+        hidden_size, num_layers, reduction_factor, layers, saved_activations, device, dtype: see ``LST``.
     """
 
     relu_before_up = True
@@ -355,10 +404,11 @@ class UniPT(_Upsampled):
         num_layers: int,
         reduction_factor: int = 8,
         layers: Sequence[int] | None = None,
+        saved_activations: str = "exact",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(hidden_size, num_layers, reduction_factor, layers)
+        super().__init__(hidden_size, num_layers, reduction_factor, layers, saved_activations)
         place = {"device": device, "dtype": dtype}
         size = self.side_size
         self.down = nn.ModuleList(NormLinear(hidden_size, size, **place) for _ in range(len(self.taps) + 1))
@@ -373,7 +423,7 @@ class UniPT(_Upsampled):
         """Z, (B, T, r)."""
         features = []
         for down, hidden_state in zip(self.down, self.read(hidden_states), strict=True):
-            features.append(norm_linear.definition(hidden_state, *norm_linear_params(down)))
+            features.append(norm_linear.definition(hidden_state.values, *norm_linear_params(down)))
         *features, anchor = features
         self.check_lengths(lengths, anchor)
         merged = relu_attention.definition(anchor, self.gate.weight, self.gate.bias, lengths, features)
@@ -392,7 +442,7 @@ class SHERL(SideNetwork):
     published code.
 
     Args:
-        hidden_size, num_layers, reduction_factor, device, dtype: see ``LST``.
+        hidden_size, num_layers, reduction_factor, saved_activations, device, dtype: see ``LST``.
     """
 
     def __init__(
@@ -400,10 +450,11 @@ class SHERL(SideNetwork):
         hidden_size: int,
         num_layers: int,
         reduction_factor: int = 8,
+        saved_activations: str = "exact",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(hidden_size, num_layers, reduction_factor, None)
+        super().__init__(hidden_size, num_layers, reduction_factor, None, saved_activations)
         self.taps = tuple(range(1, num_layers))
         place = {"device": device, "dtype": dtype}
         size = self.side_size
@@ -419,7 +470,8 @@ class SHERL(SideNetwork):
         return self.num_layers - 1
 
     def extra_repr(self) -> str:
-        return f"hidden_size={self.hidden_size}, num_layers={self.num_layers}, side_size={self.side_size}"
+        sizes = f"hidden_size={self.hidden_size}, num_layers={self.num_layers}, side_size={self.side_size}"
+        return sizes + self._saved_repr()
 
     def forward(self, hidden_states: Iterable[Tensor], lengths: Tensor | None = None) -> Tensor:
         """The input of the last encoder layer.
@@ -436,7 +488,7 @@ class SHERL(SideNetwork):
         """
         features = []
         for down, hidden_state in zip(self.down, self.read(hidden_states), strict=True):
-            features.append(gated_down.definition(hidden_state, *gated_down_params(down)))
-        self.check_lengths(lengths, hidden_state)
+            features.append(gated_down.definition(hidden_state.values, *gated_down_params(down)))
+        self.check_lengths(lengths, hidden_state.values)
         merged = guidance.definition(self.guide.weight, self.guide.bias, features)
-        return gated_up.definition(hidden_state, merged, self.out.weight, self.out.bias, self.gate)
+        return gated_up.definition(hidden_state.values, merged, self.out.weight, self.out.bias, self.gate)
