@@ -19,6 +19,7 @@ ALLOWED = {
     "tune": {"ops", "static_check", "testing", "tuning"},
     "modules": {"ops", "reference"},
     "testing": {"ops", "reference", "modules"},
+    "counting": {"ops", "reference"},
     "__init__": {"ops", "reference", "modules"},
     "__main__": {"ops", ""},
 }

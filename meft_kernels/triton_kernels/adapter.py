@@ -32,7 +32,7 @@ from .blocks import (
     store_sums,
     vector_pair,
 )
-from .host import POINTERS, TORCH_TYPES, aligned, compile_arguments, on_device, row_for, split_product
+from .host import POINTERS, TORCH_TYPES, aligned, compile_arguments, launch, on_device, row_for, split_product
 
 # Programs that the weights' gradient is split into; its partial sums take 8 * R * BLOCK_H bytes each.
 _WEIGHT_PROGRAMS = 512
@@ -323,7 +323,7 @@ def weight_gradients(
     parts = torch.empty(splits, 2, padded_hidden, padded_width, dtype=torch.float32, device=grad.device)
     bias_parts = torch.empty(splits, padded_hidden, dtype=torch.float32, device=grad.device)
     with on_device(grad):
-        adapter_bwd_weight_kernel[(columns, splits)](
+        launch(adapter_bwd_weight_kernel, (columns, splits),
             grad, affine, *weights, parts, bias_parts, affine.shape[0], steps,
             **constants(row, width, padded_hidden), **options(row),
         )  # fmt: skip
@@ -348,7 +348,7 @@ def library_gradients(
         grid = (triton.cdiv(raw.shape[0], row.blocks["BLOCK_M"]), triton.cdiv(hidden, row.blocks["BLOCK_N"]))
         parts = torch.empty(grid[0], hidden, dtype=torch.float32, device=grad.device)
         with on_device(grad):
-            adapter_bwd_hidden_kernel[grid](
+            launch(adapter_bwd_hidden_kernel, grid,
                 raw, grad_raw, bias_1, active, grad_hidden, parts, raw.shape[0],
                 H=hidden, **row.blocks, **options(row),
             )  # fmt: skip
@@ -381,7 +381,7 @@ def gradients(
         parts = torch.empty(programs, 3, width, dtype=torch.float32, device=x.device)
         weights = packed(weight_1, bias_1, weight_2, grad.dtype, row.blocks["BLOCK_H"])
         with on_device(x):
-            adapter_bwd_kernel[(programs,)](
+            launch(adapter_bwd_kernel, (programs,),
                 grad, x, norm_weight, norm_bias, *weights, affine, grad_x, parts, count,
                 EPS=NORM_EPS, **constants(row, width, weights[0].shape[0]), **options(row),
             )  # fmt: skip
@@ -389,7 +389,7 @@ def gradients(
     else:
         row = row_for("adapter_bwd_normed", grad, width)
         with on_device(x):
-            adapter_bwd_normed_kernel[(triton.cdiv(count, row.blocks["BLOCK_M"]),)](
+            launch(adapter_bwd_normed_kernel, (triton.cdiv(count, row.blocks["BLOCK_M"]),),
                 x, norm_weight, norm_bias, affine, count,
                 EPS=NORM_EPS, **row_constants(row, width), **options(row),
             )  # fmt: skip
@@ -398,7 +398,7 @@ def gradients(
         programs = triton.cdiv(count, row.blocks["BLOCK_M"])
         parts = torch.empty(programs, 3, width, dtype=torch.float32, device=x.device)
         with on_device(x):
-            adapter_bwd_input_kernel[(programs,)](
+            launch(adapter_bwd_input_kernel, (programs,),
                 grad, grad_affine, x, norm_weight, grad_x, parts, count,
                 EPS=NORM_EPS, **row_constants(row, width), **options(row),
             )  # fmt: skip
@@ -428,7 +428,7 @@ def forward(
         grid = (triton.cdiv(rows.shape[0], row.blocks["BLOCK_M"]),)
         norm = (norm_weight.contiguous(), norm_bias.contiguous())
         with on_device(x):
-            adapter_fwd_kernel[grid](
+            launch(adapter_fwd_kernel, grid,
                 rows, *norm, *weights, bias_2.contiguous(), out, rows.shape[0],
                 EPS=NORM_EPS, **constants(row, width, weights[0].shape[0]), **options(row),
             )  # fmt: skip

@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import tuning
 from ..reference import gated_down as reference
 from ..reference.common import matmul
-from .host import POINTERS, aligned, compile_arguments, on_device, row_for, split_product
+from .host import POINTERS, aligned, compile_arguments, launch, on_device, row_for, split_product
 
 BLOCK_ROWS = 2**16
 
@@ -215,8 +215,14 @@ def gated_down_bwd_hidden_kernel(
 def _launch(kernel, row: tuning.Row, width: int, rows: int, *arguments: Tensor) -> None:
     """Runs a kernel over all tiles of a (rows, width) matrix."""
     programs = triton.cdiv(rows, row.blocks["BLOCK_M"]) * triton.cdiv(width, row.blocks["BLOCK_N"])
-    kernel[(programs,)](
-        *arguments, rows, **_constants(row, width), num_warps=row.num_warps, num_stages=row.num_stages
+    launch(
+        kernel,
+        (programs,),
+        *arguments,
+        rows,
+        **_constants(row, width),
+        num_warps=row.num_warps,
+        num_stages=row.num_stages,
     )
 
 

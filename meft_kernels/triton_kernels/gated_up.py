@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import tuning
 from ..reference import gated_up as reference
 from ..reference.common import GATE_TEMPERATURE
-from .host import POINTERS, aligned, compile_arguments, on_device, row_for, split_product
+from .host import POINTERS, aligned, compile_arguments, launch, on_device, row_for, split_product
 
 # Rows are frames of all utterances, R the side width, D the backbone's. Programs count column tiles first.
 
@@ -144,7 +144,9 @@ def forward(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, gate: Tensor) ->
     )
     if programs:
         with on_device(x):
-            gated_up_fwd_kernel[(programs,)](
+            launch(
+                gated_up_fwd_kernel,
+                (programs,),
                 rows,
                 y,
                 weight,
@@ -175,7 +177,9 @@ def backward(
     gate_part = torch.empty(tiles, row.blocks["BLOCK_M"], dtype=torch.float32, device=x.device)
     if tiles:
         with on_device(x):
-            gated_up_bwd_kernel[(tiles * triton.cdiv(side, row.blocks["BLOCK_N"]),)](
+            launch(
+                gated_up_bwd_kernel,
+                (tiles * triton.cdiv(side, row.blocks["BLOCK_N"]),),
                 grad,
                 rows,
                 side_rows,

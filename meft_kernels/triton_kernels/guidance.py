@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import tuning
 from ..reference import guidance as reference
 from ..reference.common import GUIDANCE_EPS
-from .host import POINTERS, TORCH_TYPES, aligned, compile_arguments, on_device, row_for
+from .host import POINTERS, TORCH_TYPES, aligned, compile_arguments, launch, on_device, row_for
 
 MAX_SLOTS = 32  # shallow layers, one slot each; more go to the reference
 
@@ -231,7 +231,9 @@ def forward(weight: Tensor, bias: Tensor, features: list[Tensor]) -> Tensor:
     out = torch.empty_like(deep)
     if out.numel():
         with on_device(deep):
-            guidance_fwd_kernel[(triton.cdiv(deep.shape[0], row.blocks["BLOCK_T"]),)](
+            launch(
+                guidance_fwd_kernel,
+                (triton.cdiv(deep.shape[0], row.blocks["BLOCK_T"]),),
                 tuple(shallow),
                 deep,
                 weight.contiguous(),
@@ -260,7 +262,9 @@ def backward(grad: Tensor, weight: Tensor, bias: Tensor, features: list[Tensor])
     bias_parts = torch.empty(programs, _slots(layers), dtype=torch.float32, device=deep.device)
     if deep.numel():
         with on_device(deep):
-            guidance_bwd_kernel[(programs,)](
+            launch(
+                guidance_bwd_kernel,
+                (programs,),
                 tuple(shallow),
                 tuple(grad_shallow),
                 deep,

@@ -38,7 +38,7 @@ from .blocks import (
     store_sums,
     vector_pair,
 )
-from .host import TORCH_TYPES, aligned, compile_arguments, on_device, row_for
+from .host import TORCH_TYPES, aligned, compile_arguments, launch, on_device, row_for
 from .norm_linear import folded_gradients, projected, store_scaled, unfold_pair
 
 
@@ -288,7 +288,7 @@ def forward(
         weights = packed(weight_1, bias_1, weight_2, x.dtype, row.blocks["BLOCK_H"])
         vectors = (gate, norm_weight, norm_bias)
         with on_device(x):
-            ladder_fwd_kernel[(triton.cdiv(rows.shape[0], row.blocks["BLOCK_M"]),)](
+            launch(ladder_fwd_kernel, (triton.cdiv(rows.shape[0], row.blocks["BLOCK_M"]),),
                 raw, mean.reshape(-1).contiguous(), rstd.reshape(-1).contiguous(), centre, bias.contiguous(),
                 below, *(t.contiguous() for t in vectors), *weights, bias_2.contiguous(), out, rows.shape[0],
                 EPS=NORM_EPS, TEMPERATURE=GATE_TEMPERATURE,
@@ -356,7 +356,7 @@ def _fused_gradients(
     affine = torch.empty_like(grad)
     parts = torch.empty(programs, 6, width, dtype=torch.float32, device=grad.device)
     with on_device(grad):
-        ladder_bwd_kernel[(programs,)](
+        launch(ladder_bwd_kernel, (programs,),
             grad, *inputs, norm_weight.contiguous(), norm_bias.contiguous(), *weights,
             affine, grad_state, scaled, parts, count, EPS=NORM_EPS, TEMPERATURE=GATE_TEMPERATURE,
             **constants(row, width, weights[0].shape[0]), **options(row),
@@ -374,15 +374,22 @@ def _split_gradients(
     mixed = torch.empty(grad.shape, dtype=torch.float32, device=grad.device)
     row = row_for("ladder_bwd_mixed", grad, width)
     with on_device(grad):
-        ladder_bwd_mixed_kernel[(triton.cdiv(count, row.blocks["BLOCK_M"]),)](
-            *inputs, mixed, count, TEMPERATURE=GATE_TEMPERATURE, **row_constants(row, width), **options(row)
+        launch(
+            ladder_bwd_mixed_kernel,
+            (triton.cdiv(count, row.blocks["BLOCK_M"]),),
+            *inputs,
+            mixed,
+            count,
+            TEMPERATURE=GATE_TEMPERATURE,
+            **row_constants(row, width),
+            **options(row),
         )
     grad_mixed, *adapter_grads = gradients(grad, mixed, *parameters)
     row = row_for("ladder_bwd_split", grad, width)
     programs = triton.cdiv(count, row.blocks["BLOCK_M"])
     parts = torch.empty(programs, 3, width, dtype=torch.float32, device=grad.device)
     with on_device(grad):
-        ladder_bwd_split_kernel[(programs,)](
+        launch(ladder_bwd_split_kernel, (programs,),
             grad, grad_mixed, *inputs, grad_state, scaled, parts, count,
             TEMPERATURE=GATE_TEMPERATURE, **row_constants(row, width), **options(row),
         )  # fmt: skip

@@ -15,7 +15,7 @@ from .. import tuning
 from ..reference import norm_linear as reference
 from ..reference.common import matmul, row_blocks, standardize_bwd
 from .blocks import chunks, load_pair, store_pair, store_sums, vector_pair
-from .host import POINTERS, aligned, compile_arguments, on_device, row_for, split_product
+from .host import POINTERS, aligned, compile_arguments, launch, on_device, row_for, split_product
 
 
 @triton.jit
@@ -141,7 +141,9 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor)
         grid = (triton.cdiv(rows.shape[0], constants["BLOCK_M"]),)
         options = {"num_warps": row.num_warps, "num_stages": row.num_stages}
         with on_device(x):
-            norm_linear_fwd_kernel[grid](
+            launch(
+                norm_linear_fwd_kernel,
+                grid,
                 raw,
                 mean.reshape(-1).contiguous(),
                 rstd.reshape(-1).contiguous(),
@@ -171,8 +173,17 @@ def backward(
     parts = torch.empty(programs, 2, width, dtype=torch.float32, device=x.device)
     options = {"num_warps": row.num_warps, "num_stages": row.num_stages}
     with on_device(x):
-        norm_linear_bwd_kernel[(programs,)](
-            upstream, mean, rstd, scaled, parts, rows.shape[0], **constants, **options
+        launch(
+            norm_linear_bwd_kernel,
+            (programs,),
+            upstream,
+            mean,
+            rstd,
+            scaled,
+            parts,
+            rows.shape[0],
+            **constants,
+            **options,
         )
     grad_bias, mean_sum = parts.sum(0)
     grad_x, grad_weight = folded_gradients(scaled, mean_sum, rows, weight, mean, rstd, need_x)

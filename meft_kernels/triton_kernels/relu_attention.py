@@ -23,9 +23,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import tuning
 from ..reference import relu_attention as reference
+from ..reference import stand_in
 from ..reference.common import ATTENTION_EPS
 from .blocks import chunks, store_sums
-from .host import POINTERS, TORCH_TYPES, aligned, compile_arguments, on_device, row_for
+from .host import POINTERS, TORCH_TYPES, aligned, compile_arguments, launch, on_device, row_for
 
 FP32_WIDTH = 192  # widest rows of the kernels in fp32
 
@@ -377,7 +378,7 @@ def _descriptors(x: Tensor, row: tuning.Row, size: int) -> tuple:
     """Descriptors of (clips, rows, R) in tiles of ``size`` rows by R0 and by R1 columns; (None, None) where
     the kernel has to load through pointers."""
     width = x.shape[-1]
-    if not _uses_descriptors(row, width, x.dtype):
+    if not _uses_descriptors(row, width, x.dtype) or stand_in.active():
         return None, None
     first, second = (TensorDescriptor.from_tensor(x, [1, size, c]) if c else None for c in chunks(width))
     return first, second
@@ -397,8 +398,17 @@ def _sums(slab: Tensor, factor: Tensor | None, counts: Tensor | None, row: tunin
     """Sums over frames of slab or slab * factor, (n, B, T, r) and (B, T, r) -> (n, B, r) fp32."""
     layers, batch, frames, width = slab.shape
     sums = torch.empty(layers, batch, width, dtype=torch.float32, device=slab.device)
-    relu_attention_sum_kernel[(layers * batch,)](
-        slab, factor, counts, sums, batch, frames, **_constants(row, width), **_options(row)
+    launch(
+        relu_attention_sum_kernel,
+        (layers * batch,),
+        slab,
+        factor,
+        counts,
+        sums,
+        batch,
+        frames,
+        **_constants(row, width),
+        **_options(row),
     )
     return sums
 
@@ -439,7 +449,9 @@ def forward(
         slab = torch.stack(features)
         with on_device(anchor):
             counts, _, gates, _, _ = _prepare(anchor, gate_weight, lengths, slab, sum_row)
-            relu_attention_fwd_kernel[(batch * triton.cdiv(frames, row.blocks["BLOCK_M"]),)](
+            launch(
+                relu_attention_fwd_kernel,
+                (batch * triton.cdiv(frames, row.blocks["BLOCK_M"]),),
                 anchor,
                 slab,
                 *_keys(slab, lengths, row),
@@ -481,7 +493,9 @@ def backward(
             anchor, gate_weight, lengths, slab, sum_row
         )
         inputs, gated = (grad, anchor, slab), (gates, counts)
-        relu_attention_bwd_anchor_kernel[(batch * triton.cdiv(frames, anchor_row.blocks["BLOCK_M"]),)](
+        launch(
+            relu_attention_bwd_anchor_kernel,
+            (batch * triton.cdiv(frames, anchor_row.blocks["BLOCK_M"]),),
             *inputs,
             *_keys(slab, lengths, anchor_row),
             *gated,
@@ -498,7 +512,9 @@ def backward(
         per_frame = (confidence_grads / divisor[:, None])[..., None]  # a mean gives each frame an equal share
         shares = per_frame * (weight * anchor_mean)[:, None]
         tiles = triton.cdiv(frames, features_row.blocks["BLOCK_N"])
-        relu_attention_bwd_features_kernel[(len(features) * batch * tiles,)](
+        launch(
+            relu_attention_bwd_features_kernel,
+            (len(features) * batch * tiles,),
             *inputs,
             *_descriptors(anchor, features_row, features_row.blocks["BLOCK_M"]),
             *_descriptors(grad, features_row, features_row.blocks["BLOCK_M"]),

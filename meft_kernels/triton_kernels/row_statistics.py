@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import tuning
 from ..reference.common import NORM_EPS
 from ..reference.common import row_statistics as reference
-from .host import POINTERS, aligned, compile_arguments, on_device, row_for
+from .host import POINTERS, aligned, compile_arguments, launch, on_device, row_for
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -54,7 +54,7 @@ def forward(x: Tensor) -> tuple[Tensor, Tensor]:
         grid = (triton.cdiv(rows.shape[0], constants["BLOCK_M"]),)
         options = {"num_warps": row.num_warps, "num_stages": row.num_stages}
         with on_device(x):
-            row_statistics_kernel[grid](rows, mean, rstd, rows.shape[0], **constants, **options)
+            launch(row_statistics_kernel, grid, rows, mean, rstd, rows.shape[0], **constants, **options)
     return mean.view(x.shape[:-1]), rstd.view(x.shape[:-1])
 
 

@@ -1,0 +1,28 @@
+"""What a memory counter has to know about the ops: the Python code that serves each, and how to run it for a
+device that is not there."""
+
+from collections.abc import Callable
+
+from . import ops
+from .reference.stand_in import standing_for
+
+__all__ = ["host_code", "standing_for"]
+
+_NAMESPACES = {"meft": None, "meft_reference": "reference", "meft_triton": "triton"}
+
+
+def host_code(function: object, backend: str, device_type: str) -> Callable | None:
+    """The Python function that runs when ``function`` is called, which allocates all that the op allocates.
+
+    Args:
+        function: an operator, as a ``TorchDispatchMode`` is handed it.
+        backend: of ops that leave the choice open, see ``use_backend``.
+        device_type: ``"cpu"`` or ``"cuda"``, where it runs.
+
+    Returns:
+        None for operators that are not ours and for kernels that are not Python.
+    """
+    namespace, _, name = function._schema.name.partition("::")
+    if namespace not in _NAMESPACES:
+        return None
+    return ops.host_code(name, _NAMESPACES[namespace] or backend, device_type)
