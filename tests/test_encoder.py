@@ -7,7 +7,9 @@ import pytest
 import torch
 from modelling_fixtures import LAYERS, MELS, WIDTH, WINDOW, batch, tiny_whisper
 from torch._subclasses.fake_tensor import FakeTensorMode
-from whisper_meft import FrozenEncoder, UserError
+from whisper_meft import FrozenEncoder, UserError, frozen_layer
+
+from meft_kernels import HiddenState, ops
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -30,7 +32,7 @@ def test_stream_is_lazy():
     encoder = FrozenEncoder(tiny_whisper().encoder)
     calls = []
     for i, layer in enumerate(encoder.layers):
-        layer.register_forward_pre_hook(lambda *_, i=i: calls.append(i))
+        layer.fc1.register_forward_pre_hook(lambda *_, i=i: calls.append(i))
     stream = encoder.stream(batch()[0])
     assert calls == []
     next(stream)
@@ -214,3 +216,54 @@ def test_bad_construction_is_named():
     encoder.config._attn_implementation = "flex_attention"
     with pytest.raises(UserError, match="cannot skip padding"):
         next(encoder.stream(batch()[0], torch.ones(4, dtype=torch.long)))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_statistics_are_those_of_the_states(dtype):
+    encoder = FrozenEncoder(tiny_whisper().encoder, dtype=dtype)
+    features, lengths = batch()
+    plain = list(encoder.stream(features))
+    entries = list(encoder.stream(features, statistics=True))
+    # The CPU rounds the statistics of half precision to half precision: then they are not handed on.
+    known = [isinstance(entry, HiddenState) for entry in entries]
+    assert known == [dtype == "float32"] * LAYERS + [False]
+    for entry, state in zip(entries, plain, strict=True):
+        if isinstance(entry, HiddenState):
+            assert torch.equal(entry.values, state)
+            for found, expected in zip(entry.statistics, ops.row_statistics(state)):
+                torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+        else:
+            assert torch.equal(entry, state)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not any(
+            isinstance(e, HiddenState)
+            for e in FrozenEncoder(tiny_whisper().encoder).stream(features, statistics=True)
+        )
+
+
+def test_another_epsilon_gives_no_statistics():
+    encoder = FrozenEncoder(tiny_whisper().encoder)
+    for layer in encoder.layers:
+        layer.self_attn_layer_norm.eps = 1e-3
+    assert not any(isinstance(e, HiddenState) for e in encoder.stream(batch()[0], statistics=True))
+
+
+@pytest.mark.parametrize("activation", ["gelu", "relu", "gelu_new"])
+def test_feed_forward_in_blocks_equals_hugging_face(activation, monkeypatch):
+    monkeypatch.setitem(frozen_layer._INNER_ELEMENTS, "cpu", 999)
+    whisper = tiny_whisper(activation_function=activation).eval()
+    features, _ = batch()
+    with torch.no_grad():
+        expected = whisper.encoder(features, output_hidden_states=True).hidden_states
+    found = list(FrozenEncoder(whisper.encoder).stream(features))
+    for state, other in zip(found[:-1], expected[:-1], strict=True):
+        torch.testing.assert_close(state, other, rtol=1e-5, atol=1e-5)
+
+
+def test_a_yielded_state_is_not_written_into_afterwards():
+    encoder = FrozenEncoder(tiny_whisper().encoder)
+    states, copies = [], []
+    for state in encoder.stream(batch()[0]):
+        states.append(state)
+        copies.append(state.clone())
+    assert all(torch.equal(a, b) for a, b in zip(states, copies, strict=True))

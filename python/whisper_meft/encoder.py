@@ -6,8 +6,11 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 
+from meft_kernels import HiddenState
+
 from .configs import parse_dtype
 from .errors import UserError
+from .frozen_layer import add_feed_forward, norm_with_statistics
 
 
 class FrozenEncoder(nn.Module):
@@ -81,9 +84,21 @@ class FrozenEncoder(nn.Module):
         """Stays in evaluation mode whatever is asked for."""
         return super().train(False)
 
+    def backbone_state(self) -> dict[str, torch.Tensor]:
+        """The backbone's own tensors by the names they have in the Hugging Face encoder."""
+        return self.state_dict()
+
+    def frozen_names(self) -> set[str]:
+        """Which tensors of ``state_dict`` stay as they were loaded, so that they need not be saved."""
+        return set(self.state_dict())
+
     def stream(
-        self, input_features: torch.Tensor, lengths: torch.Tensor | None = None
-    ) -> Iterator[torch.Tensor]:
+        self,
+        input_features: torch.Tensor,
+        lengths: torch.Tensor | None = None,
+        final_norm: bool = False,
+        statistics: bool = False,
+    ) -> Iterator[torch.Tensor | HiddenState]:
         """Yields h_0 (embedding) to h_L (raw output of the last layer), computing each when it is asked for.
 
         h_L is taken before the encoder's final LayerNorm; Hugging Face's ``output_hidden_states[-1]`` after
@@ -94,9 +109,11 @@ class FrozenEncoder(nn.Module):
             lengths: (B,) integers, valid encoder frames of each clip, from 1 to ceil(frames / 2). Without it
                 the frames must fill the window exactly, and padding counts as sound (the published
                 behaviour). With it any number of frames up to the window is computed, and a clip's valid
-                states are those it
-                would have alone, to rounding: the mel is zeroed from frame 2 * length on and the attention
-                never looks there. States past a clip's end mean nothing.
+                states are those it would have alone, to rounding: the mel is zeroed from frame 2 * length on
+                and the attention never looks there. States past a clip's end mean nothing.
+            final_norm: put the final LayerNorm on h_L, as Hugging Face does.
+            statistics: yield ``meft_kernels.HiddenState`` where the row statistics come for free with the
+                next layer's own LayerNorm.
 
         Yields:
             (B, T, hidden size) in the weights' dtype (under autocast of float32 weights: what that gives),
@@ -106,9 +123,8 @@ class FrozenEncoder(nn.Module):
             UserError: wrong shape, dtype or device of an argument, or too many frames.
         """
         self._check_features(input_features, lengths)
-        if any(layer.training for layer in self.layers):  # train() was called on the model that shares them
-            self.eval()
-        return self._states(input_features, lengths)
+        self._to_evaluation()
+        return self._states(input_features, lengths, final_norm, statistics)
 
     def last_layer(self, hidden_states: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
         """The last encoder layer and the final LayerNorm, frozen, with gradient to the input.
@@ -124,24 +140,54 @@ class FrozenEncoder(nn.Module):
                 f"hidden_states must have shape (batch, frames, {self.hidden_size}), got "
                 f"{tuple(hidden_states.shape)}"
             )
-        if self.layers[-1].training:
-            self.eval()
+        self._to_evaluation()
         with self._weights_as_they_are(hidden_states.device):
             hidden_states = hidden_states.to(self.dtype)
             mask = self._attention_mask(lengths, hidden_states.shape[1])
             return self.layer_norm(self._run(self.layers[-1], hidden_states, mask))
 
     # Each step has its own no_grad: one that spanned a yield would leak into the consumer's code.
-    def _states(self, input_features: torch.Tensor, lengths: torch.Tensor | None) -> Iterator[torch.Tensor]:
+    def _states(
+        self,
+        input_features: torch.Tensor,
+        lengths: torch.Tensor | None,
+        final_norm: bool,
+        statistics: bool,
+    ) -> Iterator[torch.Tensor | HiddenState]:
         device = input_features.device
         with torch.no_grad(), self._weights_as_they_are(device):
             states = self._embed(input_features, lengths)
             mask = self._attention_mask(lengths, states.shape[1])
-        yield states
         for layer in self.layers:
+            known = normed = None
+            if statistics:
+                with torch.no_grad(), self._weights_as_they_are(device):
+                    if self._runs_alone(states):
+                        normed, known = norm_with_statistics(layer.self_attn_layer_norm, states)
+            yield HiddenState(states, *known) if known else states
             with torch.no_grad(), self._weights_as_they_are(device):
-                states = self._run(layer, states, mask)
-            yield states
+                if self._runs_alone(states):
+                    normed = layer.self_attn_layer_norm(states) if normed is None else normed
+                    attended = layer.self_attn(hidden_states=normed, attention_mask=mask)[0]
+                    normed = None
+                    states = attended.add_(states)
+                    del attended
+                    states = add_feed_forward(layer, states)
+                else:
+                    states = self._run(layer, states, mask)
+                if final_norm and layer is self.layers[-1]:
+                    states = self.layer_norm(states)
+        yield states
+
+    @staticmethod
+    def _runs_alone(states: torch.Tensor) -> bool:
+        """Whether a layer needs nothing of Hugging Face's code around its modules: under autocast the types
+        of the sums matter, and an empty batch is not for its reshapes."""
+        return states.shape[0] > 0 and not torch.is_autocast_enabled(states.device.type)
+
+    def _to_evaluation(self) -> None:
+        if any(layer.training for layer in self.layers):  # train() was called on the model that shares them
+            self.eval()
 
     def _embed(self, input_features: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
         features = input_features.to(self.dtype)
