@@ -90,13 +90,24 @@ class UniPT(_Folded, reference.UniPT):
 class SHERL(reference.SHERL):
     __doc__ = reference.SHERL.__doc__
 
-    def forward(self, hidden_states: Iterable[Tensor | HiddenState], lengths: Tensor | None = None) -> Tensor:
-        features, keep = [], self.saved_activations
+    def merge(
+        self, hidden_states: Iterable[Tensor | HiddenState], lengths: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """h_{L-1} (B, T, D) and the merged layers (B, T, r), from which ``widen`` makes the output."""
+        features = []
         for down, hidden_state in zip(self.down, self.read(hidden_states), strict=True):
-            features.append(ops.gated_down(hidden_state.values, *gated_down_params(down), keep))
-        deepest = hidden_state.values
-        self.check_lengths(lengths, deepest)
-        merged = ops.guidance(self.guide.weight, self.guide.bias, features)
-        return ops.gated_up(deepest, merged, self.out.weight, self.out.bias, self.gate, keep)
+            values = hidden_state.values
+            features.append(ops.gated_down(values, *gated_down_params(down), self.saved_activations))
+        self.check_lengths(lengths, values)
+        return values, ops.guidance(self.guide.weight, self.guide.bias, features)
+
+    def widen(self, hidden_state: Tensor, merged: Tensor) -> Tensor:
+        """The last encoder layer's input (B, T, D) from what ``merge`` gave. Cheap: whoever backpropagates
+        through that layer in parts may compute it again."""
+        out = self.out
+        return ops.gated_up(hidden_state, merged, out.weight, out.bias, self.gate, self.saved_activations)
+
+    def forward(self, hidden_states: Iterable[Tensor | HiddenState], lengths: Tensor | None = None) -> Tensor:
+        return self.widen(*self.merge(hidden_states, lengths))
 
     forward.__doc__ = reference.SHERL.forward.__doc__
