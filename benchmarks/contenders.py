@@ -1,0 +1,72 @@
+"""A peer at one case with its inputs: prepared and warmed up, run in rounds, asked for its memory."""
+
+from dataclasses import asdict
+
+import torch
+
+from meft_kernels import use_backend
+from meft_kernels.testing import AnyCase, Case, NetworkCase, assert_as_good_as_torch, flat_tensors, small
+
+from . import peers
+from .timing import measure_memory, rotations, time_step
+
+
+class Inputs:
+    """Sets of random inputs of one case, enough of them that none stays in the cache; shared by all peers."""
+
+    def __init__(self, case: AnyCase, dtype: torch.dtype, device: torch.device) -> None:
+        self.case, self.dtype, self.device = case, dtype, device
+        first = self._draw(0)
+        count = rotations(sum(t.nbytes for t in flat_tensors(first).values()), device)
+        self.sets = [first, *(self._draw(seed) for seed in range(1, count))]
+
+    def _draw(self, seed: int) -> dict:
+        return self.case.inputs(self.dtype, self.device, seed, draw_on=self.device)
+
+
+class Local:
+    """A peer in this process."""
+
+    def __init__(self, peer: peers.Peer, inputs: Inputs, warm_up: int) -> None:
+        self.name, self.note = peer.name, peer.note
+        self._device = inputs.device
+        self._steps = [peer.step(values, inputs.case.frozen) for values in inputs.sets]
+        self._known = list(flat_tensors(inputs.sets[0]).values())
+        for index in range(max(1, warm_up)):
+            self.round(index)
+
+    def round(self, index: int) -> dict[str, float]:
+        """Seconds of one forward, backward and both; ``index`` picks the set of inputs."""
+        return time_step(self._steps[index % len(self._steps)], self._device)
+
+    def memory(self) -> dict[str, int]:
+        """See ``timing.measure_memory``."""
+        return measure_memory(self._steps[0], self._device, self._known)
+
+
+def check(case: AnyCase, backend: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Compares every op that a case calls, at its widths and few frames, with float64 in one backend.
+
+    Raises:
+        AssertionError: as ``assert_as_good_as_torch``.
+    """
+    parts = {small(part) for part in (case.parts() if isinstance(case, NetworkCase) else [])}
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        with use_backend(backend):
+            for part in [*sorted(parts, key=lambda part: part.name), small(case)]:
+                assert_as_good_as_torch(part, dtype, device)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def case_to_dict(case: AnyCase) -> dict:
+    """A case as JSON's types, for a worker process."""
+    return {"kind": type(case).__name__, **asdict(case)}
+
+
+def case_from_dict(fields: dict) -> AnyCase:
+    """The inverse of ``case_to_dict``."""
+    fields = dict(fields)
+    return {"Case": Case, "NetworkCase": NetworkCase}[fields.pop("kind")](**fields)

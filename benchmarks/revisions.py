@@ -1,0 +1,151 @@
+"""The ops at another git revision of this repository, measured by a process in a temporary worktree."""
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from whisper_meft.errors import UserError
+
+from meft_kernels.testing import AnyCase
+
+from .contenders import case_to_dict
+from .record import ROOT
+
+
+def _git(*arguments: str) -> str:
+    try:
+        command = ["git", "-C", str(ROOT), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except FileNotFoundError as error:
+        raise UserError("--base needs git, which is not installed") from error
+    except subprocess.CalledProcessError as error:
+        reason = (error.stderr.strip().splitlines() or ["git failed"])[-1]
+        raise UserError(f"git {arguments[0]}: {reason.removeprefix('fatal: ')}") from error
+    return done.stdout.strip()
+
+
+def resolve(revision: str) -> str:
+    """The commit that a name means.
+
+    Raises:
+        UserError: there is no such commit, no repository or no git.
+    """
+    _git("rev-parse", "--git-dir")
+    try:
+        return _git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")
+    except UserError as error:
+        raise UserError(f"--base must name a commit of this repository, got {revision!r}") from error
+
+
+class Revision:
+    """The worker of one revision."""
+
+    def __init__(self, name: str, commit: str, folder: Path) -> None:
+        self.name, self.commit = name, commit
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.worker", str(folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+
+    def ask(self, do: str, **arguments) -> dict:
+        """One request and its answer.
+
+        Raises:
+            UserError: the worker failed at it, or ended.
+        """
+        try:
+            print(json.dumps({"do": do, **arguments}), file=self._process.stdin, flush=True)
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            raise UserError(f"the process of revision {self.name} ended")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise UserError(answer["error"])
+        return answer
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        try:
+            self._process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()
+
+
+class Remote:
+    """The op in one backend at another revision; see ``contenders.Local``."""
+
+    def __init__(
+        self,
+        revision: Revision,
+        case: AnyCase,
+        backend: str,
+        dtype: torch.dtype,
+        device: torch.device,
+        warm_up: int,
+    ) -> None:
+        self.name, self.note = f"ops:{backend}@{revision.name}", ""
+        self._revision = revision
+        revision.ask(
+            "prepare",
+            case=case_to_dict(case),
+            backend=backend,
+            dtype=str(dtype).removeprefix("torch."),
+            device=str(device),
+            threads=torch.get_num_threads(),
+            warm_up=warm_up,
+        )
+
+    def round(self, index: int) -> dict[str, float]:
+        return self._revision.ask("round", index=index)
+
+    def memory(self) -> dict[str, int]:
+        return self._revision.ask("memory")
+
+
+@contextmanager
+def worktree(revision: str) -> Iterator[tuple[Path, str]]:
+    """A folder with ``meft_kernels`` alone as it is at a revision, and the commit; removed afterwards.
+
+    Raises:
+        UserError: see ``resolve``.
+    """
+    commit = resolve(revision)
+    folder = Path(tempfile.mkdtemp(prefix="meft-base-"))
+    tree, packages = folder / "tree", folder / "packages"
+    try:
+        _git("worktree", "add", "--detach", "--quiet", str(tree), commit)
+        packages.mkdir()
+        # Nothing else of that tree may be imported: the harness is this tree's.
+        (packages / "meft_kernels").symlink_to(tree / "meft_kernels", target_is_directory=True)
+        yield packages, commit
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        _git("worktree", "prune")
+
+
+@contextmanager
+def open_revision(revision: str) -> Iterator[Revision]:
+    """The worker of a revision, ended and removed afterwards.
+
+    Raises:
+        UserError: see ``resolve``.
+    """
+    with worktree(revision) as (packages, commit):
+        worker = Revision(revision, commit, packages)
+        try:
+            yield worker
+        finally:
+            worker.close()

@@ -1,0 +1,390 @@
+"""``python -m benchmarks.run``: every op and side network, forward, backward and both, beside its peers.
+
+Peers take turns in one run: ``eager`` (the reference's definition; under autocast for half precision),
+``compiled`` (torch.compile of it), ``block`` (the nearest published building block), ``ops:BACKEND`` (ours)
+and, with ``--base REV``, ``ops:BACKEND@REV`` (ours at another revision, in a process of its own).
+
+An op that fails its check against float64 is not measured: one line says so and the exit status is 1. A share
+is the least time that the bytes moved ("bw") or the matrix products ("mm") need at the copy bandwidth and the
+matrix-product rate measured in this run, over the time taken. Memory is what one forward and backward take
+beside their inputs: the peak, and what is kept from the forward for the backward.
+
+The record's figures are ``ceilings``, ``memory_counter``, ``base`` (commit or None), ``notes`` (peer and what
+it is, or why it is not there) and ``rows``: op, case, side, width, layers, peer, direction, seconds
+(``median``, ``p20``, ``p80``), ``host_median`` (CUDA: launching), ``rounds``, ``bytes``, ``flops``,
+``bandwidth_share``, ``matmul_share``, ``bound``, ``ratio_to_eager`` (below 1 is faster), and in bytes
+``peak`` and ``kept``.
+"""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from whisper_meft.errors import UserError, one_line
+
+from meft_kernels import ops
+from meft_kernels.testing import SIDE_NETWORKS, AnyCase, real_case
+
+from . import ceilings, contenders, peers, record, revisions
+from .timing import DIRECTIONS, summary
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+EVERYTHING = (*ops.OP_NAMES, *SIDE_NETWORKS)
+PEERS = ("eager", "compiled", "block")
+
+
+@dataclass
+class Run:
+    """What is measured how, and what came out."""
+
+    device: torch.device
+    dtype: torch.dtype
+    backends: list[str]
+    peers: list[str]
+    repeats: int
+    warm_up: int
+    compile_networks: bool
+    ceilings: ceilings.Ceilings
+    revision: revisions.Revision | None = None
+    rows: list[dict] = field(default_factory=list)
+    notes: dict[str, str] = field(default_factory=dict)
+    failed: list[str] = field(default_factory=list)
+
+    def measure(self, case: AnyCase) -> list[dict]:
+        """Rows of one case; peers that cannot run leave a note, wrong ones a line in ``failed``."""
+        good = [backend for backend in self.backends if self._passes(case, backend)]
+        if not good:
+            return []
+        made = list(self._contenders(case, good))
+        seconds: dict[str, list[dict[str, float]]] = {contender.name: [] for contender in made}
+        for index in range(self.repeats):
+            turn = index % max(1, len(made))
+            for contender in made[turn:] + made[:turn]:
+                try:
+                    seconds[contender.name].append(contender.round(index))
+                except Exception as error:
+                    made = [other for other in made if other is not contender]
+                    self._missing(contender.name, case, error)
+        rows = []
+        for contender in made:
+            memory = {}
+            try:
+                memory = contender.memory()
+            except Exception as error:  # the time stands without it
+                self._missing(f"memory of {contender.name}", case, error)
+            rows += self._rows(case, contender.name, seconds[contender.name], memory)
+        eager = {row["direction"]: row["median"] for row in rows if row["peer"] == "eager"}
+        for row in rows:
+            before = eager.get(row["direction"])
+            row["ratio_to_eager"] = row["median"] / before if before else None
+        self.rows += rows
+        return rows
+
+    def _passes(self, case: AnyCase, backend: str) -> bool:
+        try:
+            contenders.check(case, backend, self.dtype, self.device)
+        except AssertionError as error:
+            reason = f"it is wrong, {error}"
+        except Exception as error:  # a kernel that does not compile here, say: the other ops go on
+            reason = one_line(error)
+        else:
+            return True
+        self._fail(f"{case.op} in backend {backend} is not measured: {reason}")
+        return False
+
+    def _fail(self, line: str) -> None:
+        self.failed.append(line)
+        print(f"benchmarks.run: {line}", file=sys.stderr, flush=True)
+
+    def _contenders(self, case: AnyCase, backends: list[str]) -> Iterator:
+        inputs = contenders.Inputs(case, self.dtype, self.device)
+        makers = {}
+        if "eager" in self.peers:
+            makers["eager"] = lambda: peers.eager(case, self.dtype, self.device)
+        if "compiled" in self.peers and (self.compile_networks or case.op not in SIDE_NETWORKS):
+            makers["compiled"] = lambda: peers.compiled(case, self.dtype, self.device)
+        if "block" in self.peers and (found := peers.block(case, self.dtype)):
+            makers["block"] = lambda: found
+            self.notes[f"block {case.op}"] = found.note
+        for backend in backends:
+            makers[f"ops:{backend}"] = lambda backend=backend: peers.ours(case, backend)
+        for name, make in makers.items():
+            try:
+                yield contenders.Local(make(), inputs, self.warm_up)
+            except Exception as error:  # a row that says why, and the table goes on
+                self._missing(name, case, error)
+        for backend in backends if self.revision else ():
+            try:
+                where = self.dtype, self.device, self.warm_up
+                yield revisions.Remote(self.revision, case, backend, *where)
+            except UserError as error:
+                self._missing(f"ops:{backend}@{self.revision.name}", case, error)
+
+    def _missing(self, name: str, case: AnyCase, error: Exception) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        out_of_memory = isinstance(error, torch.OutOfMemoryError)
+        self.notes[f"{name} {case.name}"] = "out of memory" if out_of_memory else one_line(error)
+        if name.startswith("ops") and "@" not in name and not out_of_memory:
+            self._fail(f"{name} {case.name}: {one_line(error)}")
+
+    def _rows(
+        self, case: AnyCase, peer: str, rounds: list[dict[str, float]], memory: dict[str, int]
+    ) -> Iterator[dict]:
+        costs = [case.cost(self.dtype), case.cost(self.dtype, backward=True)]
+        work = {"forward": costs[:1], "backward": costs[1:], "both": costs}
+        for direction in DIRECTIONS:
+            if direction not in rounds[0]:
+                continue
+            times = summary([seconds[direction] for seconds in rounds])
+            moved = sum(cost.bytes for cost in work[direction])
+            flops = sum(cost.flops for cost in work[direction])
+            time = max(times["median"], 1e-12)
+            row = {
+                "op": case.op,
+                "case": case.name,
+                "side": case.side,
+                "width": case.width,
+                "layers": case.layers,
+                "peer": peer,
+                "direction": direction,
+                **times,
+                "rounds": len(rounds),
+                "bytes": moved,
+                "flops": flops,
+                "bandwidth_share": moved / self.ceilings.copy_bandwidth / time,
+                "matmul_share": flops / self.ceilings.matmul_rate / time,
+                "bound": self.ceilings.floor(moved, flops)[1],
+            }
+            if "host" in rounds[0] and direction == "both":
+                row["host_median"] = summary([seconds["host"] for seconds in rounds])["median"]
+            if memory and direction != "backward":
+                row["peak"] = memory["forward_peak" if direction == "forward" else "peak"]
+                row["kept"] = memory["kept"]
+            yield row
+
+
+# --- the table ----------------------------------------------------------------------------------------------
+
+HEADER = (
+    f"{'':<22}{'forward':>10}{'backward':>10}{'both ms, 20-80 %':>25}{'vs eager':>9}"
+    f"{'share fwd':>10}{'bwd':>7}{'peak MiB':>10}{'kept MiB':>9}"
+)
+
+
+def table(case: AnyCase, rows: list[dict], costs: Sequence) -> list[str]:
+    """Lines for one case: a title, then one line for each peer."""
+    work = ", ".join(
+        f"{name} {cost.flops / 1e9:.3g} GFLOP {cost.bytes / 1e6:.3g} MB"
+        for name, cost in zip(("forward", "backward"), costs)
+        if cost.bytes
+    )
+    lines = [f"{case.name}: {work}"]
+    for peer in dict.fromkeys(row["peer"] for row in rows):
+        by = {row["direction"]: row for row in rows if row["peer"] == peer}
+        both = by.get("both", by["forward"])
+
+        def milliseconds(direction: str, by=by) -> str:
+            return f"{by[direction]['median'] * 1e3:.3f}" if direction in by else "-"
+
+        def share(direction: str, by=by) -> str:
+            if direction not in by:
+                return "-"
+            row = by[direction]
+            kind, name = ("matmul", "mm") if row["bound"] == "compute" else ("bandwidth", "bw")
+            return f"{row[f'{kind}_share']:.0%} {name}"
+
+        spread = f"{both['median'] * 1e3:.3f} [{both['p20'] * 1e3:.3f}-{both['p80'] * 1e3:.3f}]"
+        ratio = "-" if both["ratio_to_eager"] is None else f"{both['ratio_to_eager']:.2f}"
+        memory = [f"{both[key] / 2**20:.1f}" if key in both else "-" for key in ("peak", "kept")]
+        lines.append(
+            f"  {peer:<20}{milliseconds('forward'):>10}{milliseconds('backward'):>10}{spread:>25}{ratio:>9}"
+            f"{share('forward'):>10}{share('backward'):>7}{memory[0]:>10}{memory[1]:>9}"
+        )
+    return lines
+
+
+# --- the command --------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def _positive(text: str) -> int:
+    value = int(text) if text.isdecimal() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive whole number, got {text!r}")
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m benchmarks.run",
+        description=__doc__.partition("\n\nThe record's")[0],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--op", nargs="+", choices=EVERYTHING, metavar="OP", help="default: all of them")
+    parser.add_argument("--width", nargs="+", type=_positive, help="the encoder's (default: 768)")
+    side = parser.add_mutually_exclusive_group()
+    side.add_argument("--reduction_factor", nargs="+", type=_positive, help="width over side (default: 8)")
+    side.add_argument("--side", nargs="+", type=_positive, help="the side network's width instead")
+    parser.add_argument("--batch", type=_positive, help="default: 128 on CUDA, 2 on a CPU")
+    parser.add_argument("--frames", type=_positive, help="of each utterance (default: 1500)")
+    parser.add_argument("--layers", type=_positive, help="of the encoder (default: 12)")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on CUDA, fp32 on a CPU")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument("--backend", nargs="+", choices=ops.BACKENDS[1:], help="default: all that work here")
+    parser.add_argument("--peers", nargs="*", choices=PEERS, help="default: all, see --quick")
+    parser.add_argument("--base", metavar="REV", help="a git revision to measure in the same run")
+    parser.add_argument("--repeats", type=_positive, help="rounds (default: 30 on CUDA, 7 on a CPU)")
+    parser.add_argument("--threads", type=_positive, default=1, help="on a CPU (default: 1)")
+    parser.add_argument("--output", type=Path, help="folder of the record (default: benchmarks/results)")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="small sizes, 3 rounds, no torch.compile of side networks; a try, recorded in results/quick",
+    )
+    return parser
+
+
+def _settle(options: argparse.Namespace) -> None:
+    """Fills in what was not given."""
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device must be cpu here, got cuda: there is no CUDA device")
+    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    on_gpu = options.device == "cuda"
+    defaults = {
+        "op": list(EVERYTHING),
+        "width": [768],
+        "batch": 128 if on_gpu else 2,
+        "frames": 1500,
+        "layers": 12,
+        "dtype": "bf16" if on_gpu else "fp32",
+        "peers": list(PEERS),
+        "repeats": 30 if on_gpu else 7,
+        "output": record.RESULTS / "quick" if options.quick else record.RESULTS,
+    }
+    if options.quick:
+        defaults |= {"width": [384], "batch": 1, "frames": 300, "layers": 3, "repeats": 3}
+    for name, value in defaults.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    available = peers.backends(torch.device(options.device))
+    for backend in options.backend or ():
+        if backend not in available:
+            names = ", ".join(available)
+            raise UserError(f"--backend on {options.device} must be one of {names} here, got {backend}")
+    options.backend = options.backend or available
+
+
+def cases(options: argparse.Namespace) -> list[AnyCase]:
+    """The cases that the options ask for.
+
+    Raises:
+        UserError: a side network at a side that no reduction factor gives.
+    """
+    found = []
+    for width in options.width:
+        factors = options.reduction_factor or [8]
+        sides = options.side or [width // factor for factor in factors]
+        for side in sides:
+            if side < 1:
+                raise UserError(f"--reduction_factor must be at most --width ({width}), got {max(factors)}")
+            for op in options.op:
+                try:
+                    found.append(real_case(op, options.batch, options.frames, width, side, options.layers))
+                except ValueError as error:
+                    raise UserError(str(error)) from error
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        options = _parser().parse_args(argv)
+        _settle(options)
+        with ExitStack() as stack:
+            return _run(options, stack, shlex.join(["python", "-m", "benchmarks.run", *argv]))
+    except UserError as error:
+        print(f"benchmarks.run: {one_line(error)}", file=sys.stderr)
+        return 1
+
+
+def _run(options: argparse.Namespace, stack: ExitStack, command: str) -> int:
+    device, dtype = torch.device(options.device), DTYPES[options.dtype]
+    wanted = cases(options)
+    if device.type == "cpu":
+        torch.set_num_threads(options.threads)
+    notes = {}
+    chosen = list(options.peers)
+    if "compiled" in chosen and (reason := peers.why_no_compiler(device)):
+        chosen.remove("compiled")
+        notes["compiled"] = reason
+    revision = stack.enter_context(revisions.open_revision(options.base)) if options.base else None
+    run = Run(
+        device=device,
+        dtype=dtype,
+        backends=options.backend,
+        peers=chosen,
+        repeats=options.repeats,
+        warm_up=1 if options.quick else 3,
+        compile_networks=not options.quick,
+        ceilings=ceilings.measure(dtype, device, options.quick),
+        revision=revision,
+        notes=notes,
+    )
+    if options.quick and "compiled" in chosen and set(options.op) & set(SIDE_NETWORKS):
+        notes["compiled side networks"] = "not with --quick, it takes minutes"
+    top = run.ceilings
+    where = record.environment(device)["device"]
+    print(
+        f"{where}, torch {torch.__version__}, {options.dtype}"
+        + (f", {options.threads} threads, process-CPU time" if device.type == "cpu" else "")
+        + f"\nmeasured here: copy {top.copy_bandwidth / 1e9:.3g} GB/s, matrix product"
+        f" {top.matmul_rate / 1e12:.3g} TFLOP/s\n\n{HEADER}"
+    )
+    path = None
+    for case in wanted:
+        rows = run.measure(case)
+        if not rows:
+            continue
+        print("\n".join(table(case, rows, [case.cost(dtype), case.cost(dtype, True)])), flush=True)
+        # After each case, so that a run that is cut off leaves what it has.
+        path = record.write(
+            "run",
+            {
+                "ceilings": top.as_dict(),
+                "memory_counter": "CUDA allocator" if device.type == "cuda" else "CPU allocations, profiled",
+                "base": revision.commit if revision else None,
+                "notes": run.notes,
+                "rows": run.rows,
+            },
+            command=command,
+            shapes={
+                "batch": options.batch,
+                "frames": options.frames,
+                "layers": options.layers,
+                "dtype": dtype,
+            },
+            directory=options.output,
+            device=device,
+            path=path,
+        )
+    if run.notes:
+        print("\n" + "\n".join(f"{name}: {note}" for name, note in run.notes.items()))
+    if path:
+        print(f"\nwrote {path}")
+    return 1 if run.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
