@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from meft_kernels.reference.common import NORM_EPS
+from meft_kernels.reference.stand_in import device_type
 
 # Rows go through the feed-forward block so many elements of its inner width at a time.
 _INNER_ELEMENTS = {"cpu": 2**22}
@@ -42,7 +43,7 @@ def add_feed_forward(layer: nn.Module, states: torch.Tensor) -> torch.Tensor:
     rows = states.view(-1, states.shape[-1])
     blocks = 1
     if not torch.compiler.is_compiling():  # which would compile each number of blocks anew
-        inner = _INNER_ELEMENTS.get(states.device.type, _DEFAULT_INNER_ELEMENTS)
+        inner = _INNER_ELEMENTS.get(device_type(states.device), _DEFAULT_INNER_ELEMENTS)
         blocks = max(1, round(rows.shape[0] * layer.fc1.out_features / inner))
     exact_gelu = getattr(layer.activation_fn, "act", None) is nn.functional.gelu
     for block in rows.chunk(blocks):
