@@ -93,7 +93,7 @@ FINE = ["train", "--model_name_or_path", BACKBONE, "--train_data", TRAIN, "--out
         ),
         ([*FINE, "--reduction", "4"], 2, "unknown option --reduction,"),
         ([*FINE, "surplus"], 2, "unexpected argument 'surplus'"),
-        ([*FINE, "--method", "lora"], 2, "--method: invalid choice: 'lora' (choose from"),
+        ([*FINE, "--method", "ia3"], 2, "--method: invalid choice: 'ia3' (choose from"),
         ([*FINE, "--learning_rate", "fast"], 2, "--learning_rate: invalid float value: 'fast'"),
         ([*FINE, "--learning_rate", "-1"], 2, "--learning_rate must be above 0 and finite, got -1.0"),
         ([*FINE, "--eval_strategy", "daily"], 2, "--eval_strategy: invalid choice: 'daily'"),

@@ -83,7 +83,7 @@ def test_every_option_is_documented():
         ({"max_frames": None}, "max_frames must be a positive integer, got None"),
         ({"backbone_dtype": "int8"}, "backbone_dtype must be one of"),
         ({"rank": 8}, "'rank' is not an option of lst, accepted are"),
-        ({"method": "lora"}, "method must be one of lst, sherl, unipt, got 'lora'"),
+        ({"method": "ia3"}, "lora, lst, sherl, unipt, weighted_sum, got 'ia3'"),
     ],
 )
 def test_bad_options_are_named(options, message):
@@ -219,7 +219,7 @@ def test_stops_at_the_last_layer_it_taps():
     model = model_of("lst", layers=[1])
     calls = []
     for i, layer in enumerate(model.encoder.layers):
-        layer.register_forward_hook(lambda *_, i=i: calls.append(i))
+        layer.fc1.register_forward_hook(lambda *_, i=i: calls.append(i))
     scores(model)
     assert calls == [0]
 

@@ -8,6 +8,10 @@ from typing import Any
 
 _PLACES = {
     "FrozenEncoder": "encoder",
+    "FullConfig": "configs",
+    "HeadConfig": "configs",
+    "LoRAConfig": "configs",
+    "WeightedSumConfig": "configs",
     "LSTConfig": "configs",
     "MeftConfig": "configs",
     "MeftModel": "modeling",
@@ -20,6 +24,10 @@ _PLACES = {
 
 __all__ = [
     "FrozenEncoder",
+    "FullConfig",
+    "HeadConfig",
+    "LoRAConfig",
+    "WeightedSumConfig",
     "LSTConfig",
     "MeftConfig",
     "MeftModel",

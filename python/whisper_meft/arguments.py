@@ -188,15 +188,20 @@ class ModelArguments:
 
 @dataclass
 class MethodArguments:
-    """The side network."""
+    """What trains. Options that are not given are the method's own defaults."""
 
     _argument_group_name = "method"
 
-    method: Literal["lst", "unipt", "sherl"] = field(
-        default="lst", metadata={"help": "side network: ladder side-tuning, universal parallel tuning, SHERL"}
+    method: Literal["lst", "unipt", "sherl", "full", "head", "weighted_sum", "lora"] = field(
+        default="lst",
+        metadata={
+            "help": "side networks beside the frozen encoder: lst, unipt, sherl; for comparison: full "
+            "fine-tuning, only the head, a weighted_sum of all layers, lora (needs peft)"
+        },
     )
-    reduction_factor: int = field(
-        default=8, metadata={"help": "backbone width divided by side-network width"}
+    reduction_factor: int | None = field(
+        default=None,
+        metadata={"help": "backbone width divided by side-network width, side networks only (default: 8)"},
     )
     adapter_dim: int | None = field(
         default=None, metadata={"help": "hidden width of each rung's adapter, LST only (default: 256)"}
@@ -205,6 +210,25 @@ class MethodArguments:
         default=None,
         metadata={"help": "indices of the encoder layers to tap, from 1; LST and UniPT only (default: all)"},
     )
+    r: int | None = field(
+        default=None, metadata={"help": "rank of the update of each weight, LoRA family (default: 64)"}
+    )
+    lora_alpha: float | None = field(
+        default=None, metadata={"help": "the update is scaled by lora_alpha / rank (default: 512)"}
+    )
+    lora_dropout: float | None = field(
+        default=None, metadata={"help": "dropout on the update's input (default: 0)"}
+    )
+    target_modules: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "layers that are adapted, out of q_proj k_proj v_proj out_proj fc1 fc2; LoRA family "
+            "(default: q_proj v_proj)"
+        },
+    )
+    train_convolutions: bool | None = field(
+        default=None, metadata={"help": "train the two convolutions too, full only (default: True)"}
+    )
     max_frames: str = field(
         default="fidelity",
         metadata={
@@ -212,6 +236,10 @@ class MethodArguments:
             "published code does, longest = as many as the longest clip of the batch, or a number"
         },
     )
+
+    def chosen(self) -> dict[str, Any]:
+        """The options that were given, by name; :meth:`whisper_meft.MeftConfig.from_dict` takes them."""
+        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 @dataclass

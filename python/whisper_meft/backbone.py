@@ -143,7 +143,7 @@ def write_backbone(encoder: nn.Module, folder: str | os.PathLike) -> None:
 
     The folder holds the encoder only, which is all that an audio classifier needs.
     """
-    tensors = {f"encoder.{k}": v.detach().cpu().contiguous() for k, v in encoder.state_dict().items()}
+    tensors = {f"encoder.{k}": v.detach().cpu().contiguous() for k, v in _own_state(encoder).items()}
     with replacing(Path(folder) / "model.safetensors") as temporary:
         safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt"})
     config = type(encoder.config).from_dict(encoder.config.to_dict())
@@ -158,12 +158,17 @@ def fingerprint(encoder: nn.Module) -> str:
     Args:
         encoder: a Whisper encoder. 64 entries spread over its matrices and convolutions are taken as float32.
     """
-    weights = [p for n, p in sorted(encoder.named_parameters()) if p.ndim > 1 and "positions" not in n]
+    weights = [p for n, p in sorted(_own_state(encoder).items()) if p.ndim > 1 and "positions" not in n]
     picked = []
     for i in range(_SAMPLES):
         weight = weights[i * len(weights) // _SAMPLES]
         picked.append(weight.detach().flatten()[(i * 2654435761) % weight.numel()].float())
     return torch.stack(picked).cpu().numpy().astype("<f4").tobytes().hex()
+
+
+def _own_state(encoder: nn.Module) -> dict[str, torch.Tensor]:
+    """The encoder's tensors under their Hugging Face names, without those that a method put in."""
+    return getattr(encoder, "backbone_state", encoder.state_dict)()
 
 
 def same_backbone(encoder: nn.Module, saved: str) -> bool:

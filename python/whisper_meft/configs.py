@@ -1,4 +1,4 @@
-"""What a user chooses about a side network: one dataclass per method.
+"""What a user chooses about a method: one dataclass per method.
 
 The classes follow PEFT's habits: keyword arguments with defaults, every field documented in its metadata,
 plain JSON on disk. Every value is checked when a config is made, so a mistake is reported where it was typed.
@@ -6,15 +6,17 @@ plain JSON on disk. Every value is checked when a config is made, so a mistake i
 
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
 
 import meft_kernels
+from meft_kernels.reference import SAVED_ACTIVATIONS
 
 from .errors import UserError
 from .files import read_json, write_json
+from .pooling import LastState, WeightedSum
 
 DTYPES = {
     "float32": torch.float32,
@@ -22,6 +24,10 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
+
+if TYPE_CHECKING:
+    from .encoder import FrozenEncoder
+    from .tuned_encoder import TunedEncoder
 
 _METHODS: dict[str, type["MeftConfig"]] = {}
 
@@ -46,6 +52,31 @@ def _positive_int(argument: str, value: Any) -> None:
         raise UserError(f"{argument} must be a positive integer, got {value!r}")
 
 
+def _positive_number(argument: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        raise UserError(f"{argument} must be a finite number above 0, got {value!r}")
+
+
+def _share(argument: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+        raise UserError(f"{argument} must be a number from 0 to below 1, got {value!r}")
+
+
+def _boolean(argument: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise UserError(f"{argument} must be True or False, got {value!r}")
+
+
+def _targets(value: Any) -> list[str]:
+    known = "q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"
+    if isinstance(value, str) or not isinstance(value, (list, tuple)) or not value:
+        raise UserError(f"target_modules must be a non-empty list out of {', '.join(known)}, got {value!r}")
+    for name in value:
+        if name not in known:
+            raise UserError(f"target_modules must be out of {', '.join(known)}, got {name!r}")
+    return list(dict.fromkeys(value))
+
+
 @dataclass(kw_only=True)
 class MeftConfig:
     """Options that all methods share. Make one of the subclasses, or call :meth:`from_dict`.
@@ -55,13 +86,18 @@ class MeftConfig:
     """
 
     method: ClassVar[str] = ""
-    # SHERL's gradient crosses the last encoder layer; the other methods never touch the backbone again.
+    # SHERL's gradient crosses the last encoder layer; the other side networks never touch the backbone again.
     through_last_layer: ClassVar[bool] = False
+    # Whether the backbone is one that no gradient enters: it then runs in chunks of the batch.
+    frozen_encoder: ClassVar[bool] = True
+    chunk_size: ClassVar[int | None] = None
+    # Whether h_L is read after the encoder's final LayerNorm (as transformers' classifier does) or before it.
+    final_norm: ClassVar[bool] = False
+    # The backbone's own weights train: they are float32 masters.
+    trains_backbone: ClassVar[bool] = False
+    # The result is an encoder of the backbone's own form, so a plain Whisper classifier can be made of it.
+    can_merge: ClassVar[bool] = False
 
-    reduction_factor: int = field(
-        default=8,
-        metadata={"help": "Width of the side network: the backbone's width divided by this, rounded down."},
-    )
     max_frames: int | str = field(
         default="fidelity",
         metadata={
@@ -74,13 +110,19 @@ class MeftConfig:
         default=None,
         metadata={
             "help": "Number format of the frozen backbone's weights: float32, bfloat16, float16 or "
-            "float64; unset keeps the one it was loaded in. The side network and the head stay in float32."
+            "float64; unset keeps the one it was loaded in. What trains stays in float32."
         },
     )
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        _METHODS[cls.method] = cls
+        if cls.method:
+            _METHODS[cls.method] = cls
+
+    @staticmethod
+    def methods() -> dict[str, type["MeftConfig"]]:
+        """The config class of every method by its name."""
+        return dict(_METHODS)
 
     def __post_init__(self):
         self.validate()
@@ -89,9 +131,9 @@ class MeftConfig:
         """Checks every field; see the class for what is raised."""
         if not self.method:
             raise UserError(
-                f"MeftConfig is a base class, use {' or '.join(c.__name__ for c in _METHODS.values())}"
+                f"{type(self).__name__} is a base class, use "
+                f"{' or '.join(c.__name__ for c in _METHODS.values())}"
             )
-        _positive_int("reduction_factor", self.reduction_factor)
         if isinstance(self.max_frames, str) and self.max_frames.isdecimal():
             self.max_frames = int(self.max_frames)  # what a command line hands over
         if self.max_frames not in ("fidelity", "longest"):
@@ -102,15 +144,11 @@ class MeftConfig:
             _positive_int("max_frames", self.max_frames)
         dtype = parse_dtype(self.backbone_dtype, "backbone_dtype")
         self.backbone_dtype = None if dtype is None else str(dtype).removeprefix("torch.")
-        layers = getattr(self, "layers", None)
-        if layers is not None:
-            if not isinstance(layers, (list, tuple)) or not layers:
-                raise UserError(f"layers must be None or a non-empty list of layer numbers, got {layers!r}")
-            for layer in layers:
-                _positive_int("every entry of layers", layer)
-            if sorted(set(layers)) != list(layers):
-                raise UserError(f"layers must be in increasing order without repeats, got {list(layers)}")
-            self.layers = list(layers)
+        if self.trains_backbone and dtype in (torch.bfloat16, torch.float16):
+            raise UserError(
+                f"backbone_dtype must be None or float32 for {self.method}, which trains the backbone's own "
+                f"weights, got {self.backbone_dtype}; train under autocast (bf16 or fp16) instead"
+            )
 
     def check_backbone(self, hidden_size: int, num_layers: int, max_source_positions: int) -> None:
         """Checks the options that depend on the backbone.
@@ -123,22 +161,21 @@ class MeftConfig:
             UserError: the side network would have no width, a layer does not exist, or the window is too
                 short.
         """
-        if hidden_size // self.reduction_factor < 1:
-            raise UserError(
-                f"reduction_factor must be at most {hidden_size}, the backbone's width, got "
-                f"{self.reduction_factor}"
-            )
-        layers = getattr(self, "layers", None)
-        if layers and layers[-1] > num_layers:
-            raise UserError(f"layers must lie in 1..{num_layers}, the backbone's layers, got {layers}")
         if isinstance(self.max_frames, int) and self.max_frames > max_source_positions:
             raise UserError(
                 f"max_frames must be at most {max_source_positions}, the backbone's window, got "
                 f"{self.max_frames}"
             )
 
+    def build_encoder(self, whisper_encoder: nn.Module) -> "FrozenEncoder":
+        """The encoder that the method reads; shares its modules with ``whisper_encoder``."""
+        from .encoder import FrozenEncoder
+
+        return FrozenEncoder(whisper_encoder, dtype=self.backbone_dtype)
+
     def build_side_network(self, hidden_size: int, num_layers: int, **place: Any) -> nn.Module:
-        """A new side network for an encoder of this width and depth, float32, initialised as published."""
+        """What turns the hidden states of an encoder of this width and depth into the clip's vector: a new
+        side network, float32, initialised as published, or what takes its place."""
         raise NotImplementedError
 
     def to_dict(self) -> dict[str, Any]:
@@ -150,8 +187,8 @@ class MeftConfig:
         """Makes the config that ``values`` describes.
 
         Args:
-            values: options by name. ``method`` (``"lst"``, ``"unipt"`` or ``"sherl"``) picks the class; it
-                may be left out when called on one of the subclasses.
+            values: options by name. ``method`` (``"lst"``, ``"lora"``, ...) picks the class; it may be left
+                out when called on one of the subclasses.
 
         Raises:
             UserError: unknown option or method, or a value that cannot be used.
@@ -194,7 +231,60 @@ class MeftConfig:
 
 
 @dataclass(kw_only=True)
-class LSTConfig(MeftConfig):
+class SideNetworkConfig(MeftConfig):
+    """Options of the methods that put a narrow network beside a frozen encoder."""
+
+    reduction_factor: int = field(
+        default=8,
+        metadata={"help": "Width of the side network: the backbone's width divided by this, rounded down."},
+    )
+    saved_activations: str = field(
+        default="exact",
+        metadata={
+            "help": "How hidden states are kept for the backward: 'exact' as they are, 'fp8' as normalised "
+            "copies of 8 bits, from which the weight gradients are made (half the memory)."
+        },
+    )
+    chunk_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Clips that the backbone and the side network take at a time within a step; the result "
+            "is the same. Unset chooses by the length of the clips and the device."
+        },
+    )
+
+    def validate(self) -> None:
+        super().validate()
+        _positive_int("reduction_factor", self.reduction_factor)
+        if self.saved_activations not in SAVED_ACTIVATIONS:
+            accepted = " or ".join(map(repr, SAVED_ACTIVATIONS))
+            raise UserError(f"saved_activations must be {accepted}, got {self.saved_activations!r}")
+        if self.chunk_size is not None:
+            _positive_int("chunk_size", self.chunk_size)
+        layers = getattr(self, "layers", None)
+        if layers is not None:
+            if not isinstance(layers, (list, tuple)) or not layers:
+                raise UserError(f"layers must be None or a non-empty list of layer numbers, got {layers!r}")
+            for layer in layers:
+                _positive_int("every entry of layers", layer)
+            if sorted(set(layers)) != list(layers):
+                raise UserError(f"layers must be in increasing order without repeats, got {list(layers)}")
+            self.layers = list(layers)
+
+    def check_backbone(self, hidden_size: int, num_layers: int, max_source_positions: int) -> None:
+        super().check_backbone(hidden_size, num_layers, max_source_positions)
+        if hidden_size // self.reduction_factor < 1:
+            raise UserError(
+                f"reduction_factor must be at most {hidden_size}, the backbone's width, got "
+                f"{self.reduction_factor}"
+            )
+        layers = getattr(self, "layers", None)
+        if layers and layers[-1] > num_layers:
+            raise UserError(f"layers must lie in 1..{num_layers}, the backbone's layers, got {layers}")
+
+
+@dataclass(kw_only=True)
+class LSTConfig(SideNetworkConfig):
     """Ladder Side-Tuning: a narrow ladder beside the encoder, one gated rung per layer."""
 
     method: ClassVar[str] = "lst"
@@ -218,12 +308,13 @@ class LSTConfig(MeftConfig):
             reduction_factor=self.reduction_factor,
             adapter_dim=self.adapter_dim,
             layers=self.layers,
+            saved_activations=self.saved_activations,
             **place,
         )
 
 
 @dataclass(kw_only=True)
-class UniPTConfig(MeftConfig):
+class UniPTConfig(SideNetworkConfig):
     """Universal Parallel Tuning: attention of the last tapped layer over all others, weighted by
     confidence."""
 
@@ -238,12 +329,17 @@ class UniPTConfig(MeftConfig):
 
     def build_side_network(self, hidden_size: int, num_layers: int, **place: Any) -> nn.Module:
         return meft_kernels.UniPT(
-            hidden_size, num_layers, reduction_factor=self.reduction_factor, layers=self.layers, **place
+            hidden_size,
+            num_layers,
+            reduction_factor=self.reduction_factor,
+            layers=self.layers,
+            saved_activations=self.saved_activations,
+            **place,
         )
 
 
 @dataclass(kw_only=True)
-class SHERLConfig(MeftConfig):
+class SHERLConfig(SideNetworkConfig):
     """SHERL: merges all but the last layer's output into a new input of the last encoder layer."""
 
     method: ClassVar[str] = "sherl"
@@ -255,4 +351,115 @@ class SHERLConfig(MeftConfig):
             raise UserError(f"sherl needs a backbone of at least 2 layers, got {num_layers}")
 
     def build_side_network(self, hidden_size: int, num_layers: int, **place: Any) -> nn.Module:
-        return meft_kernels.SHERL(hidden_size, num_layers, reduction_factor=self.reduction_factor, **place)
+        return meft_kernels.SHERL(
+            hidden_size,
+            num_layers,
+            reduction_factor=self.reduction_factor,
+            saved_activations=self.saved_activations,
+            **place,
+        )
+
+
+@dataclass(kw_only=True)
+class HeadConfig(MeftConfig):
+    """Only the head trains, on the output of the frozen encoder."""
+
+    method: ClassVar[str] = "head"
+    final_norm: ClassVar[bool] = True
+    can_merge: ClassVar[bool] = True
+
+    def build_side_network(self, hidden_size: int, num_layers: int, **place: Any) -> nn.Module:
+        return LastState()
+
+
+@dataclass(kw_only=True)
+class WeightedSumConfig(HeadConfig):
+    """A learned softmax-weighted sum of all hidden states of the frozen encoder, and the head."""
+
+    method: ClassVar[str] = "weighted_sum"
+    can_merge: ClassVar[bool] = False
+
+    def build_side_network(self, hidden_size: int, num_layers: int, **place: Any) -> nn.Module:
+        return WeightedSum(num_layers + 1, **place)
+
+
+@dataclass(kw_only=True)
+class TunedEncoderConfig(MeftConfig):
+    """Options of the methods that train inside the encoder, and so backpropagate through it."""
+
+    frozen_encoder: ClassVar[bool] = False
+    final_norm: ClassVar[bool] = True
+
+    def build_encoder(self, whisper_encoder: nn.Module) -> "FrozenEncoder":
+        from .tuned_encoder import TunedEncoder
+
+        dtype = self.backbone_dtype
+        if self.trains_backbone and next(whisper_encoder.parameters()).dtype != torch.float64:
+            dtype = "float32"
+        return TunedEncoder(whisper_encoder, dtype, self.prepare_encoder)
+
+    def build_side_network(self, hidden_size: int, num_layers: int, **place: Any) -> nn.Module:
+        return LastState()
+
+    def prepare_encoder(self, encoder: "TunedEncoder") -> None:
+        """Unfreezes parameters of a frozen encoder, or puts trained modules into it."""
+        raise NotImplementedError
+
+
+_CONVOLUTIONS = "Whether conv1 and conv2 train too, which keeps their large activations."
+
+
+@dataclass(kw_only=True)
+class FullConfig(TunedEncoderConfig):
+    """Full fine-tuning: every parameter of the encoder but its positions, which are constants, in float32."""
+
+    method: ClassVar[str] = "full"
+    trains_backbone: ClassVar[bool] = True
+    can_merge: ClassVar[bool] = True
+
+    train_convolutions: bool = field(default=True, metadata={"help": _CONVOLUTIONS})
+
+    def validate(self) -> None:
+        super().validate()
+        _boolean("train_convolutions", self.train_convolutions)
+
+    def prepare_encoder(self, encoder: "TunedEncoder") -> None:
+        for name, parameter in encoder.named_parameters():
+            fixed = name.startswith("embed_positions") or (
+                name.startswith("conv") and not self.train_convolutions
+            )
+            parameter.requires_grad_(not fixed)
+
+
+_TARGETS = "Names of the encoder's linear layers that are adapted."
+
+
+@dataclass(kw_only=True)
+class LoRAConfig(TunedEncoderConfig):
+    """LoRA (arXiv 2106.09685) by peft: W + alpha / r * B A, with B zero at the start."""
+
+    method: ClassVar[str] = "lora"
+    can_merge: ClassVar[bool] = True
+
+    r: int = field(default=64, metadata={"help": "Rank of the update of each adapted weight."})
+    lora_alpha: float = field(
+        default=512, metadata={"help": "The update is scaled by this number divided by the rank."}
+    )
+    lora_dropout: float = field(
+        default=0.0, metadata={"help": "Share of the update's inputs that are dropped in training."}
+    )
+    target_modules: list[str] = field(
+        default_factory=lambda: ["q_proj", "v_proj"], metadata={"help": _TARGETS}
+    )
+
+    def validate(self) -> None:
+        super().validate()
+        _positive_int("r", self.r)
+        _positive_number("lora_alpha", self.lora_alpha)
+        _share("lora_dropout", self.lora_dropout)
+        self.target_modules = _targets(self.target_modules)
+
+    def prepare_encoder(self, encoder: "TunedEncoder") -> None:
+        from .lora import add_lora
+
+        add_lora(encoder, self)

@@ -1,4 +1,4 @@
-"""The frozen encoder, a side network and a head as one Hugging Face model."""
+"""A Whisper encoder, what a method trains of it or beside it, and a head as one Hugging Face model."""
 
 import copy
 import json
@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoModelForAudioClassification,
@@ -30,10 +31,12 @@ from .backbone import (
     same_backbone,
     write_backbone,
 )
+from .chunked import pooled_in_chunks
 from .configs import MeftConfig, parse_dtype
 from .encoder import FrozenEncoder
 from .errors import UserError, one_line
 from .files import read_json, replacing, write_text
+from .merging import merged_classifier
 from .weights import load_checked, read_weights
 
 logger = hf_logging.get_logger("whisper_meft")
@@ -67,11 +70,13 @@ class MeftModelConfig(PreTrainedConfig):
 
 
 class MeftModel(PreTrainedModel):
-    """A Whisper encoder that stays frozen, a side network that reads its hidden states, and a classifier.
+    """A Whisper encoder, a side network that reads its hidden states, and a classifier.
 
     Made by :func:`get_meft_model` or :meth:`from_pretrained`. ``side_network``, ``projector`` and
-    ``classifier`` train and are what is saved; ``encoder`` is the backbone
-    (:class:`whisper_meft.FrozenEncoder`).
+    ``classifier`` train and are what is saved; ``encoder`` is the frozen backbone
+    (:class:`whisper_meft.FrozenEncoder`). Methods that train inside the encoder
+    (:class:`whisper_meft.tuned_encoder.TunedEncoder`) have no parameters in ``side_network``; what they train
+    in ``encoder`` is saved too.
 
     Args:
         config: sizes, labels and the method's options.
@@ -84,7 +89,7 @@ class MeftModel(PreTrainedModel):
     config_class = MeftModelConfig
     base_model_prefix = "meft"  # names no attribute: nothing of this model is a stock base model
     main_input_name = "input_features"
-    # Nothing needs recomputing: the backbone saves no activations. So that TrainingArguments may ask for it.
+    # A frozen backbone saves no activations and recomputes nothing, a tuned one recomputes layer by layer.
     supports_gradient_checkpointing = True
     # forward takes num_items_in_batch: gradient accumulation then gives the gradient of the whole batch.
     accepts_loss_kwargs = True
@@ -94,7 +99,11 @@ class MeftModel(PreTrainedModel):
     def __init__(self, config: MeftModelConfig, base: WhisperForAudioClassification):
         super().__init__(config)
         self.meft_config = MeftConfig.from_dict(config.meft)
-        self.encoder = FrozenEncoder(base.encoder, dtype=self.meft_config.backbone_dtype)
+        if any(name.endswith("base_layer") for name, _ in base.encoder.named_modules()):
+            raise UserError(
+                "base already carries an adapter of an earlier model: load it anew, or merge that model first"
+            )
+        self.encoder = self.meft_config.build_encoder(base.encoder)
         check_sizes(config, self.encoder)
         self.meft_config.check_backbone(
             config.hidden_size, config.num_hidden_layers, config.max_source_positions
@@ -110,13 +119,27 @@ class MeftModel(PreTrainedModel):
             nn.init.zeros_(linear.bias)
         self.post_init()
         # Trainer compares with the exact names when it loads a checkpoint, and then reports none missing.
-        self._keys_to_ignore_on_save = {f"encoder.{name}" for name in self.encoder.state_dict()}
+        self._keys_to_ignore_on_save = {f"encoder.{name}" for name in self.encoder.frozen_names()}
 
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: every part initialises itself, and the backbone is already loaded."""
 
     def get_input_embeddings(self) -> nn.Module:
         return self.encoder.conv1
+
+    def saved_names(self) -> set[str]:
+        """Names of the tensors that :meth:`save_pretrained` writes: all but those that stay as loaded."""
+        return set(self.state_dict()) - self._keys_to_ignore_on_save
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, **kwargs: Any
+    ) -> None:
+        if enable and getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+            raise UserError(
+                "gradient checkpointing with use_reentrant=True would lose the gradients behind frozen "
+                "layers; use_reentrant=False is accepted"
+            )
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
 
     def set_attn_implementation(self, attn_implementation: str) -> None:
         """Chooses the encoder's attention: ``"sdpa"``, ``"eager"`` or ``"flash_attention_2"``."""
@@ -151,10 +174,12 @@ class MeftModel(PreTrainedModel):
             UserError: wrong shape, dtype, device or label.
         """
         features, lengths = self._frames_to_compute(input_features, attention_mask)
-        states = self.encoder.stream(features, lengths)
-        if self.meft_config.through_last_layer:
-            pooled = _mean_over_time(self.encoder.last_layer(self.side_network(states), lengths), lengths)
+        options = self.meft_config
+        if options.frozen_encoder:
+            reading = (options.chunk_size, options.final_norm, options.through_last_layer)
+            pooled = pooled_in_chunks(self.encoder, self.side_network, features, lengths, *reading)
         else:
+            states = self.encoder.stream(features, lengths, options.final_norm)
             pooled = self.side_network.pooled(states, lengths)
         # Mean, then project: the projector is linear. On (B, D) half precision would gain nothing.
         with torch.autocast(pooled.device.type, enabled=False):
@@ -230,17 +255,16 @@ class MeftModel(PreTrainedModel):
             f"{100 * trainable / total:.4f}"
         )
 
-    def merge_and_unload(self, *args: Any, **kwargs: Any) -> None:
-        """Not possible for side networks.
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> WhisperForAudioClassification:
+        """A plain Whisper classifier in float32 with the same scores, for methods that only change the
+        encoder's weights: the LoRA family, and those that train the weights themselves.
+
+        This model stays as it is. Arguments are ignored, for callers of PEFT.
 
         Raises:
-            UserError: always, with the reason.
+            UserError: side networks and adapters cannot be merged.
         """
-        raise UserError(
-            f"a {self.meft_config.method} side network cannot be merged into the backbone: it is a network "
-            "of its own that runs beside the encoder and changes none of its weights, unlike LoRA; save it "
-            "with save_pretrained (a few MB, or self-contained with save_backbone=True)"
-        )
+        return merged_classifier(self)
 
     def save_pretrained(
         self,
@@ -251,7 +275,7 @@ class MeftModel(PreTrainedModel):
         save_backbone: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Writes the side network, the head, the options and the labels; the backbone only when asked to.
+        """Writes what was trained, the options and the labels; the frozen backbone only when asked to.
 
         Each file is written beside its place and renamed, so there is never half a file.
 
@@ -274,12 +298,14 @@ class MeftModel(PreTrainedModel):
             return
         folder = Path(save_directory)
         tensors = self.state_dict() if state_dict is None else state_dict
-        tensors = {
-            k: v.detach().cpu().contiguous() for k, v in tensors.items() if not k.startswith("encoder.")
-        }
+        saved = self.saved_names()
+        tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items() if k in saved}
         config = copy.deepcopy(self.config)
         config.architectures = [type(self).__name__]
-        config.base_model_fingerprint = fingerprint(self.encoder)
+        # Where the backbone's own weights train, all of them are saved: which they came from does not matter.
+        config.base_model_fingerprint = None
+        if not self.meft_config.trains_backbone:
+            config.base_model_fingerprint = fingerprint(self.encoder)
         # The number format that was trained with, so that the scores come out the same after loading.
         config.meft = self.meft_config.to_dict() | {
             "backbone_dtype": str(self.encoder.dtype).removeprefix("torch.")
@@ -354,7 +380,7 @@ class MeftModel(PreTrainedModel):
         attn_implementation: str | None = None,
         **kwargs: Any,
     ) -> "MeftModel":
-        """Loads a saved side network and the backbone that it belongs to.
+        """Loads a saved model and the backbone that it belongs to.
 
         Args:
             pretrained_model_name_or_path: folder that :meth:`save_pretrained` wrote, or its name on the model
@@ -425,12 +451,13 @@ class MeftModel(PreTrainedModel):
 
 
 def get_meft_model(base: WhisperForAudioClassification, config: MeftConfig) -> MeftModel:
-    """Freezes a Whisper classifier's encoder and puts a trainable side network beside it.
+    """Makes the model that a method trains out of a Whisper classifier.
 
     Args:
-        base: gives the encoder (shared with it and frozen, cast if ``config.backbone_dtype`` says so), the
-            start values of the head (copied, as float32) and the labels.
-        config: :class:`LSTConfig`, :class:`UniPTConfig` or :class:`SHERLConfig`.
+        base: gives the encoder (shared with it and frozen but for what the method trains, cast if
+            ``config.backbone_dtype`` says so), the start values of the head (copied, as float32) and the
+            labels.
+        config: :class:`LSTConfig`, :class:`LoRAConfig`, :class:`FullConfig` ...: the method and its options.
 
     Returns:
         A model in training mode, ready for ``transformers.Trainer``.
@@ -441,7 +468,11 @@ def get_meft_model(base: WhisperForAudioClassification, config: MeftConfig) -> M
     if not isinstance(base, WhisperForAudioClassification):
         raise UserError(f"base must be a WhisperForAudioClassification, got {type(base).__name__}")
     if not isinstance(config, MeftConfig):
-        raise UserError(f"config must be LSTConfig, UniPTConfig or SHERLConfig, got {type(config).__name__}")
+        known = ", ".join(each.__name__ for each in MeftConfig.methods().values())
+        raise UserError(
+            f"config must be LSTConfig or another of whisper_meft's ({known}), got "
+            f"{type(config).__module__.partition('.')[0]}'s {type(config).__name__}"
+        )
     name = base.config._name_or_path
     sizes = base.config
     model_config = MeftModelConfig(
@@ -461,15 +492,6 @@ def get_meft_model(base: WhisperForAudioClassification, config: MeftConfig) -> M
             getattr(model, part).weight.copy_(getattr(base, part).weight)
             getattr(model, part).bias.copy_(getattr(base, part).bias)
     return model.train()
-
-
-def _mean_over_time(states: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
-    """(B, T, D) -> (B, D), the mean over each clip's valid frames, accumulated in at least float32."""
-    dtype = torch.promote_types(states.dtype, torch.float32)
-    if lengths is None:
-        return states.mean(1, dtype=dtype)
-    keep = torch.arange(states.shape[1], device=states.device) < lengths[:, None]
-    return states.masked_fill(~keep[..., None], 0).sum(1, dtype=dtype) / lengths[:, None].to(dtype)
 
 
 def check_sizes(config: PreTrainedConfig, encoder: FrozenEncoder) -> None:
@@ -535,26 +557,24 @@ def _read_config(folder: Path) -> MeftModelConfig:
 
 
 def _model_card(config: MeftModelConfig) -> str:
-    base = config.base_model_name_or_path
+    base, method = config.base_model_name_or_path, config.meft["method"]
     head = {"library_name": "whisper_meft", "pipeline_tag": "audio-classification"}
     if base and base != "backbone" and not os.path.isabs(base):
         head["base_model"] = base
+    known = base and not os.path.isabs(base)
+    where = "" if not known else " in `backbone/`" if base == "backbone" else f", `{base}`"
+    if "reduction_factor" in config.meft:
+        title = f"{method.upper()} side network"
+        what = (
+            f"A {method.upper()} side network and classifier (reduction factor "
+            f"{config.meft['reduction_factor']}) for a frozen Whisper encoder{where}."
+        )
+    else:
+        title = f"Whisper classifier trained by {method}"
+        what = f"What method {method} trains of a Whisper encoder{where}, and a classifier."
     lines = ["---", *(f"{k}: {json.dumps(v)}" for k, v in head.items()), "tags:", "- audio-classification"]
+    lines += ["- whisper", f"- {method}", "---", "", f"# {title}", "", what, ""]
     lines += [
-        "- whisper",
-        f"- {config.meft['method']}",
-        "---",
-        "",
-        f"# {config.meft['method'].upper()} side network",
-        "",
-    ]
-    where = (
-        "" if not base or os.path.isabs(base) else " in `backbone/`" if base == "backbone" else f", `{base}`"
-    )
-    lines += [
-        f"A {config.meft['method'].upper()} side network and classifier (reduction factor "
-        f"{config.meft['reduction_factor']}) for a frozen Whisper encoder{where}.",
-        "",
         f"Labels: {', '.join(str(v) for v in config.id2label.values())}.",
         "",
         "```python",

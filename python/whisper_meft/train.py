@@ -1,4 +1,4 @@
-"""`whisper-meft train`: data, backbone, side network and the stock Trainer put together.
+"""`whisper-meft train`: data, backbone, method and the stock Trainer put together.
 
 :func:`train` is the whole run and can be called from Python; the command line, the demo and the tests all go
 through it.
@@ -45,6 +45,7 @@ from .pretrained import load_config, load_feature_extractor, load_whisper, resol
 from .readers import canonical_split
 from .train_arguments import (
     COMMON_TRAINING_OPTIONS,
+    LEARNING_RATE,
     LEARNING_RATES,
     TrainArguments,
     TrainDataArguments,
@@ -90,17 +91,8 @@ def say(text: str) -> None:
 
 
 def method_config(arguments: MethodArguments, backbone_dtype: str) -> MeftConfig:
-    """The side network's configuration; an option that the method does not have is an error."""
-    values: dict[str, Any] = {
-        "method": arguments.method,
-        "reduction_factor": arguments.reduction_factor,
-        "max_frames": arguments.max_frames,
-        "backbone_dtype": backbone_dtype,
-    }
-    for name in ("adapter_dim", "layers"):
-        if getattr(arguments, name) is not None:
-            values[name] = getattr(arguments, name)
-    return MeftConfig.from_dict(values)
+    """The method's configuration; an option that the method does not have is an error."""
+    return MeftConfig.from_dict({**arguments.chosen(), "backbone_dtype": backbone_dtype})
 
 
 @dataclass
@@ -327,10 +319,13 @@ def train(
     resume_from = prepare_output_dir(training_arguments)
     if resume_from is not None:
         _check_steps_left(resume_from, training_arguments.max_steps)
-    dtype = resolve_dtype(model_arguments.backbone_dtype, training_arguments.use_cpu)
+    dtype = model_arguments.backbone_dtype
+    if dtype == "auto" and MeftConfig.methods()[method_arguments.method].trains_backbone:
+        dtype = "float32"
+    dtype = resolve_dtype(dtype, training_arguments.use_cpu)
     config = method_config(method_arguments, dtype)
     if training_arguments.learning_rate is None:
-        training_arguments.learning_rate = LEARNING_RATES[config.method]
+        training_arguments.learning_rate = LEARNING_RATES.get(config.method, LEARNING_RATE)
 
     # What is quick to check comes first: a wrong name should not cost a pass over the data.
     backbone_config = load_config(model_arguments)
@@ -520,7 +515,8 @@ def make_parser(all_options: bool = False) -> Parser:
         (ModelArguments, MethodArguments, TrainDataArguments, TrainArguments),
         usage="--model_name_or_path NAME_OR_DIR --train_data PATH_OR_NAME --output_dir DIR ...\n"
         "       whisper-meft train CONFIG.json ...",
-        description="Trains a side network and a classification head on a frozen Whisper encoder.",
+        description="Trains a classification head on a Whisper encoder, with a side network beside it or "
+        "by one of the methods that those are compared with.",
     )
     parser.add_argument(
         "--help_all",

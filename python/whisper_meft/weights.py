@@ -101,12 +101,12 @@ def _some(names: list[str], most: int = 5) -> str:
 
 
 def load_checked(model: nn.Module, tensors: Mapping[str, torch.Tensor], where: str | Path) -> None:
-    """Copies the tensors of a side network and head into ``model``; the backbone (``encoder.``) is left
-    alone.
+    """Copies the trained tensors of a MeftModel into ``model``; the frozen ones are left alone.
 
     Raises:
         UserError: see :func:`check_names`.
     """
-    own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("encoder.")}
+    saved = model.saved_names()
+    own = {name: tensor for name, tensor in model.state_dict().items() if name in saved}
     check_names(tensors, own, where)
     model.load_state_dict(tensors, strict=False)

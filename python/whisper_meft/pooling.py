@@ -1,0 +1,44 @@
+"""What stands in a side network's place where there is none: pooling of hidden states."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+
+def mean_over_time(states: Tensor, lengths: Tensor | None) -> Tensor:
+    """(B, T, D) -> (B, D), the mean over each clip's valid frames, accumulated in at least float32."""
+    dtype = torch.promote_types(states.dtype, torch.float32)
+    if lengths is None:
+        return states.mean(1, dtype=dtype)
+    keep = torch.arange(states.shape[1], device=states.device) < lengths[:, None]
+    return states.masked_fill(~keep[..., None], 0).sum(1, dtype=dtype) / lengths[:, None].to(dtype)
+
+
+class LastState(nn.Module):
+    """Takes the encoder's output and nothing else; has no parameters."""
+
+    def pooled(self, hidden_states: Iterable[Tensor], lengths: Tensor | None = None) -> Tensor:
+        """The mean over time of the last of ``hidden_states``, each (B, T, D); returns (B, D), float32."""
+        state = None
+        for state in hidden_states:  # noqa: B007  earlier ones are freed as the next is made
+            pass
+        return mean_over_time(state, lengths)
+
+
+class WeightedSum(nn.Module):
+    """A learned softmax-weighted sum of all hidden states, as transformers' ``use_weighted_layer_sum``.
+
+    Args:
+        num_states: encoder layers + 1.
+    """
+
+    def __init__(self, num_states: int, device=None, dtype=None):
+        super().__init__()
+        self.weights = nn.Parameter(torch.zeros(num_states, device=device, dtype=dtype))
+
+    def pooled(self, hidden_states: Iterable[Tensor], lengths: Tensor | None = None) -> Tensor:
+        """As :meth:`LastState.pooled`, of the weighted sum. Mean over time and sum over layers commute, so
+        the backward needs one vector per clip and layer."""
+        means = torch.stack([mean_over_time(state, lengths) for state in hidden_states])  # (L + 1, B, D)
+        return torch.einsum("l,lbd->bd", self.weights.softmax(0).to(means.dtype), means)
