@@ -13,6 +13,7 @@ import os
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from importlib import metadata
@@ -27,12 +28,15 @@ _MEBIBYTE = 2**20
 
 
 def candidates(row: tuning.Row) -> Iterator[tuning.Row]:
-    """The row itself and its neighbours: each block size halved, kept or doubled, other warps and stages."""
+    """The row itself, then its neighbours: each block size halved, kept or doubled, other warps, stages."""
+    yield row
     names = list(row.blocks)
     sizes = [sorted({max(16, size // 2), size, size * 2}) for size in row.blocks.values()]
     for blocks in itertools.product(*sizes):
         for warps, stages in itertools.product((4, 8), (1, 2, 3)):
-            yield replace(row, blocks=dict(zip(names, blocks)), num_warps=warps, num_stages=stages)
+            neighbour = replace(row, blocks=dict(zip(names, blocks)), num_warps=warps, num_stages=stages)
+            if neighbour != row:
+                yield neighbour
 
 
 def passing(row: tuning.Row, sm: int, width: int, dtype: str) -> Iterator[tuning.Row]:
@@ -43,8 +47,8 @@ def passing(row: tuning.Row, sm: int, width: int, dtype: str) -> Iterator[tuning
             yield candidate
 
 
-def time_case(case: Case, dtype: torch.dtype, backward: bool, repeats: int = 20) -> float:
-    """Median milliseconds of an op on the current CUDA device, inputs rotated beyond the L2 cache."""
+def input_sets(case: Case, dtype: torch.dtype, backward: bool) -> list[dict]:
+    """Inputs of an op on the current CUDA device, as many sets as it takes to leave the L2 cache."""
     l2 = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
     size = max(1, case.batch * case.frames * case.width * torch.finfo(dtype).bits // 8)
     sets = [case.inputs(dtype, "cuda", seed) for seed in range(min(8, 2 + 2 * l2 // size))]
@@ -53,6 +57,11 @@ def time_case(case: Case, dtype: torch.dtype, backward: bool, repeats: int = 20)
             for tensor in value if isinstance(value, list) else [value]:
                 if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
                     tensor.requires_grad_(backward)
+    return sets
+
+
+def time_case(case: Case, sets: list[dict], backward: bool, repeats: int = 20) -> float:
+    """Median milliseconds of an op on the current CUDA device, going round its :func:`input_sets`."""
     upstream = torch.randn_like(case.function()(**sets[0]))
 
     def run(inputs: dict) -> float:
@@ -82,15 +91,22 @@ def case_for(row: tuning.Row, width: int, batch: int, frames: int) -> Case:
     return Case(op=static_check.module_name(row.kernel), width=8 * width, side=width, **shape)
 
 
-def search(row: tuning.Row, width: int, dtype: str, batch: int, frames: int) -> tuning.Row:
-    """The fastest passing candidate of a row at one width on the current CUDA device."""
+def search(
+    row: tuning.Row, width: int, dtype: str, batch: int, frames: int, seconds: float = float("inf")
+) -> tuning.Row:
+    """The fastest passing candidate of a row at one width on the current CUDA device, of those tried within
+    so many seconds; the row itself is tried first."""
     capability = torch.cuda.get_device_capability()
-    case = case_for(row, width, batch, frames)
-    best, best_time = None, float("inf")
+    case, backward = case_for(row, width, batch, frames), "bwd" in row.kernel
+    sets = input_sets(case, getattr(torch, _TORCH_TYPES[dtype]), backward)
+    best, best_time, start = None, float("inf"), time.monotonic()
     for candidate in passing(row, tuning.sm_of(capability), width, dtype):
+        if best is not None and time.monotonic() - start > seconds:
+            print(f"  stopped after {seconds:g} s")
+            break
         with tuning.trial(candidate), ops.use_backend("triton"):
             try:
-                elapsed = time_case(case, getattr(torch, _TORCH_TYPES[dtype]), "bwd" in row.kernel)
+                elapsed = time_case(case, sets, backward)
             except RuntimeError as error:  # out of resources on this device: not a candidate here
                 print(f"  {candidate.blocks}: {str(error).splitlines()[0]}")
                 continue
@@ -128,11 +144,11 @@ def write_rows(rows: Sequence[tuning.Row]) -> Path:
     return path
 
 
-def _rows(op: str | None, width: int | None, sm: int) -> list[tuple[tuning.Row, int]]:
-    """Rows and widths that the options ask for."""
+def _rows(wanted: Sequence[str], width: int | None, sm: int) -> list[tuple[tuning.Row, int]]:
+    """Rows and widths that the options ask for, in the order of the ops."""
     found = []
-    for row in tuning.TABLE:
-        if op is None or static_check.module_name(row.kernel) == op:
+    for op, row in itertools.product(wanted, tuning.TABLE):
+        if static_check.module_name(row.kernel) == op:
             widths = static_check.serving_widths(row, sm)
             found += [(row, w) for w in widths if width is None or w == width]
     return found
@@ -143,12 +159,15 @@ def _parser() -> argparse.ArgumentParser:
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--check", action="store_true", help="compile every row for every architecture")
     mode.add_argument("--dry-run", action="store_true", help="list the candidates that pass statically")
-    parser.add_argument("--op", choices=static_check.MODULES, help="only this op (default: all)")
+    parser.add_argument(
+        "--op", choices=static_check.MODULES, nargs="+", help="only these ops, in this order (default: all)"
+    )
     parser.add_argument("--width", type=int, help="only this side width (default: all that rows serve)")
     parser.add_argument("--sm", type=int, choices=sorted(tuning.SHARED_MEMORY), help="only this architecture")
     parser.add_argument("--dtype", choices=sorted(_TORCH_TYPES), default="bf16", help="default: bf16")
     parser.add_argument("--batch", type=int, default=32, help="batch of the timed case (default: 32)")
     parser.add_argument("--frames", type=int, default=1500, help="frames of the timed case (default: 1500)")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="most for one row and width")
     return parser
 
 
@@ -164,9 +183,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _check(options)
     has_gpu = torch.cuda.is_available()
     sm = options.sm or (tuning.sm_of(torch.cuda.get_device_capability()) if has_gpu else 90)
-    rows = _rows(options.op, options.width, sm)
+    rows = _rows(options.op or static_check.MODULES, options.width, sm)
     if not rows:
-        print(f"meft_kernels.tune: no row serves op {options.op}, width {options.width}", file=sys.stderr)
+        named = " ".join(options.op or ["any"])
+        print(f"meft_kernels.tune: no row serves op {named}, width {options.width}", file=sys.stderr)
         return 1
     if options.dry_run:
         for row, width in rows:
@@ -181,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     best = []
     for row, width in rows:
         print(f"{row.kernel} width {width}")
-        best.append(search(row, width, options.dtype, options.batch, options.frames))
+        best.append(search(row, width, options.dtype, options.batch, options.frames, options.seconds))
         print(f"wrote {write_rows(best)}")
     return 0
 
@@ -190,7 +210,7 @@ def _check(options: argparse.Namespace) -> int:
     sms = (options.sm,) if options.sm else tuple(tuning.SHARED_MEMORY)
     kernels = {row.kernel for row in tuning.TABLE}
     if options.op:
-        kernels = {kernel for kernel in kernels if static_check.module_name(kernel) == options.op}
+        kernels = {kernel for kernel in kernels if static_check.module_name(kernel) in options.op}
     widths = None if options.width is None else (options.width,)
     print(static_check.HEADER)
     count, bad = 0, 0
