@@ -25,7 +25,7 @@ def encode(x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tenso
     blocks = list(row_blocks(rows.shape[0], width, x.device))
 
     def normed(block: slice) -> Tensor:
-        return (rows[block].to(wide) - mean[block]).mul_(rstd[block])
+        return torch.sub(rows[block], mean[block]).mul_(rstd[block])  # in the type of mean
 
     total = torch.zeros(width, dtype=wide, device=x.device)
     low, high = torch.full_like(total, torch.inf), torch.full_like(total, -torch.inf)
@@ -33,12 +33,13 @@ def encode(x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tenso
         values = normed(block)
         total += values.sum(0)
         low, high = torch.minimum(low, values.amin(0)), torch.maximum(high, values.amax(0))
+        del values
     shift = total / max(rows.shape[0], 1)
     scale = torch.maximum(high - shift, shift - low) / LARGEST
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)  # a channel that never changes
     code = torch.empty(rows.shape, dtype=CODE_DTYPE, device=x.device)
     for block in blocks:
-        code[block] = normed(block).sub_(shift).div_(scale).to(CODE_DTYPE)
+        code[block].copy_(normed(block).sub_(shift).div_(scale))
     return code.view(x.shape), scale, shift
 
 

@@ -19,7 +19,7 @@ from .pooling import mean_over_time
 # A chunk holds so many elements of the feed-forward block's inner width: on a GPU enough to fill it, on a CPU
 # about one utterance of 30 seconds, which uses the cache best.
 _INNER_ELEMENTS = {"cpu": 2**23}
-_DEFAULT_INNER_ELEMENTS = 2**26
+_DEFAULT_INNER_ELEMENTS = 3 * 2**24
 # Backpropagating through a layer keeps about four times as much as running it.
 _BACKWARD_SHARE = 4
 
