@@ -174,8 +174,14 @@ class Run:
 
 HEADER = (
     f"{'':<22}{'forward':>10}{'backward':>10}{'both ms, 20-80 %':>25}{'vs eager':>9}"
-    f"{'share fwd':>10}{'bwd':>7}{'peak MiB':>10}{'kept MiB':>9}"
+    f"{'share fwd':>10}{'bwd':>8}{'peak MiB':>9}{'kept MiB':>9}"
 )
+
+
+def _milliseconds(seconds: float) -> str:
+    """Four significant digits or so."""
+    value = seconds * 1e3
+    return f"{value:.{3 if value < 10 else 2 if value < 100 else 1}f}"
 
 
 def table(case: AnyCase, rows: list[dict], costs: Sequence) -> list[str]:
@@ -191,7 +197,7 @@ def table(case: AnyCase, rows: list[dict], costs: Sequence) -> list[str]:
         both = by.get("both", by["forward"])
 
         def milliseconds(direction: str, by=by) -> str:
-            return f"{by[direction]['median'] * 1e3:.3f}" if direction in by else "-"
+            return _milliseconds(by[direction]["median"]) if direction in by else "-"
 
         def share(direction: str, by=by) -> str:
             if direction not in by:
@@ -200,12 +206,13 @@ def table(case: AnyCase, rows: list[dict], costs: Sequence) -> list[str]:
             kind, name = ("matmul", "mm") if row["bound"] == "compute" else ("bandwidth", "bw")
             return f"{row[f'{kind}_share']:.0%} {name}"
 
-        spread = f"{both['median'] * 1e3:.3f} [{both['p20'] * 1e3:.3f}-{both['p80'] * 1e3:.3f}]"
+        middle, low, high = (_milliseconds(both[key]) for key in ("median", "p20", "p80"))
+        spread = f"{middle} [{low}-{high}]"
         ratio = "-" if both["ratio_to_eager"] is None else f"{both['ratio_to_eager']:.2f}"
         memory = [f"{both[key] / 2**20:.1f}" if key in both else "-" for key in ("peak", "kept")]
         lines.append(
             f"  {peer:<20}{milliseconds('forward'):>10}{milliseconds('backward'):>10}{spread:>25}{ratio:>9}"
-            f"{share('forward'):>10}{share('backward'):>7}{memory[0]:>10}{memory[1]:>9}"
+            f"{share('forward'):>10}{share('backward'):>8}{memory[0]:>9}{memory[1]:>9}"
         )
     return lines
 

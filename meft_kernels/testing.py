@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from . import modules, ops, reference
 
-# Sizes that whisper-small (D 768) and its relatives give are odd in both axes; so are the cases.
 HALF_TYPES = (torch.float16, torch.bfloat16)
 
 
@@ -423,6 +422,9 @@ def assert_as_good_as_torch(
 ) -> None:
     """Checks values and every gradient of an op in the current backend against float64.
 
+    Of a side network the output alone: where a ReLU's argument is nearly zero, whole gradients turn on one
+    rounding. Its ops' gradients are checked one op at a time.
+
     Raises:
         AssertionError: naming the case, the tensor, its error and the error allowed.
     """
@@ -443,7 +445,7 @@ def assert_as_good_as_torch(
             (yardstick, with_autocast, None),
             (computed, case.function(), None),
         ):
-            differentiable = case.op != "row_statistics"
+            differentiable = isinstance(case, Case) and case.op != "row_statistics"
             results.append(outputs_and_gradients(function, inputs, upstream, type_, differentiable))
 
     def joined(results: list[dict[str, Tensor]], name: str) -> Tensor:
