@@ -3,15 +3,15 @@
 The weights are drawn, not downloaded: time and memory depend on sizes alone.
 """
 
-from collections.abc import Callable
+import json
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import WhisperConfig, WhisperForAudioClassification
 from whisper_meft import FrozenEncoder, MeftConfig, get_meft_model
-from whisper_meft.configs import _METHODS
 from whisper_meft.errors import UserError
 
 import meft_kernels
@@ -104,57 +104,47 @@ class Setting:
         return torch.autocast(torch.device(self.device).type, dtype=self.dtype)
 
 
-def _full(setting: Setting) -> nn.Module:
-    """Every parameter of encoder and head trains, held in float32; Whisper's positions are constants."""
-    return setting.base().train()
-
-
-class _HeadOnly(nn.Module):
-    """The frozen encoder's last layer, pooled, and a head."""
-
-    def __init__(self, setting: Setting):
-        super().__init__()
-        base = setting.base()
-        self.encoder = FrozenEncoder(base.encoder, dtype=setting.dtype)
-        self.projector, self.classifier = base.projector, base.classifier
-
-    def forward(self, input_features: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        last = None
-        for states in self.encoder.stream(input_features):
-            last = states
-        with torch.no_grad():
-            pooled = self.encoder.layer_norm(last).mean(1, dtype=torch.float32)
-        logits = self.classifier(self.projector(pooled))
-        return {"loss": nn.functional.cross_entropy(logits.float(), labels)}
-
-
-# Methods that no config describes.
-_DIRECT: dict[str, Callable[[Setting], nn.Module]] = {"full": _full, "head": _HeadOnly}
-
-
 def methods() -> list[str]:
-    """Every method that can be measured: full fine-tuning and the head alone first, then those of
-    ``whisper_meft``."""
-    return [*_DIRECT, *(name for name in _METHODS if name not in _DIRECT)]
+    """Every method of ``whisper_meft``, full fine-tuning and the head alone first."""
+    first = ["full", "head"]
+    return first + [name for name in MeftConfig.methods() if name not in first]
+
+
+def options_of(method: str) -> dict[str, Any]:
+    """What a method as written on the command line says: ``lst:saved_activations=fp8+chunk_size=16``.
+
+    Raises:
+        UserError: no such method, or not of that form.
+    """
+    name, _, rest = method.partition(":")
+    if name not in methods():
+        raise UserError(f"methods must be all or some of {', '.join(methods())}, got {name!r}")
+    options: dict[str, Any] = {"method": name}
+    for assignment in rest.split("+") if rest else ():
+        key, equals, value = assignment.partition("=")
+        if not equals:
+            raise UserError(f"{name}'s options are written {name}:option=value+option=value, got {method!r}")
+        try:
+            options[key] = json.loads(value)
+        except ValueError:
+            options[key] = value
+    return options
 
 
 def build(method: str, setting: Setting) -> nn.Module:
-    """A model in training mode, called with ``input_features`` and ``labels``; its output has ``["loss"]``.
+    """A model in training mode, called with ``input_features`` and ``labels``; its output has ``loss``.
 
     Raises:
         UserError: no such method, or its options do not fit the model.
     """
-    if method not in methods():
-        raise UserError(f"methods must be all or some of {', '.join(methods())}, got {method!r}")
+    chosen = options_of(method)
+    kind = MeftConfig.methods()[chosen["method"]]
+    defaults: dict[str, Any] = {"reduction_factor": setting.reduction_factor}
+    if not kind.trains_backbone:  # whose weights are float32 masters
+        defaults["backbone_dtype"] = str(setting.dtype).removeprefix("torch.")
+    known = {field.name for field in fields(kind)}
+    config = MeftConfig.from_dict({k: v for k, v in defaults.items() if k in known} | chosen)
     torch.manual_seed(0)
-    if method in _DIRECT:
-        return _DIRECT[method](setting).train()
-    wanted = {
-        "reduction_factor": setting.reduction_factor,
-        "backbone_dtype": str(setting.dtype).removeprefix("torch."),
-    }
-    known = {field.name for field in fields(_METHODS[method])}
-    config = MeftConfig.from_dict({"method": method, **{k: v for k, v in wanted.items() if k in known}})
     return get_meft_model(setting.base(), config)
 
 
@@ -180,7 +170,7 @@ class TrainingStep:
         self.optimizer.zero_grad(set_to_none=True)
         with meft_kernels.use_backend(self.setting.backend):
             with self.setting.autocast():
-                loss = self.model(input_features=self.features, labels=self.labels)["loss"]
+                loss = self.model(input_features=self.features, labels=self.labels).loss
             self.scaler.scale(loss).backward()
         return loss.detach()
 

@@ -12,7 +12,6 @@ import contextlib
 import gc
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -23,9 +22,11 @@ from pathlib import Path
 import torch
 from whisper_meft.configs import parse_dtype
 from whisper_meft.errors import UserError, one_line
+from whisper_meft.memory import count_step
 
 from . import record
-from .steps import SIZES, InferenceForward, Setting, TrainingStep, methods
+from .steps import SIZES, InferenceForward, Setting, TrainingStep, build, methods, options_of
+from .timing import summary
 
 GIBIBYTE = 2**30
 # arXiv 2512.02074: whisper-small, batch 128, fp16, Adam, reduction factor 8, H100 94 GB.
@@ -102,6 +103,31 @@ def probe_in_fresh_process(method: str, setting: Setting) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def counted(method: str, setting: Setting) -> int | None:
+    """The peak that :func:`whisper_meft.memory.count_step` gives for the same step without running it, in
+    bytes; None where it cannot be counted."""
+    kind, place = torch.device(setting.device).type, replace(setting, device="cpu")
+    width, *_, mels = SIZES[setting.model]
+
+    def inputs() -> dict[str, torch.Tensor]:
+        features = torch.empty(setting.batch, mels, 2 * setting.frames)
+        return {"input_features": features, "labels": torch.zeros(setting.batch, dtype=torch.long)}
+
+    try:
+        return count_step(
+            lambda: build(method, place),
+            inputs,
+            hidden_size=width,
+            device_type=kind,
+            capability=torch.cuda.get_device_capability() if kind == "cuda" else None,
+            backend=setting.backend,
+            autocast=None if setting.dtype == torch.float32 else setting.dtype,
+        ).peak
+    except Exception as error:  # the measured peak stands without it
+        print(f"the memory of {method} is not counted: {one_line(error)}", file=sys.stderr)
+        return None
+
+
 def _seconds(run: Callable[[], None], device: str) -> float:
     """Seconds of one call: events on a GPU, process-CPU time on a CPU."""
     if torch.device(device).type == "cpu":
@@ -116,17 +142,6 @@ def _seconds(run: Callable[[], None], device: str) -> float:
     return start.elapsed_time(stop) / 1e3
 
 
-def _spread(seconds: list[float]) -> dict[str, float]:
-    """Median and 20 and 80 percentiles, in milliseconds."""
-    ordered = sorted(1e3 * s for s in seconds)
-    last = len(ordered) - 1
-    return {
-        "median": statistics.median(ordered),
-        "p20": ordered[round(0.2 * last)],
-        "p80": ordered[round(0.8 * last)],
-    }
-
-
 def clock(step: Callable[[], None], forward: Callable[[], None], device: str, repeats: int) -> dict:
     """Times a step and the encoder's forward in turn, after two of each to warm up (one on a CPU).
 
@@ -136,8 +151,8 @@ def clock(step: Callable[[], None], forward: Callable[[], None], device: str, re
     for _ in range(1 if torch.device(device).type == "cpu" else 2):
         forward()
         step()
-    rounds = [(_seconds(forward, device), _seconds(step, device)) for _ in range(repeats)]
-    forwards, steps = (_spread(list(column)) for column in zip(*rounds))
+    rounds = [(1e3 * _seconds(forward, device), 1e3 * _seconds(step, device)) for _ in range(repeats)]
+    forwards, steps = (summary(column) for column in zip(*rounds))
     return {"step_ms": steps, "encoder_ms": forwards, "ratio": steps["median"] / forwards["median"]}
 
 
@@ -160,18 +175,23 @@ def _out_of_memory(error: BaseException) -> bool:
 def measure(method: str, setting: Setting, repeats: int) -> dict:
     """One row of the table. Whatever goes wrong with the method is said in ``status``.
 
+    Args:
+        repeats: timed steps; with 0 nothing is timed.
+
     Returns:
-        ``method``, ``status`` (``"ok"``, ``"invalid: ..."``, ``"out of memory"``, ``"failed: ..."``), and as
-        far as it came what :func:`probe` and :func:`clock` return.
+        ``method``, ``status`` (``"ok"``, ``"invalid: ..."``, ``"out of memory"``, ``"failed: ..."``),
+        ``counted_bytes`` (see :func:`counted`), and as far as it came what :func:`probe` and :func:`clock`
+        return.
     """
-    row = {"method": method, "status": "ok"}
+    row = {"method": method, "status": "ok", "counted_bytes": counted(method, setting)}
     on_cpu = torch.device(setting.device).type == "cpu"
     try:
         row |= probe_in_fresh_process(method, setting) if on_cpu else probe(method, setting)
         row["status"] = verdict(row)
         _release()
-        forward = InferenceForward(setting)
-        row |= clock(TrainingStep(method, setting), forward, setting.device, repeats)
+        if repeats:
+            forward = InferenceForward(setting)
+            row |= clock(TrainingStep(method, setting), forward, setting.device, repeats)
     except Exception as error:  # one method must not cost the others their rows
         row["status"] = "out of memory" if _out_of_memory(error) else f"failed: {one_line(error)}"
     _release()  # after the except clause: the error's frames hold tensors
@@ -187,45 +207,56 @@ def _release() -> None:
 # --- the table ----------------------------------------------------------------------------------------------
 
 
-def table(rows: list[dict]) -> str:
-    """The rows as text, ratios to full fine-tuning included where it was measured."""
+HEADER = ("method", "step ms", "20-80 %", "/ encoder", "x full", "peak GiB", "counted", "less than full")
+HEADER += ("paper GiB", "trainable", "%", "grad norm")
+
+
+def compared(rows: list[dict]) -> Iterator[tuple[dict, float | None, float | None]]:
+    """Each row with how many times as fast as full fine-tuning it is, and by which share of its memory it is
+    below; None where that was not measured."""
     full = next((row for row in rows if row["method"] == "full" and row["status"] == "ok"), {})
-    head = ("method", "step ms", "20..80 %", "/ encoder", "x full", "peak GiB", "less", "paper GiB")
-    head += ("trainable", "%", "grad norm")
-    lines = [head]
     for row in rows:
-        if row["status"] != "ok":
-            lines.append((row["method"], row["status"]))
-            continue
-        ms, peak = row["step_ms"], row["peak_bytes"]
-        faster = full["ratio"] / row["ratio"] if full else None
-        less = 1 - peak / full["peak_bytes"] if full and peak and full["peak_bytes"] else None
-        norm = row["head_gradient_norm"] if row["gradient_norm"] is None else row["gradient_norm"]
-        lines.append(
-            (
-                row["method"],
-                f"{ms['median']:.1f}",
-                f"{ms['p20']:.0f}..{ms['p80']:.0f}",
-                f"{row['ratio']:.2f}",
-                "-" if faster is None else f"{faster:.2f}",
-                "-" if peak is None else f"{peak / GIBIBYTE:.2f}",
-                "-" if less is None else f"{less:.0%}",
-                f"{PAPER_GIBIBYTES[row['method']]:.2f}" if row["method"] in PAPER_GIBIBYTES else "-",
-                f"{row['trainable']:,d}",
-                f"{100 * row['trainable'] / row['parameters']:.2f}",
-                f"{norm:.1e}",
-            )
-        )
-    widths = [max(len(line[i]) for line in lines if len(line) > 2) for i in range(len(head))]
-    widths[0] = max(len(line[0]) for line in lines)
+        faster = full["ratio"] / row["ratio"] if "ratio" in full and "ratio" in row else None
+        known = row.get("peak_bytes") and full.get("peak_bytes")
+        yield row, faster, 1 - row["peak_bytes"] / full["peak_bytes"] if known else None
 
-    def aligned(line: tuple[str, ...]) -> str:
-        if len(line) == 2:
-            return f"{line[0]:<{widths[0]}}  {line[1]}"
-        rest = "  ".join(f"{cell:>{width}}" for cell, width in zip(line[1:], widths[1:]))
-        return f"{line[0]:<{widths[0]}}  {rest}"
 
-    return "\n".join(aligned(line) for line in lines)
+def cells(row: dict, faster: float | None, less: float | None) -> tuple[str, ...]:
+    """A row of :func:`compared` as text under ``HEADER``; two cells if it failed."""
+    if row["status"] != "ok":
+        return row["method"], row["status"]
+    ms, norm = row.get("step_ms"), row["gradient_norm"]
+    paper = PAPER_GIBIBYTES.get(row["method"])
+
+    def size(nbytes: int | None) -> str:
+        return "-" if nbytes is None else f"{nbytes / GIBIBYTE:.2f}"
+
+    return (
+        row["method"],
+        f"{ms['median']:.1f}" if ms else "-",
+        f"{ms['p20']:.1f}-{ms['p80']:.1f}" if ms else "-",
+        f"{row['ratio']:.2f}" if ms else "-",
+        "-" if faster is None else f"{faster:.2f}",
+        size(row["peak_bytes"]),
+        size(row["counted_bytes"]),
+        "-" if less is None else f"{less:.0%}",
+        "-" if paper is None else f"{paper:.2f}",
+        f"{row['trainable']:,d}",
+        f"{100 * row['trainable'] / row['parameters']:.2f}",
+        f"{row['head_gradient_norm'] if norm is None else norm:.1e}",
+    )
+
+
+def table(rows: list[dict]) -> str:
+    """The rows as text."""
+    lines = [HEADER, *(cells(*row) for row in compared(rows))]
+    first = max(len(line[0]) for line in lines)
+    widths = [max(len(line[i]) for line in lines if len(line) > 2) for i in range(1, len(HEADER))]
+    text = []
+    for line in lines:
+        rest = line[1:] if len(line) == 2 else [f"{cell:>{width}}" for cell, width in zip(line[1:], widths)]
+        text.append("  ".join([f"{line[0]:<{first}}", *rest]))
+    return "\n".join(text)
 
 
 # --- the command --------------------------------------------------------------------------------------------
@@ -239,13 +270,21 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", default="small", help=f"sizes of the encoder: {', '.join(SIZES)}")
     parser.add_argument("--batch", type=int, default=None, help="clips (default: 128 on a GPU, 2 on a CPU)")
     parser.add_argument("--frames", type=int, default=1500, help="encoder frames of a clip (default: 1500)")
-    parser.add_argument("--methods", default="all", help=f"all, or some of {','.join(methods())}")
+    parser.add_argument(
+        "--methods",
+        default="all",
+        help=f"all, or some of {','.join(methods())}; with options as in lst:saved_activations=fp8",
+    )
     parser.add_argument("--reduction_factor", type=int, default=8, help="of the side networks (default: 8)")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: bfloat16 on a GPU)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU where there is one")
     parser.add_argument("--backend", choices=("auto", "reference", "native", "triton"), default="auto")
-    parser.add_argument("--repeats", type=int, help="timed steps of each (default: 10 on a GPU, 3 on a CPU)")
-    parser.add_argument("--quick", action="store_true", help="two timed steps; 300 frames on a CPU")
+    parser.add_argument(
+        "--repeats", type=int, help="timed steps, 0: memory alone (default: 10 on a GPU, 3 on a CPU)"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="2 timed steps, on a CPU 300 frames; recorded in results/quick"
+    )
     parser.add_argument("--output", type=Path, help="folder of the record (default: benchmarks/results)")
     parser.add_argument("--probe", metavar="METHOD", help=argparse.SUPPRESS)
     return parser
@@ -281,8 +320,7 @@ def _chosen(names: str) -> list[str]:
         return methods()
     chosen = [name.strip() for name in names.split(",")]
     for name in chosen:
-        if name not in methods():
-            raise UserError(f"methods must be all or some of {', '.join(methods())}, got {name!r}")
+        options_of(name)
     return chosen
 
 
@@ -297,6 +335,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit status: 1 if a row is invalid or failed."""
     argv = list(sys.argv[1:] if argv is None else argv)
     options = _parser().parse_args(argv)
+    rows, path, interrupted = [], None, False
     try:
         setting = _setting(options)
         if options.probe:
@@ -306,11 +345,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         repeats = options.repeats
         if repeats is None:
             repeats = 2 if options.quick else 3 if setting.device == "cpu" else 10
-        if repeats < 1:
-            raise UserError(f"repeats must be a positive integer, got {repeats}")
+        if repeats < 0:
+            raise UserError(f"repeats must be 0 (memory alone) or more, got {repeats}")
         shapes = vars(setting) | {"repeats": repeats}
         command = " ".join(["python -m benchmarks.train_step", *argv])
-        rows, path = [], None
+        output = options.output or (record.RESULTS / "quick" if options.quick else record.RESULTS)
         for row in run(setting, names, repeats):  # written after every row: a run cut short keeps its rows
             rows.append(row)
             path = record.write(
@@ -318,7 +357,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 rows,
                 command=command,
                 shapes=shapes,
-                directory=options.output,
+                directory=output,
                 device=setting.device,
                 path=path,
             )
@@ -330,10 +369,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print("benchmarks.train_step: out of memory", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        interrupted = True
+        print("benchmarks.train_step: interrupted", file=sys.stderr)
+        if not rows:
+            return 130
     print(f"{record.environment(setting.device)['device']}: {described(setting)}")
     print(table(rows))
     print(PAPER_NOTE)
     print(f"wrote {os.path.relpath(path)}")
+    if interrupted:
+        return 130
     return 1 if any(row["status"].startswith(("invalid", "failed")) for row in rows) else 0
 
 

@@ -12,6 +12,8 @@ TOY = Setting(model="toy", batch=2, frames=20, reduction_factor=4)
 
 @pytest.mark.parametrize("method", methods())
 def test_every_method_takes_a_step(method):
+    if "lora" in method:
+        pytest.importorskip("peft")
     step = TrainingStep(method, TOY)
     before = {n: p.detach().clone() for n, p in step.model.named_parameters()}
     norms = step.gradient_norms()
@@ -50,7 +52,7 @@ def test_rows_that_did_not_train_are_invalid():
 def test_a_dropped_gradient_shows(monkeypatch):
     step = TrainingStep("lst", TOY)
     side = step.model.side_network
-    monkeypatch.setattr(side, "pooled", lambda *args: type(side).pooled(side, *args).detach())
+    monkeypatch.setattr(side, "pooled", lambda *a, **k: type(side).pooled(side, *a, **k).detach())
     assert train_step.verdict(step.gradient_norms()) == "invalid: gradient_norm is zero"
 
 
@@ -92,6 +94,41 @@ def test_peak_memory_of_a_fresh_process():
     setting = Setting(model="tiny", batch=1, frames=20)
     row = train_step.probe_in_fresh_process("full", setting)
     assert 1.0 < row["peak_bytes"] / (16 * row["trainable"]) < 1.25
+    assert 0.95 < row["peak_bytes"] / train_step.counted("full", setting) < 1.15
+
+
+def test_options_of_a_method():
+    assert steps.options_of("lst") == {"method": "lst"}
+    expected = {"method": "lst", "saved_activations": "fp8", "chunk_size": 16}
+    assert steps.options_of("lst:saved_activations=fp8+chunk_size=16") == expected
+    step = TrainingStep("lst:adapter_dim=24+chunk_size=1", TOY)
+    assert step.model.meft_config.adapter_dim == 24 and step.model.meft_config.chunk_size == 1
+
+
+def test_memory_alone_takes_no_time(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(train_step, "probe_in_fresh_process", fake_probe)
+    monkeypatch.setattr(train_step, "clock", None)
+    argv = "--model toy --batch 1 --frames 8 --device cpu --methods lst --reduction_factor 4 --repeats 0"
+    assert train_step.main([*argv.split(), "--output", str(tmp_path)]) == 0
+    (found,) = record.load_all(tmp_path)
+    assert found["figures"][0]["peak_bytes"] == 2**30 and found["figures"][0]["counted_bytes"] > 0
+    assert "1.00" in capsys.readouterr().out
+
+
+def test_an_interrupted_run_keeps_its_rows(monkeypatch, tmp_path, capsys):
+    def probe(method, setting):
+        if method == "unipt":
+            raise KeyboardInterrupt
+        return fake_probe(method, setting)
+
+    monkeypatch.setattr(train_step, "probe_in_fresh_process", probe)
+    argv = (
+        "--model toy --batch 1 --frames 8 --device cpu --methods lst,unipt --reduction_factor 4 --repeats 0"
+    )
+    assert train_step.main([*argv.split(), "--output", str(tmp_path)]) == 130
+    (found,) = record.load_all(tmp_path)
+    assert [row["method"] for row in found["figures"]] == ["lst"]
+    assert "interrupted" in capsys.readouterr().err
 
 
 def test_a_probe_says_what_was_wrong():
@@ -105,7 +142,8 @@ def test_a_probe_says_what_was_wrong():
         ("--methods lst,nope", "methods must be all or some of full, "),
         ("--model huge", "model must be one of toy, tiny"),
         ("--batch 0", "batch must be a positive integer, got 0"),
-        ("--repeats 0", "repeats must be a positive integer, got 0"),
+        ("--repeats -1", "repeats must be 0 (memory alone) or more, got -1"),
+        ("--methods lst:chunk_size", "lst's options are written lst:option=value"),
         ("--dtype int8", "dtype must be one of float32"),
         ("--model tiny --reduction_factor 400", "reduction_factor must be at most 384"),
     ],
