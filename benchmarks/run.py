@@ -103,7 +103,11 @@ class Run:
         print(f"benchmarks.run: {line}", file=sys.stderr, flush=True)
 
     def _contenders(self, case: AnyCase, backends: list[str]) -> Iterator:
-        inputs = contenders.Inputs(case, self.dtype, self.device)
+        try:
+            inputs = contenders.Inputs(case, self.dtype, self.device)
+        except torch.OutOfMemoryError as error:
+            self._missing("inputs", case, error)
+            return
         makers = {}
         if "eager" in self.peers:
             makers["eager"] = lambda: peers.eager(case, self.dtype, self.device)
@@ -262,8 +266,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _settle(options: argparse.Namespace) -> None:
-    """Fills in what was not given."""
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The command's options, with what was not given filled in for the machine at hand.
+
+    Raises:
+        UserError: an unknown option, or a value that is not accepted here.
+    """
+    options = _parser().parse_args(argv)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device must be cpu here, got cuda: there is no CUDA device")
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -290,6 +299,7 @@ def _settle(options: argparse.Namespace) -> None:
             names = ", ".join(available)
             raise UserError(f"--backend on {options.device} must be one of {names} here, got {backend}")
     options.backend = options.backend or available
+    return options
 
 
 def cases(options: argparse.Namespace) -> list[AnyCase]:
@@ -317,8 +327,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit status."""
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
-        options = _parser().parse_args(argv)
-        _settle(options)
+        options = parse(argv)
         with ExitStack() as stack:
             return _run(options, stack, shlex.join(["python", "-m", "benchmarks.run", *argv]))
     except UserError as error:
