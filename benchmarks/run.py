@@ -166,7 +166,7 @@ class Run:
                 "matmul_share": flops / self.ceilings.matmul_rate / time,
                 "bound": self.ceilings.floor(moved, flops)[1],
             }
-            if "host" in rounds[0] and direction == "both":
+            if "host" in rounds[0] and direction == ("both" if "both" in rounds[0] else "forward"):
                 row["host_median"] = summary([seconds["host"] for seconds in rounds])["median"]
             if memory and direction != "backward":
                 row["peak"] = memory["forward_peak" if direction == "forward" else "peak"]
