@@ -486,8 +486,9 @@ def backward(
     slab = torch.stack(features)
     grad_anchor = torch.empty(anchor.shape, dtype=torch.float32, device=anchor.device)
     grad_slab = torch.empty_like(slab)
-    delta, scale = torch.empty(2, len(features), batch, frames, dtype=torch.float32, device=anchor.device)
     sizes = (len(features), batch, frames)
+    # Two allocations: a slice would start at 16 bytes or not, and each case compiles a kernel of its own.
+    delta, scale = (torch.empty(sizes, dtype=torch.float32, device=anchor.device) for _ in range(2))
     with on_device(anchor):
         counts, divisor, gates, anchor_mean, feature_means = _prepare(
             anchor, gate_weight, lengths, slab, sum_row
