@@ -1,5 +1,7 @@
-"""No kernel compiles again when the batch or the number of frames changes. Needs no GPU: Triton's own cache key
-of every launch is asked for, and nothing is compiled."""
+"""No kernel compiles again when the batch or the number of frames changes.
+
+Needs no GPU: Triton is asked for its own cache key of every launch, and nothing is compiled.
+"""
 
 import os
 import subprocess
