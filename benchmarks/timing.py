@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 _MEBIBYTE = 2**20
-_WAIT_CYCLES = 2_000_000  # about a millisecond: longer than the host takes to launch what is timed
+_CYCLES_PER_SECOND = 2e9  # of a GPU's clock, or somewhat more
 DIRECTIONS = ("forward", "backward", "both")
 
 
@@ -50,17 +50,18 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def time_step(step: Step, device: torch.device) -> dict[str, float]:
+def time_step(step: Step, device: torch.device, wait: float = 1e-3) -> dict[str, float]:
     """Seconds of one forward, backward and both; of the forward alone where nothing is differentiated.
 
     On a CPU these are seconds of the process on all its threads. On CUDA they are the device's, and ``host``
-    is the wall time that the host took to launch the work.
+    is the wall time that the host took to launch the work; the device first waits ``wait`` seconds, so that
+    with a ``wait`` beyond ``host`` it never waits for the host in between.
     """
     with _no_collection():
         if device.type == "cuda":
             start, middle, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
             torch.cuda.synchronize(device)
-            torch.cuda._sleep(_WAIT_CYCLES)
+            torch.cuda._sleep(int(wait * _CYCLES_PER_SECOND))
             began = time.perf_counter()
             start.record()
             out = step.forward()
@@ -130,7 +131,7 @@ def _cpu_peaks(step: Step) -> dict[str, int]:
 
     def peak(run: Callable[[], object]) -> int:
         activities = [torch.profiler.ProfilerActivity.CPU]
-        with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
+        with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profiler:
             run()
         events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
         live = highest = 0
