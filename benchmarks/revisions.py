@@ -127,13 +127,15 @@ def worktree(revision: str) -> Iterator[tuple[Path, str]]:
     tree, packages = folder / "tree", folder / "packages"
     try:
         _git("worktree", "add", "--detach", "--quiet", str(tree), commit)
-        packages.mkdir()
-        # Nothing else of that tree may be imported: the harness is this tree's.
-        (packages / "meft_kernels").symlink_to(tree / "meft_kernels", target_is_directory=True)
-        yield packages, commit
+        try:
+            packages.mkdir()
+            # Nothing else of that tree may be imported: the harness is this tree's.
+            (packages / "meft_kernels").symlink_to(tree / "meft_kernels", target_is_directory=True)
+            yield packages, commit
+        finally:
+            _git("worktree", "remove", "--force", str(tree))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        _git("worktree", "prune")
 
 
 @contextmanager
