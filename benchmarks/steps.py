@@ -13,23 +13,23 @@ from torch import Tensor, nn
 from transformers import WhisperConfig, WhisperForAudioClassification
 from whisper_meft import FrozenEncoder, MeftConfig, get_meft_model
 from whisper_meft.errors import UserError
+from whisper_meft.sizes import WHISPER_SIZES, whisper_config
 
 import meft_kernels
 
-# d_model, layers, heads, inner width of the feed-forward block, mel bins of the encoder. "toy" is no Whisper:
-# it is there to try the benchmarks themselves.
-SIZES = {
-    "toy": (32, 2, 4, 48, 12),
-    "tiny": (384, 4, 6, 1536, 80),
-    "base": (512, 6, 8, 2048, 80),
-    "small": (768, 12, 12, 3072, 80),
-    "medium": (1024, 24, 16, 4096, 80),
-    "large": (1280, 32, 20, 5120, 80),
-    "large-v2": (1280, 32, 20, 5120, 80),
-    "large-v3": (1280, 32, 20, 5120, 128),
-}
+from . import published
+
+# No Whisper, but sizes to try the benchmarks themselves.
+TOY = {"d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 48}
+TOY |= {"num_mel_bins": 12, "decoder_layers": 1}
+MODELS = ("toy", *WHISPER_SIZES)
 CLASSES = 6  # as in the paper
 HEAD = ("projector.", "classifier.")
+PUBLISHED = {
+    "published_lst": published.PublishedLST,
+    "published_unipt": published.PublishedUniPT,
+    "published_sherl": published.PublishedSHERL,
+}
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Setting:
     """What a training step is measured at.
 
     Attributes:
-        model: a name in ``SIZES``. batch: clips. frames: encoder frames of each clip, the whole window.
+        model: a name in ``MODELS``. batch: clips. frames: encoder frames of each clip, the whole window.
         reduction_factor: of the side networks. dtype: of the computation; float32 means everywhere, a half
             type means frozen weights in it and autocast to it over float32 masters. device: where.
         backend: of the ops, see ``meft_kernels.use_backend``.
@@ -55,35 +55,22 @@ class Setting:
     backend: str = "auto"
 
     def __post_init__(self):
-        if self.model not in SIZES:
-            raise UserError(f"model must be one of {', '.join(SIZES)}, got {self.model!r}")
+        if self.model not in MODELS:
+            raise UserError(f"model must be one of {', '.join(MODELS)}, got {self.model!r}")
         for name in ("batch", "frames", "reduction_factor"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be a positive integer, got {getattr(self, name)}")
-        if self.reduction_factor > SIZES[self.model][0]:
+        width = self.config().d_model
+        if self.reduction_factor > width:
             raise UserError(
-                f"reduction_factor must be at most {SIZES[self.model][0]}, the width of {self.model}, got "
+                f"reduction_factor must be at most {width}, the width of {self.model}, got "
                 f"{self.reduction_factor}"
             )
 
     def config(self) -> WhisperConfig:
-        """The encoder's sizes with a window of ``frames``; the decoder, which is never built, is as small as
-        can be."""
-        width, layers, heads, inner, mels = SIZES[self.model]
-        return WhisperConfig(
-            d_model=width,
-            encoder_layers=layers,
-            encoder_attention_heads=heads,
-            encoder_ffn_dim=inner,
-            num_mel_bins=mels,
-            max_source_positions=self.frames,
-            num_labels=CLASSES,
-            decoder_layers=1,
-            dropout=0.0,
-            attention_dropout=0.0,
-            activation_dropout=0.0,
-            encoder_layerdrop=0.0,
-        )
+        """The encoder's sizes, with a window of ``frames``."""
+        model = WhisperConfig(**TOY) if self.model == "toy" else self.model
+        return whisper_config(model, num_labels=CLASSES, frames=self.frames)
 
     def base(self) -> WhisperForAudioClassification:
         """A classifier with drawn float32 weights."""
@@ -93,7 +80,7 @@ class Setting:
     def batch_of_clips(self) -> tuple[Tensor, Tensor]:
         """Random log-mel (B, mel bins, 2 * frames) in float32 and labels (B,)."""
         generator = torch.Generator().manual_seed(0)
-        shape = self.batch, SIZES[self.model][4], 2 * self.frames
+        shape = self.batch, self.config().num_mel_bins, 2 * self.frames
         features = torch.randn(shape, generator=generator).to(self.device)
         return features, torch.arange(self.batch, device=self.device) % CLASSES
 
@@ -105,9 +92,10 @@ class Setting:
 
 
 def methods() -> list[str]:
-    """Every method of ``whisper_meft``, full fine-tuning and the head alone first."""
+    """Every method of ``whisper_meft``, full fine-tuning and the head alone first, and the side networks in
+    the structure that was published."""
     first = ["full", "head"]
-    return first + [name for name in MeftConfig.methods() if name not in first]
+    return [*first, *(name for name in MeftConfig.methods() if name not in first), *PUBLISHED]
 
 
 def options_of(method: str) -> dict[str, Any]:
@@ -120,6 +108,8 @@ def options_of(method: str) -> dict[str, Any]:
     if name not in methods():
         raise UserError(f"methods must be all or some of {', '.join(methods())}, got {name!r}")
     options: dict[str, Any] = {"method": name}
+    if rest and name in PUBLISHED:
+        raise UserError(f"{name} has no options, got {method!r}")
     for assignment in rest.split("+") if rest else ():
         key, equals, value = assignment.partition("=")
         if not equals:
@@ -138,13 +128,16 @@ def build(method: str, setting: Setting) -> nn.Module:
         UserError: no such method, or its options do not fit the model.
     """
     chosen = options_of(method)
+    torch.manual_seed(0)
+    if method in PUBLISHED:
+        with torch.device(setting.device):
+            return PUBLISHED[method](setting.config(), setting.reduction_factor).train()
     kind = MeftConfig.methods()[chosen["method"]]
     defaults: dict[str, Any] = {"reduction_factor": setting.reduction_factor}
     if not kind.trains_backbone:  # whose weights are float32 masters
         defaults["backbone_dtype"] = str(setting.dtype).removeprefix("torch.")
     known = {field.name for field in fields(kind)}
     config = MeftConfig.from_dict({k: v for k, v in defaults.items() if k in known} | chosen)
-    torch.manual_seed(0)
     return get_meft_model(setting.base(), config)
 
 

@@ -25,12 +25,11 @@ from whisper_meft.errors import UserError, one_line
 from whisper_meft.memory import count_step
 
 from . import record
-from .steps import SIZES, InferenceForward, Setting, TrainingStep, build, methods, options_of
+from .published import PAPER_GIB
+from .steps import MODELS, InferenceForward, Setting, TrainingStep, build, methods, options_of
 from .timing import summary
 
 GIBIBYTE = 2**30
-# arXiv 2512.02074: whisper-small, batch 128, fp16, Adam, reduction factor 8, H100 94 GB.
-PAPER_GIBIBYTES = {"full": 76.14, "lora": 53.14, "lst": 20.39}
 PAPER_NOTE = (
     "paper: whisper-small, batch 128, fp16, H100 94 GB; its MEFT methods are up to 2.1 x as fast as full "
     "fine-tuning and need up to 73.25 % less memory"
@@ -107,17 +106,17 @@ def counted(method: str, setting: Setting) -> int | None:
     """The peak that :func:`whisper_meft.memory.count_step` gives for the same step without running it, in
     bytes; None where it cannot be counted."""
     kind, place = torch.device(setting.device).type, replace(setting, device="cpu")
-    width, *_, mels = SIZES[setting.model]
+    config = setting.config()
 
     def inputs() -> dict[str, torch.Tensor]:
-        features = torch.empty(setting.batch, mels, 2 * setting.frames)
+        features = torch.empty(setting.batch, config.num_mel_bins, 2 * setting.frames)
         return {"input_features": features, "labels": torch.zeros(setting.batch, dtype=torch.long)}
 
     try:
         return count_step(
             lambda: build(method, place),
             inputs,
-            hidden_size=width,
+            hidden_size=config.d_model,
             device_type=kind,
             capability=torch.cuda.get_device_capability() if kind == "cuda" else None,
             backend=setting.backend,
@@ -226,7 +225,7 @@ def cells(row: dict, faster: float | None, less: float | None) -> tuple[str, ...
     if row["status"] != "ok":
         return row["method"], row["status"]
     ms, norm = row.get("step_ms"), row["gradient_norm"]
-    paper = PAPER_GIBIBYTES.get(row["method"])
+    paper = PAPER_GIB.get(row["method"].removeprefix("published_"))
 
     def size(nbytes: int | None) -> str:
         return "-" if nbytes is None else f"{nbytes / GIBIBYTE:.2f}"
@@ -267,7 +266,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks.train_step",
         description="A whole training step of every method against the frozen encoder's inference forward.",
     )
-    parser.add_argument("--model", default="small", help=f"sizes of the encoder: {', '.join(SIZES)}")
+    parser.add_argument("--model", default="small", help=f"sizes of the encoder: {', '.join(MODELS)}")
     parser.add_argument("--batch", type=int, default=None, help="clips (default: 128 on a GPU, 2 on a CPU)")
     parser.add_argument("--frames", type=int, default=1500, help="encoder frames of a clip (default: 1500)")
     parser.add_argument(
