@@ -1,0 +1,173 @@
+"""The README's tables, written from the records of benchmark runs, so that no figure is typed by hand.
+
+A table stands between ``<!-- table: NAME -->`` and ``<!-- end of table -->``; what is between is replaced.
+"""
+
+import re
+from collections.abc import Callable, Iterable
+
+from whisper_meft.errors import UserError
+
+from . import train_step
+from .steps import CLASSES
+
+_MARKED = re.compile(
+    r"^(?P<indent> *)<!-- table: (?P<name>\S+) -->\n(?P<old>.*?)^ *<!-- end of table -->$",
+    re.MULTILINE | re.DOTALL,
+)
+
+
+def newest(records: Iterable[dict], name: str) -> list[dict]:
+    """The records of that name, of those that measure the same on the same device the newest; GPUs first.
+
+    Args:
+        records: as ``record.load_all`` gives them, oldest first.
+    """
+    kept = {}
+    for found in records:
+        if found["name"] == name and found["shapes"].get("model") != "toy":
+            shapes = {k: v for k, v in found["shapes"].items() if k != "repeats"}
+            rows = found["figures"]["rows"] if isinstance(found["figures"], dict) else found["figures"]
+            what = sorted({str(row.get("op", "")) for row in rows})
+            key = found["environment"]["device"], str(sorted(shapes.items())), str(what)
+            kept.pop(key, None)
+            kept[key] = found
+    return sorted(kept.values(), key=lambda found: found["environment"]["device_type"] != "cuda")
+
+
+def source(found: dict) -> str:
+    """Where, when and by which command a record was measured, as one line of Markdown."""
+    where = found["environment"]
+    threads = f", {where['threads']} threads" if where["device_type"] == "cpu" else ""
+    commit = (where["commit"] or "unknown")[:9] + (" with changes" if where["dirty"] else "")
+    return (
+        f"{where['device']}{threads}, torch {where['torch']}; commit {commit}, {where['date'][:10]}: "
+        f"`{found['command']}`"
+    )
+
+
+def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table; the first column is text, the others are numbers."""
+    header = list(header)
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+# --- the tables ---------------------------------------------------------------------------------------------
+
+
+def train_steps(records: list[dict]) -> list[str]:
+    """Whole training steps, one table for each device and setting."""
+    header = ("method", "step, ms", "÷ encoder inference", "× full", "peak GiB", "counted GiB", "paper GiB")
+    header += ("trainable", "gradient norm")
+    blocks = []
+    for found in newest(records, "train_step"):
+        rows = []
+        for row, faster, less in train_step.compared(found["figures"]):
+            cells = train_step.cells(row, faster, less)
+            if len(cells) == 2:
+                rows.append([cells[0], cells[1], *[""] * (len(header) - 2)])
+                continue
+            method, ms, _, ratio, faster, peak, counted, _, paper, trainable, _, norm = cells
+            rows.append([method, ms, ratio, faster, peak, counted, paper, trainable, norm])
+        shapes = found["shapes"]
+        title = (
+            f"Whisper-{shapes['model']}, batch {shapes['batch']}, {shapes['frames']} frames, "
+            f"{shapes['dtype']}, reduction factor {shapes['reduction_factor']}, {CLASSES} classes. "
+        )
+        blocks.append(f"{title}{source(found)}\n\n{markdown(header, rows)}")
+    return blocks
+
+
+def side_networks(records: list[dict]) -> list[str]:
+    """Side networks alone: what they keep for the backward and their time, against the eager reference."""
+    header = ("", "reference keeps", "ops keep", "time, ops ÷ reference")
+    blocks = []
+    for found in newest(records, "run"):
+        by: dict[str, dict[str, dict]] = {}
+        for row in found["figures"]["rows"]:
+            if row["op"] in ("LST", "UniPT", "SHERL") and row["direction"] == "both":
+                by.setdefault(row["op"], {})[row["peer"]] = row
+        rows = []
+        for op, peers in by.items():
+            eager = peers.get("eager")
+            for peer, row in peers.items():
+                if eager and peer.startswith("ops:") and "@" not in peer:
+                    name = op if sum(p.startswith("ops:") for p in peers) == 1 else f"{op}, {peer[4:]}"
+                    kept = [f"{each['kept'] / 2**20:.1f} MiB" for each in (eager, row)]
+                    rows.append([name, *kept, f"{row['ratio_to_eager']:.2f}"])
+        if rows:
+            blocks.append(f"{_shapes_of_ops(found)}{source(found)}\n\n{markdown(header, rows)}")
+    return blocks
+
+
+def ops(records: list[dict]) -> list[str]:
+    """Every op, forward and backward, with its share of what the machine can do."""
+    header = ("op", "peer", "forward, ms", "backward, ms", "both ÷ eager", "share forward", "share backward")
+    blocks = []
+    for found in newest(records, "run"):
+        by: dict[tuple[str, str], dict[str, dict]] = {}
+        for row in found["figures"]["rows"]:
+            if row["op"] not in ("LST", "UniPT", "SHERL"):
+                by.setdefault((row["op"], row["peer"]), {})[row["direction"]] = row
+        rows = []
+        for (op, peer), directions in by.items():
+            times, shares = [], []
+            for direction in ("forward", "backward"):
+                row = directions.get(direction)
+                times.append(f"{1e3 * row['median']:.3f}" if row else "")
+                shares.append(share(row) if row else "")
+            both = directions.get("both") or directions["forward"]
+            ratio = both["ratio_to_eager"]
+            rows.append([op, peer, *times, "" if ratio is None else f"{ratio:.2f}", *shares])
+        if rows:
+            blocks.append(f"{_shapes_of_ops(found)}{source(found)}\n\n{markdown(header, rows)}")
+    return blocks
+
+
+def share(row: dict) -> str:
+    """How near a row of ``benchmarks.run`` is to what bounds it: the copy bandwidth or the products' rate."""
+    if row["bound"] == "compute":
+        return f"{row['matmul_share']:.0%} of products"
+    return f"{row['bandwidth_share']:.0%} of bandwidth"
+
+
+def _shapes_of_ops(found: dict) -> str:
+    shapes, rows = found["shapes"], found["figures"]["rows"]
+    widths = sorted({(row["width"], row["side"]) for row in rows})
+    sizes = ", ".join(f"{width} to {side}" for width, side in widths)
+    return (
+        f"Batch {shapes['batch']}, {shapes['frames']} frames, {shapes['layers']} layers, widths {sizes}, "
+        f"{shapes['dtype']}. "
+    )
+
+
+TABLES: dict[str, Callable[[list[dict]], list[str]]] = {
+    "train_step": train_steps,
+    "side_networks": side_networks,
+    "ops": ops,
+}
+
+
+# --- the README ---------------------------------------------------------------------------------------------
+
+
+def filled(text: str, records: list[dict]) -> str:
+    """``text`` with the content of every marked table written from the records.
+
+    Raises:
+        UserError: an unknown table, or a marker without its end.
+    """
+
+    def table(match: re.Match) -> str:
+        name, indent = match["name"], match["indent"]
+        if name not in TABLES:
+            raise UserError(f"table must be one of {', '.join(TABLES)}, got {name!r}")
+        content = "\n\n".join(TABLES[name](records)) or "(no results yet)"
+        lines = [f"<!-- table: {name} -->", *content.split("\n"), "<!-- end of table -->"]
+        return "\n".join(f"{indent}{line}".rstrip() for line in lines)
+
+    result = _MARKED.sub(table, text)
+    if result.count("<!-- table:") != result.count("<!-- end of table -->"):
+        raise UserError("every <!-- table: NAME --> must be followed by <!-- end of table -->")
+    return result
