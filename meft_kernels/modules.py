@@ -97,15 +97,16 @@ class SHERL(reference.SHERL):
         features = []
         for down, hidden_state in zip(self.down, self.read(hidden_states), strict=True):
             values = hidden_state.values
-            features.append(ops.gated_down(values, *gated_down_params(down), self.saved_activations))
+            # The deepest is needed again by widen: kept once as it is, it takes what two 8-bit copies would.
+            keep = "exact" if down is self.down[-1] else self.saved_activations
+            features.append(ops.gated_down(values, *gated_down_params(down), keep))
         self.check_lengths(lengths, values)
         return values, ops.guidance(self.guide.weight, self.guide.bias, features)
 
     def widen(self, hidden_state: Tensor, merged: Tensor) -> Tensor:
         """The last encoder layer's input (B, T, D) from what ``merge`` gave. Cheap: whoever backpropagates
         through that layer in parts may compute it again."""
-        out = self.out
-        return ops.gated_up(hidden_state, merged, out.weight, out.bias, self.gate, self.saved_activations)
+        return ops.gated_up(hidden_state, merged, self.out.weight, self.out.bias, self.gate)
 
     def forward(self, hidden_states: Iterable[Tensor | HiddenState], lengths: Tensor | None = None) -> Tensor:
         return self.widen(*self.merge(hidden_states, lengths))

@@ -597,18 +597,15 @@ def guidance(weight: Tensor, bias: Tensor, features: Sequence[Tensor]) -> Tensor
     return _call("guidance", weight, bias, *features)
 
 
-def gated_up(
-    x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, saved_activations: str = "exact"
-) -> Tensor:
+def gated_up(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, gate: Tensor) -> Tensor:
     """``Linear(relu(y)) + tanh(gate / 0.1) * x``, SHERL's input to the last encoder layer; see
     ``reference.gated_up``.
 
     Args:
         x: hidden state (..., D). y: (..., r), taken in the type of x. weight: (D, r). bias: (D,). gate: (1,).
-        saved_activations: as in ``gated_down``.
 
     Returns:
         (..., D) in the type of x.
     """
     x = _activation(x)
-    return _call("gated_up", x, y.to(x.dtype), weight, bias, gate, saved_activations=saved_activations)
+    return _call("gated_up", x, y.to(x.dtype), weight, bias, gate)

@@ -5,6 +5,7 @@ import gc
 import pytest
 import torch
 from modelling_fixtures import CONFIGS, LAYERS, WINDOW, batch, randomise, tiny_whisper
+from torch._subclasses.fake_tensor import is_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 from whisper_meft import HeadConfig, MeftConfig, UserError, WeightedSumConfig, chunked, get_meft_model
 
@@ -119,7 +120,7 @@ def live_storages():
     found = {}
     gc.collect()
     for thing in gc.get_objects():
-        if isinstance(thing, torch.Tensor):
+        if type(thing) in (torch.Tensor, torch.nn.Parameter) and not is_fake(thing):
             storage = thing.untyped_storage()
             found[storage.data_ptr()] = storage.nbytes()
     return found

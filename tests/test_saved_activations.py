@@ -147,10 +147,9 @@ def test_eight_bits_keep_half_of_what_half_precision_keeps(method):
     read = L if method == "SHERL" else L + 1
     one = hidden_states[0].numel()
     rows, channels = 4 * 3 * FRAMES, 2 * 4 * D
-    if method == "SHERL":  # the last state is read twice: once kept as it is, or two copies with statistics
-        assert exact - small == 2 * one * read - (read + 1) * (one + 2 * rows + channels)
-    else:
-        assert exact - small == read * (one + 2 * rows - channels)
+    copies = read - 1 if method == "SHERL" else read  # SHERL keeps the deepest as it is
+    statistics = 2 * rows if method == "SHERL" else -2 * rows  # stored for decoding, or no longer needed
+    assert exact - small == copies * (one - statistics - channels)
 
 
 def test_encoding_rounds_deviations_and_never_saturates():

@@ -16,7 +16,7 @@ GUIDANCE_EPS = 1e-6  # added to SHERL's norms and to its sum of weights
 # Rows are worked through in blocks of about this many elements, so that fp32 intermediates stay small: in
 # cache on a CPU, a fraction of an activation on a GPU.
 BLOCK_ELEMENTS = {"cpu": 2**19}
-DEFAULT_BLOCK_ELEMENTS = 2**24
+DEFAULT_BLOCK_ELEMENTS = 2**23
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
