@@ -119,7 +119,9 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    if value is None or isinstance(value, (bool, int, str)):
+    if isinstance(value, str):  # a compiler's message, say, names files
+        return re.sub(r"(?<![\w.])(?:/[\w.@+-]+)+/([\w.@+-]+)", r"\1", value)
+    if value is None or isinstance(value, (bool, int)):
         return value
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")

@@ -134,9 +134,12 @@ class Run:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         out_of_memory = isinstance(error, torch.OutOfMemoryError)
-        self.notes[f"{name} {case.name}"] = "out of memory" if out_of_memory else one_line(error)
+        reason = "out of memory" if out_of_memory else one_line(error)
+        if len(reason) > 200:
+            reason = f"{reason[:200]}..."
+        self.notes[f"{name} {case.name}"] = reason
         if name.startswith("ops") and "@" not in name and not out_of_memory:
-            self._fail(f"{name} {case.name}: {one_line(error)}")
+            self._fail(f"{name} {case.name}: {reason}")
 
     def _rows(
         self, case: AnyCase, peer: str, rounds: list[dict[str, float]], memory: dict[str, int]

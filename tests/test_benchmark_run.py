@@ -272,7 +272,8 @@ def test_bad_options_get_one_line(options, message, capsys):
 
 
 def test_records_are_read_as_written_and_never_overwritten(tmp_path):
-    figures = [{"seconds": 0.5, "bad": float("nan"), "dtype": torch.bfloat16}]
+    note = "g++ /tmp/of_somebody/x/main.cpp failed at 3 GB/s"
+    figures = [{"seconds": 0.5, "bad": float("nan"), "dtype": torch.bfloat16, "note": note}]
     command = "python -m benchmarks.x --output /home/somebody/out --config=/home/somebody/c.json 'a b'"
     paths = [
         record.write("trial", figures, command=command, shapes={"batch": 2}, directory=tmp_path)
@@ -280,7 +281,8 @@ def test_records_are_read_as_written_and_never_overwritten(tmp_path):
     ]
     assert len(set(paths)) == 3
     content = record.read(paths[0])
-    assert content["figures"] == [{"seconds": 0.5, "bad": None, "dtype": "bfloat16"}]
+    note = "g++ main.cpp failed at 3 GB/s"
+    assert content["figures"] == [{"seconds": 0.5, "bad": None, "dtype": "bfloat16", "note": note}]
     assert content["command"] == "python -m benchmarks.x --output out --config=c.json 'a b'"
     assert len(content["environment"]["date"]) == len("2026-01-01T00:00:00+00:00")
     assert content["environment"]["torch"] == torch.__version__
@@ -314,3 +316,45 @@ def test_a_copy_without_a_repository_can_name_its_commit(monkeypatch):
 def test_cases_survive_the_way_to_a_worker():
     for case in (replace(real_case("guidance", 3), masked=True), real_case("SHERL", 2)):
         assert contenders.case_from_dict(contenders.case_to_dict(case)) == case
+
+
+# --- on a GPU -----------------------------------------------------------------------------------------------
+
+
+def test_the_device_waits_before_it_is_timed(monkeypatch):
+    """Without a GPU: the calls that the CUDA timing makes, in order."""
+    calls = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            calls.append("record")
+
+        def synchronize(self) -> None:
+            calls.append("wait for the end")
+
+        def elapsed_time(self, other) -> float:
+            return 2.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: calls.append("idle"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: calls.append(cycles))
+    x = torch.randn(3, requires_grad=True)
+    step = timing.Step(lambda: calls.append("call") or x.exp(), [x], torch.ones(3))
+    seconds = timing.time_step(step, torch.device("cuda"), wait=0.5)
+    assert calls == ["idle", 10**9, "record", "call", "record", "record", "wait for the end"]
+    assert seconds["forward"] == seconds["both"] == 2e-3 and seconds["host"] > 0
+
+
+@pytest.mark.gpu
+def test_a_run_on_cuda(tmp_path):
+    options = ["--device", "cuda", "--batch", "2", "--repeats", "3", "--output", str(tmp_path)]
+    wanted = ["--op", "ladder", "relu_attention", "LST", "--peers", "eager", "block"]
+    assert run.main([*options, *wanted]) == 0
+    content, rows = rows_of(tmp_path)
+    assert {row["peer"] for row in rows} == {"eager", "block", "ops:reference", "ops:triton"}
+    assert all(0 < row["median"] < 10 for row in rows)
+    assert all(row["peak"] > 0 and row["host_median"] > 0 for row in rows if row["direction"] == "both")
+    assert content["environment"]["device_type"] == "cuda" and content["environment"]["driver"]
