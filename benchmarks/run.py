@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
+from whisper_meft import files
 from whisper_meft.errors import UserError, one_line
 
 from meft_kernels import ops
@@ -35,7 +36,9 @@ from . import ceilings, contenders, peers, record, revisions
 from .timing import DIRECTIONS, summary
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-EVERYTHING = (*ops.OP_NAMES, *SIDE_NETWORKS)
+# By value, for runs that are cut off: what fusion helps most, then the rest.
+_FIRST = ("relu_attention", "ladder", "guidance", "LST")
+EVERYTHING = (*_FIRST, *(op for op in (*ops.OP_NAMES, *SIDE_NETWORKS) if op not in _FIRST))
 PEERS = ("eager", "compiled", "block")
 
 
@@ -336,11 +339,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"benchmarks.run: {one_line(error)}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("benchmarks.run: interrupted; the record holds the cases before", file=sys.stderr)
+        return 130
 
 
 def _run(options: argparse.Namespace, stack: ExitStack, command: str) -> int:
     device, dtype = torch.device(options.device), DTYPES[options.dtype]
     wanted = cases(options)
+    files.check_writable(options.output / "run.json")
     if device.type == "cpu":
         torch.set_num_threads(options.threads)
     notes = {}
@@ -371,6 +378,7 @@ def _run(options: argparse.Namespace, stack: ExitStack, command: str) -> int:
         + f"\nmeasured here: copy {top.copy_bandwidth / 1e9:.3g} GB/s, matrix product"
         f" {top.matmul_rate / 1e12:.3g} TFLOP/s\n\n{HEADER}"
     )
+    counter = "CUDA allocator" if device.type == "cuda" else "CPU allocations, as torch profiles them"
     path = None
     for case in wanted:
         rows = run.measure(case)
@@ -382,7 +390,7 @@ def _run(options: argparse.Namespace, stack: ExitStack, command: str) -> int:
             "run",
             {
                 "ceilings": top.as_dict(),
-                "memory_counter": "CUDA allocator" if device.type == "cuda" else "CPU allocations, profiled",
+                "memory_counter": counter,
                 "base": revision.commit if revision else None,
                 "notes": run.notes,
                 "rows": run.rows,
@@ -398,8 +406,9 @@ def _run(options: argparse.Namespace, stack: ExitStack, command: str) -> int:
             device=device,
             path=path,
         )
+    print(f"\nmemory: {counter}")
     if run.notes:
-        print("\n" + "\n".join(f"{name}: {note}" for name, note in run.notes.items()))
+        print("\n".join(f"{name}: {note}" for name, note in run.notes.items()))
     if path:
         print(f"\nwrote {path}")
     return 1 if run.failed else 0

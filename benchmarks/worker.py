@@ -9,6 +9,7 @@ failed is ``{"error": one line}``.
 import importlib.util
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -68,6 +69,7 @@ class Worker:
 def main(folder: str) -> None:
     from whisper_meft.errors import one_line
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process by closing its input
     # What a library prints must not end up among the answers.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)

@@ -257,6 +257,7 @@ def test_another_revision_is_measured_in_the_same_run(tmp_path):
         (["--width", "4"], "--reduction_factor must be at most --width"),
         (["--side", "50", "--op", "LST"], "side must be width // reduction_factor for LST"),
         (["--base", "no-such-revision"], "--base must name a commit of this repository"),
+        (["--output", "/dev/null/x"], "cannot write /dev/null/x/run.json"),
         (["--backend", "triton", "--device", "cpu"], "--backend on cpu must be one of reference"),
     ],
 )
