@@ -83,7 +83,7 @@ def test_every_option_is_documented():
         ({"max_frames": None}, "max_frames must be a positive integer, got None"),
         ({"backbone_dtype": "int8"}, "backbone_dtype must be one of"),
         ({"rank": 8}, "'rank' is not an option of lst, accepted are"),
-        ({"method": "ia3"}, "lora, lst, sherl, unipt, weighted_sum, got 'ia3'"),
+        ({"method": "ia3"}, "s2_lora, sherl, unipt, weighted_sum, got 'ia3'"),
     ],
 )
 def test_bad_options_are_named(options, message):

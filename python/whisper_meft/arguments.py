@@ -192,11 +192,26 @@ class MethodArguments:
 
     _argument_group_name = "method"
 
-    method: Literal["lst", "unipt", "sherl", "full", "head", "weighted_sum", "lora"] = field(
+    method: Literal[
+        "lst",
+        "unipt",
+        "sherl",
+        "full",
+        "head",
+        "bitfit",
+        "adapter",
+        "lora",
+        "lora_plus",
+        "adalora",
+        "s2_lora",
+        "weighted_sum",
+        "mezo",
+    ] = field(
         default="lst",
         metadata={
-            "help": "side networks beside the frozen encoder: lst, unipt, sherl; for comparison: full "
-            "fine-tuning, only the head, a weighted_sum of all layers, lora (needs peft)"
+            "help": "side networks beside the frozen encoder: lst, unipt, sherl; to compare them with: "
+            "full fine-tuning, the head alone, bitfit (biases), bottleneck adapters, LoRA, LoRA+ and AdaLoRA "
+            "(these need peft), Sparsely Shared LoRA, a weighted sum of all layers, MeZO (no backward pass)"
         },
     )
     reduction_factor: int | None = field(
@@ -204,30 +219,77 @@ class MethodArguments:
         metadata={"help": "backbone width divided by side-network width, side networks only (default: 8)"},
     )
     adapter_dim: int | None = field(
-        default=None, metadata={"help": "hidden width of each rung's adapter, LST only (default: 256)"}
+        default=None, metadata={"help": "hidden width of each adapter (default: 256 for lst, 64 for adapter)"}
     )
     layers: list[int] | None = field(
         default=None,
-        metadata={"help": "indices of the encoder layers to tap, from 1; LST and UniPT only (default: all)"},
+        metadata={"help": "indices of the encoder layers to tap, from 1; lst and unipt only (default: all)"},
     )
-    r: int | None = field(
-        default=None, metadata={"help": "rank of the update of each weight, LoRA family (default: 64)"}
+    saved_activations: Literal["exact", "fp8"] | None = field(
+        default=None,
+        metadata={
+            "help": "how side networks keep hidden states for the backward: as they are, or as 8-bit "
+            "copies (default: exact)"
+        },
     )
-    lora_alpha: float | None = field(
-        default=None, metadata={"help": "the update is scaled by lora_alpha / rank (default: 512)"}
-    )
-    lora_dropout: float | None = field(
-        default=None, metadata={"help": "dropout on the update's input (default: 0)"}
+    chunk_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "clips that backbone and side network take at a time within a step (default: by "
+            "length and device)"
+        },
     )
     target_modules: list[str] | None = field(
         default=None,
         metadata={
-            "help": "layers that are adapted, out of q_proj k_proj v_proj out_proj fc1 fc2; LoRA family "
+            "help": "layers that are adapted, out of q_proj k_proj v_proj out_proj fc1 fc2; lora family "
             "(default: q_proj v_proj)"
         },
     )
+    r: int | None = field(
+        default=None,
+        metadata={"help": "rank of the update of each weight; lora, lora_plus, s2_lora (default: 64)"},
+    )
+    lora_alpha: float | None = field(
+        default=None,
+        metadata={"help": "the update is scaled by lora_alpha / rank; lora family (default: 512)"},
+    )
+    lora_dropout: float | None = field(
+        default=None,
+        metadata={"help": "dropout on the update's input; lora, lora_plus, adalora (default: 0)"},
+    )
+    loraplus_lr_ratio: float | None = field(
+        default=None, metadata={"help": "learning rate of B divided by that of A; lora_plus (default: 16)"}
+    )
+    init_r: int | None = field(
+        default=None, metadata={"help": "rank of each update at the start; adalora (default: 256)"}
+    )
+    target_r: int | None = field(
+        default=None, metadata={"help": "mean rank of the updates at the end; adalora (default: 64)"}
+    )
+    tinit: int | None = field(
+        default=None,
+        metadata={"help": "steps before ranks fall; adalora (default: 1000, at most a tenth of the run)"},
+    )
+    tfinal: int | None = field(
+        default=None,
+        metadata={"help": "steps at the end with fixed ranks; adalora (default: a tenth of the run)"},
+    )
+    allocation_interval: int | None = field(
+        default=None, metadata={"help": "steps between two allocations of ranks; adalora (default: 10)"}
+    )
+    orth_reg_weight: float | None = field(
+        default=None, metadata={"help": "weight of the orthogonality penalty; adalora (default: 0.5)"}
+    )
+    l1_weight: float | None = field(
+        default=None,
+        metadata={"help": "weight of the penalty on the rank coefficients; s2_lora (default: 1e-4)"},
+    )
     train_convolutions: bool | None = field(
-        default=None, metadata={"help": "train the two convolutions too, full only (default: True)"}
+        default=None, metadata={"help": "train the two convolutions too; full, bitfit, mezo (default: True)"}
+    )
+    eps: float | None = field(
+        default=None, metadata={"help": "distance at which the loss is measured; mezo (default: 1e-3)"}
     )
     max_frames: str = field(
         default="fidelity",

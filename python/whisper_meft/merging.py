@@ -16,10 +16,11 @@ def check_mergeable(config: MeftConfig) -> None:
     if config.can_merge:
         return
     able = ", ".join(name for name, each in MeftConfig.methods().items() if each.can_merge)
+    what = f"a {config.method} side network" if config.frozen_encoder else f"{config.method}"
     raise UserError(
-        f"a {config.method} side network cannot be merged into the backbone: it is a network of its own that "
-        f"runs beside the encoder's weights, unlike {able}; save it with save_pretrained (self-contained "
-        "with save_backbone=True)"
+        f"{what} cannot be merged into the backbone: it is a network of its own that runs beside the "
+        f"encoder's weights, unlike {able}; save it with save_pretrained (self-contained with "
+        "save_backbone=True)"
     )
 
 

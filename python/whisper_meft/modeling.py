@@ -185,6 +185,8 @@ class MeftModel(PreTrainedModel):
         with torch.autocast(pooled.device.type, enabled=False):
             logits = self.classifier(self.projector(pooled.to(self.projector.weight.dtype)))
             loss = None if labels is None else self._loss(logits, labels, num_items_in_batch)
+            if loss is not None and self.training:
+                loss = self._with_penalty(loss, labels, num_items_in_batch)
         if return_dict is False:
             return (logits,) if loss is None else (loss, logits)
         return SequenceClassifierOutput(loss=loss, logits=logits)
@@ -241,6 +243,16 @@ class MeftModel(PreTrainedModel):
         if isinstance(num_items_in_batch, torch.Tensor):
             num_items_in_batch = num_items_in_batch.to(logits.device)
         return nn.functional.cross_entropy(logits.float(), labels, reduction="sum") / num_items_in_batch
+
+    def _with_penalty(
+        self, loss: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
+    ) -> torch.Tensor:
+        penalty = self.meft_config.penalty(self.encoder)
+        if penalty is None:
+            return loss
+        # Once for the whole batch, however many parts it comes in.
+        share = 1 if num_items_in_batch is None else (labels != -100).sum().to(loss) / num_items_in_batch
+        return loss + share * penalty
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Numbers of trainable and of all parameters."""

@@ -19,7 +19,6 @@ from transformers import (
     EvalPrediction,
     PrinterCallback,
     ProgressCallback,
-    Trainer,
     WhisperFeatureExtractor,
     set_seed,
 )
@@ -38,6 +37,7 @@ from .examples import (
     warn_on_shared_speakers,
 )
 from .files import check_writable, read_json, write_json, write_text
+from .gradients import GradientReport
 from .guard import FiniteGuard, Indexed, IndexedCollator, NonFiniteError
 from .metrics import Scores, score
 from .modeling import MeftModel, get_meft_model
@@ -50,6 +50,7 @@ from .train_arguments import (
     TrainArguments,
     TrainDataArguments,
 )
+from .trainer import MeftTrainer
 
 
 @dataclass
@@ -313,7 +314,8 @@ def train(
     evaluation.txt, confusion_matrix.png and learning_curve.png.
 
     Raises:
-        UserError: anything about the input that cannot be used, by name; NaN or infinity during training.
+        UserError: anything about the input that cannot be used, by name; NaN or infinity during training;
+            trained parameters that never moved.
     """
     output_dir = Path(training_arguments.output_dir)
     resume_from = prepare_output_dir(training_arguments)
@@ -373,10 +375,11 @@ def train(
         [example.name for example in examples.training],
         [example.name for example in examples.evaluation or ()],
     )
-    callbacks: list[Any] = [guard]
+    report = GradientReport(model)
+    callbacks: list[Any] = [guard, report]
     if training_arguments.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(training_arguments.early_stopping_patience))
-    trainer = Trainer(
+    trainer = MeftTrainer(
         model=model,
         args=training_arguments,
         train_dataset=Indexed(training_set),
@@ -405,6 +408,8 @@ def train(
             say(f"\nstopped; go on with --resume_from_checkpoint True --output_dir {output_dir}")
         raise
 
+    report.check(training_arguments.learning_rate)
+    say(report.describe())
     trainer.save_model()
     scores, evaluation_loss = None, None
     if evaluation_set is not None:
@@ -427,6 +432,7 @@ def train(
         "train_samples_per_second": outcome.metrics.get("train_samples_per_second"),
         "trainable_parameters": trainable,
         "all_parameters": total,
+        "gradients": report.report(),
         "best_checkpoint": trainer.state.best_model_checkpoint,
         "best_metric": trainer.state.best_metric,
         "left_out": [{"file": name, "reason": reason} for name, reason in examples.left_out],

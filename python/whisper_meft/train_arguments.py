@@ -10,9 +10,10 @@ from transformers import TrainingArguments
 
 from .arguments import DataFormatArguments, UsageError
 
-# The learning rates of the paper's scripts: this for all methods but those named below.
+# The learning rates of the paper's scripts: this for all methods but those named below. For MeZO it is far
+# too high, because its directions have unit variance in every weight: its own paper's rate is used.
 LEARNING_RATE = 1e-4
-LEARNING_RATES = {"lst": 5e-4}
+LEARNING_RATES = {"lst": 5e-4, "mezo": 1e-6}
 
 # What the best checkpoint can be chosen by.
 METRICS = ("accuracy", "mean_class_accuracy", "macro_f1", "loss")
@@ -98,7 +99,8 @@ class TrainArguments(TrainingArguments):
     )
     num_train_epochs: float = field(default=10.0, metadata={"help": "passes over the training data"})
     learning_rate: float | None = field(
-        default=None, metadata={"help": "initial learning rate (default: 5e-4 for lst, 1e-4 for the others)"}
+        default=None,
+        metadata={"help": "initial learning rate (default: 5e-4 for lst, 1e-6 for mezo, else 1e-4)"},
     )
     eval_strategy: Literal["no", "steps", "epoch"] | None = field(
         default=None, metadata={"help": "when to evaluate (default: whenever a checkpoint is saved)"}
