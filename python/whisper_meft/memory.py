@@ -229,7 +229,7 @@ def estimate(
         )
 
 
-def largest_batch(limit: int, most: int = 1024, **arguments: Any) -> tuple[int, MemoryCount | None]:
+def largest_batch(limit: int, most: int = 512, **arguments: Any) -> tuple[int, MemoryCount | None]:
     """The largest batch whose training step fits, to a few per cent, and its count.
 
     Args:
@@ -249,12 +249,18 @@ def largest_batch(limit: int, most: int = 1024, **arguments: Any) -> tuple[int, 
 
     if not fits(1):
         return 0, None
-    low, high, guess = 1, most + 1, min(most, 16)  # low fits, high does not
-    while high - low > 1 + low // 32:
+    low, high = 1, most + 1  # low fits, high does not
+    guess = min(most, 16)
+    while high - low > 1 + low // 20:
         low, high = (guess, high) if fits(guess) else (low, guess)
-        # What a clip takes, by the two nearest counts; a guess strictly between the bounds.
-        first, second = sorted(counts, key=lambda batch: abs(batch - guess))[:2]
-        slope = (counts[second].reserved - counts[first].reserved) / (second - first)
-        reach = guess + int((room - counts[guess].reserved) / slope) if slope > 0 else most
-        guess = min(max(reach, low + 1), high - 1)
+        if len(counts) == 2 and 3 * guess < high:  # two points far enough apart to see what a clip takes
+            guess *= 3
+            continue
+        first, last = sorted(counts)[min(1, len(counts) - 2)], max(counts)
+        slope = max(1, (counts[last].reserved - counts[first].reserved) // (last - first))
+        reach = low + (room - counts[low].reserved) // slope
+        if reach - low <= low // 20:
+            break
+        # Chunks make steps: a little less than the line says, so that it fits at the first try.
+        guess = min(max(reach - reach // 64, low + 1), high - 1)
     return low, counts[low]
