@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -74,7 +74,13 @@ class Revision:
             raise UserError(answer["error"])
         return answer
 
+    def drop(self) -> None:
+        """Frees what the worker holds; a worker that ended holds nothing."""
+        with suppress(UserError):
+            self.ask("drop")
+
     def close(self) -> None:
+        """Ends the worker."""
         self._process.stdin.close()
         try:
             self._process.wait(timeout=30)
@@ -97,7 +103,7 @@ class Remote:
         warm_up: int,
     ) -> None:
         self.name, self.note = f"ops:{backend}@{revision.name}", ""
-        self._revision = revision
+        self._revision, self._backend = revision, backend
         revision.ask(
             "prepare",
             case=case_to_dict(case),
@@ -109,10 +115,10 @@ class Remote:
         )
 
     def round(self, index: int) -> dict[str, float]:
-        return self._revision.ask("round", index=index)
+        return self._revision.ask("round", backend=self._backend, index=index)
 
     def memory(self) -> dict[str, int]:
-        return self._revision.ask("memory")
+        return self._revision.ask("memory", backend=self._backend)
 
 
 @contextmanager

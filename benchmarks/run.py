@@ -82,6 +82,8 @@ class Run:
             except Exception as error:  # the time stands without it
                 self._missing(f"memory of {contender.name}", case, error)
             rows += self._rows(case, contender.name, seconds[contender.name], memory)
+        if self.revision:
+            self.revision.drop()
         eager = {row["direction"]: row["median"] for row in rows if row["peer"] == "eager"}
         for row in rows:
             before = eager.get(row["direction"])

@@ -41,7 +41,7 @@ class Worker:
     """Answers requests by the name of the method."""
 
     def __init__(self) -> None:
-        self._contender = None
+        self._contenders = {}  # by backend
 
     def prepare(self, case: dict, backend: str, dtype: str, device: str, threads: int, warm_up: int) -> dict:
         from . import contenders, peers
@@ -50,17 +50,17 @@ class Worker:
         made, kind, where = contenders.case_from_dict(case), getattr(torch, dtype), torch.device(device)
         contenders.check(made, backend, kind, where)
         inputs = contenders.Inputs(made, kind, where)
-        self._contender = contenders.Local(peers.ours(made, backend), inputs, warm_up)
+        self._contenders[backend] = contenders.Local(peers.ours(made, backend), inputs, warm_up)
         return {}
 
-    def round(self, index: int) -> dict:
-        return self._contender.round(index)
+    def round(self, backend: str, index: int) -> dict:
+        return self._contenders[backend].round(index)
 
-    def memory(self) -> dict:
-        return self._contender.memory()
+    def memory(self, backend: str) -> dict:
+        return self._contenders[backend].memory()
 
     def drop(self) -> dict:
-        self._contender = None
+        self._contenders.clear()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return {}

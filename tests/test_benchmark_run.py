@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from whisper_meft.errors import UserError
 
-from benchmarks import ceilings, contenders, peers, record, run, timing
+from benchmarks import ceilings, contenders, peers, record, run, timing, worker
 from meft_kernels import ops, reference
 from meft_kernels.testing import SIDE_NETWORKS, Case, NetworkCase, assert_as_good_as_torch, real_case, small
 
@@ -312,6 +312,34 @@ def test_bad_records_are_named(tmp_path):
 def test_a_copy_without_a_repository_can_name_its_commit(monkeypatch):
     monkeypatch.setenv(record.COMMIT_VARIABLE, "0123abc")
     assert record.environment("cpu")["commit"] == "0123abc"
+
+
+def test_a_worker_keeps_backends_apart(monkeypatch):
+    case = contenders.case_to_dict(real_case("gated_down", 1, 5, 32, 8))
+    monkeypatch.setattr(contenders, "check", lambda *_: None)
+    monkeypatch.setattr(contenders, "Local", lambda peer, inputs, warm_up: Named(peer.name))
+    at_work = worker.Worker()
+    for backend in ("reference", "triton"):
+        threads = torch.get_num_threads()
+        at_work.prepare(case, backend, "float32", "cpu", threads, 1)
+    assert at_work.round("reference", 3) == {"ops:reference": 3}
+    assert at_work.memory("triton") == {"ops:triton": 0}
+    at_work.drop()
+    with pytest.raises(KeyError):
+        at_work.round("reference", 0)
+
+
+class Named:
+    """A contender that answers with its name."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def round(self, index: int) -> dict:
+        return {self.name: index}
+
+    def memory(self) -> dict:
+        return {self.name: 0}
 
 
 def test_cases_survive_the_way_to_a_worker():
