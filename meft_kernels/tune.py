@@ -2,7 +2,8 @@
 
 --check      compile every row for every architecture and fail on spills, missing wgmma or too much memory
 --dry-run    list the candidates of a search that pass the static check; needs no GPU
-(neither)    time them on the GPU at hand and write the best to a file that the library picks up
+--rows FILE  print what a search wrote as lines for the table in tuning.py; needs no GPU
+(none)       time them on the GPU at hand and write the best to a file that the library picks up
 """
 
 import argparse
@@ -86,6 +87,8 @@ def case_for(row: tuning.Row, width: int, batch: int, frames: int) -> Case:
     shape = {"batch": batch, "frames": frames, "adapter_dim": 256, "layers": 12}
     if row.kernel == "row_statistics":  # its width is the backbone's, and norm_linear calls it
         return Case(op="norm_linear", width=width, side=max(1, width // 8), **shape)
+    if row.kernel.startswith("eight_bit"):  # of a hidden state, too
+        return Case(op="eight_bit", width=width, **shape)
     if row.kernel == "adapter_bwd_hidden":  # its width is the adapter's, and wide sides call it
         return Case(op="adapter", side=256, **{**shape, "adapter_dim": width})
     return Case(op=static_check.module_name(row.kernel), width=8 * width, side=width, **shape)
@@ -99,7 +102,7 @@ def search(
     capability = torch.cuda.get_device_capability()
     case, backward = case_for(row, width, batch, frames), "bwd" in row.kernel
     sets = input_sets(case, getattr(torch, _TORCH_TYPES[dtype]), backward)
-    best, best_time, start = None, float("inf"), time.monotonic()
+    best, best_time, start, before = None, float("inf"), time.monotonic(), ""
     for candidate in passing(row, tuning.sm_of(capability), width, dtype):
         if best is not None and time.monotonic() - start > seconds:
             print(f"  stopped after {seconds:g} s")
@@ -111,11 +114,13 @@ def search(
                 print(f"  {candidate.blocks}: {str(error).splitlines()[0]}")
                 continue
         print(f"  {elapsed:9.3f} ms  {candidate.blocks} {candidate.num_warps}w {candidate.num_stages}s")
+        if candidate == row:
+            before = f", {elapsed:.3f} before"
         if elapsed < best_time:
             best, best_time = candidate, elapsed
     if best is None:
         return row
-    reason = f"{best_time:.3f} ms at batch {batch}, {frames} frames, {dtype}"
+    reason = f"{best_time:.3f} ms at batch {batch}, {frames} frames, {dtype}{before}"
     return replace(best, widths=(width, width), family="any", reason=reason)
 
 
@@ -144,6 +149,28 @@ def write_rows(rows: Sequence[tuning.Row]) -> Path:
     return path
 
 
+def table_lines(path: Path) -> list[str]:
+    """The rows of a file that :func:`write_rows` wrote, as Python for the table in ``tuning.py``.
+
+    Raises:
+        ValueError: the file cannot be read or is of another kind.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        family = tuning.FAMILIES[tuning.sm_of(tuple(content["capability"]))]
+        rows = [
+            tuning.Row(**{**row, "widths": tuple(row["widths"]), "family": family}) for row in content["rows"]
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} holds no rows that a search wrote: {error}") from error
+    lines = []
+    for row in rows:
+        sizes = f"{row.widths}, {row.blocks}, {row.num_warps}, {row.num_stages}"
+        reason = f"{name}: {row.reason}"
+        lines.append(f"Row({row.kernel!r}, {sizes}, {reason!r}, {row.family!r}, {row.mma!r}),")
+    return lines
+
+
 def _rows(wanted: Sequence[str], width: int | None, sm: int) -> list[tuple[tuning.Row, int]]:
     """Rows and widths that the options ask for, in the order of the ops."""
     found = []
@@ -159,6 +186,7 @@ def _parser() -> argparse.ArgumentParser:
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--check", action="store_true", help="compile every row for every architecture")
     mode.add_argument("--dry-run", action="store_true", help="list the candidates that pass statically")
+    mode.add_argument("--rows", type=Path, metavar="FILE", help="print its rows as lines for tuning.py")
     parser.add_argument(
         "--op", choices=static_check.MODULES, nargs="+", help="only these ops, in this order (default: all)"
     )
@@ -174,6 +202,13 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit status."""
     options = _parser().parse_args(argv)
+    if options.rows:
+        try:
+            print("\n".join(table_lines(options.rows)))
+        except ValueError as error:
+            print(f"meft_kernels.tune: {error}", file=sys.stderr)
+            return 1
+        return 0
     try:
         import triton  # noqa: F401
     except ImportError:

@@ -118,6 +118,25 @@ def test_static_gate_on_representative_rows(sm):
         assert f"{name}_kernel" in result.stdout
 
 
+def test_rows_of_a_search_become_lines_of_the_table(tmp_path):
+    found = replace(GENERAL, kernel="ladder_fwd", widths=(96, 96), reason="0.5 ms, 0.6 before", mma="hmma")
+    path = tmp_path / "card.json"
+    path.write_text(json.dumps({"device": "Card", "capability": [8, 9], "rows": [vars(found)]}))
+    result = run_tune("--rows", str(path))
+    row = eval(f"[{result.stdout}]", {"Row": tuning.Row})[0]
+    assert row == replace(found, family="consumer", reason="Card: 0.5 ms, 0.6 before")
+    path.write_text("{}")
+    result = run_tune("--rows", str(path))
+    assert result.returncode == 1 and "holds no rows that a search wrote" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_search_tries_the_row_itself_first():
+    row = replace(GENERAL, blocks={"BLOCK_M": 32}, num_warps=4, num_stages=2)
+    found = list(tune.candidates(row))
+    assert found[0] == row and len(found) == len({str(c) for c in found}) == 18
+
+
 def test_tune_command_errors(monkeypatch):
     pytest.importorskip("triton")
     result = run_tune("--dry-run", "--op", "ladder", "--width", "100000")
