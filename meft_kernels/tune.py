@@ -158,9 +158,8 @@ def table_lines(path: Path) -> list[str]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         family = tuning.FAMILIES[tuning.sm_of(tuple(content["capability"]))]
-        rows = [
-            tuning.Row(**{**row, "widths": tuple(row["widths"]), "family": family}) for row in content["rows"]
-        ]
+        changed = ({**row, "widths": tuple(row["widths"]), "family": family} for row in content["rows"])
+        rows, name = [tuning.Row(**row) for row in changed], content["device"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} holds no rows that a search wrote: {error}") from error
     lines = []
