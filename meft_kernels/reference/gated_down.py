@@ -6,6 +6,9 @@ The backward keeps h alone and recomputes p, y = V2 p + a2 + p and g = sigmoid(V
 
     dy = dz * g;   dg = dz * y * g (1 - g);   dp = (dy V2 + dy + dg V3) * 1[p > 0]
     dV1 = dp^T h;  dV2 = dy^T p;  dV3 = dg^T p;  biases are the row sums;  dh = dp V1 (only on request)
+
+Where h is an 8-bit copy, 1[p > 0] is kept from the forward, one bit each (``active_bits``): the rounding
+would flip half a per cent of them, and the gradients of those do not average out.
 """
 
 import torch
@@ -31,10 +34,27 @@ def definition(
     return (value * torch.sigmoid(F.linear(hidden, weight_3.to(wide), bias_3.to(wide)))).to(x.dtype)
 
 
-def _parts(rows: Tensor, params: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """p, y and g of rows (N, D)."""
+def active_bits(x: Tensor, weight_1: Tensor, bias_1: Tensor) -> Tensor:
+    """Where p > 0, for x (..., D): (N, ceil(r / 8)) bytes, the first unit in the lowest bit."""
+    wide = accumulation_dtype(x.dtype)
+    rows = x.reshape(-1, x.shape[-1])
+    active = matmul(rows, weight_1.to(wide).T, x.dtype) + bias_1.to(wide) > 0
+    active = F.pad(active, (0, -active.shape[1] % 8)).view(active.shape[0], -1, 8)
+    return (active * (2 ** torch.arange(8, device=x.device))).sum(-1).to(torch.uint8)
+
+
+def _unpacked(bits: Tensor, width: int) -> Tensor:
+    """The booleans (N, r) that ``active_bits`` packed."""
+    return (bits[:, :, None] & 2 ** torch.arange(8, device=bits.device) > 0).flatten(1)[:, :width]
+
+
+def _parts(
+    rows: Tensor, params: list[Tensor], dtype: torch.dtype, active: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """p, y and g of rows (N, D); ``active`` where p > 0 is known."""
     weight_1, bias_1, weight_2, bias_2, weight_3, bias_3 = params
-    hidden = torch.relu(matmul(rows, weight_1.T, dtype) + bias_1)
+    hidden = matmul(rows, weight_1.T, dtype) + bias_1
+    hidden = torch.relu(hidden) if active is None else hidden * active
     value = matmul(hidden, weight_2.T, dtype) + bias_2 + hidden
     return hidden, value, torch.sigmoid(matmul(hidden, weight_3.T, dtype) + bias_3)
 
@@ -69,8 +89,10 @@ def backward(
     weight_3: Tensor,
     bias_3: Tensor,
     need_x: bool,
+    active: Tensor | None = None,
 ) -> list[Tensor]:
-    """Gradients of x (empty unless ``need_x``) and of the six parameters."""
+    """Gradients of x (empty unless ``need_x``) and of the six parameters; ``active``: ``active_bits`` of the
+    exact x, where x is not exact."""
     wide = accumulation_dtype(x.dtype)
     given = (weight_1, bias_1, weight_2, bias_2, weight_3, bias_3)
     params = [t.to(wide) for t in given]
@@ -78,13 +100,15 @@ def backward(
     grad_x = rows.new_empty(rows.shape if need_x else 0)
     sums = [torch.zeros_like(t) for t in params]
     for block in row_blocks(rows.shape[0], rows.shape[1], x.device):
-        hidden, value, gate = _parts(rows[block], params, x.dtype)
+        is_active = None if active is None else _unpacked(active[block], weight_1.shape[0])
+        hidden, value, gate = _parts(rows[block], params, x.dtype, is_active)
+        is_active = hidden > 0 if is_active is None else is_active
         g = grad[block].to(wide)
         grad_value = g * gate
         grad_gate = g * value * gate * (1 - gate)
         grad_hidden = (
             matmul(grad_value, params[2], x.dtype) + grad_value + matmul(grad_gate, params[4], x.dtype)
-        ) * (hidden > 0)
+        ) * is_active
         parts = (
             matmul(grad_hidden.T, rows[block], x.dtype),
             grad_hidden.sum(0),

@@ -268,15 +268,17 @@ def backward(
     weight_3: Tensor,
     bias_3: Tensor,
     need_x: bool,
+    active: Tensor | None = None,
 ) -> list[Tensor]:
-    """Gradients of x (empty unless ``need_x``) and of the six parameters."""
+    """Gradients of x (empty unless ``need_x``) and of the six parameters. With ``active``, for 8-bit copies,
+    the reference serves."""
     given = (weight_1, bias_1, weight_2, bias_2, weight_3, bias_3)
     width = weight_1.shape[0]
     gate_row, hidden_row = (
         row_for(name, x, width) for name in ("gated_down_bwd_gate", "gated_down_bwd_hidden")
     )
-    if gate_row is None or hidden_row is None:
-        return reference.backward(grad, x, *given, need_x)
+    if gate_row is None or hidden_row is None or active is not None:
+        return reference.backward(grad, x, *given, need_x, active)
     rows = aligned(x, x.shape[-1])
     weight_2, weight_3 = (weight.to(x.dtype).contiguous() for weight in (weight_2, weight_3))
     bias_1, bias_2, bias_3 = (bias.contiguous() for bias in (bias_1, bias_2, bias_3))
