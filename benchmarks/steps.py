@@ -6,13 +6,16 @@ The weights are drawn, not downloaded: time and memory depend on sizes alone.
 import json
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import WhisperConfig, WhisperForAudioClassification
 from whisper_meft import FrozenEncoder, MeftConfig, get_meft_model
+from whisper_meft.adalora import RankAllocation
 from whisper_meft.errors import UserError
+from whisper_meft.mezo import MeZO
 from whisper_meft.sizes import WHISPER_SIZES, whisper_config
 
 import meft_kernels
@@ -157,6 +160,13 @@ class TrainingStep:
         # Fused on a GPU, as Trainer does: no temporary copies of the parameters.
         self.optimizer = torch.optim.Adam(self.trained.values(), lr=1e-4, fused=kind == "cuda")
         self.scaler = torch.amp.GradScaler(kind, enabled=setting.dtype == torch.float16)
+        self.allocation = None
+        config = getattr(self.model, "meft_config", None)
+        if config is not None and config.method == "adalora":
+            # As Trainer calls it; in the warm-up of so long a run ranks are rated, which costs the same.
+            self.allocation = RankAllocation(self.model.encoder, config)
+            self.state = SimpleNamespace(max_steps=10**6, global_step=0)
+            self.allocation.on_train_begin(None, self.state, None)
 
     def backward(self) -> Tensor:
         """Fresh gradients in the parameters (scaled under float16); returns the loss."""
@@ -169,10 +179,16 @@ class TrainingStep:
 
     def __call__(self) -> None:
         self.backward()
+        self._update()
+
+    def _update(self) -> None:
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.allocation is not None:
+            self.allocation.on_optimizer_step(None, self.state, None, optimizer=self.optimizer)
+            self.state.global_step += 1
 
-    def gradient_norms(self) -> dict[str, float]:
+    def gradient_norms(self) -> dict[str, float | None]:
         """Takes a step; returns its loss and the norms of the gradients of the head and of all else.
 
         Returns:
@@ -186,11 +202,39 @@ class TrainingStep:
             if parameter.grad is not None:
                 squares[name.startswith(HEAD)].append(parameter.grad.double().square().sum())
         norms = {head: torch.stack(s).sum().sqrt().item() if s else 0.0 for head, s in squares.items()}
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        self._update()
         only_head = all(name.startswith(HEAD) for name in self.trained)
         own = None if only_head else norms[False]
         return {"loss": loss, "gradient_norm": own, "head_gradient_norm": norms[True]}
+
+
+class MeZOStep(TrainingStep):
+    """MeZO's step: two forward passes and no gradient."""
+
+    def __init__(self, method: str, setting: Setting):
+        super().__init__(method, setting)
+        self.optimizer = MeZO(self.trained.values(), lr=1e-7, eps=self.model.meft_config.eps)
+
+    def _loss(self) -> Tensor:
+        with meft_kernels.use_backend(self.setting.backend), self.setting.autocast():
+            return self.model(input_features=self.features, labels=self.labels).loss
+
+    def __call__(self) -> None:
+        self.optimizer.measure(self._loss)
+        self.optimizer.step()
+
+    def gradient_norms(self) -> dict[str, float | None]:
+        """As the other methods'; the gradient's norm is its slope along the step's direction."""
+        loss = self.optimizer.measure(self._loss).item()
+        self.optimizer.step()
+        slope = abs(float(self.optimizer.last_slope))
+        return {"loss": loss, "gradient_norm": slope, "head_gradient_norm": None}
+
+
+def training_step(method: str, setting: Setting) -> TrainingStep:
+    """The training step of a method; arguments as for :class:`TrainingStep`."""
+    kind = MeZOStep if options_of(method)["method"] == "mezo" else TrainingStep
+    return kind(method, setting)
 
 
 class InferenceForward:

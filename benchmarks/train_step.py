@@ -26,7 +26,7 @@ from whisper_meft.memory import count_step
 
 from . import record
 from .published import PAPER_GIB
-from .steps import MODELS, InferenceForward, Setting, TrainingStep, build, methods, options_of
+from .steps import MODELS, InferenceForward, Setting, build, methods, options_of, training_step
 from .timing import summary
 
 GIBIBYTE = 2**30
@@ -59,14 +59,14 @@ def probe(method: str, setting: Setting) -> dict:
 
     Returns:
         ``peak_bytes`` (None where it cannot be read), ``trainable`` and ``parameters`` (numbers of elements),
-        and what :meth:`TrainingStep.gradient_norms` returns.
+        and what :meth:`steps.TrainingStep.gradient_norms` returns.
     """
     on_gpu = torch.device(setting.device).type == "cuda"
     # What a first step loads and keeps (libraries, code pages, workspaces) is no memory of the method.
-    TrainingStep(method, replace(setting, model="toy", batch=1, frames=8, reduction_factor=4))()
+    training_step(method, replace(setting, model="toy", batch=1, frames=8, reduction_factor=4))()
     _release()
     before = torch.cuda.memory_allocated() if on_gpu else _resident("VmRSS")
-    step = TrainingStep(method, setting)
+    step = training_step(method, setting)
     norms = step.gradient_norms()  # also makes the optimizer's state: from now on a step is like the next
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
@@ -104,7 +104,9 @@ def probe_in_fresh_process(method: str, setting: Setting) -> dict:
 
 def counted(method: str, setting: Setting) -> int | None:
     """The peak that :func:`whisper_meft.memory.count_step` gives for the same step without running it, in
-    bytes; None where it cannot be counted."""
+    bytes; None where it cannot be counted, as for MeZO, whose step is another one."""
+    if options_of(method)["method"] == "mezo":
+        return None
     kind, place = torch.device(setting.device).type, replace(setting, device="cpu")
     config = setting.config()
 
@@ -190,7 +192,7 @@ def measure(method: str, setting: Setting, repeats: int) -> dict:
         _release()
         if repeats:
             forward = InferenceForward(setting)
-            row |= clock(TrainingStep(method, setting), forward, setting.device, repeats)
+            row |= clock(training_step(method, setting), forward, setting.device, repeats)
     except Exception as error:  # one method must not cost the others their rows
         row["status"] = "out of memory" if _out_of_memory(error) else f"failed: {one_line(error)}"
     _release()  # after the except clause: the error's frames hold tensors

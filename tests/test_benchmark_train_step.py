@@ -5,7 +5,7 @@ import torch
 from whisper_meft.errors import UserError
 
 from benchmarks import record, steps, train_step
-from benchmarks.steps import Setting, TrainingStep, methods
+from benchmarks.steps import Setting, TrainingStep, methods, training_step
 
 TOY = Setting(model="toy", batch=2, frames=20, reduction_factor=4)
 
@@ -14,7 +14,7 @@ TOY = Setting(model="toy", batch=2, frames=20, reduction_factor=4)
 def test_every_method_takes_a_step(method):
     if "lora" in method:
         pytest.importorskip("peft")
-    step = TrainingStep(method, TOY)
+    step = training_step(method, TOY)
     before = {n: p.detach().clone() for n, p in step.model.named_parameters()}
     norms = step.gradient_norms()
     assert train_step.verdict(norms) == "ok"
