@@ -60,6 +60,16 @@ def test_bytes_count_each_input_and_result_once():
     assert case.cost(torch.bfloat16, backward=True).bytes == side + hidden + 2 * parameters
 
 
+@pytest.mark.parametrize("op", ops.OP_NAMES)
+def test_every_op_has_a_real_case_and_its_cost(op):
+    case = real_case(op, 2, 20, 64, 16, 3)
+    forward, backward = case.cost(torch.bfloat16), case.cost(torch.bfloat16, backward=True)
+    assert forward.bytes > 2 * 20 * 16 * 2
+    assert (backward.bytes > 0) == bool(
+        peers.ours(case, "reference").step(case.inputs(torch.float32), case.frozen).leaves
+    )
+
+
 def test_a_side_network_costs_what_its_ops_do():
     case = real_case("LST", 2, 30, 64, 8, 3)
     assert [part.op for part in case.parts()] == ["norm_linear"] + ["ladder"] * 3 + ["pooled_upsample"]
