@@ -6,6 +6,7 @@ are as they come. A model is called with ``input_features`` (B, mel bins, frames
 """
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterator
 
 import torch
@@ -170,7 +171,9 @@ def lora(config: WhisperConfig) -> nn.Module:
 
     model = WhisperForAudioClassification._from_config(config)
     options = LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, target_modules=LORA_TARGETS)
-    adapted = get_peft_model(model, options)
+    with warnings.catch_warnings():  # peft uses a name that transformers has given up
+        warnings.simplefilter("ignore", FutureWarning)
+        adapted = get_peft_model(model, options)
     for part in (model.projector, model.classifier):  # by hand: peft would copy them
         part.requires_grad_(True)
     return adapted.eval()

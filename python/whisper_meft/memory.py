@@ -102,6 +102,7 @@ def count_step(
     capability: tuple[int, int] | None = (9, 0),
     backend: str = "auto",
     autocast: torch.dtype | None = None,
+    gradients: bool = True,
     fake: bool = True,
 ) -> MemoryCount:
     """Runs one training step and counts what is alive at its peak.
@@ -114,6 +115,7 @@ def count_step(
         device_type: ``"cuda"`` or ``"cpu"``: where the step is to run. capability: of that GPU.
         backend: of our ops there, see ``meft_kernels.use_backend``.
         autocast: autocast's type in the forward, or None without.
+        gradients: whether the step has a backward and Adam; without it only measures the loss, as MeZO does.
         fake: run on fake tensors; otherwise on real ones on the CPU, which takes as long as it takes and
             counts the same.
 
@@ -131,18 +133,19 @@ def count_step(
         recorder.assign(TRAINABLE, trainable)
         recorder.assign(BACKBONE, [list(model.parameters()), list(model.buffers())])
         recorder.start("before")
-        optimizer = torch.optim.Adam(trainable, lr=1e-4, fused=True)
-        for parameter in trainable:
-            parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        recorder.assign(OPTIMIZER, [list(state.values()) for state in optimizer.state.values()])
+        optimizer = torch.optim.Adam(trainable, lr=1e-4, fused=True) if gradients else None
+        if gradients:
+            for parameter in trainable:
+                parameter.grad = torch.zeros_like(parameter)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            recorder.assign(OPTIMIZER, [list(state.values()) for state in optimizer.state.values()])
         given = inputs()
         recorder.assign(INPUTS, given)
 
         recorder.start("forward")
         context = torch.autocast("cpu", dtype=autocast) if autocast is not None else nullcontext()
-        with context:
+        with context, torch.set_grad_enabled(gradients):
             loss = model(**given).loss
         for storage in recorder.alive():
             if storage.contributor == TRANSIENT:
@@ -151,12 +154,17 @@ def count_step(
                 hidden = is_wide and (is_code or not storage.under_grad)
                 storage.contributor = HIDDEN if hidden else SAVED
         recorder.start("backward")
-        loss.backward()
+        if gradients:
+            loss.backward()
         recorder.assign(GRADIENTS, [p.grad for p in trainable if p.grad is not None])
         recorder.start("optimizer")
         del loss
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        if gradients:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        else:
+            for parameter in trainable:  # a random direction, drawn anew for each
+                torch.randn_like(parameter)
         kept = (BACKBONE, TRAINABLE, OPTIMIZER, INPUTS)
         left = sum(s.nbytes for s in recorder.alive() if s.contributor not in kept)
         usage = recorder.usage()
@@ -226,6 +234,7 @@ def estimate(
             capability=capability,
             backend=backend,
             autocast=parse_dtype(autocast, "autocast"),
+            gradients=method != "mezo",
         )
 
 
@@ -251,7 +260,7 @@ def largest_batch(limit: int, most: int = 512, **arguments: Any) -> tuple[int, M
         return 0, None
     low, high = 1, most + 1  # low fits, high does not
     guess = min(most, 16)
-    while high - low > 1 + low // 20:
+    while high - low > 1 + low // 16:
         low, high = (guess, high) if fits(guess) else (low, guess)
         if len(counts) == 2 and 3 * guess < high:  # two points far enough apart to see what a clip takes
             guess *= 3
@@ -259,8 +268,10 @@ def largest_batch(limit: int, most: int = 512, **arguments: Any) -> tuple[int, M
         first, last = sorted(counts)[min(1, len(counts) - 2)], max(counts)
         slope = max(1, (counts[last].reserved - counts[first].reserved) // (last - first))
         reach = low + (room - counts[low].reserved) // slope
-        if reach - low <= low // 20:
+        if reach - low <= 1 + low // 16:
             break
         # Chunks make steps: a little less than the line says, so that it fits at the first try.
-        guess = min(max(reach - reach // 64, low + 1), high - 1)
+        guess = reach - reach // 64
+        if not low < guess < high:
+            guess = (low + high) // 2
     return low, counts[low]
