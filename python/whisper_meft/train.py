@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from tqdm.auto import tqdm
 from transformers import (
     EarlyStoppingCallback,
@@ -37,6 +38,7 @@ from .examples import (
     warn_on_shared_speakers,
 )
 from .files import check_writable, read_json, write_json, write_text
+from .fitting import fit_batch, out_of_memory
 from .gradients import GradientReport
 from .guard import FiniteGuard, Indexed, IndexedCollator, NonFiniteError
 from .metrics import Scores, score
@@ -355,6 +357,9 @@ def train(
     labels = label_inventory(examples.training)
     label2id = {label: index for index, label in enumerate(labels)}
 
+    fitting = (config, backbone_config, training_arguments, dtype, len(labels))
+    if training_arguments.auto_batch and (changed := fit_batch(*fitting)):
+        say(changed)
     set_seed(training_arguments.seed)
     smallest = training_arguments.per_device_train_batch_size * training_arguments.world_size
     if training_arguments.dataloader_drop_last and len(examples.training) < smallest:
@@ -403,6 +408,8 @@ def train(
         good = checkpoints.list_checkpoints(output_dir)
         kept = f"the last good one is {good[0]}" if good else "there is none yet"
         raise NonFiniteError(f"{error}; checkpoints are as they were, {kept}") from error
+    except torch.OutOfMemoryError as error:
+        raise out_of_memory(*fitting) from error
     except KeyboardInterrupt:
         if checkpoints.list_checkpoints(output_dir):
             say(f"\nstopped; go on with --resume_from_checkpoint True --output_dir {output_dir}")

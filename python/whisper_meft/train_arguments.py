@@ -98,6 +98,13 @@ class TrainArguments(TrainingArguments):
         metadata={"help": "True to go on from the newest complete checkpoint in output_dir, or its folder"},
     )
     num_train_epochs: float = field(default=10.0, metadata={"help": "passes over the training data"})
+    auto_batch: bool = field(
+        default=False,
+        metadata={
+            "help": "where per_device_train_batch_size does not fit the device's memory by the count of "
+            "`whisper-meft memory`, add up smaller parts by gradient accumulation: the gradient is the same"
+        },
+    )
     learning_rate: float | None = field(
         default=None,
         metadata={"help": "initial learning rate (default: 5e-4 for lst, 1e-6 for mezo, else 1e-4)"},
@@ -206,6 +213,7 @@ COMMON_TRAINING_OPTIONS = [
     "per_device_train_batch_size",
     "per_device_eval_batch_size",
     "gradient_accumulation_steps",
+    "auto_batch",
     "lr_scheduler_type",
     "warmup_steps",
     "weight_decay",
