@@ -27,7 +27,7 @@ $(READY): pyproject.toml constraints.txt
 	  { echo "Python 3.11 or newer is needed; name one with: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-	  -e '.[whisper,peft,speech,test,dev]'
+	  -e '.[whisper,peft,speech,test,bench,dev]'
 	touch $@
 
 clean:
