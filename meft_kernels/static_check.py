@@ -25,6 +25,7 @@ MODULES = (
     "gated_down",
     "guidance",
     "gated_up",
+    "eight_bit",
 )
 
 _THREADS = {80: 2048, 86: 1536, 89: 1536, 90: 2048, 100: 2048, 120: 1536}

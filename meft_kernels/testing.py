@@ -18,7 +18,7 @@ HALF_TYPES = (torch.float16, torch.bfloat16)
 
 
 # Ops whose ``x`` is a hidden state of the frozen backbone.
-_READS_BACKBONE = ("row_statistics", "norm_linear", "ladder", "gated_down", "gated_up")
+_READS_BACKBONE = ("row_statistics", "eight_bit", "norm_linear", "ladder", "gated_down", "gated_up")
 
 
 class _Draws:
@@ -115,7 +115,7 @@ class Case:
         lengths = None
         if self.masked:
             lengths = draws.lengths(self.batch, self.frames)
-        if self.op == "row_statistics":
+        if self.op in ("row_statistics", "eight_bit"):
             return {"x": activation(d)}
         if self.op == "norm_linear":
             return {"x": activation(d), **norm("", d), "weight": weight(r, d), "bias": parameter(r)}

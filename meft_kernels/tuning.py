@@ -600,4 +600,35 @@ _SHERL: tuple[Row, ...] = (
     ),
 )
 
-TABLE: tuple[Row, ...] = (*_LADDER, *_RELU_ATTENTION, *_SHERL)
+# --- eight_bit ----------------------------------------------------------------------------------------------
+
+# Widths are the backbone's, in Whisper multiples of 128. 8 elements per thread are 16 bytes of bf16 and 8 of
+# codes, so that no tile is rearranged between load and store, as it is with 16.
+_EIGHT_BIT: tuple[Row, ...] = (
+    Row(
+        "eight_bit_channels",
+        (1, 2048),
+        {"BLOCK_M": 16, "BLOCK_N": 128, "STEPS": 16},
+        num_warps=8,
+        num_stages=1,
+        reason="48 registers, 5 blocks per SM; partial results of 256 rows take 1/40 of what is read in bf16",
+    ),
+    Row(
+        "eight_bit_encode",
+        (1, 2048),
+        {"BLOCK_M": 16, "BLOCK_N": 128, "STEPS": 8},
+        num_warps=8,
+        num_stages=1,
+        reason="48 registers, 5 blocks per SM, no shared memory; 128 rows share a channel's two divisions",
+    ),
+    Row(
+        "eight_bit_decode",
+        (1, 2048),
+        {"BLOCK_M": 16, "BLOCK_N": 128, "STEPS": 8},
+        num_warps=8,
+        num_stages=1,
+        reason="39 registers, 6 blocks per SM, no shared memory; 4 warps take 64 and 2 barriers a tile",
+    ),
+)
+
+TABLE: tuple[Row, ...] = (*_LADDER, *_RELU_ATTENTION, *_SHERL, *_EIGHT_BIT)

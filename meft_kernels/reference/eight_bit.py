@@ -43,11 +43,22 @@ def encode(x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tenso
     return code.view(x.shape), scale, shift
 
 
-def decode(code: Tensor, scale: Tensor, shift: Tensor, like: Tensor) -> Tensor:
-    """The normalised rows that ``encode`` made of x, but for its rounding, in the type of ``like``, which is
-    empty."""
+def decode(
+    code: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    like: Tensor,
+    mean: Tensor | None = None,
+    rstd: Tensor | None = None,
+) -> Tensor:
+    """What ``encode`` was given, but for its rounding, in the type of ``like``, which is empty: the
+    normalised rows, or with their statistics mean and rstd (...) the rows x themselves."""
     rows = code.reshape(-1, code.shape[-1])
-    normed = torch.empty(rows.shape, dtype=like.dtype, device=code.device)
+    out = torch.empty(rows.shape, dtype=like.dtype, device=code.device)
+    if mean is not None:
+        mean, rstd = mean.reshape(-1, 1), rstd.reshape(-1, 1)
     for block in row_blocks(rows.shape[0], rows.shape[1], code.device):
-        normed[block] = rows[block].to(scale.dtype).mul_(scale).add_(shift)
-    return normed.view(code.shape)
+        values = rows[block].to(scale.dtype).mul_(scale).add_(shift)
+        out[block] = values if mean is None else values.div_(rstd[block]).add_(mean[block])
+        del values
+    return out.view(code.shape)
