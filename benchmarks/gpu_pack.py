@@ -144,9 +144,9 @@ def parts(out: Path, dry_run: bool, backend: str) -> list[Part]:
     return [
         Part("environment", ("-m", "meft_kernels"), 0.1, _device),
         Part("ceilings", (*ceilings, *(["--dry-run"] if dry_run else [])), 0.1, _ceilings),
-        Part("tests", tuple(pytest), 0.4, _tests, ("pytest",)),
-        Part("train_step", (*step, *steps), 0.4, _train_step),
-        Part("ops", tuple(ops), 0.4, _ops),
+        Part("tests", tuple(pytest), 0.3, _tests, ("pytest",)),
+        Part("train_step", (*step, *steps), 0.35, _train_step),
+        Part("ops", tuple(ops), 0.25, _ops),
         Part("memory", (*step, *memory), 0.2, _train_step),
         Part("train_step_eager", (*step, *eager), 0.2, _train_step),
         Part("tuning", tuple(tune), 1.0, _tuning, ("triton",)),
