@@ -75,7 +75,7 @@ def _fake_encode(x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor,
     return code, mean.new_empty(x.shape[-1]), mean.new_empty(x.shape[-1])
 
 
-def _fake_decode(code: Tensor, scale: Tensor, shift: Tensor, like: Tensor) -> Tensor:
+def _fake_decode(code: Tensor, scale: Tensor, shift: Tensor, like: Tensor, *statistics) -> Tensor:
     return like.new_empty(code.shape)
 
 
@@ -128,8 +128,8 @@ def _without_autocast(kernel: Callable) -> Callable:
     return run
 
 
-# Without a kernel of their own: the quadratic form is a few small products, the 8-bit copy one cheap pass.
-_PLAIN = {"pooled_upsample", "eight_bit"}
+# Without a kernel of their own: the quadratic form is a few small products.
+_PLAIN = {"pooled_upsample"}
 
 
 def _triton_kernel(name: str, function: str) -> Callable:
@@ -151,7 +151,10 @@ def _register() -> list[torch.library.Library]:
     forward, backward = "forward", "backward"
     statistics = "row_statistics(Tensor x) -> (Tensor, Tensor)"
     encode = "encode(Tensor x, Tensor mean, Tensor rstd) -> (Tensor, Tensor, Tensor)"
-    decode = "decode(Tensor code, Tensor scale, Tensor shift, Tensor like) -> Tensor"
+    decode = (
+        "decode(Tensor code, Tensor scale, Tensor shift, Tensor like, "
+        "Tensor? mean=None, Tensor? rstd=None) -> Tensor"
+    )
     eight_bit = reference.eight_bit
     # Of each registered op: schema, its module's name, the function there, the reference kernel, the fake.
     rows = [
@@ -213,10 +216,11 @@ def host_code(name: str, backend: str, device_type: str) -> Callable | None:
 
 
 def backend_status() -> dict[str, tuple[str, str]]:
-    """For every op the backend that ``auto`` uses here and, in words, why."""
+    """For every op, and for the 8-bit copies, the backend that ``auto`` uses here and, in words, why."""
     status = {}
-    for name in OP_NAMES:
-        has = functools.partial(torch._C._dispatch_has_kernel_for_dispatch_key, f"meft::{name}")
+    for name in (*OP_NAMES, "eight_bit"):
+        registered = "encode" if name == "eight_bit" else name
+        has = functools.partial(torch._C._dispatch_has_kernel_for_dispatch_key, f"meft::{registered}")
         if torch.cuda.is_available() and has("CUDA"):
             status[name] = ("triton", "a kernel is registered for CUDA")
         elif has("CPU"):
@@ -330,13 +334,12 @@ def _decoded(backend: str, names: list[str], saved: Sequence, grad: Tensor) -> l
     code, *rest = saved
     count = len(names) - 1
     rest, (scale, shift, *statistics) = rest[:count], rest[count:]
-    x = _kernel(backend, "decode")(code, scale, shift, grad.new_empty(0))
+    x = _kernel(backend, "decode")(code, scale, shift, grad.new_empty(0), *statistics)
     if not statistics:
         zero = scale.new_zeros(code.shape[:-1])
         standard = {"mean": zero, "rstd": torch.ones_like(zero)}
         return [x, *(standard.get(name, argument) for name, argument in zip(names[1:], rest))]
-    mean, rstd = (value[..., None] for value in statistics)
-    return [(x / rstd + mean).to(grad.dtype), *rest]
+    return [x, *rest]
 
 
 _FUNCTIONS = {name: _make_function(name) for name in _SCHEMAS}
@@ -363,6 +366,21 @@ def _activation(x: Tensor) -> Tensor:
 
 
 # --- public functions ---------------------------------------------------------------------------------------
+
+
+def eight_bit(x: Tensor) -> Tensor:
+    """What a backward reads in place of x with ``saved_activations="fp8"``, without gradient: the normalised
+    rows, in 8 bits and back; see ``reference.eight_bit``.
+
+    Args:
+        x: (..., D).
+
+    Returns:
+        (..., D) in the type of x.
+    """
+    x = x.detach()
+    encoded = _kernel(_backend, "encode")(x, *row_statistics(x))
+    return _kernel(_backend, "decode")(*encoded, x.new_empty(0))
 
 
 def row_statistics(x: Tensor) -> tuple[Tensor, Tensor]:

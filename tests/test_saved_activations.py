@@ -169,6 +169,18 @@ def test_encoding_rounds_deviations_and_never_saturates():
     assert error.max() > 0.01
 
 
+def test_decoding_gives_the_rows_themselves_where_their_statistics_are_given():
+    rows = 100 * states()[0] + 7
+    statistics = ops.row_statistics(rows)
+    encoded = eight_bit.encode(rows, *statistics)
+    mean, rstd = (value[..., None].double() for value in statistics)
+    expected = eight_bit.decode(*encoded, rows.new_empty(0, dtype=torch.float64)) / rstd + mean
+    restored = eight_bit.decode(*encoded, rows.new_empty(0), *statistics)
+    torch.testing.assert_close(restored.double(), expected, rtol=1e-6, atol=1e-4)
+    half = eight_bit.decode(*encoded, rows.new_empty(0, dtype=torch.float16), *statistics)
+    assert torch.equal(half, restored.half())  # rounded once
+
+
 @pytest.mark.parametrize("shape", [(1, 1, D), (0, 7, D)])
 def test_encoding_of_one_frame_and_of_none(shape):
     rows = states()[0][:1, :1].expand(1, 1, D)[: shape[0]] if shape[0] else torch.zeros(shape)
@@ -260,6 +272,7 @@ def test_ops_of_the_copy_have_right_fakes_and_write_into_no_argument():
         encoded = torch.ops.meft.encode(*arguments)
         again = [encoded[0].float(), *encoded[1:]]
         decoded = torch.ops.meft.decode(*encoded, x.new_empty(0))
-        assert decoded.dtype == dtype
+        restored = torch.ops.meft.decode(*encoded, x.new_empty(0), *arguments[1:])
+        assert decoded.dtype == restored.dtype == dtype
         after = [*arguments, encoded[0].float(), *encoded[1:]]
         assert all(torch.equal(a, b) for a, b in zip(after, [*before, *again], strict=True))

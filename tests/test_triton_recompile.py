@@ -63,6 +63,13 @@ for op in ops.OP_NAMES:
         out = module.forward(*arguments)
         flags = [] if op in ("relu_attention", "guidance") else [op == "adapter"]  # need_x
         module.backward(torch.zeros_like(out), *arguments, *flags)
+from meft_kernels.triton_kernels import eight_bit
+eight_bit.launch = key
+for batch, frames in shapes:
+    statistics = (torch.zeros(batch, frames), torch.ones(batch, frames))
+    encoded = eight_bit.encode(torch.zeros(batch, frames, 192, dtype=dtype), *statistics)
+    eight_bit.decode(*encoded, torch.empty(0, dtype=dtype))
+    eight_bit.decode(*encoded, torch.empty(0, dtype=dtype), *statistics)
 for name, found in sorted(keys.items()):
     print(name, len(found))
     if len(found) > 1:
@@ -79,7 +86,7 @@ def test_one_cache_key_per_kernel_whatever_batch_and_frames(dtype):
     )
     assert result.returncode == 0, result.stderr[-3000:]
     keys = dict(line.split() for line in result.stdout.splitlines())
-    assert len(keys) >= 15
+    assert len(keys) >= 18
     several = {name: count for name, count in keys.items() if count != "1"}
-    # Its forward and backward calls differ in what is None.
-    assert several == {"relu_attention_sum_kernel": "2"}
+    # The former's forward and backward calls differ in what is None, the latter gives n or x.
+    assert several == {"relu_attention_sum_kernel": "2", "eight_bit_decode_kernel": "2"}
