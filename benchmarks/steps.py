@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import WhisperConfig, WhisperForAudioClassification
 from whisper_meft import FrozenEncoder, MeftConfig, get_meft_model
 from whisper_meft.adalora import RankAllocation
+from whisper_meft.configs import SideNetworkConfig
 from whisper_meft.errors import UserError
 from whisper_meft.mezo import MeZO
 from whisper_meft.sizes import WHISPER_SIZES, whisper_config
@@ -95,10 +96,11 @@ class Setting:
 
 
 def methods() -> list[str]:
-    """Every method of ``whisper_meft``, full fine-tuning and the head alone first, and the side networks in
-    the structure that was published."""
-    first = ["full", "head"]
-    return [*first, *(name for name in MeftConfig.methods() if name not in first), *PUBLISHED]
+    """Every method: full fine-tuning, the head alone and the side networks first, then the others of
+    ``whisper_meft``, then the side networks in the structure that was published."""
+    kinds = MeftConfig.methods()
+    side_networks = [name for name, kind in kinds.items() if issubclass(kind, SideNetworkConfig)]
+    return list(dict.fromkeys(["full", "head", *side_networks, *kinds, *PUBLISHED]))
 
 
 def options_of(method: str) -> dict[str, Any]:
