@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -88,28 +88,38 @@ def speedup(records: list[dict], path: Path) -> bool:
 
 
 def memory(records: list[dict], path: Path) -> bool:
-    """Peak memory of each method's step, measured, counted and the paper's; False without records."""
-    found = next(iter(tables.newest(records, "train_step")), None)
-    rows = [row for row in found["figures"] if row["status"] == "ok"] if found else []
-    if not rows:
+    """Peak memory of each method's step, measured, counted and the paper's; False without records.
+
+    Drawn from a training-step table measured on a GPU, else from a count, else from a table of a CPU.
+    """
+    steps, counts = (tables.newest(records, name) for name in ("train_step", "memory"))
+    if counts and not (steps and steps[0]["environment"]["device_type"] == "cuda"):
+        found, kinds = counts[0], ["counted", "paper"]
+        rows = [row for row in found["figures"] if row["batch"] == found["shapes"]["batch"]]
+        sizes = {row["method"]: (row["peak_gib"], row["paper_gib"]) for row in rows}
+    elif steps:
+        found, kinds = steps[0], ["measured", "counted", "paper"]
+        shapes = found["shapes"]
+        papers = (shapes["model"], shapes["batch"], shapes["frames"]) == ("small", 128, 1500)
+        sizes = {}
+        for row in found["figures"]:
+            if row["status"] == "ok":
+                paper = PAPER_GIB.get(row["method"].removeprefix("published_")) if papers else None
+                own = [n and n / train_step.GIBIBYTE for n in (row["peak_bytes"], row["counted_bytes"])]
+                sizes[row["method"]] = (*own, paper)
+    else:
         return False
-    kinds: dict[str, Callable[[dict], float | None]] = {
-        "measured": lambda row: row["peak_bytes"] and row["peak_bytes"] / train_step.GIBIBYTE,
-        "counted": lambda row: row["counted_bytes"] and row["counted_bytes"] / train_step.GIBIBYTE,
-    }
-    shapes = found["shapes"]
-    if (shapes["model"], shapes["batch"], shapes["frames"]) == ("small", 128, 1500):
-        kinds["paper (H100)"] = lambda row: PAPER_GIB.get(row["method"].removeprefix("published_"))
-    with _figure(path, 8, 1 + 0.3 * len(kinds) * len(rows)) as axes:
-        for index, (kind, value) in enumerate(kinds.items()):
-            places = [i + 0.8 * (index / len(kinds) - 0.5) + 0.4 / len(kinds) for i in range(len(rows))]
-            sizes = [value(row) or 0 for row in rows]
-            bars = axes.barh(places, sizes, 0.8 / len(kinds), label=kind, color=(BLUE, ORANGE, GREY)[index])
-            axes.bar_label(bars, [f"{s:.2f}" if s else "" for s in sizes], fontsize=7, padding=2)
-        axes.set_yticks(range(len(rows)), [row["method"] for row in rows])
+    with _figure(path, 8, 1 + 0.25 * len(kinds) * len(sizes)) as axes:
+        for index, (kind, colour) in enumerate(zip(kinds, (BLUE, GREY, ORANGE))):
+            places = [i + 0.8 * ((index + 0.5) / len(kinds) - 0.5) for i in range(len(sizes))]
+            column = [values[index] or 0 for values in sizes.values()]
+            bars = axes.barh(places, column, 0.8 / len(kinds), label=kind, color=colour)
+            axes.bar_label(bars, [f"{s:.2f}" if s else "" for s in column], fontsize=7, padding=2)
+        axes.set_yticks(range(len(sizes)), list(sizes))
         axes.invert_yaxis()
         axes.set_xlabel("peak memory of a training step, GiB")
-        axes.set_title(f"{_setting(found)}\n{_where(found)}", fontsize=10)
+        where = _where(found) if found["name"] == "train_step" else "counted for CUDA without a GPU"
+        axes.set_title(f"{_setting(found)}\n{where}", fontsize=10)
         axes.legend(fontsize=8)
     return True
 

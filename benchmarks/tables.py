@@ -38,12 +38,15 @@ def newest(records: Iterable[dict], name: str) -> list[dict]:
 def source(found: dict) -> str:
     """Where, when and by which command a record was measured, as one line of Markdown."""
     where = found["environment"]
-    threads = f", {where['threads']} threads" if where["device_type"] == "cpu" else ""
+    count = f"{where['threads']} thread" + "s" * (where["threads"] != 1)
+    threads = f", {count}" if where["device_type"] == "cpu" else ""
+    return f"{where['device']}{threads}, torch {where['torch']}; {_when(found)}"
+
+
+def _when(found: dict) -> str:
+    where = found["environment"]
     commit = (where["commit"] or "unknown")[:9] + (" with changes" if where["dirty"] else "")
-    return (
-        f"{where['device']}{threads}, torch {where['torch']}; commit {commit}, {where['date'][:10]}: "
-        f"`{found['command']}`"
-    )
+    return f"commit {commit}, {where['date'][:10]}: `{found['command']}`"
 
 
 def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -76,6 +79,27 @@ def train_steps(records: list[dict]) -> list[str]:
             f"{shapes['dtype']}, reduction factor {shapes['reduction_factor']}, {CLASSES} classes. "
         )
         blocks.append(f"{title}{source(found)}\n\n{markdown(header, rows)}")
+    return blocks
+
+
+def memory(records: list[dict]) -> list[str]:
+    """Counted memory of a training step on a GPU, beside the paper's figures."""
+    header = ("method", "in use, GiB", "reserved, GiB", "paper, GiB", "in use ÷ paper")
+    blocks = []
+    for found in newest(records, "memory"):
+        shapes, where, rows = found["shapes"], found["environment"], []
+        for row in found["figures"]:
+            if row["batch"] == shapes["batch"]:
+                paper = row["paper_gib"]
+                compared = ["", ""] if paper is None else [f"{paper:.2f}", f"{row['peak_gib'] / paper:.2f}"]
+                rows.append(
+                    [row["method"], f"{row['peak_gib']:.2f}", f"{row['reserved_gib']:.2f}", *compared]
+                )
+        title = (
+            f"Whisper-{shapes['model']}, batch {shapes['batch']}, {shapes['frames']} frames, counted for "
+            f"CUDA without a GPU. torch {where['torch']}; {_when(found)}"
+        )
+        blocks.append(f"{title}\n\n{markdown(header, rows)}")
     return blocks
 
 
@@ -144,6 +168,7 @@ def _shapes_of_ops(found: dict) -> str:
 
 TABLES: dict[str, Callable[[list[dict]], list[str]]] = {
     "train_step": train_steps,
+    "memory": memory,
     "side_networks": side_networks,
     "ops": ops,
 }

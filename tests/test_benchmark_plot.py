@@ -63,6 +63,18 @@ RUN = make(
     },
     {"batch": 2, "frames": 1500, "layers": 12, "dtype": "float32"},
 )
+COUNTED = {
+    "method": "published full",
+    "batch": 128,
+    "peak_gib": 74.0,
+    "reserved_gib": 75.5,
+    "paper_gib": 76.14,
+}
+MEMORY = make(
+    "memory",
+    [COUNTED, COUNTED | {"method": "lst fp8", "paper_gib": None}, COUNTED | {"batch": 64}],
+    {"model": "small", "batch": 128, "frames": 1500, "dtype": "bfloat16"},
+)
 PAGE = "# Title\n\n- list\n\n  <!-- table: train_step -->\n  old\n  <!-- end of table -->\n\nafter\n"
 
 
@@ -95,18 +107,21 @@ def test_a_table_is_written_between_its_markers():
     assert rows["published_lst"][1:7] == ["150.0", "1.50", "2.00", "20.00", "19.40", "20.39"]
     assert rows["full"][3] == "1.00" and rows["full"][6] == "76.14"
     assert rows["lora"][1] == "out of memory" and len(rows["lora"]) == len(rows["lst"])
-    assert "Some CPU, 1 threads, torch 2.13.0; commit 012345678, 2026-01-02" in text
+    assert "Some CPU, 1 thread, torch 2.13.0; commit 012345678, 2026-01-02" in text
     assert "`python -m benchmarks.train_step --some option`" in text
     assert tables.filled(text, [STEPS]) == text
 
 
 def test_other_tables():
-    page = "".join(f"<!-- table: {name} -->\n<!-- end of table -->\n" for name in ("side_networks", "ops"))
-    text = tables.filled(page, [RUN, STEPS])
+    names = ("side_networks", "ops", "memory")
+    page = "".join(f"<!-- table: {name} -->\n<!-- end of table -->\n" for name in names)
+    text = tables.filled(page, [RUN, STEPS, MEMORY])
+    assert text.count("| published full | 74.00 | 75.50 | 76.14 | 0.97 |") == 1
+    assert "| lst fp8 | 74.00 | 75.50 |  |  |" in text
     assert "| LST | 9.0 MiB | 2.0 MiB | 0.50 |" in text
     row = "| ladder | ops:reference | 2.000 | 2.000 | 0.50 | 40% of bandwidth | 40% of bandwidth |"
     assert row in text and "| LST | ops" not in text
-    assert "(no results yet)" in tables.filled(page, [])
+    assert tables.filled(page, []).count("(no results yet)") == 3
 
 
 def test_the_newest_record_of_each_setting_counts():
@@ -162,6 +177,19 @@ def test_command_draws_and_rewrites(results, tmp_path, capsys):
     before = readme.stat().st_mtime_ns
     assert plot.main([*where, "--no-figures"]) == 0
     assert readme.stat().st_mtime_ns == before
+
+
+def test_memory_is_drawn_from_what_there_is(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    titles = []
+    from matplotlib.axes import Axes
+
+    monkeypatch.setattr(Axes, "set_title", lambda self, title, **options: titles.append(title))
+    gpu = copy.deepcopy(STEPS)
+    gpu["environment"] |= {"device": "Some GPU", "device_type": "cuda"}
+    for records in ([STEPS], [STEPS, MEMORY], [STEPS, MEMORY, gpu]):
+        assert plot.memory(records, tmp_path / "memory.png")
+    assert ["CPU" in titles[0], "counted" in titles[1], "Some GPU" in titles[2]] == [True] * 3
 
 
 def test_without_records_there_is_nothing_to_draw(tmp_path, capsys):
