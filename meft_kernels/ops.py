@@ -103,7 +103,7 @@ def _fake_backward(name: str) -> Callable[..., list[Tensor]]:
     def fake(grad: Tensor, *arguments) -> list[Tensor]:
         grads = []
         for argument_name, argument in zip(names, arguments):
-            if argument_name == "x" and not arguments[-1]:
+            if argument_name == "x" and not arguments[len(names)]:
                 grads.append(argument.new_empty(0))
             elif argument_name == "features":
                 grads.extend(feature.new_empty(feature.shape) for feature in argument)
@@ -165,6 +165,7 @@ def _register() -> list[torch.library.Library]:
     for name, arguments in _SCHEMAS.items():
         module = getattr(reference, name)
         flag = ", bool need_x" if arguments.startswith("Tensor x,") else ""
+        flag += ", Tensor? active=None" if name == "gated_down" else ""
         backward_schema = f"{name}_bwd(Tensor grad, {arguments}{flag}) -> Tensor[]"
         rows.append((f"{name}({arguments}) -> Tensor", name, forward, module.forward, _FAKES[name]))
         rows.append((backward_schema, name, backward, module.backward, _fake_backward(name)))
@@ -298,13 +299,14 @@ def _make_function(name: str) -> type[torch.autograd.Function]:
         @once_differentiable
         def backward(ctx, grad):
             arguments = ctx.saved_tensors
+            extra = ()
             if ctx.in_8_bits:
-                arguments = _decoded(ctx.backend, names, arguments, grad)
+                arguments, extra = _decoded(ctx.backend, names, arguments, grad)
             if has_flag:
                 arguments = (*arguments, ctx.flag)
             packed = _pack(name, arguments)
             if takes_need_x:
-                packed = (*packed, ctx.needs_input_grad[2])
+                packed = (*packed, ctx.needs_input_grad[2], *extra)
             computed = list(_kernel(ctx.backend, f"{name}_bwd")(grad, *packed))
             if takes_need_x and not ctx.needs_input_grad[2]:
                 computed[0] = None
@@ -318,28 +320,31 @@ def _make_function(name: str) -> type[torch.autograd.Function]:
 
 
 def _encoded(backend: str, names: list[str], arguments: list) -> list:
-    """Arguments with x as an 8-bit copy of the normalised x, and at the end what it is decoded with."""
+    """Arguments with x as an 8-bit copy, and at the end what the backward needs to make do with it."""
     x, *rest = arguments
     given = dict(zip(names, arguments))
-    has_statistics = "mean" in given
-    statistics = (given["mean"], given["rstd"]) if has_statistics else _kernel(backend, "row_statistics")(x)
-    code, *channels = _kernel(backend, "encode")(x, *statistics)
-    if has_statistics:  # the backward takes the copy for x, and its statistics are 0 and 1
+    if "mean" in given:  # the backward takes the normalised x for x: its statistics are 0 and 1
+        code, *channels = _kernel(backend, "encode")(x, given["mean"], given["rstd"])
         return [code, *(None if n in ("mean", "rstd") else t for n, t in zip(names[1:], rest)), *channels]
-    return [code, *rest, *channels, *statistics]
+    mean, rstd = _kernel(backend, "row_statistics")(x)
+    code, *channels = _kernel(backend, "encode")(x, mean, rstd)
+    active = reference.gated_down.active_bits(x, given["weight_1"], given["bias_1"])
+    return [code, *rest, *channels, mean, rstd, active]
 
 
-def _decoded(backend: str, names: list[str], saved: Sequence, grad: Tensor) -> list:
-    """The arguments that ``_encoded`` was given, with x from its 8-bit copy; ``grad`` has the type of x."""
+def _decoded(backend: str, names: list[str], saved: Sequence, grad: Tensor) -> tuple[list, tuple]:
+    """The arguments that ``_encoded`` was given, with x from its 8-bit copy, and what the backward takes
+    after them; ``grad`` has the type of x."""
     code, *rest = saved
     count = len(names) - 1
-    rest, (scale, shift, *statistics) = rest[:count], rest[count:]
+    rest, (scale, shift, *more) = rest[:count], rest[count:]
+    statistics, extra = more[:2], tuple(more[2:])
     x = _kernel(backend, "decode")(code, scale, shift, grad.new_empty(0), *statistics)
     if not statistics:
         zero = scale.new_zeros(code.shape[:-1])
         standard = {"mean": zero, "rstd": torch.ones_like(zero)}
-        return [x, *(standard.get(name, argument) for name, argument in zip(names[1:], rest))]
-    return [x, *rest]
+        rest = [standard.get(name, argument) for name, argument in zip(names[1:], rest)]
+    return [x, *rest], extra
 
 
 _FUNCTIONS = {name: _make_function(name) for name in _SCHEMAS}

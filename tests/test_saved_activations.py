@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import meft_kernels
 from meft_kernels import HiddenState, ops, reference
-from meft_kernels.reference import eight_bit
+from meft_kernels.reference import eight_bit, gated_down
 
 METHODS = pytest.mark.parametrize("method", ["LST", "UniPT", "SHERL"])
 D, L, FRAMES = 192, 4, 150
@@ -77,8 +77,7 @@ def assert_same_direction(exact, rounded):
     assert not all(torch.equal(rounded[name], expected) for name, expected in exact.items())
 
 
-# Not SHERL: in white noise its ReLUs cancel most of the gradient, which the rounding does not follow.
-@pytest.mark.parametrize("method", ["LST", "UniPT"])
+@METHODS
 @pytest.mark.parametrize("outlier", [0.0, 60.0])
 def test_gradients_from_eight_bits_point_where_exact_ones_do(method, outlier):
     hidden_states = states(outlier=outlier)
@@ -149,7 +148,8 @@ def test_eight_bits_keep_half_of_what_half_precision_keeps(method):
     rows, channels = 4 * 3 * FRAMES, 2 * 4 * D
     copies = read - 1 if method == "SHERL" else read  # SHERL keeps the deepest as it is
     statistics = 2 * rows if method == "SHERL" else -2 * rows  # stored for decoding, or no longer needed
-    assert exact - small == copies * (one - statistics - channels)
+    bits = 3 * FRAMES * D // 4 // 8 if method == "SHERL" else 0
+    assert exact - small == copies * (one - statistics - channels - bits)
 
 
 def test_encoding_rounds_deviations_and_never_saturates():
@@ -195,6 +195,20 @@ def test_encoding_keeps_a_nan():
     rows[0, 0, 0] = float("nan")
     code, scale, shift = eight_bit.encode(rows, *ops.row_statistics(rows))
     assert eight_bit.decode(code, scale, shift, rows.new_empty(0))[0, 0].isnan().all()
+
+
+@pytest.mark.parametrize("width", [1, 5, 8, 24, 33])
+def test_active_bits_are_the_signs_of_the_exact_projection(width):
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(2, 7, 16), torch.randn(width, 16), torch.randn(width)
+    bits = gated_down.active_bits(x, weight, bias)
+    assert bits.dtype == torch.uint8 and bits.shape == (14, -(-width // 8))
+    assert torch.equal(gated_down._unpacked(bits, width), (F.linear(x, weight, bias) > 0).view(14, width))
+    params = [weight, bias, *(torch.randn(s) for s in ((width, width), (width,)) * 2)]
+    grad = torch.randn(2, 7, width)
+    exact = gated_down.backward(grad, x, *params, True)
+    for found, expected in zip(gated_down.backward(grad, x, *params, True, bits), exact, strict=True):
+        assert torch.equal(found, expected)
 
 
 def test_a_gradient_to_the_hidden_state_keeps_it_exact():
