@@ -17,6 +17,7 @@ from .errors import one_line
 # Subcommand -> (module with a function run(argv) -> exit status, one line of help).
 COMMANDS = {
     "train": ("train", "train a side network and a classification head on a frozen Whisper encoder"),
+    "compare": ("compare", "train every method on the same data with the same budget"),
     "evaluate": ("evaluate", "score a trained model on labelled audio"),
     "predict": ("predict", "classify audio files"),
     "memory": ("memory_command", "count what training takes of a GPU, and what would fit, without one"),

@@ -92,6 +92,8 @@ class GradientReport(TrainerCallback):
         """The report in one sentence."""
         report = self.report()
         last = {group: values["last"] for group, values in report["gradient_norms"].items()}
+        if not last:
+            return "no step was taken"
         low, high = min(last, key=last.get), max(last, key=last.get)
         text = f"gradient norms at the end: {last[low]:.3g} ({low}) to {last[high]:.3g} ({high})"
         still = report["never_moved"]
@@ -101,6 +103,8 @@ class GradientReport(TrainerCallback):
 
     def check(self, learning_rate: float | None = None) -> None:
         """Raises UserError if the head or the method's own parameters are all where they were before."""
+        if not self.steps:  # resumed at its end: nothing was to move
+            return
         for part, belongs in (("head", True), ("method", False)):
             named = [name for name, p in self.model.named_parameters() if p.requires_grad]
             names = [name for name in named if (name.split(".")[0] in HEAD) == belongs]

@@ -22,7 +22,7 @@ FONTS = ("Noto Sans CJK SC", "Noto Sans SC", "WenQuanYi Zen Hei", "Microsoft YaH
 
 
 @contextmanager
-def _figure(width: float, height: float, path: str | os.PathLike) -> Iterator[Any]:
+def drawing(width: float, height: float, path: str | os.PathLike) -> Iterator[Any]:
     """Yields an empty figure of this size in inches and writes it to ``path`` afterwards."""
     from matplotlib import font_manager, rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -59,7 +59,7 @@ def plot_confusion(
     size = len(labels)
     longest = max(len(label) for label in labels)
     width, height = 2.6 + 0.09 * longest + 0.62 * size, 2.0 + 0.07 * longest + 0.55 * size
-    with _figure(width, height, path) as figure:
+    with drawing(width, height, path) as figure:
         axes = figure.add_subplot()
         # One hue from white to dark: the order survives any colour vision and a grey print.
         image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1, aspect="auto")
@@ -99,7 +99,7 @@ def plot_learning_curve(
         points = {entry["epoch"]: entry[key] for entry in history if key in entry and "epoch" in entry}
         return list(points), list(points.values())
 
-    with _figure(9, 3.8, path) as figure:
+    with drawing(9, 3.8, path) as figure:
         loss_axes, accuracy_axes = figure.subplots(1, 2)
         loss_axes.plot(*series("loss"), color=BLUE, linewidth=1.5, label="training")
         epochs, values = series("eval_loss")

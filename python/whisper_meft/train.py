@@ -7,7 +7,7 @@ through it.
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -308,8 +308,15 @@ def train(
     method_arguments: MethodArguments,
     data_arguments: TrainDataArguments,
     training_arguments: TrainArguments,
+    examples: RunData | None = None,
+    make_dataset: Callable[..., data.SpeechDataset] = data.SpeechDataset,
 ) -> TrainResult:
     """One training run, from files to files.
+
+    Args:
+        model_arguments, method_arguments, data_arguments, training_arguments: as on the command line.
+        examples: what ``load_data`` gave for these arguments, where several runs share it.
+        make_dataset: called as :class:`whisper_meft.data.SpeechDataset`.
 
     Writes into ``training_arguments.output_dir``: checkpoints; the trained side network and head
     (config.json, model.safetensors) with the feature extractor; train_results.json, eval_results.json,
@@ -346,7 +353,7 @@ def train(
     )
     set_seed(training_arguments.seed)  # a new head draws its start values
     base = load_whisper(model_arguments, dtype)
-    examples = load_data(
+    examples = examples or load_data(
         data_arguments,
         evaluate=training_arguments.eval_strategy != "no",
         select=training_arguments.load_best_model_at_end,
@@ -369,10 +376,10 @@ def train(
         )
     set_labels(base, labels)
     model = get_meft_model(base, config)
-    training_set = data.SpeechDataset(examples.training, extractor, label2id, config.max_frames)
+    training_set = make_dataset(examples.training, extractor, label2id, config.max_frames)
     evaluation_set = None
     if examples.evaluation is not None:
-        evaluation_set = data.SpeechDataset(examples.evaluation, extractor, label2id, config.max_frames)
+        evaluation_set = make_dataset(examples.evaluation, extractor, label2id, config.max_frames)
     _describe(model, config, examples, labels, model_arguments.model_name_or_path)
 
     guard = FiniteGuard(

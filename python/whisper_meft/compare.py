@@ -1,0 +1,453 @@
+"""`whisper-meft compare`: every method on one dataset with one budget, fairly.
+
+Each method gets the same number of epochs and the same number of learning rates to choose from. The rate is
+chosen on the validation data, as is the epoch; the test data is looked at once per seed, with what was
+chosen. Every run leaves its result in a folder, so an interrupted comparison goes on where it was.
+"""
+
+import contextlib
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from . import compare_report, data, train
+from .arguments import DataFormatArguments, ModelArguments, Parser, UsageError
+from .checkpoints import list_checkpoints
+from .compare_costs import measure_costs
+from .config_base import parse_dtype
+from .configs import MeftConfig
+from .errors import UserError, one_line
+from .evaluate import evaluate
+from .examples import ExampleSet, check_known_labels, label_inventory, warn_on_shared_speakers
+from .files import check_writable, read_json, write_json
+from .predict import Classifier, InferenceArguments
+from .pretrained import load_config, load_feature_extractor, resolve_dtype
+from .readers import canonical_split
+from .shipped import shipped_backbone
+from .train_arguments import TrainDataArguments
+
+# MeZO's directions have unit variance in every weight; its own paper's rates are a hundredth of the others'.
+RATE_FACTOR = {"mezo": 0.01}
+# The paper's ranks and widths are for 768 channels; narrower backbones get proportionally less.
+PAPER_WIDTH = 768
+_CACHED_BYTES = 2**31  # of features that are kept in memory between runs
+
+
+@dataclass
+class CompareArguments(DataFormatArguments):
+    """What is compared, and on what."""
+
+    _argument_group_name = "comparison"
+
+    methods: str = field(
+        default="all", metadata={"help": "all, or some of them with commas between: lst,lora,full"}
+    )
+    output_dir: str | None = field(
+        default=None, metadata={"help": "folder for the runs and the results; an earlier comparison goes on"}
+    )
+    quick: bool = field(
+        default=False, metadata={"help": "a small corpus, few epochs and rates, one seed: a few minutes"}
+    )
+    seeds: int | None = field(
+        default=None, metadata={"help": "runs per method, with different seeds (default: 3; quick: 1)"}
+    )
+    seed: int = field(default=0, metadata={"help": "the first seed, and that of corpus and validation split"})
+    learning_rates: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "rates to choose from; mezo gets a hundredth of each (default: 3e-4 1e-3 3e-3; quick: "
+            "5e-4 3e-3)"
+        },
+    )
+    num_train_epochs: float | None = field(
+        default=None, metadata={"help": "passes over the training data of each run (default: 8; quick: 4)"}
+    )
+    batch_size: int = field(default=16, metadata={"help": "clips per step"})
+    reduction_factor: int = field(default=8, metadata={"help": "of the side networks"})
+    max_frames: str = field(default="fidelity", metadata={"help": "as for train"})
+    bf16: bool = field(default=False, metadata={"help": "train under autocast to bfloat16"})
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Whisper checkpoint (default: the tiny one that is shipped)"}
+    )
+    train_data: str | None = field(
+        default=None, metadata={"help": "training data (default: a corpus of synthetic accents is made)"}
+    )
+    eval_data: str | None = field(
+        default=None,
+        metadata={"help": "validation data (default: speakers set aside from the training data)"},
+    )
+    test_data: str | None = field(
+        default=None, metadata={"help": "data for the final scores (default: the test split of train_data)"}
+    )
+    validation_fraction: float = field(
+        default=0.2, metadata={"help": "share to set aside where there is no validation data"}
+    )
+    train_clips_per_class: int | None = field(
+        default=None, metadata={"help": "size of the synthetic corpus (default: 500; quick: 60)"}
+    )
+    test_clips_per_class: int | None = field(
+        default=None, metadata={"help": "size of its test part (default: 100; quick: 50)"}
+    )
+    use_cpu: bool = field(default=False, metadata={"help": "leave a GPU alone"})
+
+    def __post_init__(self):
+        if not self.output_dir:
+            raise UsageError("--output_dir is needed")
+        defaults = {
+            "seeds": (3, 1),
+            "learning_rates": ([3e-4, 1e-3, 3e-3], [5e-4, 3e-3]),
+            "num_train_epochs": (8.0, 4.0),
+            "train_clips_per_class": (500, 60),
+            "test_clips_per_class": (100, 50),
+        }
+        for name, (usual, quick) in defaults.items():
+            if getattr(self, name) is None:
+                setattr(self, name, quick if self.quick else usual)
+        for name in ("seeds", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"--{name} must be at least 1, got {getattr(self, name)}")
+        if not all(0 < rate < float("inf") for rate in self.learning_rates):
+            raise UsageError(f"--learning_rates must be above 0 and finite, got {self.learning_rates}")
+        known = list(MeftConfig.methods())
+        self.chosen = known if self.methods == "all" else [m for m in self.methods.split(",") if m]
+        for name in self.chosen:
+            if name not in known:
+                raise UsageError(f"--methods must be all or some of {','.join(known)}, got {name!r}")
+        if not self.chosen:
+            raise UsageError("--methods is empty")
+        self.chosen = list(dict.fromkeys(self.chosen))
+
+
+def options_of(method: str, width: int, reduction_factor: int) -> dict[str, Any]:
+    """The options that a method is compared with: the paper's, ranks and adapter widths in proportion to the
+    backbone's ``width`` where that is below whisper-small's."""
+    share = min(1.0, width / PAPER_WIDTH)
+    config = MeftConfig.methods()[method]
+    options: dict[str, Any] = {}
+    for each in fields(config):
+        if each.name in ("r", "init_r", "target_r", "adapter_dim"):
+            options[each.name] = max(2, round(each.default * share))
+        elif each.name == "reduction_factor":
+            options[each.name] = reduction_factor
+    rank = options.get("r", options.get("init_r"))
+    if rank is not None:  # the same scale of the update at every rank
+        defaults = {each.name: each.default for each in fields(config)}
+        options["lora_alpha"] = defaults["lora_alpha"] / defaults.get("r", defaults.get("init_r")) * rank
+    return options
+
+
+class CachedDataset(Dataset):
+    """A dataset whose items are made once."""
+
+    def __init__(self, dataset: Dataset, items: dict[int, Any]):
+        self.dataset, self.items = dataset, items
+        self.examples = dataset.examples
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        if index not in self.items:
+            self.items[index] = self.dataset[index]
+        return self.items[index]
+
+
+class Comparison:
+    """A comparison on disk: ``output_dir/runs/<method>/lr<rate>-seed<seed>/`` and the tables above them."""
+
+    def __init__(self, arguments: CompareArguments):
+        self.arguments = arguments
+        self.output = Path(arguments.output_dir)
+        if self.output.exists() and not self.output.is_dir():
+            raise UserError(f"output_dir: {self.output} is a file, a folder is needed")
+        check_writable(self.output / "compare.json")
+        self.backbone = str(arguments.model_name_or_path or shipped_backbone())
+        self.device = torch.device("cuda" if torch.cuda.is_available() and not arguments.use_cpu else "cpu")
+        self.source = arguments.train_data or str(self._make_corpus())
+        self.extractor = load_feature_extractor(self.backbone, "model_name_or_path")
+        self.config = load_config(ModelArguments(self.backbone))
+        self.data_arguments = TrainDataArguments(
+            train_data=self.source,
+            eval_data=arguments.eval_data,
+            validation_fraction=arguments.validation_fraction,
+            **{each.name: getattr(arguments, each.name) for each in fields(DataFormatArguments)},
+        )
+        self.examples = train.load_data(self.data_arguments, True, True, arguments.seed, progress=False)
+        self.labels = label_inventory(self.examples.training)
+        self.test = self._load_test()
+        self.settings = {
+            "backbone": self.backbone,
+            "train_data": self.source,
+            "eval_data": arguments.eval_data,
+            "test_data": self.test.description,
+            "train_examples": len(self.examples.training),
+            "validation_examples": len(self.examples.evaluation),
+            "test_examples": len(self.test),
+            "labels": self.labels,
+            "split_seed": arguments.seed,
+            "num_train_epochs": arguments.num_train_epochs,
+            "batch_size": arguments.batch_size,
+            "max_frames": arguments.max_frames,
+            "bf16": arguments.bf16,
+            "device": self.device.type,
+        }
+        clips = len(self.examples.training) + len(self.examples.evaluation)
+        window = 2 * self.config.max_source_positions * self.config.num_mel_bins * 4
+        self._cache: dict[int, dict[int, Any]] | None = {} if clips * window < _CACHED_BYTES else None
+
+    def _make_corpus(self) -> Path:
+        from .speech import make_accent_corpus
+
+        clips = self.arguments.train_clips_per_class, self.arguments.test_clips_per_class
+        folder = self.output / f"corpus_seed{self.arguments.seed}_{clips[0]}_{clips[1]}"
+        return make_accent_corpus(
+            folder,
+            train_clips_per_class=clips[0],
+            test_clips_per_class=clips[1],
+            seed=self.arguments.seed,
+            progress=sys.stderr.isatty(),
+        )
+
+    def _load_test(self) -> ExampleSet:
+        source = self.arguments.test_data or self.source
+        options = self.arguments.reader_options()
+        found = data.list_splits(
+            source,
+            self.arguments.data_format,
+            dataset_config_name=self.arguments.dataset_config_name,
+            cache_dir=self.arguments.dataset_cache_dir,
+        )
+        kinds = {canonical_split(name) for name in found}
+        if self.arguments.test_data is None and "test" not in kinds:
+            raise UserError(f"--test_data is needed: {source} has no test split")
+        test = data.load_examples(source, split="test" if "test" in kinds else None, **options)
+        test, _ = data.check_audio(test, self.arguments.strict, progress=False)
+        check_known_labels(test, self.labels)
+        warn_on_shared_speakers(self.examples.training, test)
+        return test
+
+    def _parse(self, method: str, rate: float, seed: int, folder: Path) -> tuple:
+        """The arguments of `whisper-meft train` for one run."""
+        options = options_of(method, self.config.d_model, self.arguments.reduction_factor)
+        values = {
+            "model_name_or_path": self.backbone,
+            "method": method,
+            **options,
+            "max_frames": self.arguments.max_frames,
+            "train_data": self.source,
+            "output_dir": folder,
+            "learning_rate": rate,
+            "seed": seed,
+            "num_train_epochs": self.arguments.num_train_epochs,
+            "per_device_train_batch_size": self.arguments.batch_size,
+            "per_device_eval_batch_size": 2 * self.arguments.batch_size,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": 0.05,
+            "save_total_limit": 1,
+            "bf16": self.arguments.bf16,
+            "use_cpu": self.device.type == "cpu",
+            "disable_tqdm": True,
+        }
+        if self._cache is not None:
+            values["dataloader_num_workers"] = 0  # the cache is in this process
+        return train.make_parser().parse([f"--{name}={value}" for name, value in values.items()])
+
+    def _dataset(self, examples: ExampleSet, *arguments: Any) -> Dataset:
+        dataset = data.SpeechDataset(examples, *arguments)
+        if self._cache is None:
+            return dataset
+        return CachedDataset(dataset, self._cache.setdefault(id(examples), {}))
+
+    def run(self, method: str, rate: float, seed: int) -> dict[str, Any]:
+        """One run's validation scores; from disk where it is done, from its checkpoint where it was cut off.
+
+        Raises:
+            UserError, ...: whatever makes the run fail.
+        """
+        folder = self.output / "runs" / method / f"lr{rate:g}-seed{seed}"
+        settings = {**self.settings, "learning_rate": rate, "seed": seed}
+        settings["method"] = options_of(method, self.config.d_model, self.arguments.reduction_factor)
+        done = folder / "result.json"
+        begun = folder / "settings.json"
+        same = begun.is_file() and read_json(begun) == settings
+        if same and done.is_file():
+            return read_json(done)
+        parsed = self._parse(method, rate, seed, folder)
+        parsed[3].overwrite_output_dir = not same
+        parsed[3].resume_from_checkpoint = "True" if same else None
+        if not same:
+            for name in ("result.json", "test.json"):
+                (folder / name).unlink(missing_ok=True)
+        train.prepare_output_dir(parsed[3])
+        write_json(begun, settings)
+        parsed[3].overwrite_output_dir, parsed[3].resume_from_checkpoint = False, "True"
+        started = time.perf_counter()
+        with open(folder / "log.txt", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
+            outcome = train.train(*parsed, examples=self.examples, make_dataset=self._dataset)
+        result = {
+            "folder": str(folder.relative_to(self.output)),
+            "learning_rate": rate,
+            "seed": seed,
+            "validation_accuracy": outcome.scores.accuracy,
+            "validation_loss": read_json(folder / "eval_results.json")["loss"],
+            "steps": outcome.training["steps"],
+            "train_loss": outcome.training["train_loss"],
+            "never_moved": outcome.training["gradients"]["never_moved"],
+            "seconds": round(time.perf_counter() - started, 1),
+        }
+        write_json(done, result)
+        for checkpoint in list_checkpoints(folder):
+            shutil.rmtree(checkpoint)
+        return result
+
+    def _can_score(self, run: dict[str, Any]) -> bool:
+        folder = self.output / run["folder"]
+        return (folder / "test.json").is_file() or (folder / "model.safetensors").is_file()
+
+    def score_on_test(self, run: dict[str, Any]) -> dict[str, Any]:
+        """The test scores of a finished run's model."""
+        folder = self.output / run["folder"]
+        if (folder / "test.json").is_file():
+            return read_json(folder / "test.json")
+        options = InferenceArguments(batch_size=2 * self.arguments.batch_size, device=self.device.type)
+        scores, _ = evaluate(Classifier.load(folder, options, progress=False), self.test)
+        write_json(folder / "test.json", scores.as_dict())
+        return scores.as_dict()
+
+    def compare(self, method: str, say: Callable[[str], None]) -> dict[str, Any]:
+        """Everything about one method: search, seeds, test scores, costs."""
+        arguments = self.arguments
+        search, failures = [], []
+        for rate in arguments.learning_rates:
+            rate *= RATE_FACTOR.get(method, 1)
+            try:
+                search.append(self.run(method, rate, arguments.seed))
+            except Exception as error:
+                failures.append({"learning_rate": rate, "failed": one_line(error)})
+                say(f"  {method}: learning rate {rate:g} failed: {failures[-1]['failed']}")
+                continue
+            say(
+                f"  {method}: learning rate {rate:g}: {search[-1]['validation_accuracy']:.1%} of the "
+                f"validation clips, loss {search[-1]['validation_loss']:.3f}, {search[-1]['seconds']:.0f} s"
+            )
+        if not search:
+            raise UserError(failures[0]["failed"])
+        best = max(search, key=lambda run: (run["validation_accuracy"], -run["validation_loss"]))
+        if not self._can_score(best):  # its weights went when another rate was best
+            (self.output / best["folder"] / "result.json").unlink()
+            best = self.run(method, best["learning_rate"], arguments.seed)
+        runs = [best]
+        for seed in range(arguments.seed + 1, arguments.seed + arguments.seeds):
+            runs.append(self.run(method, best["learning_rate"], seed))
+        tests = [self.score_on_test(run) for run in runs]
+        for run in search:
+            if run["folder"] != best["folder"]:  # a whole encoder in some methods
+                (self.output / run["folder"] / "model.safetensors").unlink(missing_ok=True)
+        accuracy = [test["accuracy"] for test in tests]
+        by_class = [test["mean_class_accuracy"] for test in tests]
+        return {
+            "status": "ok",
+            "options": options_of(method, self.config.d_model, arguments.reduction_factor),
+            "learning_rate": best["learning_rate"],
+            "search": search + failures,
+            "seeds": [
+                {"seed": run["seed"], "validation_accuracy": run["validation_accuracy"], "test": test}
+                for run, test in zip(runs, tests)
+            ],
+            "accuracy": spread(accuracy),
+            "mean_class_accuracy": spread(by_class),
+            **self.costs(method),
+        }
+
+    def costs(self, method: str) -> dict[str, Any]:
+        """Time, memory and parameters of a training step at the comparison's batch."""
+        arguments = self.arguments
+        options = options_of(method, self.config.d_model, arguments.reduction_factor)
+        config = MeftConfig.from_dict({"method": method, "max_frames": arguments.max_frames, **options})
+        label2id = {label: index for index, label in enumerate(self.labels)}
+        dataset = self._dataset(self.examples.training, self.extractor, label2id, config.max_frames)
+        size = min(arguments.batch_size, len(dataset))
+        items = [dataset[index] for index in range(size)]
+        batch = data.Collator(self.extractor, config.max_frames)(items)
+        sizes = type(self.config).from_dict(self.config.to_dict())
+        sizes.num_labels = len(self.labels)
+        dtype = parse_dtype(resolve_dtype("auto", self.device.type == "cpu"))
+        return measure_costs(
+            sizes, config, batch, self.device, dtype, torch.bfloat16 if arguments.bf16 else None
+        )
+
+
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Mean, standard deviation (of the sample; None for a single value) and the values themselves."""
+    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return {"mean": float(np.mean(values)), "std": deviation, "values": [float(value) for value in values]}
+
+
+def make_parser() -> Parser:
+    """The parser of `whisper-meft compare`."""
+    return Parser(
+        "compare",
+        (CompareArguments,),
+        usage="--output_dir DIR [--methods all|a,b,c] [--quick] [--seeds 3] [options]",
+        description="Trains every method on one dataset with the same budget and the same search for a "
+        "learning rate, chosen on validation data, and writes test accuracy with its spread over seeds, step "
+        "time, memory and trained parameters as JSON, Markdown and figures. Run again to go on.",
+    )
+
+
+def run(argv: Sequence[str]) -> int:
+    """`whisper-meft compare`; returns the exit status: 1 if a method failed."""
+    (arguments,) = make_parser().parse(argv)
+    threads = torch.get_num_threads()
+    if arguments.model_name_or_path is None:
+        torch.set_num_threads(1)  # the shipped model is too small to gain from a second one
+    try:
+        return _run(arguments)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run(arguments: CompareArguments) -> int:
+    started = time.perf_counter()
+    comparison = Comparison(arguments)
+    if arguments.train_data is None:
+        print("The corpus is synthetic speech: its scores say nothing about how well methods do on people.")
+    print(
+        f"{len(arguments.chosen)} methods x ({len(arguments.learning_rates)} learning rates + "
+        f"{arguments.seeds - 1} more seeds), {arguments.num_train_epochs:g} epochs of "
+        f"{len(comparison.examples.training)} clips each; chosen on {len(comparison.examples.evaluation)} "
+        f"validation clips, scored on {len(comparison.test)} test clips",
+        flush=True,
+    )
+    rows: dict[str, Any] = {}
+    results = {"settings": {**comparison.settings, "seeds": arguments.seeds}, "methods": rows}
+    results["settings"]["learning_rates"] = arguments.learning_rates
+    for method in arguments.chosen:
+        try:
+            rows[method] = comparison.compare(method, lambda text: print(text, flush=True))
+        except Exception as error:
+            rows[method] = {"status": "failed", "reason": one_line(error)}
+            print(f"{method}: failed: {rows[method]['reason']}", flush=True)
+        else:
+            row = rows[method]
+            print(
+                f"{method}: {row['accuracy']['mean']:.1%} of the test clips at learning rate "
+                f"{row['learning_rate']:g}, {row['step_time_ratio']:.2f} x the encoder's inference, "
+                f"{row['counted_mib']:.0f} MiB",
+                flush=True,
+            )
+        compare_report.write(results, comparison.output)
+    failed = [method for method, row in rows.items() if row["status"] == "failed"]
+    print(f"\n{compare_report.table(results)}\n")
+    print(f"results are in {comparison.output}; {time.perf_counter() - started:.0f} seconds")
+    if failed:
+        print(f"whisper-meft: error: {', '.join(failed)} failed, see the table", file=sys.stderr)
+    return 1 if failed else 0
