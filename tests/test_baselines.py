@@ -1,10 +1,12 @@
 """The methods that the side networks are compared with: one table, the same demands on each."""
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
 import typing
+import warnings
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ import safetensors.torch
 import torch
 from modelling_fixtures import LAYERS, WIDTH, ToyClips, batch, mel_mask, randomise, tiny_whisper
 from torch._subclasses.fake_tensor import FakeTensorMode
+from training_fixtures import make_audio_folder, make_backbone, train_command
 from transformers import TrainerCallback, TrainingArguments, WhisperConfig, WhisperForAudioClassification
 from whisper_meft import (
     AdaLoRAConfig,
@@ -26,6 +29,8 @@ from whisper_meft import (
     get_meft_model,
 )
 from whisper_meft.arguments import MethodArguments
+from whisper_meft.cli import main
+from whisper_meft.convert import to_published
 from whisper_meft.gradients import GradientReport, group_of
 from whisper_meft.mezo import MeZO
 
@@ -261,6 +266,31 @@ def test_two_processes_equal_one_on_the_joined_batch(tmp_path):
         assert_same(ranks[0], trained(single), tolerance=2e-5)
 
 
+@pytest.mark.parametrize("method", ["full", "bitfit", "lora", "s2_lora"])
+def test_saved_with_its_backbone_a_model_needs_nothing_else(method, tmp_path):
+    model = randomise(model_of(method), std=0.05)
+    features, _ = batch()
+    model.save_pretrained(tmp_path, save_backbone=True)
+    names = safetensors.torch.load_file(tmp_path / "backbone/model.safetensors").keys()
+    assert names == {f"encoder.{n}" for n in tiny_whisper().encoder.state_dict()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # such as: the backbone has other weights
+        loaded = MeftModel.from_pretrained(tmp_path)
+    assert torch.equal(scores(loaded, features), scores(model, features))
+
+
+def test_another_backbone_is_noticed(tmp_path):
+    model_of("lora").save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="has other weights than the one"):
+        MeftModel.from_pretrained(tmp_path, backbone=tiny_whisper(seed=1))
+
+
+def test_only_side_networks_convert_to_the_published_form(tmp_path):
+    model_of("lora").save_pretrained(tmp_path / "ours", save_backbone=True)
+    with pytest.raises(UserError, match="was trained by lora: the published code loads side networks only"):
+        to_published(tmp_path / "ours", tmp_path / "theirs")
+
+
 # ---------------------------------------------------------------- against other implementations
 
 
@@ -317,7 +347,8 @@ def test_can_be_counted_on_fake_tensors(method):
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = model_of(method)
         features = torch.empty(2, 12, 48)
-        loss = model(features, labels=torch.zeros(2, dtype=torch.long)).loss
+        with torch.set_grad_enabled(method != "mezo"):
+            loss = model(features, labels=torch.zeros(2, dtype=torch.long)).loss
         if method != "mezo":
             loss.backward()
             assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
@@ -413,6 +444,12 @@ def test_mezo_keeps_no_activation(tmp_path):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t), lambda t: t):
         trainer.train()
     assert not kept and all(p.grad is None for p in model.parameters())
+
+
+def test_mezo_refuses_a_backward_pass():
+    features, labels = batch()
+    with pytest.raises(UserError, match="mezo trains without gradients: use whisper_meft.MeftTrainer"):
+        model_of("mezo")(features, labels=labels)
 
 
 def test_mezo_refuses_fp16(tmp_path):
@@ -595,3 +632,57 @@ def test_a_single_tensor_that_never_moved_is_reported(tmp_path):
     still = report.report()["never_moved"]  # without B no gradient reaches A
     assert still == [f"encoder.layers.1.self_attn.q_proj.lora_{x}.default.weight" for x in "AB"]
     assert "2 of 16 trained tensors never moved" in report.describe()
+
+
+# ---------------------------------------------------------------- the command line
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("baselines")
+    make_backbone(folder / "backbone")
+    make_audio_folder(folder / "train", per_class=8)
+    make_audio_folder(folder / "test", per_class=3, seed=1)
+    return folder
+
+
+def command(work, output, method, **options) -> list[str]:
+    options = {"reduction_factor": None, "method": method, "eval_data": work / "test", **options}
+    return train_command(work / "backbone", work / "train", output, **options)
+
+
+def test_a_run_from_the_command_line_and_its_continuation(work, tmp_path, capsys):
+    options = {"init_r": 6, "target_r": 3, "learning_rate": 1e-2, "num_train_epochs": 4}
+    out = tmp_path / "out"
+    assert main(command(work, out, "adalora", **options)) == 0
+    results = json.loads((out / "train_results.json").read_text())
+    assert results["method"]["method"] == "adalora" and results["method"]["init_r"] == 6
+    assert results["gradients"]["never_moved"] == []
+    assert results["gradients"]["gradient_norms"]["encoder.layers.1"]["last"] > 0
+    assert "gradient norms at the end: " in capsys.readouterr().out
+    scored = json.loads((out / "eval_results.json").read_text())
+    assert main(["evaluate", str(out), "--data", str(work / "test")]) == 0
+    again = json.loads((out / "evaluation" / "eval_results.json").read_text())
+    assert again["confusion_matrix"] == scored["confusion_matrix"]
+    assert main(["predict", str(out), str(work / "test")]) == 0
+    # It is at its end: going on does nothing, and that is no failure.
+    assert main(command(work, out, "adalora", **options, resume_from_checkpoint=True)) == 0
+    options["target_r"] = 2
+    assert main(command(work, out, "adalora", **options, resume_from_checkpoint=True)) == 1
+    assert "has target_r=3, but now it is 2" in capsys.readouterr().err
+
+
+def test_a_run_in_which_nothing_moved_fails(work, tmp_path, capsys):
+    """The first step of a warm-up has learning rate 0."""
+    options = {"max_steps": 1, "warmup_steps": 10, "eval_data": None, "eval_strategy": "no"}
+    assert main(command(work, tmp_path / "out", "head", **options)) == 1
+    error = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert len(error) == 1 and "never moved in 1 steps" in error[0]
+    assert not (tmp_path / "out" / "train_results.json").exists()
+
+
+def test_an_option_of_another_method_is_named(work, tmp_path, capsys):
+    assert main(command(work, tmp_path / "out", "full", r=8)) == 1
+    assert "'r' is not an option of full, accepted are max_frames" in capsys.readouterr().err
+    assert main(command(work, tmp_path / "out", "full", backbone_dtype="bfloat16")) == 1
+    assert "backbone_dtype must be None or float32 for full" in capsys.readouterr().err

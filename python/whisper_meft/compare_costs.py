@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import TrainerState, WhisperConfig, WhisperForAudioClassification
 
 from .backbone import quiet_transformers
@@ -15,7 +15,6 @@ from .configs import MeftConfig
 from .memory import count_step
 from .mezo import MeZO
 from .modeling import MeftModel, get_meft_model
-from .storage_recorder import StorageRecorder, standing_for
 
 _REPEATS = 7
 
@@ -61,17 +60,17 @@ def measure_costs(
         trainable, total = model.get_nb_trainable_parameters()
         costs = {"trainable_parameters": trainable, "all_parameters": total, "step_time_ratio": ratio}
         encoder.to("meta")  # out of the way
-        count = _count_mezo if method.method == "mezo" else _count
         options = {"hidden_size": config.d_model, "device_type": device.type, "autocast": autocast}
-        costs["counted_mib"] = count(build, _fake_inputs(given), fake=True, **options) / 2**20
+        options["gradients"] = method.method != "mezo"
+        costs["counted_mib"] = count_step(build, _fake_inputs(given), fake=True, **options).peak / 2**20
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             step()
             costs["measured_mib"] = torch.cuda.max_memory_allocated(device) / 2**20
         else:
             del model, step
-            real = count(build, lambda: {n: t.clone() for n, t in given.items()}, fake=False, **options)
-            costs["measured_mib"] = real / 2**20
+            real = count_step(build, lambda: {n: t.clone() for n, t in given.items()}, fake=False, **options)
+            costs["measured_mib"] = real.peak / 2**20
     return costs
 
 
@@ -135,30 +134,3 @@ def _time_ratio(step: Callable[[], None], inference: Callable[[], None], device:
             if repeat >= 2:
                 values.append(time.perf_counter() - started)
     return statistics.median(times[step]) / statistics.median(times[inference])
-
-
-def _count(build: Callable[[], nn.Module], inputs: Callable[[], dict[str, Tensor]], **options: Any) -> int:
-    return count_step(build, inputs, **options).peak
-
-
-def _count_mezo(
-    build: Callable[[], nn.Module],
-    inputs: Callable[[], dict[str, Tensor]],
-    *,
-    hidden_size: int,
-    device_type: str,
-    autocast: torch.dtype | None,
-    fake: bool,
-) -> int:
-    """The peak of a MeZO step in bytes: two forwards and a replay of the direction, no backward."""
-    recorder = StorageRecorder(device_type)
-    place = standing_for(device_type, (9, 0) if device_type == "cuda" else None) if fake else nullcontext()
-    with place, recorder:
-        recorder.start("step")
-        model, given = build(), inputs()
-        optimizer = MeZO([p for p in model.parameters() if p.requires_grad], lr=1e-9)
-        context = nullcontext() if autocast is None else torch.autocast("cpu", dtype=autocast)
-        with context:
-            optimizer.measure(lambda: model(**given).loss)
-        optimizer.step()
-        return recorder.usage()["step"].total

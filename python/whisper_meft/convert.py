@@ -155,13 +155,19 @@ def to_published(
         backbone: hub name or folder of the backbone, if not the one that ``src`` names.
 
     Raises:
-        UserError: ``src`` cannot be loaded, or taps only some of the layers, which the published code cannot.
+        UserError: ``src`` cannot be loaded, is no side network, or taps only some of the layers, which the
+            published code cannot.
     """
     dst = Path(dst)
     if Path(src).is_dir():
         _check_folders(Path(src), dst)
     model = MeftModel.from_pretrained(src, backbone=backbone)
     config = model.meft_config
+    if config.method not in _PUBLISHED_SIZES:
+        raise UserError(
+            f"{src} was trained by {config.method}: the published code loads side networks only, "
+            f"{', '.join(_PUBLISHED_SIZES)}"
+        )
     layers = getattr(config, "layers", None)
     if layers is not None and layers != list(range(1, model.encoder.num_layers + 1)):
         raise UserError(f"{src} taps the layers {layers}: the published code taps all of them")

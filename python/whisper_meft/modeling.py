@@ -173,8 +173,13 @@ class MeftModel(PreTrainedModel):
         Raises:
             UserError: wrong shape, dtype, device or label.
         """
-        features, lengths = self._frames_to_compute(input_features, attention_mask)
         options = self.meft_config
+        if self.training and options.method == "mezo" and torch.is_grad_enabled():
+            raise UserError(
+                "mezo trains without gradients: use whisper_meft.MeftTrainer, or MeZO.measure of "
+                "whisper_meft.mezo in a loop of your own"
+            )
+        features, lengths = self._frames_to_compute(input_features, attention_mask)
         if options.frozen_encoder:
             reading = (options.chunk_size, options.final_norm, options.through_last_layer)
             pooled = pooled_in_chunks(self.encoder, self.side_network, features, lengths, *reading)
