@@ -2,8 +2,8 @@
 
 This is the one place that registers an op or chooses a backend. Under ``torch.ops.meft`` the reference serves
 every device; a faster kernel registered on a device's dispatch key takes over with no change here or above.
-``torch.ops.meft_reference`` and ``torch.ops.meft_triton`` hold the same ops with one kernel for all devices,
-for ``use_backend``.
+On CUDA that is Triton's, once it has passed its check there (``self_check``). ``torch.ops.meft_reference``
+and ``torch.ops.meft_triton`` hold the same ops with one kernel for all devices, for ``use_backend``.
 
 Each op saves its inputs for the backward and nothing else: what the forward computed is recomputed. With
 ``saved_activations="fp8"`` the leading input x, a hidden state, is kept as an 8-bit normalised copy instead.
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import reference
+from . import reference, self_check
 from .reference import SAVED_ACTIVATIONS
 
 _PROJECTION = "Tensor weight, Tensor bias, Tensor mean, Tensor rstd"
@@ -51,10 +51,6 @@ OP_NAMES = ("row_statistics", *_SCHEMAS)
 BACKENDS = ("auto", "reference", "native", "triton")
 _NAMESPACES = {"auto": "meft", "reference": "meft_reference", "triton": "meft_triton"}
 _backend = "auto"
-
-# Ops whose Triton kernels have passed the GPU suite on a real device: ``auto`` uses them on CUDA. The others
-# wait behind ``use_backend("triton")``.
-_PROVEN_ON_GPU: frozenset[str] = frozenset()
 
 
 _ARGUMENT_NAMES = {
@@ -146,6 +142,17 @@ def _triton_kernel(name: str, function: str) -> Callable:
 _HOST_CODE: dict[str, tuple[str, Callable, Callable]] = {}
 
 
+def _checked(schema: str, plain: Callable, fused: Callable) -> Callable:
+    """``fused`` on devices where it passes its check against ``plain`` at first use, ``plain`` on others."""
+    name, arguments = schema.split(") ->")[0].split("(", 1)
+    names = [argument.split()[-1].split("=")[0] for argument in arguments.split(", ")]
+
+    def run(*given):
+        return self_check.choose(name, names, given, plain, fused)(*given)
+
+    return run
+
+
 def _register() -> list[torch.library.Library]:
     """Defines every op in each namespace: the reference for all devices, Triton where it is asked for."""
     forward, backward = "forward", "backward"
@@ -181,8 +188,8 @@ def _register() -> list[torch.library.Library]:
             _HOST_CODE[name] = (op, _without_autocast(kernel), fused)
             library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
             library.impl(name, default, "CompositeExplicitAutograd")
-            if backend == "auto" and op in _PROVEN_ON_GPU and _HAS_TRITON:
-                library.impl(name, fused, "CUDA")
+            if backend == "auto" and _HAS_TRITON and op not in _PLAIN:
+                library.impl(name, _checked(schema, _without_autocast(kernel), fused), "CUDA")
             torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
     return libraries
 
@@ -212,8 +219,8 @@ def host_code(name: str, backend: str, device_type: str) -> Callable | None:
     if backend in ("auto", "native") and not on_cuda:
         has_native = torch._C._dispatch_has_kernel_for_dispatch_key(f"meft::{name}", "CPU")
         return None if has_native else plain
-    proven = backend == "auto" and on_cuda and op in _PROVEN_ON_GPU and _HAS_TRITON
-    return fused if (backend == "triton" and op not in _PLAIN) or proven else plain
+    use_fused = backend == "triton" or (backend == "auto" and on_cuda and _HAS_TRITON)
+    return fused if use_fused and op not in _PLAIN else plain
 
 
 def backend_status() -> dict[str, tuple[str, str]]:
@@ -223,11 +230,9 @@ def backend_status() -> dict[str, tuple[str, str]]:
         registered = "encode" if name == "eight_bit" else name
         has = functools.partial(torch._C._dispatch_has_kernel_for_dispatch_key, f"meft::{registered}")
         if torch.cuda.is_available() and has("CUDA"):
-            status[name] = ("triton", "a kernel is registered for CUDA")
+            status[name] = ("triton", "each kernel is checked against the reference at its first use")
         elif has("CPU"):
             status[name] = ("native", "a C++ kernel is registered for the CPU")
-        elif torch.cuda.is_available() and _HAS_TRITON and name not in _PLAIN:
-            status[name] = ("reference", "the triton kernel is not proven on a GPU yet; use_backend has it")
         else:
             status[name] = ("reference", "no faster kernel is registered for this device")
     return status

@@ -1,12 +1,13 @@
 """The Triton kernels on a real GPU at real shapes: accuracy, repeatability, independence, training."""
 
+import warnings
 from dataclasses import replace
 
 import pytest
 import torch
 
 import meft_kernels
-from meft_kernels import ops, reference, use_backend
+from meft_kernels import ops, reference, self_check, use_backend
 from meft_kernels.testing import (
     Case,
     assert_as_good_as_torch,
@@ -50,6 +51,21 @@ def test_fp32_at_odd_shapes(op):
         case = real_case(op, 768, 8, frames=frames, batch=3, layers=11)
         with use_backend("triton"):
             assert_as_good_as_torch(case, torch.float32, "cuda", draws=8)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("factor", FACTORS)
+@pytest.mark.parametrize("op", FUSED)
+def test_auto_takes_the_fused_kernels(op, factor, dtype, monkeypatch):
+    """Every kernel passes the check that users' first calls run: a warning would say which does not."""
+    monkeypatch.setattr(self_check, "_verdicts", {})
+    case = real_case(op, 768, factor, frames=100)
+    inputs = case.inputs(dtype, "cuda")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        out = case.function()(**inputs)
+        outputs_and_gradients(case.function(), inputs, torch.ones_like(out))
+    assert self_check._verdicts and all(self_check._verdicts.values())
 
 
 @pytest.mark.parametrize("op", ["relu_attention"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import meft_kernels
-from meft_kernels import ops, use_backend
+from meft_kernels import use_backend
 from meft_kernels.testing import CASES, assert_as_good_as_torch
 
 pytest.importorskip("triton")
@@ -71,7 +71,7 @@ def test_the_kernels_really_run(monkeypatch):
     assert calls
     with use_backend("auto"):
         case.function()(**case.inputs(torch.float32, DEVICE))
-    assert len(calls) == (2 if "gated_up" in ops._PROVEN_ON_GPU and CUDA else 1)
+    assert (len(calls) > 1) == CUDA
 
 
 def test_compiles_as_one_graph():
