@@ -58,7 +58,8 @@ def roofline(records: list[dict], path: Path) -> bool:
             if row["peer"] != "eager" and row["direction"] == "forward":
                 axes.annotate(row["op"], (x, y), fontsize=7, xytext=(3, 3), textcoords="offset points")
         intensities = [row["flops"] / row["bytes"] for row in rows] or [1.0]
-        left, right = min(intensities) / 3, max([*intensities, rate / bandwidth]) * 3
+        left, right = (f([*intensities, rate / bandwidth]) for f in (min, max))
+        left, right = left / 3, right * 3
         axes.plot([left, rate / bandwidth, right], [left * bandwidth, rate, rate], color="black", linewidth=1)
         for peer, colour in colours.items():
             axes.plot([], [], "o", color=colour, label=peer)
@@ -120,13 +121,14 @@ def memory(records: list[dict], path: Path) -> bool:
         axes.set_xlabel("peak memory of a training step, GiB")
         where = _where(found) if found["name"] == "train_step" else "counted for CUDA without a GPU"
         axes.set_title(f"{_setting(found)}\n{where}", fontsize=10)
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, loc="lower right")
     return True
 
 
 def _setting(found: dict) -> str:
     shapes = found["shapes"]
-    return f"Whisper-{shapes['model']}, batch {shapes['batch']}, {shapes['frames']} frames, {shapes['dtype']}"
+    dtype = f", {shapes['dtype']}" if found["name"] == "train_step" else ""  # a count has several
+    return f"Whisper-{shapes['model']}, batch {shapes['batch']}, {shapes['frames']} frames{dtype}"
 
 
 DRAWINGS = {"roofline": roofline, "speedup": speedup, "memory": memory}
