@@ -14,7 +14,8 @@ ALLOWED = {
     "reference": {"reference"},
     "tuning": set(),
     "triton_kernels": {"reference", "triton_kernels", "tuning"},
-    "ops": {"reference"},  # and triton_kernels, by name when they are first called
+    "self_check": {"reference"},
+    "ops": {"reference", "self_check"},  # and triton_kernels, by name when they are first called
     "static_check": {"tuning"},
     "tune": {"ops", "static_check", "testing", "tuning"},
     "modules": {"ops", "reference"},
