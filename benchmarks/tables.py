@@ -46,7 +46,8 @@ def source(found: dict) -> str:
 def _when(found: dict) -> str:
     where = found["environment"]
     commit = (where["commit"] or "unknown")[:9] + (" with changes" if where["dirty"] else "")
-    return f"commit {commit}, {where['date'][:10]}: `{found['command']}`"
+    command = re.sub(r" --output[ =]\S+", "", found["command"])  # where it was written is no matter
+    return f"commit {commit}, {where['date'][:10]}: `{command}`"
 
 
 def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

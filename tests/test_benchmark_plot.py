@@ -30,7 +30,7 @@ def op_row(op, peer, direction, **changes):
 def make(name, figures, shapes, device="Some CPU", date="2026-01-02T03:04:05+00:00", kind="cpu"):
     where = {"commit": "0123456789abcdef", "dirty": False, "date": date, "device": device}
     where |= {"device_type": kind, "threads": 1, "torch": "2.13.0"}
-    command = f"python -m benchmarks.{name} --some option"
+    command = f"python -m benchmarks.{name} --output folder --some option"
     return {"name": name, "command": command, "shapes": shapes, "environment": where, "figures": figures}
 
 
