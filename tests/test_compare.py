@@ -189,6 +189,12 @@ def test_mistakes_give_one_line(options, status, message, work, tmp_path, capsys
     assert len(error) == 1 and message in error[0]
 
 
+def test_several_processes_are_refused(work, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(command(work, tmp_path / "out")) == 1
+    assert "compare runs in one process" in capsys.readouterr().err
+
+
 def test_ranks_and_widths_follow_the_backbone():
     for method in MeftConfig.methods():
         options = compare.options_of(method, 768, 8)

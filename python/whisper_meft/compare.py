@@ -6,6 +6,7 @@ chosen. Every run leaves its result in a folder, so an interrupted comparison go
 """
 
 import contextlib
+import os
 import shutil
 import sys
 import time
@@ -73,7 +74,10 @@ class CompareArguments(DataFormatArguments):
     batch_size: int = field(default=16, metadata={"help": "clips per step"})
     reduction_factor: int = field(default=8, metadata={"help": "of the side networks"})
     max_frames: str = field(default="fidelity", metadata={"help": "as for train"})
-    bf16: bool = field(default=False, metadata={"help": "train under autocast to bfloat16"})
+    bf16: bool | None = field(
+        default=None,
+        metadata={"help": "train under autocast to bfloat16 (default: on a GPU that has it)"},
+    )
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Whisper checkpoint (default: the tiny one that is shipped)"}
     )
@@ -164,6 +168,8 @@ class Comparison:
     """A comparison on disk: ``output_dir/runs/<method>/lr<rate>-seed<seed>/`` and the tables above them."""
 
     def __init__(self, arguments: CompareArguments):
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError("compare runs in one process: start it without torchrun")
         self.arguments = arguments
         self.output = Path(arguments.output_dir)
         if self.output.exists() and not self.output.is_dir():
@@ -171,6 +177,8 @@ class Comparison:
         check_writable(self.output / "compare.json")
         self.backbone = str(arguments.model_name_or_path or shipped_backbone())
         self.device = torch.device("cuda" if torch.cuda.is_available() and not arguments.use_cpu else "cpu")
+        if arguments.bf16 is None:
+            arguments.bf16 = self.device.type == "cuda" and torch.cuda.is_bf16_supported(False)
         self.source = arguments.train_data or str(self._make_corpus())
         self.extractor = load_feature_extractor(self.backbone, "model_name_or_path")
         self.config = load_config(ModelArguments(self.backbone))

@@ -67,7 +67,9 @@ def page(results: dict[str, Any]) -> str:
             f"{', '.join(f'{rate:g}' for rate in settings['learning_rates'])} (mezo: a hundredth of each) "
             "and epoch are chosen on the validation clips; the test clips are scored once per seed, "
             "with what was chosen.",
-            f"- Accuracy: mean over {settings['seeds']} seed(s), ± standard deviation over them.",
+            f"- Accuracy: mean over {settings['seeds']} seeds, ± standard deviation over them."
+            if settings["seeds"] > 1
+            else "- Accuracy: of one seed, so without a spread: small differences mean nothing.",
             "- Step time: a training step divided by the frozen encoder's forward in inference, in turn on "
             "the same batch.",
             "- Memory: peak of a training step at that batch, counted on fake tensors, and measured on real "
@@ -117,10 +119,17 @@ def _plot_costs(rows: dict[str, Any], path: Path) -> None:
             ("counted_mib", "step_time_ratio"),
             ("peak memory of a training step in MiB", "training step ÷ encoder's inference forward"),
         ):
-            for method, row in rows.items():
-                point = row[key], 100 * row["accuracy"]["mean"]
+            order = sorted(rows, key=lambda method: rows[method]["accuracy"]["mean"])
+            for number, method in enumerate(order):
+                point = rows[method][key], 100 * rows[method]["accuracy"]["mean"]
                 axes.scatter(*point, color=BLUE, s=28, zorder=3)
-                axes.annotate(method, point, xytext=(4, 3), textcoords="offset points", fontsize=8)
+                # To the right and to the left in turn: neighbours in accuracy would cover each other's names.
+                place = (
+                    {"ha": "left"} if number % 2 else {"ha": "right"}
+                place["xytext"] = (6 if number % 2 else -6, (-3, 6, -11)[number % 3])
+                )
+                axes.annotate(method, point, textcoords="offset points", fontsize=8, **place)
+            axes.margins(x=0.15)
             axes.set_xlim(left=0)
             axes.set_xlabel(label)
             axes.set_ylabel("test accuracy in percent")
