@@ -124,10 +124,9 @@ def _plot_costs(rows: dict[str, Any], path: Path) -> None:
                 point = rows[method][key], 100 * rows[method]["accuracy"]["mean"]
                 axes.scatter(*point, color=BLUE, s=28, zorder=3)
                 # To the right and to the left in turn: neighbours in accuracy would cover each other's names.
-                place = (
-                    {"ha": "left"} if number % 2 else {"ha": "right"}
-                place["xytext"] = (6 if number % 2 else -6, (-3, 6, -11)[number % 3])
-                )
+                right = number % 2 == 1
+                place = {"xytext": (6 if right else -6, (-3, 6, -11)[number % 3])}
+                place["ha"] = "left" if right else "right"
                 axes.annotate(method, point, textcoords="offset points", fontsize=8, **place)
             axes.margins(x=0.15)
             axes.set_xlim(left=0)
