@@ -17,9 +17,9 @@ from .errors import one_line
 # Subcommand -> (module with a function run(argv) -> exit status, one line of help).
 COMMANDS = {
     "train": ("train", "train a side network and a classification head on a frozen Whisper encoder"),
-    "compare": ("compare", "train every method on the same data with the same budget"),
     "evaluate": ("evaluate", "score a trained model on labelled audio"),
     "predict": ("predict", "classify audio files"),
+    "compare": ("compare", "train every method on the same data with the same budget"),
     "memory": ("memory_command", "count what training takes of a GPU, and what would fit, without one"),
     "convert": ("convert_command", "convert checkpoints of the published code into ours, and back"),
     "demo": ("demo", "synthesise a small accent corpus, train LST on it and show the scores"),

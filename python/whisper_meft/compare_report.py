@@ -119,20 +119,41 @@ def _plot_costs(rows: dict[str, Any], path: Path) -> None:
             ("counted_mib", "step_time_ratio"),
             ("peak memory of a training step in MiB", "training step ÷ encoder's inference forward"),
         ):
-            order = sorted(rows, key=lambda method: rows[method]["accuracy"]["mean"])
-            for number, method in enumerate(order):
-                point = rows[method][key], 100 * rows[method]["accuracy"]["mean"]
-                axes.scatter(*point, color=BLUE, s=28, zorder=3)
-                # To the right and to the left in turn: neighbours in accuracy would cover each other's names.
-                right = number % 2 == 1
-                place = {"xytext": (6 if right else -6, (-3, 6, -11)[number % 3])}
-                place["ha"] = "left" if right else "right"
-                axes.annotate(method, point, textcoords="offset points", fontsize=8, **place)
-            axes.margins(x=0.15)
+            points = {m: (row[key], 100 * row["accuracy"]["mean"]) for m, row in rows.items()}
+            axes.scatter(*zip(*points.values()), color=BLUE, s=28, zorder=3)
+            axes.margins(0.12)
             axes.set_xlim(left=0)
             axes.set_xlabel(label)
             axes.set_ylabel("test accuracy in percent")
             _tidy(axes)
+            _name_points(axes, points)
+
+
+# Where a name may stand beside its point, in points: right, left, above, below, and further off.
+_PLACES = [(6, -3), (-6, -3), (6, 5), (-6, 5), (6, -11), (-6, -11), (6, 14), (-6, 14), (6, -20), (-6, -20)]
+
+
+def _name_points(axes: Any, points: dict[str, tuple[float, float]]) -> None:
+    """Writes each point's name at the first place where it covers neither a point nor another name."""
+    scale = 72 / axes.figure.dpi
+    at = {name: axes.transData.transform(point) * scale for name, point in points.items()}
+    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in at.values()]
+    for name, (x, y) in at.items():
+        width = 4.7 * len(name)
+        boxes = []
+        for right, up in _PLACES:
+            left = x + right if right > 0 else x + right - width
+            boxes.append((left, y + up - 1, left + width, y + up + 8))
+        free = [i for i, box in enumerate(boxes) if not any(_overlap(box, other) for other in taken)]
+        chosen = free[0] if free else 0
+        taken.append(boxes[chosen])
+        side = "left" if _PLACES[chosen][0] > 0 else "right"
+        axes.annotate(name, points[name], _PLACES[chosen], textcoords="offset points", fontsize=8, ha=side)
+
+
+def _overlap(one: tuple, other: tuple) -> bool:
+    """Whether two boxes (left, bottom, right, top) share any area."""
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
 def _tidy(axes: Any) -> None:
