@@ -295,7 +295,7 @@ def _make_function(name: str) -> type[torch.autograd.Function]:
         def setup_context(ctx, inputs, output) -> None:
             ctx.backend, ctx.in_8_bits, *arguments = inputs
             if has_flag:
-                ctx.flag = arguments.pop()
+                *arguments, ctx.flag = arguments
             if ctx.in_8_bits:
                 arguments = _encoded(ctx.backend, names, arguments)
             ctx.save_for_backward(*arguments)
