@@ -1,6 +1,5 @@
 """Counted memory: against real runs, by hand, against the paper, and the command that prints it."""
 
-import gc
 import importlib
 import json
 import os
@@ -12,7 +11,6 @@ from contextlib import nullcontext
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import _disable_current_modes
 from transformers import WhisperConfig, WhisperForAudioClassification
 from transformers.modeling_outputs import SequenceClassifierOutput
 from whisper_meft import MeftConfig, cli, get_meft_model, storage_recorder
@@ -27,7 +25,7 @@ from whisper_meft.storage_recorder import StorageRecorder, Usage, standing_for
 from benchmarks import memory as benchmark
 from benchmarks.published import PAPER_GIB
 from meft_kernels import triton_kernels
-from meft_kernels.reference import common, stand_in
+from meft_kernels.reference import common
 
 MIB = 2**20
 WIDTH, MELS, FRAMES, BATCH = 32, 8, 40, 5
@@ -83,35 +81,17 @@ def test_fake_run_counts_what_a_real_run_does(method, options, monkeypatch):
     assert fake.left_alive == real.left_alive == 0
 
 
-@pytest.mark.skipif(
-    torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") != "1", reason="needs the interpreter"
-)
 @pytest.mark.parametrize("method", ["lst", "unipt", "sherl"])
 def test_a_kernels_workspace_is_that_of_its_launcher(method, monkeypatch):
     pytest.importorskip("triton")
-    from meft_kernels.triton_kernels import host
-
     launched = []
-
-    def unseen(kernel, *arguments, **options):
-        """A launch as it is, but that what the interpreter allocates for itself is not recorded."""
-        if not stand_in.active():
-            with _disable_current_modes():
-                launched.append(kernel)
-                host.launch(kernel, *arguments, **options)
-            gc.collect()  # the interpreter holds on to its arguments
-
     for name in pkgutil.iter_modules(triton_kernels.__path__):
         module = importlib.import_module(f"{triton_kernels.__name__}.{name.name}")
-        if module is not host and hasattr(module, "launch"):
-            monkeypatch.setattr(module, "launch", unseen)
-    settings = {"clips": 1, "backend": "triton"}
-    gc.freeze()  # what is there need not be looked at in each collection
-    try:
-        fake, real = (count(method, {}, fake, **settings) for fake in (True, False))
-    finally:
-        gc.unfreeze()
-    assert launched
+        if hasattr(module, "launch"):  # results stay unwritten: allocations do not depend on them
+            monkeypatch.setattr(module, "launch", lambda kernel, *_, **__: launched.append(kernel))
+    settings = {"backend": "triton"}
+    fake, real = (count(method, {}, fake, **settings) for fake in (True, False))
+    assert len(set(launched)) > 3
     assert {k: u.total for k, u in fake.phases.items()} == {k: u.total for k, u in real.phases.items()}
     reference = count(method, {}, **{**settings, "backend": "reference"})
     if method != "sherl":  # whose peak lies in the last encoder layer
