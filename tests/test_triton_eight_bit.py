@@ -11,7 +11,7 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 from triton_fixtures import DEVICE  # noqa: E402
 
-from meft_kernels import ops, reference, tuning, use_backend  # noqa: E402
+from meft_kernels import ops, reference, self_check, tuning, use_backend  # noqa: E402
 from meft_kernels.reference import eight_bit as definition  # noqa: E402
 from meft_kernels.testing import relative_error  # noqa: E402
 from meft_kernels.triton_kernels import eight_bit as kernel  # noqa: E402
@@ -259,6 +259,27 @@ def test_gradients_of_an_op_come_from_the_kernels(op, monkeypatch):
     assert calls == ["encode", "decode"]
     for plain, fused in zip(*grads):
         torch.testing.assert_close(fused, plain, rtol=1e-3, atol=1e-3 * plain.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_kernels_pass_the_check_at_first_use_and_worse_ones_do_not(dtype):
+    x = draw(dtype, 2, 5, 40)
+    statistics = reference.row_statistics(x)
+    encoded = definition.encode(x, *statistics)
+    names = ["code", "scale", "shift", "like", "mean", "rstd"]
+    calls = [("encode", ["x", "mean", "rstd"], (x, *statistics), lambda c, s, m: (c, 1.05 * s, m))]
+    for more in ((), statistics):
+        calls.append(("decode", names, (*encoded, x.new_empty(0), *more), lambda out: 1.05 * out))
+    for name, names, arguments, worse in calls:
+        plain, fused = getattr(definition, name), getattr(kernel, name)
+
+        def broken(*given, fused=fused, worse=worse):
+            result = fused(*given)
+            return worse(*result) if isinstance(result, tuple) else worse(result)
+
+        with small_groups():
+            assert self_check._complaint(names, arguments, plain, fused) is None
+            assert "is off by" in self_check._complaint(names, arguments, plain, broken)
 
 
 def test_ops_of_the_kernels_have_right_fakes():
