@@ -173,18 +173,18 @@ def _out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(t in str(error) for t in told)
 
 
-def measure(method: str, setting: Setting, repeats: int) -> dict:
+def measure(method: str, setting: Setting, repeats: int, count: bool = True) -> dict:
     """One row of the table. Whatever goes wrong with the method is said in ``status``.
 
     Args:
-        repeats: timed steps; with 0 nothing is timed.
+        repeats: timed steps; with 0 nothing is timed. count: whether the memory is counted too.
 
     Returns:
         ``method``, ``status`` (``"ok"``, ``"invalid: ..."``, ``"out of memory"``, ``"failed: ..."``),
         ``counted_bytes`` (see :func:`counted`), and as far as it came what :func:`probe` and :func:`clock`
         return.
     """
-    row = {"method": method, "status": "ok", "counted_bytes": counted(method, setting)}
+    row = {"method": method, "status": "ok", "counted_bytes": counted(method, setting) if count else None}
     on_cpu = torch.device(setting.device).type == "cpu"
     try:
         row |= probe_in_fresh_process(method, setting) if on_cpu else probe(method, setting)
@@ -286,6 +286,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--quick", action="store_true", help="2 timed steps, on a CPU 300 frames; recorded in results/quick"
     )
+    parser.add_argument("--no-count", action="store_true", help="measure the memory, do not count it too")
     parser.add_argument("--output", type=Path, help="folder of the record (default: benchmarks/results)")
     parser.add_argument("--probe", metavar="METHOD", help=argparse.SUPPRESS)
     return parser
@@ -325,11 +326,11 @@ def _chosen(names: str) -> list[str]:
     return chosen
 
 
-def run(setting: Setting, names: Sequence[str], repeats: int) -> Iterator[dict]:
+def run(setting: Setting, names: Sequence[str], repeats: int, count: bool = True) -> Iterator[dict]:
     """The rows of the methods, one by one as they are measured."""
     for name in names:
         print(f"measuring {name} ...", file=sys.stderr, flush=True)
-        yield measure(name, setting, repeats)
+        yield measure(name, setting, repeats, count)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -351,8 +352,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         shapes = vars(setting) | {"repeats": repeats}
         command = " ".join(["python -m benchmarks.train_step", *argv])
         output = options.output or (record.RESULTS / "quick" if options.quick else record.RESULTS)
-        for row in run(setting, names, repeats):  # written after every row: a run cut short keeps its rows
-            rows.append(row)
+        for row in run(setting, names, repeats, not options.no_count):
+            rows.append(row)  # and written: a run cut short keeps its rows
             path = record.write(
                 "train_step",
                 rows,

@@ -68,7 +68,7 @@ def fake_probe(method, setting):
 
 def test_a_failing_method_does_not_end_the_table(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(train_step, "probe_in_fresh_process", fake_probe)
-    options = "--model toy --batch 1 --frames 8 --reduction_factor 4 --device cpu --repeats 2"
+    options = "--model toy --batch 1 --frames 8 --reduction_factor 4 --device cpu --repeats 2 --no-count"
     options += f" --methods full,lst,unipt,sherl --output {tmp_path}"
     assert train_step.main(options.split()) == 1
     (found,) = record.load_all(tmp_path)
@@ -77,6 +77,7 @@ def test_a_failing_method_does_not_end_the_table(monkeypatch, tmp_path, capsys):
     assert rows["unipt"]["status"] == "failed: its own reason"
     assert rows["sherl"]["status"] == "invalid: gradient_norm is nan"
     assert rows["lst"]["status"] == "ok" and rows["lst"]["ratio"] > 0
+    assert rows["lst"]["counted_bytes"] is None
     assert rows["lst"]["step_ms"]["p20"] <= rows["lst"]["step_ms"]["median"] <= rows["lst"]["step_ms"]["p80"]
     assert found["shapes"]["model"] == "toy" and found["shapes"]["dtype"] == "float32"
     out = capsys.readouterr().out
