@@ -4,13 +4,14 @@ No method mixes utterances, so a chunk's result is the same as in the whole batc
 to the rounding of a sum in another order. The backbone's transients then cost memory for one chunk alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from meft_kernels import HiddenState
 from meft_kernels.reference.stand_in import device_type
 
 from .encoder import FrozenEncoder
@@ -70,6 +71,19 @@ def pooled_in_chunks(
         [None] * -(-features.shape[0] // chunk_size) if lengths is None else lengths.split(chunk_size),
     )
     return torch.cat([_pooled(encoder, read, *part, final_norm, fold is not None) for part in parts])
+
+
+def pooled_states(
+    encoder: FrozenEncoder,
+    side_network: nn.Module,
+    hidden_states: Iterable[Tensor | HiddenState],
+    lengths: Tensor | None = None,
+    through_last_layer: bool = False,
+) -> Tensor:
+    """As :func:`pooled_in_chunks`, of hidden states that are there already, the whole batch at once."""
+    if through_last_layer:
+        return _through_last_layer(encoder, side_network, hidden_states, lengths)
+    return side_network.pooled(hidden_states, lengths)
 
 
 def _pooled(

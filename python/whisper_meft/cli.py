@@ -19,6 +19,7 @@ COMMANDS = {
     "train": ("train", "train a side network and a classification head on a frozen Whisper encoder"),
     "evaluate": ("evaluate", "score a trained model on labelled audio"),
     "predict": ("predict", "classify audio files"),
+    "cache": ("cache_command", "run the frozen backbone once, for epochs of the side network alone"),
     "compare": ("compare", "train every method on the same data with the same budget"),
     "memory": ("memory_command", "count what training takes of a GPU, and what would fit, without one"),
     "convert": ("convert_command", "convert checkpoints of the published code into ours, and back"),

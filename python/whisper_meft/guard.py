@@ -80,6 +80,10 @@ class FiniteGuard(TrainerCallback):
         if features is not None:
             fine = torch.isfinite(features.detach()).flatten(1).all(dim=1)  # [B]
             self._current[threading.get_ident()] = (index, fine)
+        elif kwargs.get("hidden_states") is not None:  # from a cache, which holds finite numbers only
+            states = kwargs["hidden_states"]
+            fine = torch.ones(states.shape[0], dtype=torch.bool, device=states.device)
+            self._current[threading.get_ident()] = (index, fine)
         return args, kwargs
 
     @torch.compiler.disable

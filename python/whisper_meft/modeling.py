@@ -31,6 +31,7 @@ from .backbone import (
     same_backbone,
     write_backbone,
 )
+from .cached_states import pooled_of_cached, states_read
 from .chunked import pooled_in_chunks
 from .configs import MeftConfig, parse_dtype
 from .encoder import FrozenEncoder
@@ -141,17 +142,34 @@ class MeftModel(PreTrainedModel):
             )
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
 
+    @property
+    def states_read(self) -> tuple[int, ...]:
+        """Indices of the hidden states that the method reads: h_0 is the embedding, h_i layer i's output.
+
+        Raises:
+            UserError: the method trains inside the encoder, so that its states change with every step.
+        """
+        if not self.meft_config.frozen_encoder:
+            raise UserError(
+                f"hidden states cannot be computed ahead for {self.meft_config.method}, which trains inside "
+                "the encoder"
+            )
+        return states_read(self.side_network, self.encoder.num_layers)
+
     def set_attn_implementation(self, attn_implementation: str) -> None:
         """Chooses the encoder's attention: ``"sdpa"``, ``"eager"`` or ``"flash_attention_2"``."""
         self.encoder.config._attn_implementation = attn_implementation
 
     def forward(
         self,
-        input_features: torch.Tensor,
+        input_features: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         return_dict: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        hidden_states: torch.Tensor | None = None,
+        hidden_state_lengths: torch.Tensor | None = None,
+        hidden_state_statistics: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutput | tuple[torch.Tensor, ...]:
         """Class scores, and the cross-entropy when ``labels`` are given.
@@ -164,6 +182,10 @@ class MeftModel(PreTrainedModel):
             labels: (B,) class numbers; -100 is skipped.
             return_dict: ``False`` gives a tuple.
             num_items_in_batch: what the summed loss is divided by, from Trainer; without it the batch size.
+            hidden_states: (B, S, T, D) in place of ``input_features``: the states that :attr:`states_read`
+                names, computed earlier (:mod:`whisper_meft.cache`). The backbone is not run.
+            hidden_state_lengths: (B,) their valid frames. Only read when ``max_frames`` is not "fidelity".
+            hidden_state_statistics: (B, S, T, 2) mean and rstd of their rows, where these are known.
             kwargs: ignored, for callers that pass options of other models.
 
         Returns:
@@ -179,11 +201,19 @@ class MeftModel(PreTrainedModel):
                 "mezo trains without gradients: use whisper_meft.MeftTrainer, or MeZO.measure of "
                 "whisper_meft.mezo in a loop of your own"
             )
-        features, lengths = self._frames_to_compute(input_features, attention_mask)
-        if options.frozen_encoder:
+        if (input_features is None) == (hidden_states is None):
+            raise UserError("one of input_features and hidden_states is needed, and not both")
+        if hidden_states is not None:
+            lengths = None if options.max_frames == "fidelity" else hidden_state_lengths
+            given = (self.states_read, hidden_states, lengths, hidden_state_statistics)
+            reading = (options.final_norm, options.through_last_layer)
+            pooled = pooled_of_cached(self.encoder, self.side_network, *given, *reading)
+        elif options.frozen_encoder:
+            features, lengths = self._frames_to_compute(input_features, attention_mask)
             reading = (options.chunk_size, options.final_norm, options.through_last_layer)
             pooled = pooled_in_chunks(self.encoder, self.side_network, features, lengths, *reading)
         else:
+            features, lengths = self._frames_to_compute(input_features, attention_mask)
             states = self.encoder.stream(features, lengths, options.final_norm)
             pooled = self.side_network.pooled(states, lengths)
         # Mean, then project: the projector is linear. On (B, D) half precision would gain nothing.

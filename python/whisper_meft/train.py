@@ -27,6 +27,8 @@ from transformers import (
 from . import checkpoints, data, plots
 from .arguments import DataFormatArguments, MethodArguments, ModelArguments, Parser, hide_options
 from .backbone import set_labels
+from .cache import FeatureCache
+from .cached_data import CachedCollator, CachedDataset, prepare_cache
 from .configs import MeftConfig
 from .errors import UserError
 from .examples import (
@@ -338,6 +340,10 @@ def train(
     if training_arguments.learning_rate is None:
         training_arguments.learning_rate = LEARNING_RATES.get(config.method, LEARNING_RATE)
 
+    if training_arguments.cache_features and not config.frozen_encoder:
+        raise UserError(
+            f"cache_features: {config.method} trains inside the encoder, so its hidden states cannot be kept"
+        )
     # What is quick to check comes first: a wrong name should not cost a pass over the data.
     backbone_config = load_config(model_arguments)
     extractor = load_feature_extractor(
@@ -376,6 +382,14 @@ def train(
         )
     set_labels(base, labels)
     model = get_meft_model(base, config)
+    collator = data.Collator(extractor, config.max_frames)
+    if training_arguments.cache_features:
+        cache = _fill_cache(model, extractor, examples, training_arguments)
+        collator = CachedCollator()
+
+        def make_dataset(examples: ExampleSet, *_: Any) -> CachedDataset:
+            return CachedDataset(examples, cache, model, label2id)
+
     training_set = make_dataset(examples.training, extractor, label2id, config.max_frames)
     evaluation_set = None
     if examples.evaluation is not None:
@@ -396,7 +410,7 @@ def train(
         args=training_arguments,
         train_dataset=Indexed(training_set),
         eval_dataset=None if evaluation_set is None else Indexed(evaluation_set),
-        data_collator=IndexedCollator(data.Collator(extractor, config.max_frames)),
+        data_collator=IndexedCollator(collator),
         compute_metrics=make_compute_metrics(labels),
         processing_class=extractor,
         callbacks=callbacks,
@@ -449,6 +463,7 @@ def train(
         "gradients": report.report(),
         "best_checkpoint": trainer.state.best_model_checkpoint,
         "best_metric": trainer.state.best_metric,
+        "feature_cache": training_arguments.cache_features,
         "left_out": [{"file": name, "reason": reason} for name, reason in examples.left_out],
     }
     if main_process():
@@ -457,6 +472,25 @@ def train(
     if training_arguments.push_to_hub:
         trainer.push_to_hub()
     return TrainResult(model.eval(), extractor, scores, summary, trainer.state.log_history)
+
+
+def _fill_cache(
+    model: MeftModel, extractor: WhisperFeatureExtractor, examples: RunData, arguments: TrainArguments
+) -> FeatureCache:
+    """The cache that is trained from, complete."""
+    autocast = "bfloat16" if arguments.bf16 else "float16" if arguments.fp16 else None
+    return prepare_cache(
+        arguments.cache_features,
+        model.to(arguments.device),
+        extractor,
+        [part for part in (examples.training, examples.evaluation) if part is not None],
+        arguments.cache_storage,
+        autocast,
+        arguments.dataloader_num_workers,
+        not arguments.disable_tqdm and main_process(),
+        say,
+        arguments.distributed_state.wait_for_everyone,
+    )
 
 
 def _describe(

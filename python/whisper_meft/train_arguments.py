@@ -105,6 +105,22 @@ class TrainArguments(TrainingArguments):
             "`whisper-meft memory`, add up smaller parts by gradient accumulation: the gradient is the same"
         },
     )
+    cache_features: str | None = field(
+        default=None,
+        metadata={
+            "help": "run the frozen backbone once and train from its states in this folder, filling it as "
+            "needed (without a name: feature_cache in output_dir); see `whisper-meft cache`",
+            "nargs": "?",
+            "const": "True",
+        },
+    )
+    cache_storage: Literal["exact", "bfloat16", "fp8"] | None = field(
+        default=None,
+        metadata={
+            "help": "how cached states are kept: as computed, in 16 or in 8 bits (default: 16 bits, or what "
+            "is there)"
+        },
+    )
     learning_rate: float | None = field(
         default=None,
         metadata={"help": "initial learning rate (default: 5e-4 for lst, 1e-6 for mezo, else 1e-4)"},
@@ -195,6 +211,10 @@ class TrainArguments(TrainingArguments):
                 )
             if not self.load_best_model_at_end:
                 raise UsageError("--early_stopping_patience needs evaluation and --load_best_model_at_end")
+        if (self.cache_features or "").lower() in ("false", ""):
+            self.cache_features = None
+        elif self.cache_features.lower() == "true":
+            self.cache_features = os.path.join(self.output_dir, "feature_cache")
         if self.report_to is None:
             self.report_to = "none"
         if not torch.cuda.is_available() and not torch.backends.mps.is_available():
@@ -214,6 +234,8 @@ COMMON_TRAINING_OPTIONS = [
     "per_device_eval_batch_size",
     "gradient_accumulation_steps",
     "auto_batch",
+    "cache_features",
+    "cache_storage",
     "lr_scheduler_type",
     "warmup_steps",
     "weight_decay",

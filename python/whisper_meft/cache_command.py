@@ -1,0 +1,101 @@
+"""`whisper-meft cache`: runs the frozen backbone once over the data, for trainings from its states."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from . import data
+from .arguments import MethodArguments, ModelArguments, Parser, UsageError
+from .cached_data import prepare_cache
+from .errors import UserError
+from .modeling import get_meft_model
+from .pretrained import load_config, load_feature_extractor, load_whisper, resolve_dtype
+from .train import load_data, method_config, say
+from .train_arguments import TrainDataArguments
+
+
+@dataclass
+class CacheArguments:
+    """Where the cache goes and how it is made."""
+
+    _argument_group_name = "cache"
+
+    output_dir: str | None = field(
+        default=None, metadata={"help": "folder of the cache; one that was interrupted is gone on with"}
+    )
+    storage: Literal["exact", "bfloat16", "fp8"] | None = field(
+        default=None,
+        metadata={
+            "help": "how states are kept: as computed, in 16 or in 8 bits (default: 16 bits, or what is "
+            "there)"
+        },
+    )
+    autocast: Literal["bfloat16", "float16"] | None = field(
+        default=None, metadata={"help": "run float32 weights in this, as train --bf16 and --fp16 do"}
+    )
+    device: str | None = field(
+        default=None, metadata={"help": "cpu, cuda, cuda:1 ... (default: a GPU if there is one)"}
+    )
+    num_workers: int = field(default=0, metadata={"help": "processes that read audio"})
+    seed: int = field(
+        default=42, metadata={"help": "of the choice of max_*_samples; that of the training to come"}
+    )
+    disable_tqdm: bool = field(default=False, metadata={"help": "show no progress bars"})
+
+    def __post_init__(self):
+        if not self.output_dir:
+            raise UsageError("--output_dir is needed")
+        if self.num_workers < 0:
+            raise UsageError(f"--num_workers must be 0 or more, got {self.num_workers}")
+
+
+def make_parser() -> Parser:
+    """The parser of `whisper-meft cache`."""
+    return Parser(
+        "cache",
+        (ModelArguments, MethodArguments, TrainDataArguments, CacheArguments),
+        usage="--model_name_or_path NAME_OR_DIR --train_data PATH_OR_NAME --output_dir DIR ...",
+        description="Computes once what the side network reads of the frozen backbone, for `train "
+        "--cache_features DIR`. Of the method's options only --layers, --max_frames and --method matter.",
+    )
+
+
+def run(argv: Sequence[str]) -> int:
+    """`whisper-meft cache`; returns the exit status."""
+    models, methods, sources, options = make_parser().parse(argv)
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = resolve_dtype(models.backbone_dtype, device == "cpu")
+    config = method_config(methods, dtype)
+    if not config.frozen_encoder:
+        raise UserError(f"method: {config.method} trains inside the encoder, so there is nothing to cache")
+    backbone_config = load_config(models)
+    extractor = load_feature_extractor(
+        models.feature_extractor_name or models.model_name_or_path,
+        "feature_extractor_name" if models.feature_extractor_name else "model_name_or_path",
+        revision=models.model_revision,
+        cache_dir=models.cache_dir,
+        token=models.token,
+    )
+    data.check_feature_extractor(extractor, backbone_config, config.max_frames)
+    config.check_backbone(
+        backbone_config.d_model, backbone_config.encoder_layers, backbone_config.max_source_positions
+    )
+    model = get_meft_model(load_whisper(models, dtype), config)
+    try:
+        model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device: cannot use {device!r}: {str(error).splitlines()[0]}") from error
+    show = not options.disable_tqdm
+    examples = load_data(sources, True, False, options.seed, options.num_workers, show)
+    sets = [part for part in (examples.training, examples.evaluation) if part is not None]
+    how = (options.storage, options.autocast, options.num_workers, show, say)
+    cache = prepare_cache(options.output_dir, model, extractor, sets, *how)
+    say(
+        f"{options.output_dir} holds {len(cache)} clips, layers {', '.join(map(str, cache.layers))} as "
+        f"{cache.storage}, {cache.bytes_on_disk / 2**30:.3g} GiB"
+    )
+    if examples.left_out:
+        say(data.describe_bad(examples.left_out, len(examples.left_out) + sum(map(len, sets))))
+    return 0
