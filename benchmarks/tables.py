@@ -61,25 +61,28 @@ def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def train_steps(records: list[dict]) -> list[str]:
-    """Whole training steps, one table for each device and setting."""
-    header = ("method", "step, ms", "÷ encoder inference", "× full", "peak GiB", "counted GiB", "paper GiB")
-    header += ("trainable", "gradient norm")
+    """Whole training steps, one table for each device and setting; the paper's column where it is the paper's
+    setting."""
+    header = ["method", "step, ms", "÷ encoder inference", "× full", "peak GiB", "counted GiB", "paper GiB"]
+    header += ["trainable", "%", "gradient norm"]
     blocks = []
     for found in newest(records, "train_step"):
-        rows = []
+        shapes, rows = found["shapes"], []
         for row, faster, less in train_step.compared(found["figures"]):
             cells = train_step.cells(row, faster, less)
             if len(cells) == 2:
-                rows.append([cells[0], cells[1], *[""] * (len(header) - 2)])
-                continue
-            method, ms, _, ratio, faster, peak, counted, _, paper, trainable, _, norm = cells
-            rows.append([method, ms, ratio, faster, peak, counted, paper, trainable, norm])
-        shapes = found["shapes"]
+                rows.append([*cells, *[""] * (len(header) - 2)])
+            else:
+                method, ms, _, ratio, faster, peak, counted, _, *rest = cells
+                rows.append([method, ms, ratio, faster, peak, counted, *rest])
+        lines = [header, *rows]
+        if (shapes["model"], shapes["batch"], shapes["frames"]) != ("small", 128, 1500):
+            lines = [[*line[:6], *line[7:]] for line in lines]
         title = (
             f"Whisper-{shapes['model']}, batch {shapes['batch']}, {shapes['frames']} frames, "
             f"{shapes['dtype']}, reduction factor {shapes['reduction_factor']}, {CLASSES} classes. "
         )
-        blocks.append(f"{title}{source(found)}\n\n{markdown(header, rows)}")
+        blocks.append(f"{title}{source(found)}\n\n{markdown(lines[0], lines[1:])}")
     return blocks
 
 
@@ -167,11 +170,28 @@ def _shapes_of_ops(found: dict) -> str:
     )
 
 
+def saved_activations(records: list[dict]) -> list[str]:
+    """Training on exact hidden states and on 8-bit copies: final loss, accuracy and the gradients' cosine."""
+    header = ("", "loss, exact", "fp8", "accuracy, exact", "fp8", "least cosine of a gradient")
+    blocks = []
+    for found in newest(records, "saved_activations"):
+        rows = []
+        for entry in found["figures"]["summary"]:
+            cells = [f"{entry[f'{kind}_loss']:.3f}" for kind in ("exact", "fp8")]
+            for kind in ("exact", "fp8"):
+                spread = entry[f"{kind}_accuracy_spread"] / 2
+                cells.append(f"{entry[f'{kind}_accuracy']:.1%} ± {spread:.1%}")
+            rows.append([entry["method"].upper(), *cells, f"{entry['least_cosine']:.5f}"])
+        blocks.append(f"{source(found)}\n\n{markdown(header, rows)}")
+    return blocks
+
+
 TABLES: dict[str, Callable[[list[dict]], list[str]]] = {
     "train_step": train_steps,
     "memory": memory,
     "side_networks": side_networks,
     "ops": ops,
+    "saved_activations": saved_activations,
 }
 
 

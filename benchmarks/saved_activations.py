@@ -1,0 +1,177 @@
+"""``python -m benchmarks.saved_activations``: does training on 8-bit copies of hidden states learn the same?
+
+The demo's task (synthetic accents, the shipped backbone): every method is trained with
+``saved_activations="exact"`` and ``"fp8"`` from the same start on the same batches, for several seeds. What
+is compared is the loss along the way and the accuracy on the test set at the end, with the spread over seeds
+as the yardstick, and the cosine between the two kinds of gradient at the start and at the end.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import WhisperFeatureExtractor, WhisperForAudioClassification
+from whisper_meft import LSTConfig, SHERLConfig, UniPTConfig, get_meft_model
+from whisper_meft.data import SpeechDataset, load_examples
+from whisper_meft.shipped import shipped_backbone
+from whisper_meft.speech import make_accent_corpus
+
+from . import record
+
+CONFIGS = {"lst": LSTConfig, "unipt": UniPTConfig, "sherl": SHERLConfig}
+KINDS = ("exact", "fp8")
+
+
+def features_and_labels(corpus: Path, split: str) -> tuple[Tensor, Tensor, int]:
+    """Log-mel (N, mel bins, frames), class numbers (N,) and the number of classes of a split."""
+    examples = load_examples(str(corpus), split=split)
+    names = sorted({example.label for example in examples})
+    label2id = {name: index for index, name in enumerate(names)}
+    extractor = WhisperFeatureExtractor.from_pretrained(shipped_backbone())
+    items = list(SpeechDataset(examples, extractor, label2id, "fidelity"))
+    features = torch.stack([item["input_features"] for item in items])
+    return features, torch.tensor([item["labels"] for item in items]), len(names)
+
+
+def build(method: str, kind: str, classes: int, factor: int, seed: int) -> torch.nn.Module:
+    base = WhisperForAudioClassification.from_pretrained(
+        shipped_backbone(), num_labels=classes, dtype=torch.float32, ignore_mismatched_sizes=True
+    )
+    torch.manual_seed(seed)  # after loading, which draws numbers for the head that it replaces
+    for linear in (base.projector, base.classifier):
+        torch.nn.init.normal_(linear.weight, std=0.02)
+        torch.nn.init.zeros_(linear.bias)
+    return get_meft_model(base, CONFIGS[method](reduction_factor=factor, saved_activations=kind))
+
+
+def gradients(model: torch.nn.Module, kind: str, features: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Of the side network, by name; a scalar gate joins one vector with the others."""
+    side = model.side_network
+    kept, side.saved_activations = side.saved_activations, kind
+    model.zero_grad()
+    model(features, labels=labels).loss.backward()
+    side.saved_activations = kept
+    grads = {name: p.grad.clone() for name, p in side.named_parameters() if p.grad.any()}
+    gates = [grads.pop(name).flatten() for name in list(grads) if grads[name].numel() == 1]
+    return grads | ({"gates": torch.cat(gates)} if len(gates) > 1 else {})
+
+
+def least_cosine(model: torch.nn.Module, features: Tensor, labels: Tensor) -> tuple[float, str]:
+    """The smallest cosine between exact and 8-bit gradients over the side network's tensors, and whose."""
+    exact, rounded = (gradients(model, kind, features, labels) for kind in KINDS)
+    flat = {name: (grad.flatten(), rounded[name].flatten()) for name, grad in exact.items()}
+    return min((F.cosine_similarity(*pair, dim=0).item(), name) for name, pair in flat.items())
+
+
+def accuracy(model: torch.nn.Module, features: Tensor, labels: Tensor) -> float:
+    model.eval()
+    with torch.no_grad():
+        scores = torch.cat([model(part).logits for part in features.split(64)])
+    model.train()
+    return (scores.argmax(-1) == labels).float().mean().item()
+
+
+def train(method: str, kind: str, seed: int, data: dict, options: argparse.Namespace) -> dict:
+    """One run; its losses, accuracy on the test set, and gradient cosines before and after."""
+    features, labels, classes = data["train"]
+    model = build(method, kind, classes, options.reduction_factor, seed)
+    probe = features[:64], labels[:64]
+    row = {"method": method, "saved": kind, "seed": seed, "least_cosine_before": least_cosine(model, *probe)}
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(parameters, lr=options.learning_rate)
+    generator = torch.Generator().manual_seed(seed)
+    losses = []
+    for _ in range(options.steps):
+        batch = torch.randint(len(features), (options.batch,), generator=generator)
+        optimizer.zero_grad()
+        loss = model(features[batch], labels=labels[batch]).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    row |= {"losses": losses, "accuracy": accuracy(model, *data["test"][:2])}
+    return row | {"least_cosine_after": least_cosine(model, *probe)}
+
+
+def summary(rows: list[dict]) -> list[dict]:
+    """Per method: mean and spread of the final loss (last tenth) and accuracy, exact against 8 bits."""
+    found = []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        entry = {"method": method}
+        by_kind = {kind: [r for r in rows if r["method"] == method and r["saved"] == kind] for kind in KINDS}
+        for kind, runs in by_kind.items():
+            last = [statistics.mean(run["losses"][-max(1, len(run["losses"]) // 10) :]) for run in runs]
+            scores = [run["accuracy"] for run in runs]
+            for name, values in (("loss", last), ("accuracy", scores)):
+                entry[f"{kind}_{name}"] = statistics.mean(values)
+                entry[f"{kind}_{name}_spread"] = max(values) - min(values)
+        pairs = list(zip(*by_kind.values(), strict=True))
+        entry["largest_accuracy_difference"] = max(abs(a["accuracy"] - b["accuracy"]) for a, b in pairs)
+        entry["mean_loss_difference"] = statistics.mean(
+            abs(x - y) for a, b in pairs for x, y in zip(a["losses"], b["losses"])
+        )
+        entry["least_cosine"], entry["least_cosine_of"] = min(
+            run[key] for run in by_kind["exact"] for key in ("least_cosine_before", "least_cosine_after")
+        )
+        found.append(entry)
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.saved_activations", description=__doc__.split("\n\n")[0]
+    )
+    parser.add_argument("--methods", default="lst,unipt,sherl", help="comma-separated")
+    defaults = {"seeds": 3, "steps": 200, "batch": 32, "reduction_factor": 4, "clips": 300, "test_clips": 100}
+    for name, value in defaults.items():
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--corpus", help="folder to keep the corpus in (default: a temporary one)")
+    parser.add_argument("--output", help="folder of the record (default: benchmarks/results)")
+    options = parser.parse_args(argv)
+    methods = options.methods.split(",")
+    if unknown := [method for method in methods if method not in CONFIGS]:
+        parser.error(f"--methods must be out of {', '.join(CONFIGS)}, got {unknown[0]!r}")
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        corpus = make_accent_corpus(
+            Path(options.corpus or folder) / "corpus",
+            train_clips_per_class=options.clips,
+            test_clips_per_class=options.test_clips,
+            seed=0,
+        )
+        data = {split: features_and_labels(corpus, split) for split in ("train", "test")}
+    rows = []
+    for method in methods:
+        for seed in range(options.seeds):
+            for kind in KINDS:
+                rows.append(train(method, kind, seed, data, options))
+                print(f"{method} {kind} seed {seed}: accuracy {rows[-1]['accuracy']:.1%}", flush=True)
+    entries = summary(rows)
+    print(f"\n{'':<8}{'loss':>15}{'fp8':>9}{'accuracy':>18}{'fp8':>15}{'least cosine':>14}")
+    for e in entries:
+        print(
+            f"{e['method']:<8}{e['exact_loss']:>15.4f}{e['fp8_loss']:>9.4f}"
+            f"{e['exact_accuracy']:>10.1%} ± {e['exact_accuracy_spread'] / 2:>5.1%}"
+            f"{e['fp8_accuracy']:>8.1%} ± {e['fp8_accuracy_spread'] / 2:>4.1%}"
+            f"{e['least_cosine']:>14.5f} {e['least_cosine_of']}"
+        )
+    command = " ".join(["python -m benchmarks.saved_activations", *(argv or sys.argv[1:])])
+    shapes = {k: v for k, v in vars(options).items() if k not in ("corpus", "output")}
+    path = record.write(
+        "saved_activations",
+        {"summary": entries, "rows": rows},
+        command=command,
+        shapes=shapes,
+        directory=options.output,
+    )
+    print(f"\n{path}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
