@@ -400,6 +400,19 @@ def test_checkpointing_gives_the_same_gradients_for_less():
         model._set_gradient_checkpointing(True, partial_checkpoint(use_reentrant=True))
 
 
+@pytest.mark.parametrize("method", ["full", "adapter", "adalora", "s2_lora"])
+def test_checkpointing_by_the_trainer(method, tmp_path):
+    results = []
+    for checkpointing in (False, True):
+        model = model_of(method)
+        trainer_of(model, tmp_path, max_steps=3, gradient_checkpointing=checkpointing).train()
+        results.append(trained(model))
+    assert_same(*results, tolerance=1e-6)
+    reentrant = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    with pytest.raises(UserError, match="use_reentrant=True would lose the gradients"):
+        trainer_of(model_of(method), tmp_path, max_steps=1, **reentrant).train()
+
+
 def partial_checkpoint(**options):
     from functools import partial
 

@@ -8,7 +8,7 @@ from training_fixtures import make_audio_folder, make_backbone
 from whisper_meft import MeftConfig, UserError, compare, compare_costs, train
 from whisper_meft.cli import main
 
-METHODS = ["head", "s2_lora"]
+METHODS = ["head", 's2_lora:r=2+target_modules=["fc1","fc2"]']
 COSTS = {
     "trainable_parameters": 3,
     "all_parameters": 4,
@@ -76,7 +76,8 @@ def test_a_comparison_leaves_json_table_and_figures(work, tmp_path, capsys, chea
         assert row["accuracy"]["mean"] == pytest.approx(sum(values) / 2)
         assert row["accuracy"]["std"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
         assert all(each["test"]["count"] == 12 for each in row["seeds"])
-        assert cheap.count((method, row["learning_rate"], 1)) == 1
+        assert cheap.count((method.partition(":")[0], row["learning_rate"], 1)) == 1
+        assert row["options"]["method"] == method.partition(":")[0]
     table = (tmp_path / "out" / "compare.md").read_text()
     assert all(f"| {method} |" in table for method in METHODS) and "1.50 x" in table
     for name in ("accuracy.png", "costs.png"):
@@ -137,13 +138,13 @@ def test_failures_are_rows_with_a_reason(work, tmp_path, capsys, cheap, monkeypa
     monkeypatch.setattr(train, "train", failing)
     assert main(command(work, tmp_path / "out", seeds=1)) == 1
     rows = json.loads((tmp_path / "out" / "compare.json").read_text())["methods"]
-    assert rows["s2_lora"] == {"status": "failed", "reason": "the loss is NaN or infinite at step 2"}
+    assert rows[METHODS[1]] == {"status": "failed", "reason": "the loss is NaN or infinite at step 2"}
     assert rows["head"]["status"] == "ok" and rows["head"]["learning_rate"] == 1e-3
     assert rows["head"]["search"][1]["failed"] == "the loss is NaN or infinite at step 2"
     assert rows["head"]["accuracy"]["std"] is None
-    assert "| s2_lora | failed: the loss is NaN" in (tmp_path / "out" / "compare.md").read_text()
+    assert f"| {METHODS[1]} | failed: the loss is NaN" in (tmp_path / "out" / "compare.md").read_text()
     error = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
-    assert error == ["whisper-meft: error: s2_lora failed, see the table"]
+    assert error == [f"whisper-meft: error: {METHODS[1]} failed, see the table"]
 
 
 def test_the_rate_is_chosen_by_validation_alone(work, tmp_path, monkeypatch):
@@ -175,6 +176,8 @@ def test_the_rate_is_chosen_by_validation_alone(work, tmp_path, monkeypatch):
     [
         ({"methods": "lst,lora2"}, 2, "--methods must be all or some of "),
         ({"methods": ","}, 2, "--methods is empty"),
+        ({"methods": "lst:r"}, 2, "options are written lst:option=value+option=value, got 'lst:r'"),
+        ({"methods": "lst:r=3"}, 1, "'r' is not an option of lst"),
         ({"seeds": 0}, 2, "--seeds must be at least 1, got 0"),
         ({"output_dir": None}, 2, "--output_dir is needed"),
         ({"train_data": "{work}/corpus/train"}, 1, "--test_data is needed"),
@@ -198,13 +201,17 @@ def test_several_processes_are_refused(work, tmp_path, capsys, monkeypatch):
 def test_ranks_and_widths_follow_the_backbone():
     for method in MeftConfig.methods():
         options = compare.options_of(method, 768, 8)
-        default = MeftConfig.from_dict({"method": method})
-        assert MeftConfig.from_dict({"method": method, **options}) == default
+        assert MeftConfig.from_dict(options) == MeftConfig.from_dict({"method": method})
     small = {m: compare.options_of(m, 128, 8) for m in ("lora", "adalora", "adapter", "lst")}
-    assert small["lora"] == {"r": 11, "lora_alpha": 88}
-    assert small["adalora"] == {"init_r": 43, "target_r": 11, "lora_alpha": 86}
-    assert small["adapter"] == {"adapter_dim": 11}
-    assert small["lst"] == {"reduction_factor": 8, "adapter_dim": 43}
+    assert small["lora"] == {"method": "lora", "r": 11, "lora_alpha": 88}
+    assert small["adalora"] == {"method": "adalora", "init_r": 43, "target_r": 11, "lora_alpha": 86}
+    assert small["adapter"] == {"method": "adapter", "adapter_dim": 11}
+    assert small["lst"] == {"method": "lst", "reduction_factor": 8, "adapter_dim": 43}
+    # What is given behind the colon wins, and the scale of an update goes with its rank.
+    assert compare.options_of("lst:reduction_factor=2", 128, 8)["reduction_factor"] == 2
+    assert compare.options_of("lora:r=4", 128, 8) == {"method": "lora", "r": 4, "lora_alpha": 32}
+    given = compare.options_of('lora:r=4+lora_alpha=7+target_modules=["fc1"]', 128, 8)
+    assert given == {"method": "lora", "r": 4, "lora_alpha": 7, "target_modules": ["fc1"]}
 
 
 @pytest.mark.parametrize("method", ["full", "lst", "mezo", "adalora"])
@@ -215,7 +222,7 @@ def test_costs_of_a_step(method, work):
     config = AutoConfig.from_pretrained(work / "backbone")
     batch = {"input_features": torch.randn(3, 80, 100), "labels": torch.zeros(3, dtype=torch.long)}
     options = compare.options_of(method, config.d_model, 4)
-    chosen = MeftConfig.from_dict({"method": method, **options})
+    chosen = MeftConfig.from_dict(options)
     costs = compare_costs.measure_costs(config, chosen, batch, torch.device("cpu"))
     assert costs["trainable_parameters"] < costs["all_parameters"]
     assert costs["step_time_ratio"] > 0

@@ -6,7 +6,9 @@ chosen. Every run leaves its result in a folder, so an interrupted comparison go
 """
 
 import contextlib
+import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -39,6 +41,7 @@ from .train_arguments import TrainDataArguments
 RATE_FACTOR = {"mezo": 0.01}
 # The paper's ranks and widths are for 768 channels; narrower backbones get proportionally less.
 PAPER_WIDTH = 768
+_COMMA = re.compile(r",(?![^\[]*\])")  # outside a list's brackets
 _CACHED_BYTES = 2**31  # of features that are kept in memory between runs
 
 
@@ -49,7 +52,11 @@ class CompareArguments(DataFormatArguments):
     _argument_group_name = "comparison"
 
     methods: str = field(
-        default="all", metadata={"help": "all, or some of them with commas between: lst,lora,full"}
+        default="all",
+        metadata={
+            "help": "all, or some of them with commas between, options behind a colon: "
+            "lora,lst,lst:reduction_factor=2,adalora:init_r=32+target_r=8"
+        },
     )
     output_dir: str | None = field(
         default=None, metadata={"help": "folder for the runs and the results; an earlier comparison goes on"}
@@ -121,29 +128,53 @@ class CompareArguments(DataFormatArguments):
         if not all(0 < rate < float("inf") for rate in self.learning_rates):
             raise UsageError(f"--learning_rates must be above 0 and finite, got {self.learning_rates}")
         known = list(MeftConfig.methods())
-        self.chosen = known if self.methods == "all" else [m for m in self.methods.split(",") if m]
-        for name in self.chosen:
+        self.chosen = known if self.methods == "all" else [m for m in _COMMA.split(self.methods) if m]
+        for entry in self.chosen:
+            name, options = parse_method(entry)
             if name not in known:
                 raise UsageError(f"--methods must be all or some of {','.join(known)}, got {name!r}")
+            MeftConfig.from_dict({"method": name, **options})
         if not self.chosen:
             raise UsageError("--methods is empty")
         self.chosen = list(dict.fromkeys(self.chosen))
 
 
-def options_of(method: str, width: int, reduction_factor: int) -> dict[str, Any]:
-    """The options that a method is compared with: the paper's, ranks and adapter widths in proportion to the
-    backbone's ``width`` where that is below whisper-small's."""
-    share = min(1.0, width / PAPER_WIDTH)
-    config = MeftConfig.methods()[method]
+def parse_method(entry: str) -> tuple[str, dict[str, Any]]:
+    """``"lst:reduction_factor=2+adapter_dim=64"`` -> ``("lst", {"reduction_factor": 2, "adapter_dim": 64})``.
+
+    Raises:
+        UsageError: not of that form.
+    """
+    name, _, rest = entry.partition(":")
     options: dict[str, Any] = {}
-    for each in fields(config):
-        if each.name in ("r", "init_r", "target_r", "adapter_dim"):
-            options[each.name] = max(2, round(each.default * share))
-        elif each.name == "reduction_factor":
-            options[each.name] = reduction_factor
+    for assignment in rest.split("+") if rest else ():
+        key, equals, value = assignment.partition("=")
+        if not equals:
+            raise UsageError(
+                f"--methods: options are written {name}:option=value+option=value, got {entry!r}"
+            )
+        try:
+            options[key] = json.loads(value)
+        except ValueError:
+            options[key] = value
+    return name, options
+
+
+def options_of(entry: str, width: int, reduction_factor: int) -> dict[str, Any]:
+    """The method and the options that it is compared with: the given ones, else the paper's, with ranks and
+    adapter widths in proportion to the backbone's ``width`` where that is below whisper-small's."""
+    share = min(1.0, width / PAPER_WIDTH)
+    method, given = parse_method(entry)
+    defaults = {each.name: each.default for each in fields(MeftConfig.methods()[method])}
+    options: dict[str, Any] = {"method": method}
+    for name, default in defaults.items():
+        if name in ("r", "init_r", "target_r", "adapter_dim"):
+            options[name] = max(2, round(default * share))
+        elif name == "reduction_factor":
+            options[name] = reduction_factor
+    options |= given
     rank = options.get("r", options.get("init_r"))
-    if rank is not None:  # the same scale of the update at every rank
-        defaults = {each.name: each.default for each in fields(config)}
+    if rank is not None and "lora_alpha" not in given:  # the same scale of the update at every rank
         options["lora_alpha"] = defaults["lora_alpha"] / defaults.get("r", defaults.get("init_r")) * rank
     return options
 
@@ -246,10 +277,9 @@ class Comparison:
         """The arguments of `whisper-meft train` for one run."""
         options = options_of(method, self.config.d_model, self.arguments.reduction_factor)
         values = {
-            "model_name_or_path": self.backbone,
-            "method": method,
-            **options,
             "max_frames": self.arguments.max_frames,
+            **options,
+            "model_name_or_path": self.backbone,
             "train_data": self.source,
             "output_dir": folder,
             "learning_rate": rate,
@@ -266,7 +296,13 @@ class Comparison:
         }
         if self._cache is not None:
             values["dataloader_num_workers"] = 0  # the cache is in this process
-        return train.make_parser().parse([f"--{name}={value}" for name, value in values.items()])
+        argv = []
+        for name, value in values.items():
+            if isinstance(value, list):
+                argv += [f"--{name}", *map(str, value)]
+            elif value is not None:
+                argv.append(f"--{name}={value}")
+        return train.make_parser().parse(argv)
 
     def _dataset(self, examples: ExampleSet, *arguments: Any) -> Dataset:
         dataset = data.SpeechDataset(examples, *arguments)
@@ -280,7 +316,8 @@ class Comparison:
         Raises:
             UserError, ...: whatever makes the run fail.
         """
-        folder = self.output / "runs" / method / f"lr{rate:g}-seed{seed}"
+        name = method.replace(":", "-").replace("+", "-")
+        folder = self.output / "runs" / name / f"lr{rate:g}-seed{seed}"
         settings = {**self.settings, "learning_rate": rate, "seed": seed}
         settings["method"] = options_of(method, self.config.d_model, self.arguments.reduction_factor)
         done = folder / "result.json"
@@ -335,7 +372,7 @@ class Comparison:
         arguments = self.arguments
         search, failures = [], []
         for rate in arguments.learning_rates:
-            rate *= RATE_FACTOR.get(method, 1)
+            rate *= RATE_FACTOR.get(parse_method(method)[0], 1)
             try:
                 search.append(self.run(method, rate, arguments.seed))
             except Exception as error:
@@ -379,7 +416,7 @@ class Comparison:
         """Time, memory and parameters of a training step at the comparison's batch."""
         arguments = self.arguments
         options = options_of(method, self.config.d_model, arguments.reduction_factor)
-        config = MeftConfig.from_dict({"method": method, "max_frames": arguments.max_frames, **options})
+        config = MeftConfig.from_dict({"max_frames": arguments.max_frames, **options})
         label2id = {label: index for index, label in enumerate(self.labels)}
         dataset = self._dataset(self.examples.training, self.extractor, label2id, config.max_frames)
         size = min(arguments.batch_size, len(dataset))
