@@ -120,6 +120,10 @@ def test_a_table_is_written_between_its_markers():
     assert "Some CPU, 1 thread, torch 2.13.0; commit 012345678, 2026-01-02" in text
     assert "`python -m benchmarks.train_step --some option`" in text
     assert tables.filled(text, [STEPS]) == text
+    elsewhere = copy.deepcopy(STEPS)
+    elsewhere["shapes"]["batch"] = 1
+    other = tables.filled(PAGE, [elsewhere])  # the paper's figures are for batch 128
+    assert "20.39" not in other and "paper" not in other and "| 4.00 | 3.88 | 1,234,567 | 1.37 |" in other
 
 
 def test_other_tables():
