@@ -41,6 +41,8 @@ def test_any_chunk_gives_the_same(method, masked, monkeypatch):
     options = {"max_frames": "longest"} if masked else {}
     arguments = {"attention_mask": mask_of([24, 3, 17, 1, 24])} if masked else {}
 
+    monkeypatch.setattr(chunked, "_KEPT_BYTES", 0)
+
     def errors(dtype, chunk):
         """Of loss, scores and gradients, against the whole batch in float64."""
         monkeypatch.setattr(chunked, "automatic_chunk", lambda *_: chunk)
@@ -91,6 +93,26 @@ def test_chunks_without_gradients_and_of_an_empty_batch(method):
         alone = torch.cat([model(part.double()).logits for part in features.split(1)])
         assert model(features[:0].double()).logits.shape == (0, scores.shape[1])
     torch.testing.assert_close(scores, alone, rtol=1e-9, atol=1e-12)
+
+
+def test_sherl_computes_its_last_layer_again_only_where_keeping_it_is_dear(monkeypatch):
+    model = build("sherl", chunk_size=2)
+    calls = []
+    last_layer = model.encoder.last_layer
+    monkeypatch.setattr(
+        model.encoder,
+        "last_layer",
+        lambda states, *rest: calls.append(len(states)) or last_layer(states, *rest),
+    )
+    kept_scores, kept = step(model)
+    assert calls == [2, 2, 1]
+    calls.clear()
+    monkeypatch.setattr(chunked, "_KEPT_BYTES", 0)
+    monkeypatch.setattr(chunked, "automatic_chunk", lambda *_: 4)
+    scores, grads = step(model)
+    assert sorted(calls) == [1] * 10  # a fourth of a chunk at a time, each once more for the backward
+    assert all(relative_error(a, b) < 1e-12 for a, b in zip(scores, kept_scores))
+    assert all(relative_error(grads[name], grad) < 1e-10 for name, grad in kept.items())
 
 
 @SIDE

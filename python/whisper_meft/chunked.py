@@ -23,6 +23,10 @@ _INNER_ELEMENTS = {"cpu": 2**23}
 _DEFAULT_INNER_ELEMENTS = 3 * 2**24
 # Backpropagating through a layer keeps about four times as much as running it.
 _BACKWARD_SHARE = 4
+# What SHERL's last layer may keep for its backward, in bytes, before it is computed again instead; a layer
+# keeps about so many tensors of the backbone's width.
+_KEPT_BYTES = 2**28
+_KEPT_TENSORS = 16
 
 
 def automatic_chunk(encoder: FrozenEncoder, frames: int, device: torch.device) -> int:
@@ -61,7 +65,7 @@ def pooled_in_chunks(
     if fold is not None:  # once for all chunks
         read = partial(side_network.pooled, folded=fold())
     elif through_last_layer:
-        read = partial(_through_last_layer, encoder, side_network)
+        read = partial(_through_last_layer, encoder, side_network, features.shape[0])
     else:
         read = side_network.pooled
     if chunk_size is None or features.shape[0] <= chunk_size:
@@ -82,7 +86,7 @@ def pooled_states(
 ) -> Tensor:
     """As :func:`pooled_in_chunks`, of hidden states that are there already, the whole batch at once."""
     if through_last_layer:
-        return _through_last_layer(encoder, side_network, hidden_states, lengths)
+        return _through_last_layer(encoder, side_network, None, hidden_states, lengths)
     return side_network.pooled(hidden_states, lengths)
 
 
@@ -98,21 +102,32 @@ def _pooled(
 
 
 def _through_last_layer(
-    encoder: FrozenEncoder, side_network: nn.Module, hidden_states, lengths: Tensor | None
+    encoder: FrozenEncoder,
+    side_network: nn.Module,
+    whole_batch: int | None,
+    hidden_states: Iterable[Tensor | HiddenState],
+    lengths: Tensor | None,
 ) -> Tensor:
-    """SHERL and the mean over time of the frozen last layer's output, computed again for the backward and
-    a few utterances at a time: kept, that layer's activations would outweigh the side network's."""
+    """SHERL and the mean over time of the frozen last layer's output. Of a large batch that layer is computed
+    again for the backward, a few utterances at a time: kept, it would outweigh the side network.
+
+    Args:
+        whole_batch: utterances of the step, of which these are some; None: these are all.
+    """
     deepest, merged = side_network.merge(hidden_states, lengths)
 
     def last(deepest: Tensor, merged: Tensor, lengths: Tensor | None) -> Tensor:
         return mean_over_time(encoder.last_layer(side_network.widen(deepest, merged), lengths), lengths)
 
-    if not torch.is_grad_enabled():
-        return last(deepest, merged, lengths)
-    batch = deepest.shape[0]
+    batch, frames, width = deepest.shape
     size = batch
     if not torch.compiler.is_compiling():
-        size = max(1, automatic_chunk(encoder, deepest.shape[1], deepest.device) // _BACKWARD_SHARE)
+        kept = (whole_batch or batch) * frames * width * deepest.itemsize * _KEPT_TENSORS
+        if not torch.is_grad_enabled() or kept <= _KEPT_BYTES:
+            return last(deepest, merged, lengths)
+        size = max(1, automatic_chunk(encoder, frames, deepest.device) // _BACKWARD_SHARE)
+    elif not torch.is_grad_enabled():
+        return last(deepest, merged, lengths)
     parts = []
     for start in range(0, max(batch, 1), max(size, 1)):
         part = slice(start, start + size)
