@@ -118,7 +118,7 @@ def test_the_best_checkpoint_is_what_is_saved_not_the_last(work, tmp_path, monke
         return lambda prediction: {"accuracy": next(accuracies), "mean_class_accuracy": 0, "macro_f1": 0}
 
     monkeypatch.setattr(train, "make_compute_metrics", pretend)
-    monkeypatch.setattr(train.Trainer, "predict", keep_metrics_away(train.Trainer.predict))
+    monkeypatch.setattr(train.MeftTrainer, "predict", keep_metrics_away(train.MeftTrainer.predict))
     out = tmp_path / "out"
     assert run(work, out, eval_data=work / "test", num_train_epochs=4, save_total_limit=2) == 0
     assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-10", "checkpoint-20"}
