@@ -347,8 +347,8 @@ class SpeechDataset(torch.utils.data.Dataset):
 class Collator:
     """Stacks items of :class:`SpeechDataset`; picklable.
 
-    With "longest" a batch is as long as its longest clip, rounded up to whole encoder frames; with an integer
-    always that long. Features are padded with 0 and the mask with 0.
+    With "longest" and with an integer a batch is as long as its longest clip, rounded up to whole encoder
+    frames. Features are padded with 0 and the mask with 0.
 
     Returns a dict of ``input_features`` (float32 ``(batch, mel bins, frames)``), ``attention_mask`` (int64
     ``(batch, frames)``) and, where the items have them, ``labels`` (int64 ``(batch,)``).
@@ -359,15 +359,13 @@ class Collator:
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         longest = max(item["input_features"].shape[1] for item in items)
-        if self.max_frames == "longest":
-            frames = longest + longest % 2
-        else:
-            frames = window_of(self.feature_extractor, self.max_frames)
-        if longest > frames:
+        window = window_of(self.feature_extractor, self.max_frames)
+        if longest > window:
             raise UserError(
                 f"an item has {longest} mel frames and max_frames={self.max_frames!r} of the collator allows "
-                f"{frames}: give the dataset and the collator the same"
+                f"{window}: give the dataset and the collator the same"
             )
+        frames = window if self.max_frames == "fidelity" else longest + longest % 2
 
         def stack(key: str) -> torch.Tensor:
             rows = (item[key] for item in items)

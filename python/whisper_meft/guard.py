@@ -25,6 +25,11 @@ class Indexed(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
+    @property
+    def lengths(self) -> list[int] | None:
+        """The dataset's lengths, for batching by length; None where it does not know them."""
+        return getattr(self.dataset, "lengths", None)
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {**self.dataset[index], "index": index}
 

@@ -27,6 +27,7 @@ from transformers import (
 from . import checkpoints, data, plots
 from .arguments import DataFormatArguments, MethodArguments, ModelArguments, Parser, hide_options
 from .backbone import set_labels
+from .batching import batches_by_length
 from .cache import FeatureCache
 from .cached_data import CachedCollator, CachedDataset, prepare_cache
 from .configs import MeftConfig
@@ -405,9 +406,14 @@ def train(
     callbacks: list[Any] = [guard, report]
     if training_arguments.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(training_arguments.early_stopping_patience))
+    length_batches = batches_by_length(training_set.lengths, config.max_frames, training_arguments)
+    if length_batches is not None:
+        share = length_batches.padding()
+        say(f"{len(length_batches)} batches by length an epoch: {share:.1%} of their frames are padding")
     trainer = MeftTrainer(
         model=model,
         args=training_arguments,
+        length_batches=length_batches,
         train_dataset=Indexed(training_set),
         eval_dataset=None if evaluation_set is None else Indexed(evaluation_set),
         data_collator=IndexedCollator(collator),

@@ -105,6 +105,20 @@ class TrainArguments(TrainingArguments):
             "`whisper-meft memory`, add up smaller parts by gradient accumulation: the gradient is the same"
         },
     )
+    bucket_by_length: bool | None = field(
+        default=None,
+        metadata={
+            "help": "train on batches of clips of like length, so that little padding is computed (default: "
+            "where max_frames is not fidelity and all lengths are known)"
+        },
+    )
+    max_frames_per_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "instead of per_device_train_batch_size, the most encoder frames (20 ms each) of a "
+            "training batch, padding included"
+        },
+    )
     cache_features: str | None = field(
         default=None,
         metadata={
@@ -189,6 +203,19 @@ class TrainArguments(TrainingArguments):
         for name in ("remove_unused_columns", "prediction_loss_only"):
             if getattr(self, name):
                 raise UsageError(f"--{name} cannot be True: scores and checks need what it leaves out")
+        if self.max_frames_per_batch is not None:
+            if self.max_frames_per_batch < 1:
+                raise UsageError(
+                    f"--max_frames_per_batch must be at least 1, got {self.max_frames_per_batch}"
+                )
+            if self.auto_batch or self.bucket_by_length is False:
+                other = "--auto_batch True" if self.auto_batch else "--bucket_by_length False"
+                raise UsageError(f"--max_frames_per_batch and {other} cannot be used together")
+        if self.dataloader_drop_last and (self.bucket_by_length or self.max_frames_per_batch):
+            raise UsageError(
+                "--dataloader_drop_last True cannot be used with batches by length: the same clips would "
+                "always be left out"
+            )
         metric = (self.metric_for_best_model or "accuracy").removeprefix("eval_")
         if metric not in METRICS:
             raise UsageError(f"--metric_for_best_model must be one of {', '.join(METRICS)}, got {metric}")
@@ -234,6 +261,8 @@ COMMON_TRAINING_OPTIONS = [
     "per_device_eval_batch_size",
     "gradient_accumulation_steps",
     "auto_batch",
+    "bucket_by_length",
+    "max_frames_per_batch",
     "cache_features",
     "cache_storage",
     "lr_scheduler_type",

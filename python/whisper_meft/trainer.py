@@ -1,14 +1,29 @@
-"""The Trainer of all methods: the stock one with what LoRA+, AdaLoRA and MeZO need."""
+"""The Trainer of all methods: the stock one with what LoRA+, AdaLoRA and MeZO need, and batches by length."""
 
+import math
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer
+from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import seed_worker
 
+from .batching import LengthBatches, LongestFirst
 from .errors import UserError
 from .mezo import MeZO
 from .modeling import MeftModel
+
+
+class _EpochOfBatches(TrainerCallback):
+    """Tells the batches which epoch it is, also in the middle of one that is gone on with."""
+
+    def __init__(self, length_batches: LengthBatches):
+        self.length_batches = length_batches
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.length_batches.set_epoch(math.floor((state.epoch or 0) + 1e-6))
 
 
 class MeftTrainer(Trainer):
@@ -17,12 +32,27 @@ class MeftTrainer(Trainer):
     The side networks and most other methods train the same way with the stock Trainer. LoRA+ needs the
     optimizer that is made here, AdaLoRA its rank allocation after each step, MeZO its training step.
 
+    Args:
+        model, args, kwargs: as there.
+        length_batches: what training batches are made of, instead of the batch size and a random order.
+            Where it is given, evaluation goes from the longest clip to the shortest, if the evaluation data
+            has a property ``lengths``: predictions and labels then come in that order.
+
     Raises:
         UserError: a training argument does not go with the method.
     """
 
-    def __init__(self, model: MeftModel, args: Any = None, **kwargs: Any):
+    def __init__(
+        self,
+        model: MeftModel,
+        args: Any = None,
+        length_batches: LengthBatches | None = None,
+        **kwargs: Any,
+    ):
         super().__init__(model=model, args=args, **kwargs)
+        self.length_batches = length_batches
+        if length_batches is not None:
+            self.add_callback(_EpochOfBatches(length_batches))
         self.method = model.meft_config
         if self.method.method == "mezo" and self.args.fp16:
             raise UserError("fp16 cannot be used with mezo, which has no gradients to scale; use bf16")
@@ -30,6 +60,28 @@ class MeftTrainer(Trainer):
             from .adalora import RankAllocation
 
             self.add_callback(RankAllocation(model.encoder, self.method))
+
+    def get_train_dataloader(self) -> DataLoader:
+        if self.length_batches is None:
+            return super().get_train_dataloader()
+        arguments = self.args
+        loader = DataLoader(
+            self.train_dataset,
+            batch_sampler=self.length_batches,
+            collate_fn=self.data_collator,
+            num_workers=arguments.dataloader_num_workers,
+            pin_memory=arguments.dataloader_pin_memory,
+            persistent_workers=arguments.dataloader_persistent_workers,
+            prefetch_factor=arguments.dataloader_prefetch_factor,
+            worker_init_fn=partial(
+                seed_worker, num_workers=arguments.dataloader_num_workers, rank=arguments.process_index
+            ),
+        )
+        return self.accelerator.prepare(loader)
+
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:
+        lengths = None if self.length_batches is None else getattr(eval_dataset, "lengths", None)
+        return super()._get_eval_sampler(eval_dataset) if lengths is None else LongestFirst(lengths)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         if self.optimizer is None and self.method.method == "mezo":
