@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from modelling_fixtures import CONFIGS, LAYERS, randomise, tiny_whisper
+from modelling_fixtures import CONFIGS, randomise, tiny_whisper
 from training_fixtures import make_audio_folder, make_backbone, train_command
-from whisper_meft import HeadConfig, LSTConfig, WeightedSumConfig, cli, data, get_meft_model
+from whisper_meft import HeadConfig, WeightedSumConfig, cli, data, get_meft_model
 from whisper_meft.batching import LengthBatches, LongestFirst
 from whisper_meft.errors import UserError
 
@@ -262,14 +262,3 @@ def test_two_processes_equal_one_on_the_joined_batches(work, tmp_path):
 def test_options_that_do_not_go_together(options, message, work, tmp_path, capsys):
     assert cli.main(train_command(*work, tmp_path / "out", **options)) != 0
     assert message in capsys.readouterr().err
-
-
-def test_layers_that_nobody_taps_are_not_run():
-    assert LAYERS == 3
-    model = get_meft_model(tiny_whisper(), LSTConfig(reduction_factor=4, layers=[1]))
-    ran = []
-    for number, layer in enumerate(model.encoder.layers, 1):
-        layer.fc1.register_forward_hook(lambda *_, number=number: ran.append(number))
-    features = torch.randn(2, 12, 48)
-    model(features, labels=torch.tensor([0, 1])).loss.backward()
-    assert set(ran) == {1}

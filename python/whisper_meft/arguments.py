@@ -221,9 +221,12 @@ class MethodArguments:
     adapter_dim: int | None = field(
         default=None, metadata={"help": "hidden width of each adapter (default: 256 for lst, 64 for adapter)"}
     )
-    layers: list[int] | None = field(
+    layers: list[str] | None = field(
         default=None,
-        metadata={"help": "indices of the encoder layers to tap, from 1; lst and unipt only (default: all)"},
+        metadata={
+            "help": "encoder layers to tap: numbers from 1, every:k (the last and every k-th before it) or "
+            "last:n; lst and unipt only (default: all)"
+        },
     )
     saved_activations: Literal["exact", "fp8"] | None = field(
         default=None,
@@ -298,6 +301,11 @@ class MethodArguments:
             "published code does, longest = as many as the longest clip of the batch, or a number"
         },
     )
+
+    def __post_init__(self):
+        if self.layers is not None:
+            layers = [int(each) if str(each).isdecimal() else each for each in self.layers]
+            self.layers = layers[0] if len(layers) == 1 and isinstance(layers[0], str) else layers
 
     def chosen(self) -> dict[str, Any]:
         """The options that were given, by name; :meth:`whisper_meft.MeftConfig.from_dict` takes them."""

@@ -44,6 +44,40 @@ __all__ = [
 ]
 
 
+_LAYERS_HELP = (
+    "Encoder layers to tap: their numbers from 1; 'every:k' for the last layer and every k-th before it; "
+    "'last:n' for the last n. Unset taps all. The embedding is always read, and layers behind the last "
+    "tapped one are not run."
+)
+
+
+def _rule(text: str) -> tuple[str, int]:
+    """``"every:3"`` as ("every", 3)."""
+    word, _, number = text.partition(":")
+    if word not in ("every", "last") or not number.isdecimal() or int(number) < 1:
+        raise UserError(
+            "layers must be None, a list of layer numbers, 'every:k' or 'last:n' with a positive integer, "
+            f"got {text!r}"
+        )
+    return word, int(number)
+
+
+def tapped_layers(layers: list[int] | str | None, num_layers: int) -> list[int] | None:
+    """The layer numbers that ``layers`` of a config stands for, in a backbone of ``num_layers``.
+
+    Raises:
+        UserError: 'every:k' or 'last:n' of more layers than there are.
+    """
+    if not isinstance(layers, str):
+        return layers
+    word, number = _rule(layers)
+    if number > num_layers:
+        raise UserError(f"layers={layers!r} asks for more than the backbone's {num_layers} layers")
+    if word == "last":
+        return list(range(num_layers - number + 1, num_layers + 1))
+    return list(range(num_layers, 0, -number))[::-1]
+
+
 @dataclass(kw_only=True)
 class SideNetworkConfig(MeftConfig):
     """Options of the methods that put a narrow network beside a frozen encoder."""
@@ -76,9 +110,14 @@ class SideNetworkConfig(MeftConfig):
         if self.chunk_size is not None:
             check_positive_int("chunk_size", self.chunk_size)
         layers = getattr(self, "layers", None)
-        if layers is not None:
+        if isinstance(layers, str):
+            _rule(layers)
+        elif layers is not None:
             if not isinstance(layers, (list, tuple)) or not layers:
-                raise UserError(f"layers must be None or a non-empty list of layer numbers, got {layers!r}")
+                raise UserError(
+                    "layers must be None or a non-empty list of layer numbers, 'every:k' or 'last:n', got "
+                    f"{layers!r}"
+                )
             for layer in layers:
                 check_positive_int("every entry of layers", layer)
             if sorted(set(layers)) != list(layers):
@@ -92,7 +131,7 @@ class SideNetworkConfig(MeftConfig):
                 f"reduction_factor must be at most {hidden_size}, the backbone's width, got "
                 f"{self.reduction_factor}"
             )
-        layers = getattr(self, "layers", None)
+        layers = tapped_layers(getattr(self, "layers", None), num_layers)
         if layers and layers[-1] > num_layers:
             raise UserError(f"layers must lie in 1..{num_layers}, the backbone's layers, got {layers}")
 
@@ -104,12 +143,7 @@ class LSTConfig(SideNetworkConfig):
     method: ClassVar[str] = "lst"
 
     adapter_dim: int = field(default=256, metadata={"help": "Inner width of each rung's adapter."})
-    layers: list[int] | None = field(
-        default=None,
-        metadata={
-            "help": "Encoder layers to tap, counted from 1; unset taps all. The embedding is always read."
-        },
-    )
+    layers: list[int] | str | None = field(default=None, metadata={"help": _LAYERS_HELP})
 
     def validate(self) -> None:
         super().validate()
@@ -121,7 +155,7 @@ class LSTConfig(SideNetworkConfig):
             num_layers,
             reduction_factor=self.reduction_factor,
             adapter_dim=self.adapter_dim,
-            layers=self.layers,
+            layers=tapped_layers(self.layers, num_layers),
             saved_activations=self.saved_activations,
             **place,
         )
@@ -137,19 +171,14 @@ class UniPTConfig(SideNetworkConfig):
         "side_network.gate.bias",
     )  # a softmax does not see a shift
 
-    layers: list[int] | None = field(
-        default=None,
-        metadata={
-            "help": "Encoder layers to tap, counted from 1; unset taps all. The embedding is always read."
-        },
-    )
+    layers: list[int] | str | None = field(default=None, metadata={"help": _LAYERS_HELP})
 
     def build_side_network(self, hidden_size: int, num_layers: int, **place: Any) -> nn.Module:
         return meft_kernels.UniPT(
             hidden_size,
             num_layers,
             reduction_factor=self.reduction_factor,
-            layers=self.layers,
+            layers=tapped_layers(self.layers, num_layers),
             saved_activations=self.saved_activations,
             **place,
         )

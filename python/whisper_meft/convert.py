@@ -13,7 +13,7 @@ import torch
 from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForAudioClassification
 
 from .backbone import fingerprint, load_backbone, same_backbone
-from .configs import LSTConfig, MeftConfig, SHERLConfig, UniPTConfig
+from .configs import LSTConfig, MeftConfig, SHERLConfig, UniPTConfig, tapped_layers
 from .encoder import FrozenEncoder
 from .errors import UserError, one_line
 from .files import read_json, replacing, write_text
@@ -168,7 +168,7 @@ def to_published(
             f"{src} was trained by {config.method}: the published code loads side networks only, "
             f"{', '.join(_PUBLISHED_SIZES)}"
         )
-    layers = getattr(config, "layers", None)
+    layers = tapped_layers(getattr(config, "layers", None), model.encoder.num_layers)
     if layers is not None and layers != list(range(1, model.encoder.num_layers + 1)):
         raise UserError(f"{src} taps the layers {layers}: the published code taps all of them")
     values = config.to_dict()
