@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -16,6 +17,7 @@ from training_fixtures import make_audio_folder, make_backbone, train_command
 from whisper_meft import HeadConfig, WeightedSumConfig, cli, data, get_meft_model
 from whisper_meft.batching import LengthBatches, LongestFirst
 from whisper_meft.errors import UserError
+from whisper_meft.predict import Classifier, InferenceArguments
 
 
 def clips_like_kespeech(number: int, seed: int = 0) -> list[int]:
@@ -168,6 +170,27 @@ def test_training_takes_batches_by_length_where_frames_are_trimmed(work, tmp_pat
     assert cli.main(train_command(*work, tmp_path / "b", max_frames=40, **options)) == 0
     assert sum(map(len, computed)) == 18 and all(len(c) * max(c) <= 100 for c in computed)
     assert max(map(len, computed)) > min(map(len, computed))
+
+
+def test_inference_takes_clips_by_length_and_answers_in_their_order(work, tmp_path, monkeypatch):
+    options = {"num_train_epochs": 1, "eval_strategy": "no", "max_frames": "longest"}
+    assert cli.main(train_command(*work, tmp_path / "model", **options)) == 0
+    classifier = Classifier.load(tmp_path / "model", InferenceArguments(batch_size=4), progress=False)
+    examples, _ = classifier.check(data.load_examples(str(work[1])))
+    spread = []
+    call = data.Collator.__call__
+
+    def watching(self, items):
+        lengths = [item["length"] for item in items]
+        spread.append(max(lengths) - min(lengths))
+        return call(self, items)
+
+    monkeypatch.setattr(data.Collator, "__call__", watching)
+    found = classifier.probabilities(examples)
+    assert sum(spread) / len(spread) < 8
+    alone = np.concatenate([classifier.probabilities(examples[i : i + 1]) for i in range(len(examples))])
+    np.testing.assert_allclose(found, alone, atol=1e-5)
+    assert len({tuple(row) for row in alone.round(4)}) == len(alone)  # so that their order shows
 
 
 @pytest.mark.parametrize("cached", [False, True])

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from . import data
 from .arguments import Parser, UsageError
 from .backbone import quiet_transformers
+from .batching import LongestFirst
 from .errors import UserError
 from .examples import Example, ExampleSet
 from .files import check_writable, write_json, write_text
@@ -133,13 +134,17 @@ class Classifier:
         """
         dataset = data.SpeechDataset(examples, self.feature_extractor, None, self.max_frames)
         collator = data.Collator(self.feature_extractor, self.max_frames)
-        loader = DataLoader(dataset, self.batch_size, collate_fn=collator, num_workers=self.num_workers)
+        lengths = None if self.max_frames == "fidelity" else dataset.lengths
+        order = list(range(len(dataset)) if lengths is None else LongestFirst(lengths))
+        loader = DataLoader(
+            dataset, self.batch_size, sampler=order, collate_fn=collator, num_workers=self.num_workers
+        )
         rows = []
         with torch.inference_mode():
             for batch in tqdm(loader, desc="classifying", unit="batch", disable=not self.progress):
                 logits = self.model(**{name: value.to(self.device) for name, value in batch.items()}).logits
                 rows.append(logits.float().softmax(dim=-1).cpu().numpy())
-        return np.concatenate(rows)
+        return np.concatenate(rows)[np.argsort(order)]
 
 
 def find_audio(sources: Sequence[str]) -> list[str]:
