@@ -406,7 +406,9 @@ def train(
     callbacks: list[Any] = [guard, report]
     if training_arguments.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(training_arguments.early_stopping_patience))
-    length_batches = batches_by_length(training_set.lengths, config.max_frames, training_arguments)
+    length_batches = batches_by_length(
+        getattr(training_set, "lengths", None), config.max_frames, training_arguments
+    )
     if length_batches is not None:
         share = length_batches.padding()
         say(f"{len(length_batches)} batches by length an epoch: {share:.1%} of their frames are padding")
