@@ -107,6 +107,24 @@ def memory(records: list[dict]) -> list[str]:
     return blocks
 
 
+def micro_batches(records: list[dict]) -> list[str]:
+    """Counted memory in use at equal micro-batches, all methods alike."""
+    blocks = []
+    for found in newest(records, "memory"):
+        by: dict[str, dict[int, float]] = {}
+        for row in found["figures"]:
+            by.setdefault(row["method"], {})[row["batch"]] = row["peak_gib"]
+        batches = sorted({batch for peaks in by.values() for batch in peaks}, reverse=True)
+        if len(batches) > 1:
+            header = ("in use, GiB, at micro-batch", *map(str, batches))
+            rows = [
+                [method, *(f"{peaks[batch]:.2f}" if batch in peaks else "" for batch in batches)]
+                for method, peaks in by.items()
+            ]
+            blocks.append(f"{_when(found)}\n\n{markdown(header, rows)}")
+    return blocks
+
+
 def side_networks(records: list[dict]) -> list[str]:
     """Side networks alone: what they keep for the backward and their time, against the eager reference."""
     header = ("", "reference keeps", "ops keep", "time, ops ÷ reference")
@@ -189,6 +207,7 @@ def saved_activations(records: list[dict]) -> list[str]:
 TABLES: dict[str, Callable[[list[dict]], list[str]]] = {
     "train_step": train_steps,
     "memory": memory,
+    "micro_batches": micro_batches,
     "side_networks": side_networks,
     "ops": ops,
     "saved_activations": saved_activations,
