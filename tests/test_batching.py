@@ -15,9 +15,10 @@ import torch
 from modelling_fixtures import CONFIGS, randomise, tiny_whisper
 from training_fixtures import make_audio_folder, make_backbone, train_command
 from whisper_meft import HeadConfig, WeightedSumConfig, cli, data, get_meft_model
-from whisper_meft.batching import LengthBatches, LongestFirst
+from whisper_meft.batching import LengthBatches, LongestFirst, batches_by_length
 from whisper_meft.errors import UserError
 from whisper_meft.predict import Classifier, InferenceArguments
+from whisper_meft.train_arguments import TrainArguments
 
 
 def clips_like_kespeech(number: int, seed: int = 0) -> list[int]:
@@ -98,6 +99,33 @@ def test_what_cannot_be_made_into_batches():
         LengthBatches([3, 4])
     with pytest.raises(UserError, match="max_frames_per_batch must be at least 40, .* got 39"):
         LengthBatches([30, 40], max_frames=39)
+
+
+@pytest.mark.parametrize(
+    ("changes", "lengths", "max_frames", "made"),
+    [
+        ({}, [5, 6, 7], "longest", True),
+        ({}, [5, 6, 7], 8, True),
+        ({}, [5, 6, 7], "fidelity", False),
+        ({}, None, "longest", False),
+        ({"bucket_by_length": False}, [5, 6, 7], "longest", False),
+        ({"dataloader_drop_last": True}, [5, 6, 7], "longest", False),
+        ({"train_sampling_strategy": "sequential"}, [5, 6, 7], "longest", False),
+        ({"train_sampling_strategy": "sequential", "bucket_by_length": True}, [5, 6, 7], "longest", True),
+    ],
+)
+def test_when_batches_are_made_by_length(changes, lengths, max_frames, made, tmp_path):
+    arguments = TrainArguments(output_dir=str(tmp_path), **changes)
+    assert (batches_by_length(lengths, max_frames, arguments) is not None) == made
+
+
+def test_the_order_is_drawn_from_the_seed_of_the_data(tmp_path):
+    lengths = clips_like_kespeech(100)
+    orders = []
+    for seeds in ({"seed": 1}, {"seed": 2, "data_seed": 1}, {"seed": 2}):
+        arguments = TrainArguments(output_dir=str(tmp_path), **seeds)
+        orders.append(list(batches_by_length(lengths, "longest", arguments)))
+    assert orders[0] == orders[1] != orders[2]
 
 
 def test_evaluation_goes_from_long_to_short():

@@ -118,7 +118,8 @@ def batches_by_length(
         UserError: they are asked for, and the lengths are all alike or not known.
     """
     budget, asked = arguments.max_frames_per_batch, arguments.bucket_by_length
-    if asked is False or (asked is None and budget is None and arguments.dataloader_drop_last):
+    other_order = arguments.dataloader_drop_last or arguments.train_sampling_strategy != "random"
+    if asked is False or (asked is None and budget is None and other_order):
         return None
     if max_frames == "fidelity" or lengths is None:
         if not asked and budget is None:
@@ -128,7 +129,8 @@ def batches_by_length(
         name = "bucket_by_length" if budget is None else "max_frames_per_batch"
         raise UserError(f"{name} makes batches by the lengths of the clips, but {reason}")
     size = arguments.train_batch_size if budget is None else None
-    return LengthBatches(lengths, size, budget, arguments.world_size, arguments.seed)
+    seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
+    return LengthBatches(lengths, size, budget, arguments.world_size, seed)
 
 
 class LongestFirst(Sampler[int]):
