@@ -17,8 +17,20 @@ _MARKED = re.compile(
 )
 
 
+def _rows(found: dict) -> list[dict]:
+    return found["figures"]["rows"] if isinstance(found["figures"], dict) else found["figures"]
+
+
+def _content(found: dict) -> tuple[int, int]:
+    """How much a record tells: the number of its valid rows that hold a time, then of all its valid rows."""
+    valid = [row for row in _rows(found) if row.get("status", "ok") == "ok"]
+    return sum("ratio" in row or "median" in row for row in valid), len(valid)
+
+
 def newest(records: Iterable[dict], name: str) -> list[dict]:
-    """The records of that name, of those that measure the same on the same device the newest; GPUs first.
+    """The records of that name; of those that measure the same on the same device one, GPUs first.
+
+    That one is the newest of the fullest: a later run of some methods, or of memory alone, hides nothing.
 
     Args:
         records: as ``record.load_all`` gives them, oldest first.
@@ -27,11 +39,11 @@ def newest(records: Iterable[dict], name: str) -> list[dict]:
     for found in records:
         if found["name"] == name and found["shapes"].get("model") != "toy":
             shapes = {k: v for k, v in found["shapes"].items() if k != "repeats"}
-            rows = found["figures"]["rows"] if isinstance(found["figures"], dict) else found["figures"]
-            what = sorted({str(row.get("op", "")) for row in rows})
+            what = sorted({str(row.get("op", "")) for row in _rows(found)})
             key = found["environment"]["device"], str(sorted(shapes.items())), str(what)
-            kept.pop(key, None)
-            kept[key] = found
+            if key not in kept or _content(found) >= _content(kept[key]):
+                kept.pop(key, None)
+                kept[key] = found
     return sorted(kept.values(), key=lambda found: found["environment"]["device_type"] != "cuda")
 
 

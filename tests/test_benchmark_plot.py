@@ -148,6 +148,35 @@ def test_the_newest_record_of_each_setting_counts():
     assert found == [gpu, other, new]
 
 
+def test_a_poorer_record_does_not_replace_a_fuller_one():
+    """The newest of the fullest counts: valid rows with a time first, then valid rows."""
+    untimed = [{k: v for k, v in row.items() if k != "ratio"} for row in STEPS["figures"][:3]]
+    poorer = [
+        make("train_step", untimed * 2, STEP_SHAPES | {"repeats": 0}),
+        make("train_step", STEPS["figures"][:2], STEP_SHAPES),
+        make("train_step", [row | {"status": "invalid: x"} for row in STEPS["figures"]], STEP_SHAPES),
+    ]
+    again = copy.deepcopy(STEPS)
+    again["environment"]["date"] = "2026-03-01T00:00:00+00:00"
+    for later in poorer:
+        assert tables.newest([STEPS, later], "train_step") == [STEPS]
+        assert tables.newest([later, STEPS], "train_step") == [STEPS]
+        assert tables.newest([STEPS, again, later], "train_step") == [again]
+    assert tables.newest(poorer[:1] + [poorer[2]], "train_step") == poorer[:1]
+    part = MEMORY | {"figures": MEMORY["figures"][1:]}
+    assert tables.newest([MEMORY, part], "memory") == [MEMORY]
+    fewer = copy.deepcopy(RUN)
+    fewer["figures"]["rows"] = [row for row in fewer["figures"]["rows"] if row["peer"] == "eager"]
+    assert tables.newest([RUN, fewer], "run") == [RUN]
+
+
+@pytest.mark.parametrize("name, value", [("batch", 1), ("frames", 300), ("dtype", "bfloat16")])
+def test_records_of_other_shapes_stand_side_by_side(name, value):
+    """With the very same rows: the shape alone tells them apart."""
+    other = make("train_step", STEPS["figures"], STEP_SHAPES | {name: value})
+    assert tables.newest([STEPS, other], "train_step") == [STEPS, other]
+
+
 def test_the_two_parts_of_the_ops_are_two_tables():
     """A run of some ops does not hide the earlier run of the others."""
     others = copy.deepcopy(RUN)
