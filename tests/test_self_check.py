@@ -62,7 +62,10 @@ CASES = [
 
 @pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.op)
-def test_right_kernels_pass(case, poisoned_memory):
+def test_right_kernels_pass(case, poisoned_memory, monkeypatch):
+    # The interpreter is slow.
+    monkeypatch.setattr(self_check, "_FRAMES", 70)
+    monkeypatch.setattr(self_check, "_DRAWS", 2)
     seen = set()
     for name, names, arguments in calls_of(case, torch.float16):
         plain, fused = kernels(name)
@@ -104,6 +107,87 @@ def test_wrong_kernels_are_left_alone_with_one_warning(fused, complaint):
     assert len(caught) == 1 and complaint in str(caught[0].message)
 
 
+def frames(keep):
+    """Zeroes the frames of an activation for which ``keep`` is false."""
+
+    def change(out):
+        kept = torch.tensor([keep(frame) for frame in range(out.shape[-2])])
+        return out * kept[:, None].to(out.dtype) if out.ndim == 3 else out
+
+    return change
+
+
+def second_clip_shifted(out):
+    return torch.cat([out[:2], out[2:] * 1.2]) if out.ndim == 3 else out
+
+
+def one_channel_zero(out):
+    return out.index_fill(-1, torch.tensor([5]), 0) if out.shape[-1] > 5 else out
+
+
+WRONG = {
+    "scaled": lambda out: out * 1.03,
+    "one frame": frames(lambda frame: frame != 17),
+    "last frame": frames(lambda frame: frame != 749),
+    "later frames": frames(lambda frame: frame < 128),
+    "one clip": second_clip_shifted,
+    "one channel": one_channel_zero,
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "op", ["norm_linear", "ladder", "relu_attention", "gated_down", "guidance", "gated_up"]
+)
+def test_no_wrong_forward_slips_through(op, dtype, wrong):
+    case = Case(op, batch=2, frames=4, width=64, side=24, adapter_dim=40, layers=2)
+    name, names, arguments = next(call for call in calls_of(case, dtype) if call[0] == op)
+    plain, _ = kernels(name)
+    with pytest.warns(UserWarning, match="is off by"):
+        assert self_check.choose(name, names, arguments, plain, lambda *a: WRONG[wrong](plain(*a))) is plain
+
+
+@pytest.mark.parametrize("change", [0.0, -1.0, 1.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("op", ["norm_linear", "ladder", "gated_down", "guidance", "gated_up"])
+def test_no_wrong_gradient_slips_through(op, dtype, change):
+    """Any one of a backward's results may be the wrong one, scalars too."""
+    case = Case(op, batch=2, frames=4, width=64, side=24, adapter_dim=40, layers=2)
+    name, names, arguments = next(call for call in calls_of(case, dtype) if call[0] == f"{op}_bwd")
+    plain, _ = kernels(name)
+    for index, grad in enumerate(plain(*arguments)):
+        if not grad.numel():
+            continue
+
+        def fused(*given, index=index):
+            grads = list(plain(*given))
+            grads[index] = change * grads[index]
+            return grads
+
+        self_check._verdicts.clear()
+        with pytest.warns(UserWarning, match=f"result {index} is off by"):
+            assert self_check.choose(name, names, arguments, plain, fused) is plain
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_another_order_of_sums_passes(dtype):
+    """What a fused kernel may do: the same sums in fp32 in another order, rounded once."""
+    case = Case("norm_linear", batch=2, frames=4, width=192, side=48)
+    name, names, arguments = next(call for call in calls_of(case, dtype) if call[0] == "norm_linear")
+    plain, _ = kernels(name)
+
+    def fused(x, weight, bias, mean, rstd):
+        parts = x.float().chunk(6, -1), weight.to(x.dtype).float().chunk(6, -1)
+        raw = sum(a @ b.T for a, b in list(zip(*parts))[::-1])
+        centre = weight.to(x.dtype).float().sum(-1)
+        return (rstd[..., None] * (raw - mean[..., None] * centre) + bias).to(x.dtype)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert self_check.choose(name, names, arguments, plain, fused) is fused
+
+
 def test_each_width_and_type_is_checked_once_and_sizes_are_not():
     plain, checks = reference.norm_linear.forward, []
 
@@ -114,9 +198,9 @@ def test_each_width_and_type_is_checked_once_and_sizes_are_not():
     for batch, frames in ((3, 5), (1, 1), (4, 9)):
         name, names, arguments = linear_call(batch=batch, frames=frames)
         self_check.choose(name, names, arguments, plain, fused)
-    assert checks == [(2, 70, 48)]
+    assert checks == [(3, 750, 48)] * 3
     self_check.choose(*linear_call(torch.float16), plain, fused)
-    assert len(checks) == 2
+    assert len(checks) == 6
 
 
 def test_no_check_while_memory_is_counted():
