@@ -279,6 +279,27 @@ def _pack(name: str, arguments: Sequence) -> tuple:
     return (*arguments[:fixed], list(arguments[fixed:])) if names[-1] == "features" else tuple(arguments)
 
 
+def _refuses_second_derivative(backward: Callable) -> Callable:
+    """A backward whose gradients raise when they are differentiated themselves.
+
+    ``once_differentiable`` sees to that where the upstream gradient requires a gradient. Where it is
+    constant, as after ``out.sum()``, the second derivative runs through the saved arguments alone, and would
+    be lost without a word.
+    """
+    once = once_differentiable(backward)
+
+    def run(ctx, *upstream: Tensor):
+        grads = once(ctx, *upstream)
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return grads
+        present = [grad.detach().requires_grad_() for grad in grads if grad is not None]
+        message = "trying to differentiate twice: the ops of meft_kernels have no second derivative"
+        marked = iter(torch._C._functions.DelayedError(message.encode(), len(present))(*present))
+        return tuple(None if grad is None else next(marked) for grad in grads)
+
+    return run
+
+
 def _make_function(name: str) -> type[torch.autograd.Function]:
     """The autograd Function of an op; its first arguments are the backend and whether x is kept in 8 bits."""
     names = _ARGUMENT_NAMES[name]
@@ -301,7 +322,7 @@ def _make_function(name: str) -> type[torch.autograd.Function]:
             ctx.save_for_backward(*arguments)
 
         @staticmethod
-        @once_differentiable
+        @_refuses_second_derivative
         def backward(ctx, grad):
             arguments = ctx.saved_tensors
             extra = ()
