@@ -137,6 +137,13 @@ def test_on_real_hidden_states(method, steps, speech):
 
 
 @METHODS
+def test_eight_bits_of_an_empty_batch(method):
+    side = build(method, saved_activations="fp8")
+    output(side, [h[:0] for h in states()]).sum().backward()
+    assert all(not parameter.grad.any() for parameter in side.parameters())
+
+
+@METHODS
 def test_eight_bits_keep_half_of_what_half_precision_keeps(method):
     hidden_states = states(torch.bfloat16)
     exact, small = (

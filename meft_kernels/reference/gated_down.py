@@ -39,7 +39,7 @@ def active_bits(x: Tensor, weight_1: Tensor, bias_1: Tensor) -> Tensor:
     wide = accumulation_dtype(x.dtype)
     rows = x.reshape(-1, x.shape[-1])
     active = matmul(rows, weight_1.to(wide).T, x.dtype) + bias_1.to(wide) > 0
-    active = F.pad(active, (0, -active.shape[1] % 8)).view(active.shape[0], -1, 8)
+    active = F.pad(active, (0, -active.shape[1] % 8)).unflatten(1, (-1, 8))
     return (active * (2 ** torch.arange(8, device=x.device))).sum(-1).to(torch.uint8)
 
 
