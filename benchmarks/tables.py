@@ -200,6 +200,17 @@ def _shapes_of_ops(found: dict) -> str:
     )
 
 
+def resident(records: list[dict]) -> list[str]:
+    """Peak resident set of a whole process that trains one step on a CPU."""
+    blocks = []
+    for found in newest(records, "resident"):
+        shapes = found["shapes"]
+        title = f"Whisper-{shapes['model']}, {shapes['method'].upper()}, batch {shapes['batch']}, {shapes['dtype']}. "
+        rows = [[row["stage"], f"{row['peak_bytes'] / 2**30:.3f}"] for row in found["figures"]]
+        blocks.append(f"{title}{source(found)}\n\n{markdown(('after', 'peak resident, GiB'), rows)}")
+    return blocks
+
+
 def saved_activations(records: list[dict]) -> list[str]:
     """Training on exact hidden states and on 8-bit copies: final loss, accuracy and the gradients' cosine."""
     header = ("", "loss, exact", "fp8", "accuracy, exact", "fp8", "least cosine of a gradient")
@@ -223,6 +234,7 @@ TABLES: dict[str, Callable[[list[dict]], list[str]]] = {
     "side_networks": side_networks,
     "ops": ops,
     "saved_activations": saved_activations,
+    "resident": resident,
 }
 
 
