@@ -205,7 +205,8 @@ def resident(records: list[dict]) -> list[str]:
     blocks = []
     for found in newest(records, "resident"):
         shapes = found["shapes"]
-        title = f"Whisper-{shapes['model']}, {shapes['method'].upper()}, batch {shapes['batch']}, {shapes['dtype']}. "
+        title = f"Whisper-{shapes['model']}, {shapes['method'].upper()}, batch {shapes['batch']}, "
+        title += f"{shapes['dtype']}. "
         rows = [[row["stage"], f"{row['peak_bytes'] / 2**30:.3f}"] for row in found["figures"]]
         blocks.append(f"{title}{source(found)}\n\n{markdown(('after', 'peak resident, GiB'), rows)}")
     return blocks
