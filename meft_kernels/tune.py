@@ -16,9 +16,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -105,15 +107,16 @@ def search(
     best, best_time, start, before = None, float("inf"), time.monotonic(), ""
     for candidate in passing(row, tuning.sm_of(capability), width, dtype):
         if best is not None and time.monotonic() - start > seconds:
-            print(f"  stopped after {seconds:g} s")
+            print(f"  stopped after {seconds:g} s", flush=True)
             break
         with tuning.trial(candidate), ops.use_backend("triton"):
             try:
                 elapsed = time_case(case, sets, backward)
             except RuntimeError as error:  # out of resources on this device: not a candidate here
-                print(f"  {candidate.blocks}: {str(error).splitlines()[0]}")
+                print(f"  {candidate.blocks}: {str(error).splitlines()[0]}", flush=True)
                 continue
-        print(f"  {elapsed:9.3f} ms  {candidate.blocks} {candidate.num_warps}w {candidate.num_stages}s")
+        launch = f"{candidate.num_warps}w {candidate.num_stages}s"
+        print(f"  {elapsed:9.3f} ms  {candidate.blocks} {launch}", flush=True)
         if candidate == row:
             before = f", {elapsed:.3f} before"
         if elapsed < best_time:
@@ -127,12 +130,58 @@ def search(
 _TORCH_TYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turns an error of the file system into an OSError that says in one line what could not be written."""
+    try:
+        yield
+    except OSError as error:
+        is_file = isinstance(error, FileExistsError)
+        reason = f"{path.parent} is not a folder" if is_file else error.strerror or error
+        hint = "MEFT_KERNELS_TUNING_DIR names the folder"
+        raise OSError(f"cannot write {path}: {reason} ({hint})") from error
+
+
+def _measured_before() -> tuple[tuning.Row, ...]:
+    """The current device's rows; none from a damaged file, which is set aside for a new one to replace it."""
+    name = torch.cuda.get_device_name()
+    try:
+        return tuning.device_rows(name)
+    except ValueError as error:
+        path = tuning.device_file(name)
+        aside = path.with_suffix(".damaged")
+        with _writing(path):
+            os.replace(path, aside)
+        print(f"replacing {path}, which is now {aside.name}: {error.__cause__}", flush=True)
+        return ()
+
+
+def prepare_file() -> None:
+    """Finds out before a search that the current device's file can be written, and sets a damaged one aside.
+
+    Raises:
+        OSError: it cannot be written; the message names the file and the reason.
+    """
+    path = tuning.device_file(torch.cuda.get_device_name())
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise OSError("it is a folder")
+        with tempfile.NamedTemporaryFile(dir=path.parent) as probe:
+            probe.write(bytes(2**16))  # more than a search writes
+    _measured_before()
+
+
 def write_rows(rows: Sequence[tuning.Row]) -> Path:
-    """Merges rows into the current device's file, which is replaced in one step."""
+    """Merges rows into the current device's file, which is replaced in one step.
+
+    Raises:
+        OSError: it cannot be written; the old file is as it was and nothing is left beside it.
+    """
     name = torch.cuda.get_device_name()
     path = tuning.device_file(name)
     keys = {(row.kernel, row.widths) for row in rows}
-    kept = [row for row in tuning.device_rows(name) if (row.kernel, row.widths) not in keys]
+    kept = [row for row in _measured_before() if (row.kernel, row.widths) not in keys]
     content = {
         "device": name,
         "capability": list(torch.cuda.get_device_capability()),
@@ -141,10 +190,17 @@ def write_rows(rows: Sequence[tuning.Row]) -> Path:
         "date": datetime.date.today().isoformat(),
         "rows": [asdict(row) for row in (*kept, *rows)],
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-        json.dump(content, file, indent=2)
-    os.replace(file.name, path)
+    temporary = None
+    with _writing(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
+                temporary = Path(file.name)
+                json.dump(content, file, indent=2)
+            os.replace(temporary, path)
+        finally:
+            if temporary is not None:
+                temporary.unlink(missing_ok=True)
     tuning.device_rows.cache_clear()
     return path
 
@@ -171,17 +227,48 @@ def table_lines(path: Path) -> list[str]:
 
 
 def _rows(wanted: Sequence[str], width: int | None, sm: int) -> list[tuple[tuning.Row, int]]:
-    """Rows and widths that the options ask for, in the order of the ops."""
+    """Rows and widths that the options ask for, in the order of the ops: one width, or those of Whisper."""
     found = []
     for op, row in itertools.product(wanted, tuning.TABLE):
-        if static_check.module_name(row.kernel) == op:
-            widths = static_check.serving_widths(row, sm)
-            found += [(row, w) for w in widths if width is None or w == width]
+        if static_check.module_name(row.kernel) != op:
+            continue
+        if width is None:
+            found += [(row, each) for each in static_check.serving_widths(row, sm)]
+        elif tuning.best_of(tuning.TABLE, row.kernel, width, tuning.FAMILIES[sm]) is row:
+            found.append((row, width))
     return found
 
 
+def _complain(message: object) -> None:
+    print(f"meft_kernels.tune: {message}", file=sys.stderr)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a command line that makes no sense in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        _complain(f"{' '.join(message.split())} (see --help)")
+        self.exit(2)
+
+
+def _positive(text: str) -> int:
+    if not text.strip().isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"must be a number of seconds, 0 or more, got {text!r}")
+    return value
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m meft_kernels.tune", description=__doc__.split("\n")[0])
+    parser = _Parser(prog="python -m meft_kernels.tune", description=__doc__.split("\n")[0])
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--check", action="store_true", help="compile every row for every architecture")
     mode.add_argument("--dry-run", action="store_true", help="list the candidates that pass statically")
@@ -189,12 +276,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--op", choices=static_check.MODULES, nargs="+", help="only these ops, in this order (default: all)"
     )
-    parser.add_argument("--width", type=int, help="only this side width (default: all that rows serve)")
+    parser.add_argument("--width", type=_positive, help="only this side width (default: all of Whisper's)")
     parser.add_argument("--sm", type=int, choices=sorted(tuning.SHARED_MEMORY), help="only this architecture")
     parser.add_argument("--dtype", choices=sorted(_TORCH_TYPES), default="bf16", help="default: bf16")
-    parser.add_argument("--batch", type=int, default=32, help="batch of the timed case (default: 32)")
-    parser.add_argument("--frames", type=int, default=1500, help="frames of the timed case (default: 1500)")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="most for one row and width")
+    parser.add_argument("--batch", type=_positive, default=32, help="batch of the timed case (default: 32)")
+    parser.add_argument("--frames", type=_positive, default=1500, help="frames of it (default: 1500)")
+    parser.add_argument("--seconds", type=_seconds, default=float("inf"), help="most for one row and width")
     return parser
 
 
@@ -205,54 +292,72 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             print("\n".join(table_lines(options.rows)))
         except ValueError as error:
-            print(f"meft_kernels.tune: {error}", file=sys.stderr)
+            _complain(error)
             return 1
         return 0
     try:
         import triton  # noqa: F401
     except ImportError:
-        print("meft_kernels.tune: triton is not installed (pip install triton)", file=sys.stderr)
+        _complain("triton is not installed (pip install triton)")
+        return 1
+    wanted, has_gpu = options.op or static_check.MODULES, torch.cuda.is_available()
+    if options.check:
+        sms = (options.sm,) if options.sm else tuple(tuning.SHARED_MEMORY)
+    else:
+        sms = (options.sm or (tuning.sm_of(torch.cuda.get_device_capability()) if has_gpu else 90),)
+    rows = [(row, width, sm) for sm in sms for row, width in _rows(wanted, options.width, sm)]
+    if not rows:
+        ops_named = f"op {' '.join(options.op)} at " if options.op else ""
+        _complain(f"no row of the table serves {ops_named}width {options.width}; the reference does")
         return 1
     if options.check:
-        return _check(options)
-    has_gpu = torch.cuda.is_available()
-    sm = options.sm or (tuning.sm_of(torch.cuda.get_device_capability()) if has_gpu else 90)
-    rows = _rows(options.op or static_check.MODULES, options.width, sm)
-    if not rows:
-        named = " ".join(options.op or ["any"])
-        print(f"meft_kernels.tune: no row serves op {named}, width {options.width}", file=sys.stderr)
-        return 1
+        return _check(rows, options.dtype)
     if options.dry_run:
-        for row, width in rows:
-            good = list(passing(row, sm, width, options.dtype))
-            print(f"{row.kernel} width {width} sm_{sm}: {len(good)} candidates pass")
-            for candidate in good:
-                print(f"  {candidate.blocks} {candidate.num_warps} warps {candidate.num_stages} stages")
-        return 0
+        return _dry_run(rows, options.dtype)
     if not has_gpu:
-        print("meft_kernels.tune: a CUDA device is needed; --check and --dry-run do without", file=sys.stderr)
+        _complain("a CUDA device is needed; --check and --dry-run do without")
         return 1
-    best = []
-    for row, width in rows:
-        print(f"{row.kernel} width {width}")
-        best.append(search(row, width, options.dtype, options.batch, options.frames, options.seconds))
-        print(f"wrote {write_rows(best)}")
+    return _search(rows, options)
+
+
+def _check(rows: Sequence[tuple[tuning.Row, int, int]], dtype: str) -> int:
+    print(static_check.HEADER)
+    count, bad = 0, 0
+    for row, width, sm in rows:
+        for result in static_check.check_row(row, sm, width, dtype):
+            print(static_check.line(result), flush=True)
+            count, bad = count + 1, bad + bool(result.problem)
+    print(f"{count} kernels compiled, {bad} with problems")
+    return 1 if bad or not count else 0
+
+
+def _dry_run(rows: Sequence[tuple[tuning.Row, int, int]], dtype: str) -> int:
+    for row, width, sm in rows:
+        print(f"{row.kernel} width {width} sm_{sm}:", flush=True)
+        count = 0
+        for good in passing(row, sm, width, dtype):
+            count += 1
+            print(f"  {good.blocks} {good.num_warps} warps {good.num_stages} stages", flush=True)
+        print(f"  {count} candidates pass", flush=True)
     return 0
 
 
-def _check(options: argparse.Namespace) -> int:
-    sms = (options.sm,) if options.sm else tuple(tuning.SHARED_MEMORY)
-    kernels = {row.kernel for row in tuning.TABLE}
-    if options.op:
-        kernels = {kernel for kernel in kernels if static_check.module_name(kernel) in options.op}
-    widths = None if options.width is None else (options.width,)
-    print(static_check.HEADER)
-    count, bad = 0, 0
-    for result in static_check.check_table(sms, kernels, widths, options.dtype):
-        print(static_check.line(result), flush=True)
-        count, bad = count + 1, bad + bool(result.problem)
-    print(f"{count} kernels compiled, {bad} with problems")
-    return 1 if bad or not count else 0
+def _search(rows: Sequence[tuple[tuning.Row, int, int]], options: argparse.Namespace) -> int:
+    best = []
+    try:
+        prepare_file()
+    except OSError as error:
+        _complain(error)
+        return 1
+    for row, width, _ in rows:
+        print(f"{row.kernel} width {width}", flush=True)
+        best.append(search(row, width, options.dtype, options.batch, options.frames, options.seconds))
+        try:
+            print(f"wrote {write_rows(best)}", flush=True)
+        except OSError as error:
+            _complain(error)
+            return 1
+    return 0
 
 
 if __name__ == "__main__":

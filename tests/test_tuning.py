@@ -137,11 +137,145 @@ def test_a_search_tries_the_row_itself_first():
     assert found[0] == row and len(found) == len({str(c) for c in found}) == 18
 
 
-def test_tune_command_errors(monkeypatch):
+CARD = "NVIDIA Card"
+
+
+@pytest.fixture
+def card(monkeypatch, tmp_path):
+    """A made-up GPU with an empty folder for its rows, and a search that finds at once; notes its calls."""
     pytest.importorskip("triton")
-    result = run_tune("--dry-run", "--op", "ladder", "--width", "100000")
-    assert result.returncode == 1 and "no row serves op ladder, width 100000" in result.stderr
-    assert "Traceback" not in result.stderr
+    calls = []
+
+    def search(row, *_):
+        calls.append(row)
+        return replace(row, reason="found")
+
+    monkeypatch.setenv("MEFT_KERNELS_TUNING_DIR", str(tmp_path / "rows"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: CARD)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(tune, "search", search)
+    tuning.device_rows.cache_clear()
+    yield calls
+    tuning.device_rows.cache_clear()
+
+
+SEARCH = ["--op", "ladder", "--width", "96"]
+
+
+def complaint(capsys):
+    """The one line that a command wrote to standard error."""
+    text = capsys.readouterr().err
+    assert text.startswith("meft_kernels.tune: ") and text.count("\n") == 1, text
+    return text
+
+
+def test_a_search_is_written_and_picked_up(card, tmp_path):
+    assert tune.main(SEARCH) == 0
+    assert [path.name for path in (tmp_path / "rows").iterdir()] == ["nvidia-card.json"]
+    assert tuning.device_rows(CARD) == tuple(replace(row, reason="found") for row in card)
+
+
+@pytest.mark.parametrize("under", ["file", "file/below", "folder"])
+def test_a_file_that_cannot_be_written_is_found_before_the_search(card, under, monkeypatch, tmp_path, capsys):
+    (tmp_path / "file").write_text("a file")
+    (tmp_path / "folder" / "nvidia-card.json").mkdir(parents=True)
+    monkeypatch.setenv("MEFT_KERNELS_TUNING_DIR", str(tmp_path / under))
+    assert tune.main(SEARCH) == 1 and not card
+    message = complaint(capsys)
+    assert f"cannot write {tmp_path / under / 'nvidia-card.json'}: " in message
+    assert "MEFT_KERNELS_TUNING_DIR" in message
+
+
+@pytest.mark.parametrize("damaged", ["{", "[]", '{"rows": [{"kernel": "x"}]}'])
+def test_tuning_again_replaces_a_damaged_file(card, damaged, tmp_path, capsys):
+    path = tuning.device_file(CARD)
+    path.parent.mkdir()
+    path.write_text(damaged)
+    assert tune.main(SEARCH) == 0
+    assert f"replacing {path}, which is now nvidia-card.damaged" in capsys.readouterr().out
+    assert len(tuning.device_rows(CARD)) == len(card) > 0
+    assert path.with_suffix(".damaged").read_text() == damaged
+
+
+def test_a_full_disk_leaves_the_old_rows_and_nothing_beside_them(card, monkeypatch, capsys):
+    resource = pytest.importorskip("resource")
+    assert tune.main(SEARCH) == 0
+    path, before = tuning.device_file(CARD), resource.getrlimit(resource.RLIMIT_FSIZE)
+    content = path.read_bytes()
+
+    def fill(row, *_):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+        return replace(row, widths=(96, 96))
+
+    monkeypatch.setattr(tune, "search", fill)
+    try:
+        status = tune.main(SEARCH)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert status == 1 and f"cannot write {path}: File too large" in complaint(capsys)
+    assert path.read_bytes() == content and list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--batch", "0"], "--batch: must be a positive integer, got '0'"),
+        (["--batch", "-4"], "--batch: must be a positive integer, got '-4'"),
+        (["--frames", "0"], "--frames: must be a positive integer, got '0'"),
+        (["--check", "--width", "0"], "--width: must be a positive integer, got '0'"),
+        (["--check", "--width", "-96"], "--width: must be a positive integer, got '-96'"),
+        (["--seconds", "-1"], "--seconds: must be a number of seconds, 0 or more, got '-1'"),
+        (["--seconds", "nan"], "--seconds: must be a number of seconds, 0 or more, got 'nan'"),
+        (["--op", "nothing"], "--op: invalid choice: 'nothing'"),
+        (["--sm", "7"], "--sm: invalid choice: 7"),
+        (["--nothing"], "unrecognized arguments: --nothing"),
+    ],
+)
+def test_a_command_line_that_makes_no_sense_takes_one_line(card, arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        tune.main(arguments)
+    assert stop.value.code == 2 and not card
+    assert message in complaint(capsys)
+
+
+@pytest.mark.parametrize("mode", [["--check"], ["--dry-run"], []])
+def test_a_width_that_no_row_serves_takes_one_line(card, mode, capsys):
+    assert tune.main([*mode, "--op", "ladder", "--width", "100000"]) == 1 and not card
+    assert "no row of the table serves op ladder at width 100000; the reference does" in complaint(capsys)
+
+
+def test_check_compiles_any_width_that_a_row_serves(card, monkeypatch, capsys):
+    """7 is no width of Whisper's, and the library would use the row there."""
+    asked = []
+
+    def compiled(row, sm, width, dtype):
+        asked.append(row.kernel)
+        yield static_check.Compiled(row, row.kernel, width, dtype, sm)
+
+    monkeypatch.setattr(static_check, "check_row", compiled)
+    assert tune.main(["--check", "--sm", "90", "--width", "7"]) == 0
+    assert sorted(asked) == sorted({r.kernel for r in tuning.TABLE if tuning.choose(r.kernel, 7)})
+    assert f"{len(asked)} kernels compiled, 0 with problems" in capsys.readouterr().out
+
+
+def test_dry_run_prints_each_candidate_as_it_is_compiled(card, monkeypatch, capsys):
+    shown = []
+
+    def passing(row, *_):
+        yield row
+        shown.append(capsys.readouterr().out)
+        yield row
+
+    monkeypatch.setattr(tune, "passing", passing)
+    assert tune.main(["--dry-run", "--op", "gated_up", "--width", "96", "--sm", "90"]) == 0
+    assert "gated_up_fwd width 96 sm_90:" in shown[0] and "8 warps 2 stages" in shown[0]
+    assert "2 candidates pass" in capsys.readouterr().out
+
+
+def test_tune_command_needs_a_gpu_to_search():
+    pytest.importorskip("triton")
     if not torch.cuda.is_available():
-        result = run_tune("--op", "ladder", "--width", "96")
+        result = run_tune(*SEARCH)
         assert result.returncode == 1 and "a CUDA device is needed" in result.stderr
+        assert result.stderr.count("meft_kernels.tune") == 1 and "Traceback" not in result.stderr
