@@ -4,6 +4,7 @@ The weights are drawn, not downloaded: time and memory depend on sizes alone.
 """
 
 import json
+import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from types import SimpleNamespace
@@ -117,7 +118,7 @@ def options_of(method: str) -> dict[str, Any]:
         raise UserError(f"{name} has no options, got {method!r}")
     for assignment in rest.split("+") if rest else ():
         key, equals, value = assignment.partition("=")
-        if not equals:
+        if not equals or key == "method":
             raise UserError(f"{name}'s options are written {name}:option=value+option=value, got {method!r}")
         try:
             options[key] = json.loads(value)
@@ -126,23 +127,48 @@ def options_of(method: str) -> dict[str, Any]:
     return options
 
 
-def build(method: str, setting: Setting) -> nn.Module:
-    """A model in training mode, called with ``input_features`` and ``labels``; its output has ``loss``.
+def config_of(method: str, setting: Setting) -> MeftConfig | None:
+    """The config of a method at a setting; None for the published structures, which have none.
 
     Raises:
-        UserError: no such method, or its options do not fit the model.
+        UserError: no such method, or its options cannot be used or do not fit the encoder.
     """
     chosen = options_of(method)
-    torch.manual_seed(0)
-    if method in PUBLISHED:
-        with torch.device(setting.device):
-            return PUBLISHED[method](setting.config(), setting.reduction_factor).train()
+    if chosen["method"] in PUBLISHED:
+        return None
     kind = MeftConfig.methods()[chosen["method"]]
     defaults: dict[str, Any] = {"reduction_factor": setting.reduction_factor}
     if not kind.trains_backbone:  # whose weights are float32 masters
         defaults["backbone_dtype"] = str(setting.dtype).removeprefix("torch.")
     known = {field.name for field in fields(kind)}
     config = MeftConfig.from_dict({k: v for k, v in defaults.items() if k in known} | chosen)
+    sizes = setting.config()
+    config.check_backbone(sizes.d_model, sizes.encoder_layers, sizes.max_source_positions)
+    return config
+
+
+def check_backend(name: str, device: str) -> None:
+    """Raises UserError unless the ops have kernels called ``name`` that run on the device here."""
+    try:
+        with meft_kernels.use_backend(name):
+            pass
+    except (ValueError, RuntimeError) as error:
+        raise UserError(str(error)) from error
+    if name == "triton" and device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise UserError("backend 'triton' needs --device cuda (or TRITON_INTERPRET=1), got cpu")
+
+
+def build(method: str, setting: Setting) -> nn.Module:
+    """A model in training mode, called with ``input_features`` and ``labels``; its output has ``loss``.
+
+    Raises:
+        UserError: no such method, or its options do not fit the model.
+    """
+    config = config_of(method, setting)
+    torch.manual_seed(0)
+    if config is None:
+        with torch.device(setting.device):
+            return PUBLISHED[method.rstrip(":")](setting.config(), setting.reduction_factor).train()
     return get_meft_model(setting.base(), config)
 
 

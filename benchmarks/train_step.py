@@ -22,11 +22,22 @@ from pathlib import Path
 import torch
 from whisper_meft.configs import parse_dtype
 from whisper_meft.errors import UserError, one_line
+from whisper_meft.files import check_writable
 from whisper_meft.memory import count_step
 
 from . import record
 from .published import PAPER_GIB
-from .steps import MODELS, InferenceForward, Setting, build, methods, options_of, training_step
+from .steps import (
+    MODELS,
+    InferenceForward,
+    Setting,
+    build,
+    check_backend,
+    config_of,
+    methods,
+    options_of,
+    training_step,
+)
 from .timing import summary
 
 GIBIBYTE = 2**30
@@ -63,7 +74,11 @@ def probe(method: str, setting: Setting) -> dict:
     """
     on_gpu = torch.device(setting.device).type == "cuda"
     # What a first step loads and keeps (libraries, code pages, workspaces) is no memory of the method.
-    training_step(method, replace(setting, model="toy", batch=1, frames=8, reduction_factor=4))()
+    toy = replace(setting, model="toy", batch=1, frames=8, reduction_factor=4)
+    try:
+        training_step(method, toy)()
+    except UserError:  # its options fit the encoder, not the toy
+        training_step(method.partition(":")[0], toy)()
     _release()
     before = torch.cuda.memory_allocated() if on_gpu else _resident("VmRSS")
     step = training_step(method, setting)
@@ -297,6 +312,7 @@ def _setting(options: argparse.Namespace) -> Setting:
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device cuda was asked for, this machine has none: use --device cpu")
     on_cpu = device == "cpu"
+    check_backend(options.backend, device)
     return Setting(
         model=options.model,
         batch=(2 if on_cpu else 128) if options.batch is None else options.batch,
@@ -317,12 +333,10 @@ def described(setting: Setting) -> str:
     )
 
 
-def _chosen(names: str) -> list[str]:
-    if names == "all":
-        return methods()
-    chosen = [name.strip() for name in names.split(",")]
+def _chosen(names: str, setting: Setting) -> list[str]:
+    chosen = methods() if names == "all" else [name.strip() for name in names.split(",")]
     for name in chosen:
-        options_of(name)
+        config_of(name, setting)
     return chosen
 
 
@@ -334,7 +348,10 @@ def run(setting: Setting, names: Sequence[str], repeats: int, count: bool = True
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns the exit status: 1 if a row is invalid or failed."""
+    """Runs the command; returns the exit status: 1 if a row is invalid or failed, or none can be used.
+
+    Rows of which none can be used are printed, not recorded.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     options = _parser().parse_args(argv)
     rows, path, interrupted = [], None, False
@@ -343,7 +360,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.probe:
             print(json.dumps(probe(options.probe, setting)))
             return 0
-        names = _chosen(options.methods)
+        names = _chosen(options.methods, setting)
         repeats = options.repeats
         if repeats is None:
             repeats = 2 if options.quick else 3 if setting.device == "cpu" else 10
@@ -352,9 +369,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         shapes = vars(setting) | {"repeats": repeats}
         command = " ".join(["python -m benchmarks.train_step", *argv])
         output = options.output or (record.RESULTS / "quick" if options.quick else record.RESULTS)
+        check_writable(output / "train_step.json")
         for row in run(setting, names, repeats, not options.no_count):
-            rows.append(row)  # and written: a run cut short keeps its rows
-            path = record.write(
+            rows.append(row)
+            if all(row["status"] != "ok" for row in rows):
+                continue
+            path = record.write(  # after each row: a run cut short keeps its rows
                 "train_step",
                 rows,
                 command=command,
@@ -379,10 +399,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{record.environment(setting.device)['device']}: {described(setting)}")
     print(table(rows))
     print(PAPER_NOTE)
-    print(f"wrote {os.path.relpath(path)}")
+    if path is None:
+        print("benchmarks.train_step: no method could be measured, nothing is recorded", file=sys.stderr)
+    else:
+        print(f"wrote {os.path.relpath(path)}")
     if interrupted:
         return 130
-    return 1 if any(row["status"].startswith(("invalid", "failed")) for row in rows) else 0
+    return 1 if path is None or any(row["status"].startswith(("invalid", "failed")) for row in rows) else 0
 
 
 if __name__ == "__main__":

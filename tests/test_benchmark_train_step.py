@@ -86,8 +86,20 @@ def test_a_failing_method_does_not_end_the_table(monkeypatch, tmp_path, capsys):
 
 def test_out_of_memory_is_no_failure(monkeypatch, tmp_path):
     monkeypatch.setattr(train_step, "probe_in_fresh_process", fake_probe)
-    argv = f"--model toy --batch 1 --frames 8 --device cpu --methods full --output {tmp_path}".split()
-    assert train_step.main(argv) == 0
+    argv = "--model toy --batch 1 --frames 8 --device cpu --methods full,lst --reduction_factor 4"
+    assert train_step.main([*argv.split(), "--repeats", "0", "--no-count", "--output", str(tmp_path)]) == 0
+    (found,) = record.load_all(tmp_path)
+    assert [row["status"] for row in found["figures"]] == ["out of memory", "ok"]
+
+
+@pytest.mark.parametrize("method", ["full", "unipt", "sherl"])  # out of memory, failed, invalid
+def test_nothing_is_recorded_where_nothing_was_measured(method, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(train_step, "probe_in_fresh_process", fake_probe)
+    argv = f"--model toy --batch 1 --frames 8 --device cpu --methods {method} --reduction_factor 4"
+    assert train_step.main([*argv.split(), "--repeats", "0", "--no-count", "--output", str(tmp_path)]) == 1
+    said = capsys.readouterr()
+    assert method in said.out and "wrote" not in said.out and "nothing is recorded" in said.err
+    assert not list(tmp_path.iterdir())
 
 
 def test_peak_memory_of_a_fresh_process():
@@ -132,6 +144,12 @@ def test_an_interrupted_run_keeps_its_rows(monkeypatch, tmp_path, capsys):
     assert "interrupted" in capsys.readouterr().err
 
 
+def test_options_need_not_fit_the_warm_up():
+    """A probe warms up on a toy of 2 layers."""
+    figures = train_step.probe("lst:layers=[4]", Setting(model="tiny", batch=1, frames=8))
+    assert train_step.verdict(figures) == "ok"
+
+
 def test_a_probe_says_what_was_wrong():
     with pytest.raises(UserError, match="methods must be all or some of .*, got 'nonsense'"):
         train_step.probe_in_fresh_process("nonsense", TOY)
@@ -145,12 +163,30 @@ def test_a_probe_says_what_was_wrong():
         ("--batch 0", "batch must be a positive integer, got 0"),
         ("--repeats -1", "repeats must be 0 (memory alone) or more, got -1"),
         ("--methods lst:chunk_size", "lst's options are written lst:option=value"),
+        ("--methods lst:nope=1", "'nope' is not an option of lst, accepted are chunk_size, "),
+        ("--methods lst:saved_activations=fp7", "saved_activations must be 'exact' or 'fp8', got 'fp7'"),
+        ("--methods full,lst:layers=[13]", "layers must lie in 1..12"),
+        ("--methods lst:method=unipt", "lst's options are written lst:option=value"),
+        ("--methods published_lst:x=1", "published_lst has no options"),
+        ("--backend native", "backend 'native' has no kernels in this installation"),
+        ("--backend triton", "backend 'triton' needs "),
         ("--dtype int8", "dtype must be one of float32"),
         ("--model tiny --reduction_factor 400", "reduction_factor must be at most 384"),
     ],
 )
-def test_wrong_options_get_one_line(options, sentence, capsys, tmp_path):
+def test_wrong_options_get_one_line(options, sentence, capsys, tmp_path, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(train_step, "measure", None)
     assert train_step.main([*options.split(), "--device", "cpu", "--output", str(tmp_path)]) == 1
     error = capsys.readouterr().err
     assert sentence in error and error.count("\n") == 1 and "Traceback" not in error
     assert not list(tmp_path.iterdir())
+
+
+def test_output_is_tried_before_anything_is_measured(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_step, "measure", None)
+    (tmp_path / "file").write_text("")
+    argv = f"--model toy --batch 1 --frames 8 --reduction_factor 4 --device cpu --output {tmp_path / 'file'}"
+    assert train_step.main(argv.split()) == 1
+    error = capsys.readouterr().err
+    assert "is not a folder" in error and error.count("\n") == 1
