@@ -80,6 +80,8 @@ def _tests(output: str, records: list[dict]) -> str:
 def _train_step(output: str, records: list[dict]) -> str:
     rows = [row for record_ in records for row in record_["figures"]]
     good = [row for row in rows if row["status"] == "ok"]
+    if not rows:  # none that could be recorded
+        return _last_line(output, records)
     said = [f"{row['method']} {row['ratio']:.2f}" for row in good if "ratio" in row]
     said = [f"step / encoder: {', '.join(said)}" if said else f"{len(good)} methods measured"]
     sized = [row for row in good if row["counted_bytes"] and (row["peak_bytes"] or 0) > SMALL_BYTES]
@@ -310,7 +312,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     command = shlex.join(["python", "-m", "benchmarks.gpu_pack", *argv])
     device = "cpu" if options.dry_run else "cuda"
-    minutes = options.minutes or (DRY_RUN_MINUTES if options.dry_run else 8)
+    minutes = options.minutes
+    if minutes is None:
+        minutes = DRY_RUN_MINUTES if options.dry_run else 8
     try:
         if not options.dry_run and not torch.cuda.is_available():
             raise UserError("a CUDA device is needed; --dry-run does without")

@@ -148,12 +148,18 @@ def test_headline_of_train_steps():
         "step / encoder: lst 1.20, unipt 1.20; counted memory of 2 methods at most -5.0% off (lst); "
         "full: out of memory"
     )
+    assert gpu_pack._train_step("lst  out of memory\nnothing is recorded\n", []) == "nothing is recorded"
 
 
 @pytest.mark.parametrize(
     "options, sentence",
     [
         (["--dry-run", "--minutes", "-1"], "minutes must be a positive number, got -1"),
+        (
+            ["--dry-run", "--minutes", "0", "--parts", "environment"],
+            "minutes must be a positive number, got 0",
+        ),
+        (["--dry-run", "--minutes", "nan"], "minutes must be a positive number, got nan"),
         (["--dry-run", "--parts", "tests,nope"], "parts must be some of environment, "),
         ([], "a CUDA device is needed; --dry-run does without"),
     ],
