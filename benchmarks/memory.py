@@ -10,12 +10,14 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from whisper_meft import MeftConfig
 from whisper_meft.errors import UserError, one_line
+from whisper_meft.files import check_writable
 from whisper_meft.memory import MemoryCount, count_step, estimate
 from whisper_meft.sizes import WHISPER_SIZES, whisper_config
 
@@ -25,6 +27,7 @@ OURS = ("lst", "unipt", "sherl")
 SAVED = ("exact", "fp8")
 CLASSES = 6
 CAPABILITY = (9, 0)
+BACKENDS = ("auto", "reference", "triton")  # those of a GPU
 
 
 def count_published(method: str, model: str, batch: int) -> MemoryCount:
@@ -153,7 +156,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", default="bfloat16", help="of the frozen weights of our methods")
     parser.add_argument("--chunk", type=int, help="clips at a time within the step (default: chosen)")
     parser.add_argument("--reduction_factor", type=int, default=8, help="of our side networks")
-    parser.add_argument("--backend", default="auto", help="kernels of our side networks")
+    parser.add_argument(
+        "--backend", default="auto", help=f"kernels of our side networks: {', '.join(BACKENDS)}"
+    )
     parser.add_argument("--micro-batches", help="such as 128,64,16,4: a second table")
     parser.add_argument("--output", help="folder of the record (default: benchmarks/results)")
     parser.add_argument("--no-record", action="store_true", help="print only")
@@ -171,14 +176,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.published = _names(options.published, list(published.METHODS), "--published")
         options.saved = _names(options.saved, SAVED, "--saved")
         whisper_config(options.model)
+        if options.backend not in BACKENDS:
+            raise UserError(f"--backend must be one of {', '.join(BACKENDS)}, got {options.backend!r}")
         is_papers = options.model == "small" and batch == 128
-        figures = [measure(name, count, batch, is_papers) for name, count in cases(options)]
+        todo = cases(options)
+        if not todo:
+            raise UserError("--methods, --published and --saved leave nothing to count")
+        if not options.no_record:
+            check_writable(Path(options.output or record.RESULTS) / "memory.json")
+        figures = [measure(name, count, batch, is_papers) for name, count in todo]
         print(f"whisper-{options.model}, batch {batch}, 1500 frames, CUDA, Adam; GiB")
         print(table(figures))
         if micro:
-            more = [
-                measure(name, count, b, False) for b in micro if b != batch for name, count in cases(options)
-            ]
+            more = [measure(name, count, b, False) for b in micro if b != batch for name, count in todo]
             figures += more
             print("\n" + micro_table(figures, micro))
         if not options.no_record:

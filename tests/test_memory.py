@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import pkgutil
+import re
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -418,8 +419,15 @@ def test_largest_batch_takes_few_counts(clips, monkeypatch):
     fits = clips // 4 * 4  # whole chunks
     assert batch <= min(fits, 512)
     assert batch >= min(fits, 512) * 15 // 16 - 2
+    assert (batch == 512) == (fits >= 512)
     assert (counted is None) == (batch == 0)
     assert len(asked) <= 8
+
+
+@pytest.mark.parametrize("most", [1, 3, 16, 17, 50, 100])
+def test_largest_batch_reaches_the_most_where_that_fits(most, monkeypatch):
+    stepwise([], monkeypatch)
+    assert largest_batch(CONTEXT + GIB + 104 * GIB // 8, most)[0] == most
 
 
 # --- the commands -------------------------------------------------------------------------------------------
@@ -442,8 +450,33 @@ def test_command_suggests_what_fits(capsys, monkeypatch):
     assert lines[1].split()[:3] == ["11", "as", "given"]
     assert lines[2].split()[:3] == ["24", "with", "--saved_activations"]
     assert "--chunk_size 1" in lines[3]
-    assert cli.main(["memory", "--gpu_memory", "1GiB"]) == 0
-    assert "none  as given" in capsys.readouterr().out
+    assert cli.main(["memory", "--gpu_memory", "1.8GiB"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["none", "as", "given"] and lines[2].split()[0] == "4"
+
+
+def test_command_says_that_its_search_stopped(capsys, monkeypatch):
+    stepwise([], monkeypatch)
+    assert cli.main(["memory", "--gpu_memory", "40GiB"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split()[:2] == ["308", "as"]
+    assert lines[2].startswith("  at least 512  with --saved_activations fp8 (33.50 GiB)")
+    assert lines[3] == "The search stops at 512 clips, so more may fit where it says at least."
+
+
+@pytest.mark.parametrize(
+    "method, least",
+    [("lst", "1.56 GiB, with --saved_activations fp8 --chunk_size 1"), ("head", "2.00 GiB, as given")],
+)
+@pytest.mark.parametrize(
+    "size, text", [("1KiB", "1 KiB"), ("1GiB", "1 GiB"), ("0.5", "512 MiB"), ("0.001K", "1 bytes")]
+)
+def test_command_refuses_a_card_that_holds_no_clip(size, text, method, least, capsys, monkeypatch):
+    stepwise([], monkeypatch)
+    assert cli.main(["memory", "--gpu_memory", size, "--method", method]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1 and not captured.out
+    assert f"not even one clip fits into {text}; the least that {method} needs is {least}" in captured.err
 
 
 def test_command_says_whether_a_batch_fits(capsys, monkeypatch, tmp_path):
@@ -504,8 +537,14 @@ def test_benchmark_prints_and_records(capsys, tmp_path):
         (["--methods", "lst,nothing"], "--methods must be all, none or some of .*, got 'nothing'"),
         (["--batch", "many"], "--batch must be positive integers with commas between, got 'many'"),
         (["--model", "huge"], "model must be one of"),
+        (["--backend", "native"], "--backend must be one of auto, reference, triton, got 'native'"),
+        (["--methods", "none", "--published", "none"], "--methods, --published and --saved leave nothing to"),
+        (["--methods", "lst", "--published", "none", "--saved", "none"], "leave nothing to count"),
+        (["--output", __file__], "is not a folder"),
     ],
 )
-def test_benchmark_errors_take_one_line(arguments, message, capsys):
+def test_benchmark_errors_take_one_line(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr(benchmark, "measure", None)  # all is said before anything is counted
     assert benchmark.main(arguments) == 1
-    assert capsys.readouterr().err.count("\n") == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and re.search(message, error)
