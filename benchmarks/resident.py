@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 # A user's script and nothing more: what this file imports must not count.
 SCRIPT = """
@@ -91,6 +92,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--batch and --threads must be at least 1")
     from whisper_meft.configs import parse_dtype
     from whisper_meft.errors import UserError
+    from whisper_meft.files import check_writable
     from whisper_meft.sizes import whisper_config
 
     from . import record
@@ -98,6 +100,8 @@ def main(argv: list[str] | None = None) -> int:
     chosen = {"reduction_factor": given.reduction_factor, "saved_activations": given.saved_activations}
     shapes = {name: getattr(given, name) for name in ("model", "method", "batch", "dtype", "threads")}
     try:
+        if not given.no_record:
+            check_writable((Path(given.output) if given.output else record.RESULTS) / "resident.json")
         whisper_config(given.model)
         parse_dtype(given.dtype)
         peaks = measure(shapes | {"options": chosen})
