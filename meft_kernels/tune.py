@@ -1,7 +1,7 @@
 """``python -m meft_kernels.tune``: check the table of block sizes with no GPU, or measure better ones on one.
 
 --check      compile every row for every architecture and fail on spills, missing wgmma or too much memory
---dry-run    list the candidates of a search that pass the static check; needs no GPU
+--dry-run    list the candidates of a search with what the static check says; needs no GPU
 --rows FILE  print what a search wrote as lines for the table in tuning.py; needs no GPU
 (none)       time them on the GPU at hand and write the best to a file that the library picks up
 """
@@ -42,12 +42,18 @@ def candidates(row: tuning.Row) -> Iterator[tuning.Row]:
                 yield neighbour
 
 
-def passing(row: tuning.Row, sm: int, width: int, dtype: str) -> Iterator[tuning.Row]:
-    """The candidates of a row that compile on an architecture without spilling."""
+def checked(row: tuning.Row, sm: int, width: int, dtype: str) -> Iterator[tuple[tuning.Row, str]]:
+    """The candidates of a row as they are compiled for an architecture, each with its problem or ""."""
     for candidate in candidates(row):
         results = list(static_check.check_row(candidate, sm, width, dtype))
-        if all(not r.problem and r.spill_stores + r.spill_loads <= 32 for r in results):
-            yield candidate
+        spills = max((r.spill_stores + r.spill_loads for r in results), default=0)
+        problems = [r.problem for r in results if r.problem]
+        yield candidate, problems[0] if problems else f"spills {spills} bytes" if spills > 32 else ""
+
+
+def passing(row: tuning.Row, sm: int, width: int, dtype: str) -> Iterator[tuning.Row]:
+    """The candidates of a row that compile on an architecture without spilling."""
+    return (candidate for candidate, problem in checked(row, sm, width, dtype) if not problem)
 
 
 def input_sets(case: Case, dtype: torch.dtype, backward: bool) -> list[dict]:
@@ -271,7 +277,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m meft_kernels.tune", description=__doc__.split("\n")[0])
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--check", action="store_true", help="compile every row for every architecture")
-    mode.add_argument("--dry-run", action="store_true", help="list the candidates that pass statically")
+    mode.add_argument("--dry-run", action="store_true", help="list the candidates and whether they pass")
     mode.add_argument("--rows", type=Path, metavar="FILE", help="print its rows as lines for tuning.py")
     parser.add_argument(
         "--op", choices=static_check.MODULES, nargs="+", help="only these ops, in this order (default: all)"
@@ -335,9 +341,10 @@ def _dry_run(rows: Sequence[tuple[tuning.Row, int, int]], dtype: str) -> int:
     for row, width, sm in rows:
         print(f"{row.kernel} width {width} sm_{sm}:", flush=True)
         count = 0
-        for good in passing(row, sm, width, dtype):
-            count += 1
-            print(f"  {good.blocks} {good.num_warps} warps {good.num_stages} stages", flush=True)
+        for candidate, problem in checked(row, sm, width, dtype):
+            launch = f"{candidate.num_warps} warps {candidate.num_stages} stages"
+            print(f"  {candidate.blocks} {launch}  {problem or 'ok'}", flush=True)
+            count += not problem
         print(f"  {count} candidates pass", flush=True)
     return 0
 

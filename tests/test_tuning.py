@@ -262,15 +262,20 @@ def test_check_compiles_any_width_that_a_row_serves(card, monkeypatch, capsys):
 def test_dry_run_prints_each_candidate_as_it_is_compiled(card, monkeypatch, capsys):
     shown = []
 
-    def passing(row, *_):
-        yield row
+    def compiled(row, sm, width, dtype):
         shown.append(capsys.readouterr().out)
-        yield row
+        spills = 40 if row.num_warps == 4 else 0
+        yield static_check.Compiled(row, row.kernel, width, dtype, sm, spill_loads=spills)
 
-    monkeypatch.setattr(tune, "passing", passing)
-    assert tune.main(["--dry-run", "--op", "gated_up", "--width", "96", "--sm", "90"]) == 0
-    assert "gated_up_fwd width 96 sm_90:" in shown[0] and "8 warps 2 stages" in shown[0]
-    assert "2 candidates pass" in capsys.readouterr().out
+    monkeypatch.setattr(static_check, "check_row", compiled)
+    assert tune.main(["--dry-run", "--op", "eight_bit", "--width", "384", "--sm", "90"]) == 0
+    assert "eight_bit_channels width 384 sm_90:" in shown[0]
+    assert "8 warps 1 stages  ok" in shown[1] and "4 warps 1 stages  spills 40 bytes" in shown[2]
+    assert all("stages  " in text for text in shown[1:])
+    row = tuning.choose("eight_bit_decode", 384)
+    good = sum(each.num_warps != 4 for each in tune.candidates(row))
+    assert f"  {good} candidates pass" in capsys.readouterr().out
+    assert len(list(tune.passing(row, 90, 384, "bf16"))) == good
 
 
 def test_tune_command_needs_a_gpu_to_search():
