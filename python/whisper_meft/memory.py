@@ -238,7 +238,10 @@ def estimate(
         )
 
 
-def largest_batch(limit: int, most: int = 512, **arguments: Any) -> tuple[int, MemoryCount | None]:
+MOST = 512  # clips: where a search for the largest batch stops
+
+
+def largest_batch(limit: int, most: int = MOST, **arguments: Any) -> tuple[int, MemoryCount | None]:
     """The largest batch whose training step fits, to a few per cent, and its count.
 
     Args:
@@ -247,7 +250,7 @@ def largest_batch(limit: int, most: int = 512, **arguments: Any) -> tuple[int, M
         arguments: of :func:`estimate`, without ``batch_size``.
 
     Returns:
-        Clips and their count; 0 and None where not even one clip fits.
+        Clips and their count; ``most`` itself where that fits; 0 and None where not even one clip fits.
     """
     counts: dict[int, MemoryCount] = {}
     room = limit - (CONTEXT if arguments.get("device_type", "cuda") == "cuda" else 0)
@@ -268,10 +271,15 @@ def largest_batch(limit: int, most: int = 512, **arguments: Any) -> tuple[int, M
         first, last = sorted(counts)[min(1, len(counts) - 2)], max(counts)
         slope = max(1, (counts[last].reserved - counts[first].reserved) // (last - first))
         reach = low + (room - counts[low].reserved) // slope
+        if reach >= most and most not in counts:
+            guess = most
+            continue
         if reach - low <= 1 + low // 16:
             break
         # Chunks make steps: a little less than the line says, so that it fits at the first try.
         guess = reach - reach // 64
         if not low < guess < high:
             guess = (low + high) // 2
+    if 0 < most - low <= 1 + low // 16 and most not in counts and fits(most):
+        low = most
     return low, counts[low]

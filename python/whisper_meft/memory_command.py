@@ -1,11 +1,13 @@
 """`whisper-meft memory`: what a training step takes of a card, and what fits, before anything is trained."""
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from .arguments import MethodArguments, ModelArguments, Parser, UsageError
+from .errors import UserError
 
 if TYPE_CHECKING:
     from .memory import MemoryCount
@@ -65,6 +67,12 @@ def parse_size(text: str) -> int:
     if not match or not float(match[1]):
         raise UsageError(f"--gpu_memory must be a size such as 8GiB or 8192MiB, got {text!r}")
     return int(float(match[1]) * _UNITS[(match[2] or "").upper()])
+
+
+def size_text(size: int) -> str:
+    """Bytes as a person reads them: ``"80 GiB"``, ``"512 MiB"``, ``"1 KiB"``, ``"7 bytes"``."""
+    unit = next((unit for unit in "GMK" if size >= _UNITS[unit]), None)
+    return f"{size / _UNITS[unit]:.4g} {unit}iB" if unit else f"{size} bytes"
 
 
 def make_parser() -> Parser:
@@ -152,19 +160,26 @@ def _verdict(count: "MemoryCount", size: int) -> str:
 
     needed = count.reserved + CONTEXT
     text = "fits" if needed <= size else "does not fit"
-    return f"\n{needed / GIB:.2f} GiB {text} into {size / GIB:.4g} GiB.\n"
+    return f"\n{needed / GIB:.2f} GiB {text} into {size_text(size)}.\n"
 
 
 def advice(size: int, asked: dict[str, Any]) -> str:
-    """Largest batches that fit a card of ``size`` bytes: with the settings as given and with leaner ones."""
-    from .memory import CONTEXT, GIB, largest_batch
+    """Largest batches that fit a card of ``size`` bytes: with the settings as given and with leaner ones.
 
-    lines = [f"largest batch that fits into {size / GIB:.4g} GiB (to about 5 %):"]
+    Raises:
+        UserError: not even one clip fits with any of them; says how much the leanest needs.
+    """
+    from .memory import CONTEXT, GIB, MOST, estimate, largest_batch
+
+    lines = [f"largest batch that fits into {size_text(size)} (to about 5 %):"]
+    tried: list[tuple[str, dict[str, Any], int]] = []
 
     def try_with(text: str, **options: Any) -> int:
         batch, count = largest_batch(size, **{**asked, **options})
         needed = "" if count is None else f" ({(count.reserved + CONTEXT) / GIB:.2f} GiB)"
-        lines.append(f"  {batch or 'none':>6}  {text}{needed}")
+        shown = f"at least {batch}" if batch == MOST else batch or "none"
+        lines.append(f"  {shown:>6}  {text}{needed}")
+        tried.append((text, options, batch))
         return batch
 
     batch = try_with("as given")
@@ -174,6 +189,19 @@ def advice(size: int, asked: dict[str, Any]) -> str:
             batch = try_with("with --saved_activations fp8", **lean)
         if batch < _FEW and asked.get("chunk_size") != 1:  # beyond, a chunk's share of the memory is small
             try_with("with --saved_activations fp8 --chunk_size 1", **lean, chunk_size=1)
+    batches = [batch for _, _, batch in tried]
+    if not any(batches):
+        needs = [
+            (estimate(batch_size=1, **{**asked, **options}).reserved, text) for text, options, _ in tried
+        ]
+        least, text = min(needs)
+        enough = math.ceil(100 * (least + CONTEXT) / GIB) / 100  # rounded up, so that it fits if given
+        raise UserError(
+            f"--gpu_memory: not even one clip fits into {size_text(size)}; the least that {asked['method']} "
+            f"needs is {enough:.2f} GiB, {text}"
+        )
+    if MOST in batches:
+        lines.append(f"The search stops at {MOST} clips, so more may fit where it says at least.")
     lines.append(
         "No method mixes clips, so --gradient_accumulation_steps makes up for a smaller batch exactly."
     )
