@@ -290,7 +290,10 @@ def _refuses_second_derivative(backward: Callable) -> Callable:
 
     def run(ctx, *upstream: Tensor):
         grads = once(ctx, *upstream)
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        in_transform = (
+            torch._C._functorch.peek_interpreter_stack() is not None
+        )  # torch.func: cannot be marked
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or in_transform:
             return grads
         present = [grad.detach().requires_grad_() for grad in grads if grad is not None]
         message = "trying to differentiate twice: the ops of meft_kernels have no second derivative"
