@@ -86,8 +86,9 @@ def test_fake_run_counts_what_a_real_run_does(method, options, monkeypatch):
 def test_a_kernels_workspace_is_that_of_its_launcher(method, monkeypatch):
     pytest.importorskip("triton")
     launched = []
-    for name in pkgutil.iter_modules(triton_kernels.__path__):
-        module = importlib.import_module(f"{triton_kernels.__name__}.{name.name}")
+    names = [name.name for name in pkgutil.iter_modules(triton_kernels.__path__)]
+    # All are imported before one is patched: else some would keep the patched launch of another.
+    for module in [importlib.import_module(f"{triton_kernels.__name__}.{name}") for name in names]:
         if hasattr(module, "launch"):  # results stay unwritten: allocations do not depend on them
             monkeypatch.setattr(module, "launch", lambda kernel, *_, **__: launched.append(kernel))
     settings = {"backend": "triton"}
