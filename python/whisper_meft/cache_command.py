@@ -11,8 +11,8 @@ from .arguments import MethodArguments, ModelArguments, Parser, UsageError
 from .cached_data import prepare_cache
 from .errors import UserError
 from .modeling import get_meft_model
-from .pretrained import load_config, load_feature_extractor, load_whisper, resolve_dtype
-from .train import load_data, method_config, say
+from .pretrained import load_whisper, resolve_dtype
+from .train import load_data, load_sizes_and_extractor, method_config, say
 from .train_arguments import TrainDataArguments
 
 
@@ -70,18 +70,7 @@ def run(argv: Sequence[str]) -> int:
     config = method_config(methods, dtype)
     if not config.frozen_encoder:
         raise UserError(f"method: {config.method} trains inside the encoder, so there is nothing to cache")
-    backbone_config = load_config(models)
-    extractor = load_feature_extractor(
-        models.feature_extractor_name or models.model_name_or_path,
-        "feature_extractor_name" if models.feature_extractor_name else "model_name_or_path",
-        revision=models.model_revision,
-        cache_dir=models.cache_dir,
-        token=models.token,
-    )
-    data.check_feature_extractor(extractor, backbone_config, config.max_frames)
-    config.check_backbone(
-        backbone_config.d_model, backbone_config.encoder_layers, backbone_config.max_source_positions
-    )
+    _, extractor = load_sizes_and_extractor(models, config)
     model = get_meft_model(load_whisper(models, dtype), config)
     try:
         model.to(device)

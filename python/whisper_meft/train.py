@@ -20,6 +20,7 @@ from transformers import (
     EvalPrediction,
     PrinterCallback,
     ProgressCallback,
+    WhisperConfig,
     WhisperFeatureExtractor,
     set_seed,
 )
@@ -306,6 +307,27 @@ def scores_of(logits: Any, reference: np.ndarray, labels: Sequence[str]) -> Scor
     return score(reference, logits.argmax(axis=-1), labels)
 
 
+def load_sizes_and_extractor(
+    arguments: ModelArguments, config: MeftConfig
+) -> tuple[WhisperConfig, WhisperFeatureExtractor]:
+    """The backbone's config and its feature extractor, checked against each other and the method's options.
+
+    Raises:
+        UserError: one of them cannot be loaded, or they do not fit each other.
+    """
+    sizes = load_config(arguments)
+    extractor = load_feature_extractor(
+        arguments.feature_extractor_name or arguments.model_name_or_path,
+        "feature_extractor_name" if arguments.feature_extractor_name else "model_name_or_path",
+        revision=arguments.model_revision,
+        cache_dir=arguments.cache_dir,
+        token=arguments.token,
+    )
+    data.check_feature_extractor(extractor, sizes, config.max_frames)
+    config.check_backbone(sizes.d_model, sizes.encoder_layers, sizes.max_source_positions)
+    return sizes, extractor
+
+
 def train(
     model_arguments: ModelArguments,
     method_arguments: MethodArguments,
@@ -346,18 +368,7 @@ def train(
             f"cache_features: {config.method} trains inside the encoder, so its hidden states cannot be kept"
         )
     # What is quick to check comes first: a wrong name should not cost a pass over the data.
-    backbone_config = load_config(model_arguments)
-    extractor = load_feature_extractor(
-        model_arguments.feature_extractor_name or model_arguments.model_name_or_path,
-        "feature_extractor_name" if model_arguments.feature_extractor_name else "model_name_or_path",
-        revision=model_arguments.model_revision,
-        cache_dir=model_arguments.cache_dir,
-        token=model_arguments.token,
-    )
-    data.check_feature_extractor(extractor, backbone_config, config.max_frames)
-    config.check_backbone(
-        backbone_config.d_model, backbone_config.encoder_layers, backbone_config.max_source_positions
-    )
+    backbone_config, extractor = load_sizes_and_extractor(model_arguments, config)
     set_seed(training_arguments.seed)  # a new head draws its start values
     base = load_whisper(model_arguments, dtype)
     examples = examples or load_data(
