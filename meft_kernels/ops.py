@@ -290,9 +290,8 @@ def _refuses_second_derivative(backward: Callable) -> Callable:
 
     def run(ctx, *upstream: Tensor):
         grads = once(ctx, *upstream)
-        in_transform = (
-            torch._C._functorch.peek_interpreter_stack() is not None
-        )  # torch.func: cannot be marked
+        # Under a transform of torch.func nothing can be marked.
+        in_transform = torch._C._functorch.peek_interpreter_stack() is not None
         if not torch.is_grad_enabled() or torch.compiler.is_compiling() or in_transform:
             return grads
         present = [grad.detach().requires_grad_() for grad in grads if grad is not None]
