@@ -8,7 +8,12 @@ from .reference.stand_in import standing_for
 
 __all__ = ["host_code", "standing_for"]
 
-_NAMESPACES = {"meft": None, "meft_reference": "reference", "meft_triton": "triton"}
+_NAMESPACES = {
+    "meft": None,
+    "meft_reference": "reference",
+    "meft_native": "native",
+    "meft_triton": "triton",
+}
 
 
 def host_code(function: object, backend: str, device_type: str) -> Callable | None:

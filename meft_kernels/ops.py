@@ -1,9 +1,10 @@
-"""Every op: schema, fake, device registration, ``torch.autograd.Function`` and public function.
+"""Every op: device registration, ``torch.autograd.Function`` and public function.
 
 This is the one place that registers an op or chooses a backend. Under ``torch.ops.meft`` the reference serves
 every device; a faster kernel registered on a device's dispatch key takes over with no change here or above.
-On CUDA that is Triton's, once it has passed its check there (``self_check``). ``torch.ops.meft_reference``
-and ``torch.ops.meft_triton`` hold the same ops with one kernel for all devices, for ``use_backend``.
+On CUDA that is Triton's, once it has passed its check there (``self_check``), on the CPU the C++ one, where
+it was built (``native``). ``torch.ops.meft_reference``, ``meft_native`` and ``meft_triton`` hold the same ops
+for ``use_backend``, with one kernel for all that it can serve.
 
 Each op saves its inputs for the backward and nothing else: what the forward computed is recomputed. With
 ``saved_activations="fp8"`` the leading input x, a hidden state, is kept as an 8-bit normalised copy instead.
@@ -21,93 +22,18 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import reference, self_check
+from . import native, reference, schemas, self_check
 from .reference import SAVED_ACTIVATIONS
 
-_PROJECTION = "Tensor weight, Tensor bias, Tensor mean, Tensor rstd"
-_ADAPTER = (
-    "Tensor norm_weight, Tensor norm_bias, Tensor weight_1, Tensor bias_1, Tensor weight_2, Tensor bias_2"
-)
-
-# Arguments of each op; the public functions below say what they mean. A backward op takes the upstream
-# gradient first and, where the leading input may be frozen and large, ``need_x`` last. It returns the
-# gradients of the differentiable arguments in order, a list of tensors one by one.
-_SCHEMAS = {
-    "norm_linear": f"Tensor x, {_PROJECTION}",
-    "adapter": f"Tensor x, {_ADAPTER}",
-    "ladder": f"Tensor x, Tensor state, {_PROJECTION}, Tensor gate, {_ADAPTER}",
-    "pooled_upsample": "Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor bias, "
-    "Tensor out_norm_weight, Tensor out_norm_bias, Tensor? lengths, bool relu",
-    "relu_attention": "Tensor anchor, Tensor gate_weight, Tensor gate_bias, Tensor? lengths, "
-    "Tensor[] features",
-    "gated_down": "Tensor x, Tensor weight_1, Tensor bias_1, Tensor weight_2, Tensor bias_2, "
-    "Tensor weight_3, Tensor bias_3",
-    "guidance": "Tensor weight, Tensor bias, Tensor[] features",
-    "gated_up": "Tensor x, Tensor y, Tensor weight, Tensor bias, Tensor gate",
-}
-_CONSTANT = {"mean", "rstd", "lengths", "relu"}  # arguments that take no gradient
-
-OP_NAMES = ("row_statistics", *_SCHEMAS)
+OP_NAMES = ("row_statistics", *schemas.ARGUMENTS)
 BACKENDS = ("auto", "reference", "native", "triton")
-_NAMESPACES = {"auto": "meft", "reference": "meft_reference", "triton": "meft_triton"}
+_NAMESPACES = {
+    "auto": "meft",
+    "reference": "meft_reference",
+    "native": "meft_native",
+    "triton": "meft_triton",
+}
 _backend = "auto"
-
-
-_ARGUMENT_NAMES = {
-    name: [argument.split()[-1] for argument in arguments.split(", ")] for name, arguments in _SCHEMAS.items()
-}
-
-
-# --- shapes -------------------------------------------------------------------------------------------------
-
-
-def _fake_row_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = reference.accumulation_dtype(x.dtype)
-    return x.new_empty(x.shape[:-1], dtype=dtype), x.new_empty(x.shape[:-1], dtype=dtype)
-
-
-def _fake_encode(x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    code = x.new_empty(x.shape, dtype=reference.eight_bit.CODE_DTYPE)
-    return code, mean.new_empty(x.shape[-1]), mean.new_empty(x.shape[-1])
-
-
-def _fake_decode(code: Tensor, scale: Tensor, shift: Tensor, like: Tensor, *statistics) -> Tensor:
-    return like.new_empty(code.shape)
-
-
-def _resized(x: Tensor, weight: Tensor) -> Tensor:
-    """Shape of a projection of x by a weight (out, in)."""
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
-
-
-_FAKES: dict[str, Callable[..., Tensor]] = {
-    "norm_linear": lambda x, weight, *_: _resized(x, weight),
-    "adapter": lambda x, *_: x.new_empty(x.shape),
-    "ladder": lambda x, state, *_: x.new_empty(state.shape),
-    "pooled_upsample": lambda x, norm_weight, norm_bias, weight, *_: _resized(x[:, 0], weight),
-    "relu_attention": lambda anchor, *_: anchor.new_empty(anchor.shape),
-    "gated_down": lambda x, weight, *_: _resized(x, weight),
-    "guidance": lambda weight, bias, features: features[-1].new_empty(features[-1].shape),
-    "gated_up": lambda x, *_: x.new_empty(x.shape),
-}
-
-
-def _fake_backward(name: str) -> Callable[..., list[Tensor]]:
-    """The gradients' shapes are the arguments', but x's, which is empty unless it is needed."""
-    names = _ARGUMENT_NAMES[name]
-
-    def fake(grad: Tensor, *arguments) -> list[Tensor]:
-        grads = []
-        for argument_name, argument in zip(names, arguments):
-            if argument_name == "x" and not arguments[len(names)]:
-                grads.append(argument.new_empty(0))
-            elif argument_name == "features":
-                grads.extend(feature.new_empty(feature.shape) for feature in argument)
-            elif argument_name not in _CONSTANT:
-                grads.append(argument.new_empty(argument.shape))
-        return grads
-
-    return fake
 
 
 # --- registration -------------------------------------------------------------------------------------------
@@ -153,48 +79,37 @@ def _checked(schema: str, plain: Callable, fused: Callable) -> Callable:
     return run
 
 
-def _register() -> list[torch.library.Library]:
-    """Defines every op in each namespace: the reference for all devices, Triton where it is asked for."""
-    forward, backward = "forward", "backward"
-    statistics = "row_statistics(Tensor x) -> (Tensor, Tensor)"
-    encode = "encode(Tensor x, Tensor mean, Tensor rstd) -> (Tensor, Tensor, Tensor)"
-    decode = (
-        "decode(Tensor code, Tensor scale, Tensor shift, Tensor like, "
-        "Tensor? mean=None, Tensor? rstd=None) -> Tensor"
-    )
-    eight_bit = reference.eight_bit
-    # Of each registered op: schema, its module's name, the function there, the reference kernel, the fake.
-    rows = [
-        (statistics, "row_statistics", forward, reference.row_statistics, _fake_row_statistics),
-        (encode, "eight_bit", "encode", eight_bit.encode, _fake_encode),
-        (decode, "eight_bit", "decode", eight_bit.decode, _fake_decode),
-    ]
-    for name, arguments in _SCHEMAS.items():
-        module = getattr(reference, name)
-        flag = ", bool need_x" if arguments.startswith("Tensor x,") else ""
-        flag += ", Tensor? active=None" if name == "gated_down" else ""
-        backward_schema = f"{name}_bwd(Tensor grad, {arguments}{flag}) -> Tensor[]"
-        rows.append((f"{name}({arguments}) -> Tensor", name, forward, module.forward, _FAKES[name]))
-        rows.append((backward_schema, name, backward, module.backward, _fake_backward(name)))
-    libraries = []
-    for backend, namespace in _NAMESPACES.items():
-        library = torch.library.Library(namespace, "DEF")
-        libraries.append(library)
-        for schema, op, function, kernel, fake in rows:
-            name = schema.split("(")[0]
-            fused = _without_autocast(_triton_kernel(op, function))
-            use_fused = backend == "triton" and op not in _PLAIN
-            default = fused if use_fused else _without_autocast(kernel)
-            _HOST_CODE[name] = (op, _without_autocast(kernel), fused)
-            library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-            library.impl(name, default, "CompositeExplicitAutograd")
-            if backend == "auto" and _HAS_TRITON and op not in _PLAIN:
-                library.impl(name, _checked(schema, _without_autocast(kernel), fused), "CUDA")
-            torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
-    return libraries
+def _reference_kernel(op: str, function: str) -> Callable:
+    kernel = reference.row_statistics if op == "row_statistics" else getattr(getattr(reference, op), function)
+    return _without_autocast(kernel)
 
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def _register() -> list[torch.library.Library]:
+    """Defines every op in each namespace: the reference for all devices, and the kernels made for one."""
+    libraries = {
+        name: torch.library.Library(name, "DEF") for name in (native.NAMESPACE, *_NAMESPACES.values())
+    }
+    for row in schemas.REGISTERED:
+        for library in libraries.values():
+            library.define(row.schema, tags=(torch.Tag.pt2_compliant_tag,))
+    native.load()
+    for row in schemas.REGISTERED:
+        name, plain = row.name, _reference_kernel(row.op, row.function)
+        fused = _without_autocast(_triton_kernel(row.op, row.function))
+        _HOST_CODE[name] = (row.op, plain, fused)
+        for backend, namespace in _NAMESPACES.items():
+            library = libraries[namespace]
+            use_fused = backend == "triton" and row.op not in _PLAIN
+            library.impl(name, fused if use_fused else plain, "CompositeExplicitAutograd")
+            if backend == "auto" and _HAS_TRITON and row.op not in _PLAIN:
+                library.impl(name, _checked(row.schema, plain, fused), "CUDA")
+            if backend in ("auto", "native") and native.has(name):
+                library.impl(name, _without_autocast(native.chosen(name, plain)), "CPU")
+            torch.library.register_fake(f"{namespace}::{name}", row.fake, lib=library)
+    return list(libraries.values())
 
 
 _libraries = _register()  # kept alive: an op lives as long as its library
@@ -217,8 +132,7 @@ def host_code(name: str, backend: str, device_type: str) -> Callable | None:
     op, plain, fused = _HOST_CODE[name]
     on_cuda = device_type == "cuda"
     if backend in ("auto", "native") and not on_cuda:
-        has_native = torch._C._dispatch_has_kernel_for_dispatch_key(f"meft::{name}", "CPU")
-        return None if has_native else plain
+        return None if native.has(name) else plain
     use_fused = backend == "triton" or (backend == "auto" and on_cuda and _HAS_TRITON)
     return fused if use_fused and op not in _PLAIN else plain
 
@@ -232,9 +146,10 @@ def backend_status() -> dict[str, tuple[str, str]]:
         if torch.cuda.is_available() and has("CUDA"):
             status[name] = ("triton", "each kernel is checked against the reference at its first use")
         elif has("CPU"):
-            status[name] = ("native", "a C++ kernel is registered for the CPU")
+            status[name] = ("native", native.REASON)
         else:
-            status[name] = ("reference", "no faster kernel is registered for this device")
+            none = "no faster kernel is registered for this device"
+            status[name] = ("reference", none if native.LOADED else native.REASON)
     return status
 
 
@@ -253,9 +168,8 @@ def use_backend(name: str) -> Iterator[None]:
     global _backend
     if name not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
-    if name not in _NAMESPACES:
-        available = ", ".join(map(repr, _NAMESPACES))
-        raise RuntimeError(f"backend {name!r} has no kernels in this installation; available: {available}")
+    if name == "native" and not native.LOADED:
+        raise RuntimeError(f"backend 'native' has no kernels in this installation: {native.REASON}")
     if name == "triton" and not _HAS_TRITON:
         raise RuntimeError("backend 'triton' needs the triton package, which is not installed")
     if name == "triton" and not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
@@ -274,7 +188,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 def _pack(name: str, arguments: Sequence) -> tuple:
     """Arguments as the op takes them: a list, which comes last, was passed on one tensor at a time."""
-    names = _ARGUMENT_NAMES[name]
+    names = schemas.ARGUMENT_NAMES[name]
     fixed = len(names) - 1
     return (*arguments[:fixed], list(arguments[fixed:])) if names[-1] == "features" else tuple(arguments)
 
@@ -304,10 +218,10 @@ def _refuses_second_derivative(backward: Callable) -> Callable:
 
 def _make_function(name: str) -> type[torch.autograd.Function]:
     """The autograd Function of an op; its first arguments are the backend and whether x is kept in 8 bits."""
-    names = _ARGUMENT_NAMES[name]
+    names = schemas.ARGUMENT_NAMES[name]
     has_flag = names[-1] == "relu"
     takes_need_x = names[0] == "x"
-    differentiable = [argument not in _CONSTANT for argument in names if argument != "features"]
+    differentiable = [argument not in schemas.CONSTANT for argument in names if argument != "features"]
 
     class OpFunction(torch.autograd.Function):
         @staticmethod
@@ -375,7 +289,7 @@ def _decoded(backend: str, names: list[str], saved: Sequence, grad: Tensor) -> t
     return [x, *rest], extra
 
 
-_FUNCTIONS = {name: _make_function(name) for name in _SCHEMAS}
+_FUNCTIONS = {name: _make_function(name) for name in schemas.ARGUMENTS}
 
 
 def _call(name: str, *arguments, saved_activations: str = "exact") -> Tensor:

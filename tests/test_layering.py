@@ -15,7 +15,14 @@ ALLOWED = {
     "tuning": set(),
     "triton_kernels": {"reference", "triton_kernels", "tuning"},
     "self_check": {"reference"},
-    "ops": {"reference", "self_check"},  # and triton_kernels, by name when they are first called
+    "native": set(),
+    "schemas": {"reference"},
+    "ops": {
+        "native",
+        "reference",
+        "schemas",
+        "self_check",
+    },  # and triton_kernels, by name when they are first called
     "static_check": {"tuning"},
     "tune": {"ops", "static_check", "testing", "tuning"},
     "modules": {"ops", "reference"},

@@ -1,0 +1,91 @@
+"""Finds and loads the C++ CPU kernels of ``csrc/``, and says which calls they serve.
+
+``setup.py`` builds one library for each level of vector instructions and names it after the torch it was
+built for: C++ has no stable interface between releases of torch, so one for another release is not loaded.
+The kernels are registered under ``torch.ops.meft_csrc``, whose ops ``ops.py`` defines.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_FOLDER = Path(__file__).parent
+NAMESPACE = "meft_csrc"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _level() -> str:
+    """The instructions that torch's own kernels use here; the environment can lower it."""
+    level = torch.backends.cpu.get_cpu_capability().lower()
+    return level if level in ("avx512", "avx2") else "default"
+
+
+def _warned(reason: str) -> str:
+    warnings.warn(f"{reason}; the reference takes their place", RuntimeWarning, stacklevel=2)
+    return reason
+
+
+def _load() -> tuple[bool, str]:
+    """Loads the library for this torch and this CPU: whether that was possible, and a reason in words."""
+    release, level = torch.__version__.partition("+")[0], _level()
+    built = sorted(_FOLDER.glob("_native_*_torch_*.so"))
+    if not built:
+        return False, "the C++ kernels were not built with this installation"
+    path = _FOLDER / f"_native_{level}_torch_{release.replace('.', '_')}.so"
+    if path not in built:
+        others = sorted({each.stem.partition("_torch_")[2].replace("_", ".") for each in built} - {release})
+        if not others:
+            return False, f"the C++ kernels were not built for {level}"
+        return False, _warned(
+            f"the C++ kernels were built for torch {' and '.join(others)}, and this is torch {release}"
+        )
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        return False, _warned(f"the C++ kernels cannot be loaded: {str(error).splitlines()[0]}")
+    return True, f"a C++ kernel, built for {level}"
+
+
+def load() -> tuple[bool, str]:
+    """Loads the kernels, once the ops of ``NAMESPACE`` are defined.
+
+    Returns:
+        Whether they were loaded, and a reason in words.
+    """
+    global LOADED, REASON
+    LOADED, REASON = _load()
+    return LOADED, REASON
+
+
+LOADED, REASON = False, "the C++ kernels have not been looked for"
+
+
+def has(name: str) -> bool:
+    """Whether an op has a kernel here."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", "CPU")
+
+
+def serves(arguments: Sequence) -> bool:
+    """Whether the kernels take these arguments: on the CPU, in fp32, bf16 or fp16, and nothing empty."""
+    for argument in arguments:
+        for tensor in argument if isinstance(argument, (list, tuple)) else (argument,):
+            if not isinstance(tensor, Tensor):
+                continue
+            if not tensor.is_cpu or not tensor.numel():
+                return False
+            if tensor.is_floating_point() and tensor.dtype not in DTYPES:
+                return False
+    return True
+
+
+def chosen(name: str, plain: Callable) -> Callable:
+    """The C++ kernel of an op for the calls that it serves, ``plain`` for the others."""
+    kernel = getattr(getattr(torch.ops, NAMESPACE), name)
+
+    def run(*arguments):
+        return (kernel if serves(arguments) else plain)(*arguments)
+
+    return run

@@ -1,0 +1,128 @@
+"""What every op takes and gives back: its schema, and the shapes of its results (the fake kernels, which
+tracing and fake tensors use). ``ops.py`` registers both."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from . import reference
+
+_PROJECTION = "Tensor weight, Tensor bias, Tensor mean, Tensor rstd"
+_ADAPTER = (
+    "Tensor norm_weight, Tensor norm_bias, Tensor weight_1, Tensor bias_1, Tensor weight_2, Tensor bias_2"
+)
+
+# Arguments of each op; the public functions of ``ops`` say what they mean. A backward op takes the upstream
+# gradient first and, where the leading input may be frozen and large, ``need_x`` last. It returns the
+# gradients of the differentiable arguments in order, a list of tensors one by one.
+ARGUMENTS = {
+    "norm_linear": f"Tensor x, {_PROJECTION}",
+    "adapter": f"Tensor x, {_ADAPTER}",
+    "ladder": f"Tensor x, Tensor state, {_PROJECTION}, Tensor gate, {_ADAPTER}",
+    "pooled_upsample": "Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor bias, "
+    "Tensor out_norm_weight, Tensor out_norm_bias, Tensor? lengths, bool relu",
+    "relu_attention": "Tensor anchor, Tensor gate_weight, Tensor gate_bias, Tensor? lengths, "
+    "Tensor[] features",
+    "gated_down": "Tensor x, Tensor weight_1, Tensor bias_1, Tensor weight_2, Tensor bias_2, "
+    "Tensor weight_3, Tensor bias_3",
+    "guidance": "Tensor weight, Tensor bias, Tensor[] features",
+    "gated_up": "Tensor x, Tensor y, Tensor weight, Tensor bias, Tensor gate",
+}
+CONSTANT = {"mean", "rstd", "lengths", "relu"}  # arguments that take no gradient
+
+ARGUMENT_NAMES = {
+    name: [argument.split()[-1] for argument in arguments.split(", ")]
+    for name, arguments in ARGUMENTS.items()
+}
+
+
+def _fake_row_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = reference.accumulation_dtype(x.dtype)
+    return x.new_empty(x.shape[:-1], dtype=dtype), x.new_empty(x.shape[:-1], dtype=dtype)
+
+
+def _fake_encode(x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    code = x.new_empty(x.shape, dtype=reference.eight_bit.CODE_DTYPE)
+    return code, mean.new_empty(x.shape[-1]), mean.new_empty(x.shape[-1])
+
+
+def _fake_decode(code: Tensor, scale: Tensor, shift: Tensor, like: Tensor, *statistics) -> Tensor:
+    return like.new_empty(code.shape)
+
+
+def _resized(x: Tensor, weight: Tensor) -> Tensor:
+    """Shape of a projection of x by a weight (out, in)."""
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+_FAKES: dict[str, Callable[..., Tensor]] = {
+    "norm_linear": lambda x, weight, *_: _resized(x, weight),
+    "adapter": lambda x, *_: x.new_empty(x.shape),
+    "ladder": lambda x, state, *_: x.new_empty(state.shape),
+    "pooled_upsample": lambda x, norm_weight, norm_bias, weight, *_: _resized(x[:, 0], weight),
+    "relu_attention": lambda anchor, *_: anchor.new_empty(anchor.shape),
+    "gated_down": lambda x, weight, *_: _resized(x, weight),
+    "guidance": lambda weight, bias, features: features[-1].new_empty(features[-1].shape),
+    "gated_up": lambda x, *_: x.new_empty(x.shape),
+}
+
+
+def _fake_backward(name: str) -> Callable[..., list[Tensor]]:
+    """The gradients' shapes are the arguments', but x's, which is empty unless it is needed."""
+    names = ARGUMENT_NAMES[name]
+
+    def fake(grad: Tensor, *arguments) -> list[Tensor]:
+        grads = []
+        for argument_name, argument in zip(names, arguments):
+            if argument_name == "x" and not arguments[len(names)]:
+                grads.append(argument.new_empty(0))
+            elif argument_name == "features":
+                grads.extend(feature.new_empty(feature.shape) for feature in argument)
+            elif argument_name not in CONSTANT:
+                grads.append(argument.new_empty(argument.shape))
+        return grads
+
+    return fake
+
+
+class Registered(NamedTuple):
+    """One operator: its schema, the op whose files hold its kernels, its function there, and its fake."""
+
+    schema: str
+    op: str
+    function: str
+    fake: Callable
+
+    @property
+    def name(self) -> str:
+        return self.schema.split("(")[0]
+
+
+def _registered() -> list[Registered]:
+    decode = (
+        "decode(Tensor code, Tensor scale, Tensor shift, Tensor like, "
+        "Tensor? mean=None, Tensor? rstd=None) -> Tensor"
+    )
+    rows = [
+        Registered(
+            "row_statistics(Tensor x) -> (Tensor, Tensor)", "row_statistics", "forward", _fake_row_statistics
+        ),
+        Registered(
+            "encode(Tensor x, Tensor mean, Tensor rstd) -> (Tensor, Tensor, Tensor)",
+            "eight_bit",
+            "encode",
+            _fake_encode,
+        ),
+        Registered(decode, "eight_bit", "decode", _fake_decode),
+    ]
+    for name, arguments in ARGUMENTS.items():
+        flag = ", bool need_x" if arguments.startswith("Tensor x,") else ""
+        flag += ", Tensor? active=None" if name == "gated_down" else ""
+        backward = f"{name}_bwd(Tensor grad, {arguments}{flag}) -> Tensor[]"
+        rows.append(Registered(f"{name}({arguments}) -> Tensor", name, "forward", _FAKES[name]))
+        rows.append(Registered(backward, name, "backward", _fake_backward(name)))
+    return rows
+
+
+REGISTERED = _registered()
