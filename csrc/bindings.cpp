@@ -1,0 +1,8 @@
+// Registers every kernel under its op's name. The schemas are Python's (meft_kernels/schemas.py).
+
+#include <torch/library.h>
+
+#include "kernels.h"
+
+TORCH_LIBRARY_IMPL(meft_csrc, CPU, library) {
+}
