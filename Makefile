@@ -12,22 +12,26 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	$(BIN)/whisper-meft demo --output_dir demo_output
 
-# One thread: the tests' tensors are small, and two threads that wait for a busy core are many times slower.
+# Two processes of one thread each: the tests' tensors are small, and two threads that wait for a busy core are
+# many times slower.
 test: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest --durations=15
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n 2 --dist loadfile --durations=15
 
 lint: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-$(READY): pyproject.toml constraints.txt
+# The C++ kernels are built against the torch that is installed, so torch comes first.
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+$(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed; name one with: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-	  -e '.[whisper,peft,speech,test,bench,dev]'
+	$(PIP) 'setuptools>=77' wheel ninja torch
+	PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation -e '.[whisper,peft,speech,test,bench,dev]'
 	touch $@
 
 clean:
