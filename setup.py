@@ -1,4 +1,4 @@
-"""Builds the C++ CPU kernels of ``csrc/`` where torch and a compiler are at hand; see pyproject.toml for the rest.
+"""Builds the C++ CPU kernels of ``csrc/`` where torch and a compiler are at hand; see also pyproject.toml.
 
 The same sources become one library for each level of vector instructions, and ``meft_kernels.native`` loads
 the one that torch itself would use on the machine, so that nothing in them has to ask. Where they cannot be
