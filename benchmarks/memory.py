@@ -193,6 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("\n" + micro_table(figures, micro))
         if not options.no_record:
             shapes = {"model": options.model, "batch": batch, "frames": 1500, "dtype": options.dtype}
+            shapes |= {"chunk": options.chunk}
             path = record.write(
                 "memory",
                 figures,

@@ -316,14 +316,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         ops_named = f"op {' '.join(options.op)} at " if options.op else ""
         _complain(f"no row of the table serves {ops_named}width {options.width}; the reference does")
         return 1
-    if options.check:
-        return _check(rows, options.dtype)
-    if options.dry_run:
-        return _dry_run(rows, options.dtype)
-    if not has_gpu:
-        _complain("a CUDA device is needed; --check and --dry-run do without")
-        return 1
-    return _search(rows, options)
+    try:
+        if options.check:
+            return _check(rows, options.dtype)
+        if options.dry_run:
+            return _dry_run(rows, options.dtype)
+        if not has_gpu:
+            _complain("a CUDA device is needed; --check and --dry-run do without")
+            return 1
+        return _search(rows, options)
+    except KeyboardInterrupt:
+        _complain("interrupted; a search keeps the rows that it has written")
+        return 130
 
 
 def _check(rows: Sequence[tuple[tuning.Row, int, int]], dtype: str) -> int:
