@@ -1,0 +1,210 @@
+// What the kernels share: constants, fp32 views of rows of any activation type, work over blocks of rows with
+// sums that come out the same for the same number of threads, LayerNorm and GELU of fp32 rows.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace meft {
+
+// As in meft_kernels/reference/common.py.
+constexpr float NORM_EPS = 1e-5f;
+constexpr float GATE_TEMPERATURE = 0.1f;
+constexpr float ATTENTION_EPS = 1e-7f;
+constexpr float GUIDANCE_EPS = 1e-6f;
+
+// --- tensors ------------------------------------------------------------------------------------------------
+
+// A parameter as contiguous fp32.
+inline at::Tensor widened(const at::Tensor& tensor) {
+  return tensor.to(at::kFloat).contiguous();
+}
+
+inline at::Tensor empty_fp32(at::IntArrayRef sizes) {
+  return at::empty(sizes, at::TensorOptions().dtype(at::kFloat));
+}
+
+inline at::Tensor zeros_fp32(at::IntArrayRef sizes) {
+  return at::zeros(sizes, at::TensorOptions().dtype(at::kFloat));
+}
+
+inline void widen(const at::BFloat16* from, float* to, int64_t count) {
+  const auto* bits = reinterpret_cast<const uint16_t*>(from);
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t wide = static_cast<uint32_t>(bits[i]) << 16;
+    std::memcpy(to + i, &wide, sizeof(float));
+  }
+}
+
+inline void widen(const at::Half* from, float* to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    to[i] = static_cast<float>(from[i]);
+  }
+}
+
+template <typename scalar_t>
+inline void narrow(const float* from, scalar_t* to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    to[i] = static_cast<scalar_t>(from[i]);
+  }
+}
+
+// A tensor (..., width) of fp32, bf16 or fp16 as a matrix of rows, read and written as fp32. It is made
+// contiguous if it is not: what is written must go to a contiguous tensor.
+class Rows {
+ public:
+  explicit Rows(const at::Tensor& tensor)
+      : tensor_(tensor.contiguous()),
+        type_(tensor.scalar_type()),
+        width_(tensor.size(-1)),
+        count_(width_ == 0 ? 0 : tensor_.numel() / width_),
+        data_(tensor_.data_ptr()) {
+    TORCH_CHECK_TYPE(type_ == at::kFloat || type_ == at::kBFloat16 || type_ == at::kHalf,
+                     "activations must be float32, bfloat16 or float16, got ", type_);
+  }
+
+  int64_t count() const { return count_; }
+  int64_t width() const { return width_; }
+  bool is_fp32() const { return type_ == at::kFloat; }
+  // Elements of the scratch that `read` and `write` need for a block.
+  int64_t scratch(int64_t rows) const { return is_fp32() ? 0 : rows * width_; }
+
+  // The rows themselves if they are fp32, else widened into `scratch`.
+  const float* read(int64_t begin, int64_t rows, float* scratch) const {
+    const int64_t offset = begin * width_, size = rows * width_;
+    if (is_fp32()) {
+      return static_cast<const float*>(data_) + offset;
+    }
+    if (type_ == at::kBFloat16) {
+      widen(static_cast<const at::BFloat16*>(data_) + offset, scratch, size);
+    } else {
+      widen(static_cast<const at::Half*>(data_) + offset, scratch, size);
+    }
+    return scratch;
+  }
+
+  // Where a block is to be written: the rows themselves if they are fp32, else `scratch`, to be stored after.
+  float* write(int64_t begin, float* scratch) {
+    return is_fp32() ? static_cast<float*>(data_) + begin * width_ : scratch;
+  }
+
+  void store(int64_t begin, int64_t rows, const float* written) {
+    const int64_t offset = begin * width_, size = rows * width_;
+    if (type_ == at::kBFloat16) {
+      narrow(written, static_cast<at::BFloat16*>(data_) + offset, size);
+    } else if (type_ == at::kHalf) {
+      narrow(written, static_cast<at::Half*>(data_) + offset, size);
+    }
+  }
+
+ private:
+  at::Tensor tensor_;
+  at::ScalarType type_;
+  int64_t width_, count_;
+  void* data_;
+};
+
+// --- work over blocks ---------------------------------------------------------------------------------------
+
+// How many contiguous shares `blocks` pieces of work are cut into: one per thread that gets any.
+inline int64_t share_count(int64_t blocks) {
+  return at::in_parallel_region() ? 1 : std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), blocks));
+}
+
+// Calls work(share, first, last) once for each of `shares` contiguous parts of range(blocks), each on one
+// thread. The parts depend on `shares` and `blocks` alone, so sums kept per share and added in their order are
+// the same in every run.
+template <typename Work>
+inline void for_each_share(int64_t shares, int64_t blocks, const Work& work) {
+  at::parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t share = begin; share < end; ++share) {
+      work(share, share * blocks / shares, (share + 1) * blocks / shares);
+    }
+  });
+}
+
+// Partial sums: one row of fp32 zeros per share, with what the shares gathered added up by `total`.
+class Partials {
+ public:
+  Partials(int64_t shares, int64_t size) : sums_(zeros_fp32({shares, size})) {}
+
+  float* of(int64_t share) { return sums_.data_ptr<float>() + share * sums_.size(1); }
+
+  // The sum over shares, in their order, (size,); it is kept in the first share's place.
+  float* total() {
+    float* first = of(0);
+    const int64_t shares = sums_.size(0), size = sums_.size(1);
+    for (int64_t share = 1; share < shares; ++share) {
+      const float* next = of(share);
+#pragma omp simd
+      for (int64_t i = 0; i < size; ++i) {
+        first[i] += next[i];
+      }
+    }
+    return first;
+  }
+
+ private:
+  at::Tensor sums_;
+};
+
+// A copy of `values`, which hold as many elements as `like`, in its shape and type.
+inline at::Tensor tensor_like(const float* values, const at::Tensor& like) {
+  at::Tensor result = empty_fp32(like.sizes());
+  std::copy_n(values, like.numel(), result.data_ptr<float>());
+  return result.to(like.scalar_type());
+}
+
+// --- fp32 rows ----------------------------------------------------------------------------------------------
+
+inline float sum_of(const float* row, int64_t width) {
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < width; ++i) {
+    sum += row[i];
+  }
+  return sum;
+}
+
+inline float dot(const float* a, const float* b, int64_t width) {
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < width; ++i) {
+    sum += a[i] * b[i];
+  }
+  return sum;
+}
+
+// Mean of a row and the reciprocal of its standard deviation, the variance taken around the mean.
+inline void row_moments(const float* row, int64_t width, float& mean, float& rstd) {
+  mean = sum_of(row, width) / static_cast<float>(width);
+  const float centre = mean;
+  float squares = 0;
+#pragma omp simd reduction(+ : squares)
+  for (int64_t i = 0; i < width; ++i) {
+    squares += (row[i] - centre) * (row[i] - centre);
+  }
+  rstd = 1.0f / std::sqrt(squares / static_cast<float>(width) + NORM_EPS);
+}
+
+// sums (width,) += the sum over rows of `block` (rows, width).
+inline void add_column_sums(const float* block, int64_t rows, int64_t width, float* sums) {
+  for (int64_t t = 0; t < rows; ++t) {
+    const float* row = block + t * width;
+#pragma omp simd
+    for (int64_t i = 0; i < width; ++i) {
+      sums[i] += row[i];
+    }
+  }
+}
+
+}  // namespace meft
