@@ -247,6 +247,30 @@ def test_splits_share_no_speaker_and_no_sentence(corpus):
 
 
 @needs_espeak
+def test_a_validation_split_shares_no_speaker_and_no_sentence_with_the_others(tmp_path, monkeypatch):
+    said = {}
+    original = Synthesiser.speak
+
+    def listen(self, sentence, voice, speaker, *prosody):
+        said.setdefault(speaker, set()).add(sentence)
+        return original(self, sentence, voice, speaker, *prosody)
+
+    monkeypatch.setattr(Synthesiser, "speak", listen)
+    settings = {**SMALL, "accents": ACCENTS[:2], "test_clips_per_class": 15, "seconds": 0.5}
+    folder = make_accent_corpus(tmp_path / "corpus", **settings, validation_clips_per_class=8)
+    splits = ["train", "test", "validation"]
+    speakers = [{row["speaker"] for row in rows(folder / f"{split}.csv")} for split in splits]
+    sentences = [set().union(*(said[speaker] for speaker in each)) for each in speakers]
+    for sets in (speakers, sentences):
+        assert sum(map(len, sets)) == len(set().union(*sets))
+    assert speakers[1] | speakers[2] == set(TEST_SPEAKERS)
+    assert [len(each) for each in sentences[1:]] == [15, 8]
+    assert len(rows(folder / "validation.csv")) == 16
+    with pytest.raises(UserError, match="other settings"):
+        make_accent_corpus(folder, **settings)
+
+
+@needs_espeak
 def test_corpus_is_fixed_by_its_seed(corpus, tmp_path):
     assert samples(make_accent_corpus(tmp_path / "again", **SMALL)) == samples(corpus)
     other = samples(make_accent_corpus(tmp_path / "other", seed=1, **SMALL))
@@ -291,6 +315,7 @@ def test_an_interrupted_corpus_leaves_nothing(tmp_path, monkeypatch):
         ({"accents": ["en-us", "en-us"]}, "two or more"),
         ({"train_clips_per_class": 0}, "train_clips_per_class=0"),
         ({"test_clips_per_class": 1.5}, "test_clips_per_class=1.5"),
+        ({"validation_clips_per_class": -1}, "validation_clips_per_class=-1"),
         ({"seconds": 0.1}, "seconds=0.1"),
         ({"seconds": float("nan")}, "seconds=nan"),
         ({"snr_db": (30, 15)}, "snr_db"),

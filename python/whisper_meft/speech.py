@@ -327,6 +327,7 @@ def make_accent_corpus(
     snr_db: tuple[float, float] = (15.0, 30.0),
     seed: int = 0,
     progress: bool = False,
+    validation_clips_per_class: int = 0,
 ) -> Path:
     """Writes a small accent-classification corpus: 16 kHz wav files in one folder per accent, and manifests.
 
@@ -334,6 +335,7 @@ def make_accent_corpus(
 
         OUT/train/<accent>/<speaker>_<number>.wav     OUT/train.csv   path (relative to OUT),label,speaker
         OUT/test/<accent>/<speaker>_<number>.wav      OUT/test.csv
+        OUT/validation/...                            OUT/validation.csv, where it is asked for
         OUT/corpus.json                               the settings that made it
 
     Speakers (voice variants) and sentences of train and test are disjoint. Within a split, clip n of every
@@ -352,6 +354,9 @@ def make_accent_corpus(
         snr_db: range of signal-to-noise ratios, in dB.
         seed: the source of every choice.
         progress: show a progress bar.
+        validation_clips_per_class: clips of each accent for choosing on, of speakers that neither the other
+            splits nor the shipped backbone's pretraining have: every third of TEST_SPEAKERS, which the test
+            split then goes without. 0 for no such split.
 
     Returns:
         The folder.
@@ -360,6 +365,14 @@ def make_accent_corpus(
         UserError: a bad setting, espeakng-loader missing, or a folder that holds something else.
     """
     settings = _checked_settings(accents, train_clips_per_class, test_clips_per_class, seconds, snr_db, seed)
+    parts = [("train", train_clips_per_class, TRAIN_SPEAKERS), ("test", test_clips_per_class, TEST_SPEAKERS)]
+    if validation_clips_per_class:
+        _check_clips("validation_clips_per_class", validation_clips_per_class)
+        settings["validation_clips_per_class"] = validation_clips_per_class
+        chosen_on = TEST_SPEAKERS[::3]
+        heldout = tuple(speaker for speaker in TEST_SPEAKERS if speaker not in chosen_on)
+        parts[1:] = [("test", test_clips_per_class, heldout)]
+        parts.append(("validation", validation_clips_per_class, chosen_on))
     output = Path(output_dir)
     if _is_complete(output, settings):
         return output
@@ -370,11 +383,9 @@ def make_accent_corpus(
         raise UserError(f"cannot write {output}: {error.strerror or error}") from error
     try:
         with Synthesiser() as engine:
-            for split, clips, speakers in (
-                ("train", train_clips_per_class, TRAIN_SPEAKERS),
-                ("test", test_clips_per_class, TEST_SPEAKERS),
-            ):
-                _write_split(engine, building, split, clips, speakers, settings, progress)
+            said: set[str] = set()
+            for split, clips, speakers in parts:
+                said |= _write_split(engine, building, split, clips, speakers, settings, said, progress)
         (building / "corpus.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         building.chmod(0o755)  # mkdtemp makes it private
         building.replace(output)  # an empty folder of that name gives way
@@ -392,20 +403,25 @@ def _write_split(
     clips: int,
     speakers: Sequence[str],
     settings: dict[str, Any],
+    avoid: set[str],
     progress: bool,
-) -> None:
+) -> set[str]:
+    """Writes one split, with no sentence of ``avoid``; returns the sentences that it has."""
     import soundfile
     from tqdm.auto import tqdm
 
-    accents, stream = settings["accents"], {"train": 0, "test": 1}[split]
+    accents, stream = settings["accents"], {"train": 0, "test": 1, "validation": 2}[split]
+    which = "train" if split == "train" else "test"
     manner_rng = np.random.default_rng([settings["seed"], stream, 0])
     clip_rng = np.random.default_rng([settings["seed"], stream, 1])
-    rows = []
+    fresh = (m for m in manners(which, speakers, manner_rng) if m.sentence not in avoid)
+    rows, said = [], set()
     for accent in accents:
         (folder / split / accent).mkdir(parents=True)
     bar = tqdm(total=clips * len(accents), desc=f"synthesising {split}", unit="clip", disable=not progress)
     with bar:
-        for number, manner in zip(range(clips), manners(split, speakers, manner_rng)):
+        for number, manner in zip(range(clips), fresh):
+            said.add(manner.sentence)
             for accent in accents:
                 spoken = engine.speak(
                     manner.sentence, accent, manner.speaker, manner.rate, manner.pitch, manner.pitch_range
@@ -418,6 +434,7 @@ def _write_split(
                 bar.update()
     with open(folder / f"{split}.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("path", "label", "speaker"), *sorted(rows)])
+    return said
 
 
 def _checked_settings(
@@ -428,8 +445,7 @@ def _checked_settings(
             f"accents={accents!r}: two or more different espeak voices are needed, such as {ACCENTS}"
         )
     for name, value in (("train_clips_per_class", train_clips), ("test_clips_per_class", test_clips)):
-        if not isinstance(value, int) or value < 1:
-            raise UserError(f"{name}={value!r} is not a whole number of at least 1")
+        _check_clips(name, value)
     if not 0.5 <= seconds <= 30:
         raise UserError(f"seconds={seconds!r} is outside 0.5 to 30")
     if len(snr_db) != 2 or not snr_db[0] <= snr_db[1]:
@@ -446,6 +462,11 @@ def _checked_settings(
         "snr_db": [float(value) for value in snr_db],
         "seed": seed,
     }
+
+
+def _check_clips(name: str, value: Any) -> None:
+    if not isinstance(value, int) or value < 1:
+        raise UserError(f"{name}={value!r} is not a whole number of at least 1")
 
 
 def _is_complete(folder: Path, settings: dict[str, Any]) -> bool:
