@@ -1,0 +1,354 @@
+"""The paper's comparison as a scale model: synthetic accents and languages on the shipped backbone.
+
+    python examples/study/study.py --work DIR            # everything that results/ does not hold yet
+    python examples/study/study.py --work DIR --parts accents-5db,reduction
+    python examples/study/study.py --report              # tables and figures of README.md from results/
+
+Each part writes ``results/<part>.json`` anew after every method; a run that was cut off goes on where it was.
+Corpora and trained models are left in DIR. One thread; the CPU times are those of the process.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+for folder in (HERE, ROOT, ROOT / "python"):  # a plain checkout needs no installation
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from torch.utils.data import DataLoader  # noqa: E402
+from transformers import WhisperForAudioClassification  # noqa: E402
+from whisper_meft import MeftConfig, compare, data, get_meft_model  # noqa: E402
+from whisper_meft.backbone import quiet_transformers  # noqa: E402
+from whisper_meft.errors import UserError, one_line  # noqa: E402
+from whisper_meft.files import read_json, write_json  # noqa: E402
+from whisper_meft.memory import estimate  # noqa: E402
+from whisper_meft.metrics import score  # noqa: E402
+from whisper_meft.predict import Classifier, InferenceArguments  # noqa: E402
+from whisper_meft.speech import ACCENTS, make_accent_corpus  # noqa: E402
+
+from benchmarks import record, steps, train_step  # noqa: E402
+
+RESULTS = HERE / "results"
+SEEDS = 3
+RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+# Voices that read the same English sentences by the rules and with the sounds of their language, two by two
+# near each other. The backbone's pretraining had none of the six.
+LANGUAGES = ("af", "nb", "lt", "lv", "sk", "sl")
+LEVELS = {"accents-30db": 30.0, "accents-10db": 10.0, "accents-0db": 0.0}
+SEARCHED = "accents-10db"  # the level where learning rates are chosen; the other parts use them
+CORPUS = {
+    "train_clips_per_class": 80,
+    "validation_clips_per_class": 30,
+    "test_clips_per_class": 120,
+    "seconds": 2.0,
+    "seed": 0,
+}
+BUDGET = {"num_train_epochs": 6.0, "batch_size": 8, "max_frames": "fidelity", "reduction_factor": 8}
+REDUCTION_FACTORS = (2, 4, 16)  # and 8, which the other parts have
+SIDE_NETWORKS = ("lst", "unipt", "sherl")
+LAYERS = ("every:2", "last:1", "last:2", "last:3", [1], [2], [3], [1, 2])
+FRAMES = (250, 500, 1000, 1500)
+COUNTED = {"model": "small", "batch": 128}
+MEASURED = {"model": "base", "batch": 1, "repeats": 5}
+LENGTH_METHODS = ("full", "lora", "lst", "unipt", "sherl")
+
+
+# --- trained cells ------------------------------------------------------------------------------------------
+
+
+class Study(compare.Comparison):
+    """A comparison that keeps each test clip's answer, and reads each clip's features once."""
+
+    def answers(self, run: dict[str, Any]) -> dict[str, Any]:
+        """Scores of a finished run's model on the test clips, and ``predicted``, a digit per clip."""
+        path = self.output / run["folder"] / "answers.json"
+        if path.is_file():
+            return read_json(path)
+        options = InferenceArguments(batch_size=32, device="cpu")
+        classifier = Classifier.load(self.output / run["folder"], options, progress=False)
+        frames = classifier.max_frames
+        dataset = self._dataset(self.test, self.extractor, None, frames)
+        loader = DataLoader(dataset, 32, collate_fn=data.Collator(self.extractor, frames))
+        with torch.inference_mode():
+            logits = torch.cat([classifier.model(**batch).logits.float() for batch in loader])
+        if not torch.isfinite(logits).all():
+            raise UserError("the model's output is NaN or infinite")
+        predicted = logits.argmax(1).numpy()
+        scores = score(self.reference(), predicted, self.labels)
+        found = {
+            "accuracy": scores.accuracy,
+            "mean_class_accuracy": scores.mean_class_accuracy,
+            "predicted": digits(predicted),
+        }
+        write_json(path, found)
+        (path.parent / "model.safetensors").unlink(missing_ok=True)
+        return found
+
+    def reference(self) -> np.ndarray:
+        return np.array([self.labels.index(example.label) for example in self.test])
+
+    def parameters(self, method: str) -> int:
+        """How many parameters train."""
+        options = compare.options_of(method, self.config.d_model, self.arguments.reduction_factor)
+        with quiet_transformers():
+            model = get_meft_model(
+                WhisperForAudioClassification._from_config(self.config), MeftConfig.from_dict(options)
+            )
+        return model.get_nb_trainable_parameters()[0]
+
+    def row(self, method: str, rates: Sequence[float]) -> dict[str, Any]:
+        """One row of a part: the search, where there is more than one rate, and the seeds."""
+        began = time.process_time()
+        search, failures = [], []
+        for rate in rates:
+            try:
+                search.append(self.run(method, rate, 0))
+            except Exception as error:  # such as a loss that is no number any more
+                failures.append({"learning_rate": rate, "failed": one_line(error)})
+        if not search:
+            raise UserError(f"{method}: no learning rate can be used: {failures[0]['failed']}")
+        best = max(search, key=lambda run: (run["validation_accuracy"], -run["validation_loss"]))
+        runs = [best, *(self.run(method, best["learning_rate"], seed) for seed in range(1, SEEDS))]
+        kept = "seed", "validation_accuracy", "train_loss"
+        seeds = [{key: run[key] for key in kept} | self.answers(run) for run in runs]
+        for run in search:
+            (self.output / run["folder"] / "model.safetensors").unlink(missing_ok=True)
+        searched = "learning_rate", "validation_accuracy", "validation_loss"
+        return {
+            "method": method,
+            "status": "ok",
+            "options": compare.options_of(method, self.config.d_model, self.arguments.reduction_factor),
+            "learning_rate": best["learning_rate"],
+            "search": [{key: run[key] for key in searched} for run in search] + failures,
+            "seeds": seeds,
+            "accuracy": compare.spread([each["accuracy"] for each in seeds]),
+            "mean_class_accuracy": compare.spread([each["mean_class_accuracy"] for each in seeds]),
+            "trainable_parameters": self.parameters(method),
+            "cpu_seconds": round(time.process_time() - began, 1),
+        }
+
+
+def digits(values: Iterable[int]) -> str:
+    return "".join(map(str, values))
+
+
+def open_study(work: Path, part: str, labels: Sequence[str], snr_db: float) -> tuple[Study, dict[str, Any]]:
+    """The comparison of a part, its corpus made as needed, and what the record says about both."""
+    kind = "languages" if tuple(labels) == LANGUAGES else "accents"
+    corpus = make_accent_corpus(
+        work / f"{kind}-{snr_db:g}db", accents=labels, snr_db=(snr_db, snr_db), **CORPUS
+    )
+    argv = [
+        f"--train_data={corpus}",
+        f"--output_dir={work / 'runs' / f'{kind}-{snr_db:g}db'}",
+        "--use_cpu=True",
+    ]
+    argv += [f"--{name}={value}" for name, value in BUDGET.items()]
+    (arguments,) = compare.make_parser().parse(argv)
+    study = Study(arguments)
+    shapes = {
+        "classes": list(labels),
+        "snr_db": snr_db,
+        **CORPUS,
+        **BUDGET,
+        "seeds": SEEDS,
+        "train_clips": len(study.examples.training),
+        "validation_clips": len(study.examples.evaluation),
+        "test_clips": len(study.test),
+        "test_reference": digits(study.reference()),
+        "test_speakers": " ".join(str(example.speaker) for example in study.test),
+    }
+    return study, shapes
+
+
+def train_part(
+    options: argparse.Namespace,
+    part: str,
+    study: Study,
+    shapes: dict,
+    entries: Sequence[str],
+    rates: Callable,
+) -> None:
+    """Fills ``results/<part>.json`` with a row per entry.
+
+    Args:
+        entries: methods as compare's ``--methods`` has them. rates: of an entry.
+    """
+    path = options.results / f"{part}.json"
+    rows: list[dict[str, Any]] = []
+    if path.is_file():
+        found = record.read(path)
+        if found["shapes"] != json.loads(json.dumps(shapes)):
+            raise UserError(f"{path} was made with other settings: move it away first")
+        rows = [row for row in found["figures"] if row["status"] == "ok"]
+    for entry in entries:
+        if any(row["method"] == entry for row in rows):
+            continue
+        try:
+            row = study.row(entry, rates(entry))
+        except Exception as error:  # one method must not cost the others their rows
+            row = {"method": entry, "status": f"failed: {one_line(error)}"}
+        rows.append(row)
+        told = (
+            f"{row['accuracy']['mean']:.1%}, {row['cpu_seconds']} s"
+            if row["status"] == "ok"
+            else row["status"]
+        )
+        print(f"{part} {entry}: {told}", flush=True)
+        save(options, part, rows, shapes, path)
+
+
+def save(options: argparse.Namespace, part: str, rows: list[dict], shapes: dict, path: Path) -> None:
+    command = f"python examples/study/study.py --work {options.work.name} --parts {part}"
+    record.write(part, rows, command=command, shapes=shapes, device="cpu", path=path)
+
+
+def search_rates(method: str) -> list[float]:
+    return [rate * compare.RATE_FACTOR.get(method, 1) for rate in RATES]
+
+
+def chosen_rate(options: argparse.Namespace, entry: str) -> list[float]:
+    """The rate that the search chose for the method of ``entry``."""
+    path = options.results / f"{SEARCHED}.json"
+    rows = record.read(path)["figures"] if path.is_file() else []
+    method = entry.partition(":")[0]
+    for row in rows:
+        if row["method"] == method and row["status"] == "ok":
+            return [row["learning_rate"]]
+    raise UserError(f"{path} has no learning rate for {method}: run --parts {SEARCHED} first")
+
+
+def level(options: argparse.Namespace, part: str) -> None:
+    study, shapes = open_study(options.work, part, ACCENTS, LEVELS[part])
+    shapes["learning_rates"] = list(RATES) if part == SEARCHED else f"as chosen in {SEARCHED}"
+    rates = search_rates if part == SEARCHED else lambda entry: chosen_rate(options, entry)
+    train_part(options, part, study, shapes, list(MeftConfig.methods()), rates)
+
+
+def languages(options: argparse.Namespace, part: str) -> None:
+    study, shapes = open_study(options.work, part, LANGUAGES, LEVELS[SEARCHED])
+    shapes["learning_rates"] = f"as chosen in {SEARCHED}"
+    methods = list(MeftConfig.methods())
+    train_part(options, part, study, shapes, methods, lambda entry: chosen_rate(options, entry))
+
+
+def reduction(options: argparse.Namespace, part: str) -> None:
+    entries = [f"{m}:reduction_factor={f}" for f in REDUCTION_FACTORS for m in SIDE_NETWORKS]
+    _variants(options, part, entries)
+
+
+def layers(options: argparse.Namespace, part: str) -> None:
+    choices = [choice if isinstance(choice, str) else str(choice).replace(" ", "") for choice in LAYERS]
+    _variants(options, part, [f"lst:layers={choice}" for choice in choices])
+
+
+def _variants(options: argparse.Namespace, part: str, entries: Sequence[str]) -> None:
+    study, shapes = open_study(options.work, part, ACCENTS, LEVELS[SEARCHED])
+    shapes["learning_rates"] = f"as chosen in {SEARCHED}"
+    train_part(options, part, study, shapes, entries, lambda entry: chosen_rate(options, entry))
+
+
+# --- length of the clips ------------------------------------------------------------------------------------
+
+
+def lengths(options: argparse.Namespace, part: str) -> None:
+    """Memory counted for a GPU, and time and memory measured here, by encoder frames."""
+    shapes = {"frames": list(FRAMES), "counted": COUNTED, "measured": MEASURED, "reduction_factor": 8}
+    path = options.results / f"{part}.json"
+    rows = record.read(path)["figures"] if path.is_file() else []
+    for frames in FRAMES:
+        for method in LENGTH_METHODS:
+            if any((row["frames"], row["method"]) == (frames, method) for row in rows):
+                continue
+            rows.append({"frames": frames, "method": method, **_length_row(method, frames)})
+            print(f"{part} {method} {frames}", flush=True)
+            save(options, part, rows, shapes, path)
+
+
+def _length_row(method: str, frames: int) -> dict[str, Any]:
+    inside = not MeftConfig.methods()[method].frozen_encoder
+    count = estimate(
+        COUNTED["model"],
+        method,
+        COUNTED["batch"],
+        dtype="bfloat16",
+        autocast="bfloat16" if inside else None,  # where the encoder's weights train or carry gradients
+        frames=frames,
+        num_labels=steps.CLASSES,
+    )
+    setting = steps.Setting(model=MEASURED["model"], batch=MEASURED["batch"], frames=frames)
+    measured = train_step.measure(method, setting, MEASURED["repeats"])
+    return {
+        "gpu_peak_gib": count.peak / 2**30,
+        "gpu_reserved_gib": count.reserved / 2**30,
+        "status": measured["status"],
+        "cpu_peak_gib": measured["peak_bytes"] / 2**30,
+        "cpu_counted_gib": measured["counted_bytes"] / 2**30,
+        "step_ms": measured["step_ms"],
+        "encoder_ms": measured["encoder_ms"],
+        "ratio": measured["ratio"],
+    }
+
+
+# --- the command --------------------------------------------------------------------------------------------
+
+PARTS: dict[str, Callable[[argparse.Namespace, str], None]] = {
+    SEARCHED: level,
+    "reduction": reduction,
+    **{name: level for name in LEVELS if name != SEARCHED},
+    "lengths": lengths,
+    "layers": layers,
+    "languages": languages,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="study.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--work", type=Path, help="folder for corpora and models; needed for all but --report"
+    )
+    parser.add_argument("--parts", default=",".join(PARTS), help=f"some of {','.join(PARTS)}")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records")
+    parser.add_argument("--report", action="store_true", help="write README.md's tables and the figures")
+    options = parser.parse_args(argv)
+    try:
+        if options.report:
+            import report
+
+            for path in report.write(options.results, HERE):
+                print(f"wrote {path.name}")
+            return 0
+        if options.work is None:
+            raise UserError("--work is needed: a folder for corpora and trained models")
+        names = [name for name in options.parts.split(",") if name]
+        for name in names:
+            if name not in PARTS:
+                raise UserError(f"--parts must be some of {','.join(PARTS)}, got {name!r}")
+        for name in names:
+            PARTS[name](options, name)
+    except UserError as error:
+        print(f"study.py: {one_line(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("study.py: interrupted; run again to go on", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    torch.set_num_threads(1)
+    sys.exit(main())
