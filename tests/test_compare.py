@@ -80,6 +80,8 @@ def test_a_comparison_leaves_json_table_and_figures(work, tmp_path, capsys, chea
         assert row["options"]["method"] == method.partition(":")[0]
     table = (tmp_path / "out" / "compare.md").read_text()
     assert all(f"| {method} |" in table for method in METHODS) and "1.50 x" in table
+    best = max(row["accuracy"]["mean"] for row in results["methods"].values())
+    assert f"standard error of {100 * (best * (1 - best) / 12) ** 0.5:.1f} points" in table
     for name in ("accuracy.png", "costs.png"):
         assert (tmp_path / "out" / name).read_bytes()[:4] == b"\x89PNG"
     assert not list((tmp_path / "out").rglob("checkpoint-*"))

@@ -70,8 +70,9 @@ def page(results: dict[str, Any]) -> str:
             f"- Accuracy: mean over {settings['seeds']} seeds, ± standard deviation over them."
             if settings["seeds"] > 1
             else "- Accuracy: of one seed, so without a spread: small differences mean nothing.",
+            *_sampling_error(results),
             "- Step time: a training step divided by the frozen encoder's forward in inference, in turn on "
-            "the same batch.",
+            f"the same batch{'' if settings['device'] == 'cuda' else ', in CPU time of the process'}.",
             "- Memory: peak of a training step at that batch, counted on fake tensors, and measured on real "
             f"ones ({how}).",
             "",
@@ -81,6 +82,19 @@ def page(results: dict[str, Any]) -> str:
             "",
         ]
     )
+
+
+def _sampling_error(results: dict[str, Any]) -> list[str]:
+    """A line on what the number of test clips alone leaves open; none where no method has a score."""
+    means = [row["accuracy"]["mean"] for row in results["methods"].values() if row["status"] == "ok"]
+    if not means:
+        return []
+    clips, best = results["settings"]["test_examples"], max(means)
+    error = 100 * (best * (1 - best) / clips) ** 0.5
+    return [
+        f"- Beyond the seeds, {clips} test clips leave the best accuracy a binomial standard error of "
+        f"{error:.1f} points; clips of the same speaker are alike, so that it is rather more."
+    ]
 
 
 def write(results: dict[str, Any], folder: Path) -> None:
