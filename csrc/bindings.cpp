@@ -5,4 +5,6 @@
 #include "kernels.h"
 
 TORCH_LIBRARY_IMPL(meft_csrc, CPU, library) {
+  library.impl("guidance", &meft::guidance);
+  library.impl("guidance_bwd", &meft::guidance_bwd);
 }
