@@ -3,8 +3,22 @@
 The names below are loaded when they are first used, so that importing the package is cheap.
 """
 
+import logging
 from importlib import import_module
 from typing import Any
+
+
+def _about_something_here(record: logging.LogRecord) -> bool:
+    # transformers imports torchao wherever it is installed, which warns of kernels for other machines.
+    return not record.getMessage().startswith("Failed to load ")
+
+
+def _no_deprecation(record: logging.LogRecord) -> bool:
+    return "Enum subclass" not in record.getMessage()
+
+
+logging.getLogger("torchao").addFilter(_about_something_here)
+logging.getLogger("torch.utils._pytree").addFilter(_no_deprecation)
 
 _PLACES = {
     "AdaLoRAConfig": "configs",

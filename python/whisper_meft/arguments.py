@@ -184,6 +184,13 @@ class ModelArguments:
             "help": "type the frozen weights are held in; auto is half precision on a GPU, else float32"
         },
     )
+    backbone_quantization: Literal["int8", "fp8"] | None = field(
+        default=None,
+        metadata={
+            "help": "hold the frozen linear layers in 8 bits and multiply in them, through torchao; methods "
+            "that train inside the encoder cannot"
+        },
+    )
 
 
 @dataclass

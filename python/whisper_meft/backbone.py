@@ -142,7 +142,15 @@ def write_backbone(encoder: nn.Module, folder: str | os.PathLike) -> None:
     """Writes a frozen encoder as an ordinary Hugging Face folder (``config.json``, ``model.safetensors``).
 
     The folder holds the encoder only, which is all that an audio classifier needs.
+
+    Raises:
+        UserError: the encoder is quantised, or the folder cannot be written.
     """
+    if getattr(encoder, "quantization", None) is not None:
+        raise UserError(
+            f"a backbone that is quantised to {encoder.quantization} cannot be saved, its weights are "
+            "rounded: leave save_backbone out, and keep the checkpoint that it was loaded from"
+        )
     tensors = {f"encoder.{k}": v.detach().cpu().contiguous() for k, v in _own_state(encoder).items()}
     with replacing(Path(folder) / "model.safetensors") as temporary:
         safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt"})
@@ -156,8 +164,11 @@ def fingerprint(encoder: nn.Module) -> str:
     """A few of the encoder's weights in hexadecimal, to tell one backbone from another.
 
     Args:
-        encoder: a Whisper encoder. 64 entries spread over its matrices and convolutions are taken as float32.
+        encoder: a Whisper encoder. 64 entries spread over its matrices and convolutions are taken as float32;
+            of a quantised one those that it had before.
     """
+    if getattr(encoder, "original", None) is not None:
+        return encoder.original.fingerprint
     weights = [p for n, p in sorted(_own_state(encoder).items()) if p.ndim > 1 and "positions" not in n]
     picked = []
     for i in range(_SAMPLES):

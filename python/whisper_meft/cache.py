@@ -34,6 +34,7 @@ from .encoder import FrozenEncoder
 from .errors import UserError
 from .examples import Example
 from .files import read_json, replacing, write_json
+from .quantization import weights_digest
 
 FORMAT = 1
 STORAGES = ("exact", "bfloat16", "fp8")
@@ -46,6 +47,7 @@ _KEY_NAMES = {
     "format": "the format of the cache",
     "backbone": "the backbone's weights",
     "backbone_dtype": "backbone_dtype",
+    "backbone_quantization": "backbone_quantization",
     "autocast": "autocast (bf16, fp16)",
     "feature_extractor": "the feature extractor",
     "max_frames": "max_frames",
@@ -58,7 +60,8 @@ def cache_key(
     """What the states of a clip depend on beside the clip itself; plain JSON values.
 
     Args:
-        encoder: the frozen backbone; all its weights are hashed. feature_extractor: a
+        encoder: the frozen backbone; all its weights are hashed, as they were before
+            quantisation. feature_extractor: a
             ``WhisperFeatureExtractor``. max_frames: as in :class:`whisper_meft.MeftConfig`.
         autocast: number format that float32 weights are run in, or None.
 
@@ -74,20 +77,13 @@ def cache_key(
     options = {k: v for k, v in feature_extractor.to_dict().items() if k not in ignored}
     return {
         "format": FORMAT,
-        "backbone": _hash_weights(encoder),
+        "backbone": encoder.original.digest if encoder.original else weights_digest(encoder.backbone_state()),
         "backbone_dtype": str(encoder.dtype).removeprefix("torch."),
-        "autocast": autocast if encoder.dtype == torch.float32 else None,
+        "backbone_quantization": encoder.quantization,
+        "autocast": autocast if encoder.dtype == torch.float32 and not encoder.quantization else None,
         "feature_extractor": json.loads(json.dumps(options, sort_keys=True, default=str)),
         "max_frames": max_frames,
     }
-
-
-def _hash_weights(encoder: FrozenEncoder) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(encoder.backbone_state().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def clip_fingerprint(example: Example) -> str:

@@ -4,13 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
-
 from . import data
 from .arguments import MethodArguments, ModelArguments, Parser, UsageError
 from .cached_data import prepare_cache
 from .errors import UserError
 from .modeling import get_meft_model
+from .predict import usable_device
 from .pretrained import load_whisper, resolve_dtype
 from .train import load_data, load_sizes_and_extractor, method_config, say
 from .train_arguments import TrainDataArguments
@@ -65,17 +64,13 @@ def make_parser() -> Parser:
 def run(argv: Sequence[str]) -> int:
     """`whisper-meft cache`; returns the exit status."""
     models, methods, sources, options = make_parser().parse(argv)
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = resolve_dtype(models.backbone_dtype, device == "cpu")
-    config = method_config(methods, dtype)
+    device = usable_device(options.device)
+    dtype = resolve_dtype(models.backbone_dtype, device.type == "cpu")
+    config = method_config(methods, dtype, models.backbone_quantization)
     if not config.frozen_encoder:
         raise UserError(f"method: {config.method} trains inside the encoder, so there is nothing to cache")
     _, extractor = load_sizes_and_extractor(models, config)
-    model = get_meft_model(load_whisper(models, dtype), config)
-    try:
-        model.to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device: cannot use {device!r}: {str(error).splitlines()[0]}") from error
+    model = get_meft_model(load_whisper(models, dtype).to(device), config)
     show = not options.disable_tqdm
     examples = load_data(sources, True, False, options.seed, options.num_workers, show)
     sets = [part for part in (examples.training, examples.evaluation) if part is not None]

@@ -13,6 +13,7 @@ from torch import nn
 
 from .errors import UserError
 from .files import read_json, write_json
+from .quantization import check_kind
 
 DTYPES = {
     "float32": torch.float32,
@@ -111,6 +112,14 @@ class MeftConfig:
         },
     )
 
+    backbone_quantization: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hold the linear layers of the frozen backbone in 8 bits: int8 or fp8, through torchao; "
+            "unset keeps them as they are. Methods that train inside the encoder cannot."
+        },
+    )
+
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         if cls.method:
@@ -141,6 +150,12 @@ class MeftConfig:
             check_positive_int("max_frames", self.max_frames)
         dtype = parse_dtype(self.backbone_dtype, "backbone_dtype")
         self.backbone_dtype = None if dtype is None else str(dtype).removeprefix("torch.")
+        check_kind(self.backbone_quantization)
+        if self.backbone_quantization and not self.frozen_encoder:
+            raise UserError(
+                f"backbone_quantization must be None for {self.method}, which trains inside the encoder, got "
+                f"{self.backbone_quantization!r}: it is for methods beside a frozen one"
+            )
         if self.trains_backbone and dtype in (torch.bfloat16, torch.float16):
             raise UserError(
                 f"backbone_dtype must be None or float32 for {self.method}, which trains the backbone's own "
@@ -168,7 +183,10 @@ class MeftConfig:
         """The encoder that the method reads; shares its modules with ``whisper_encoder``."""
         from .encoder import FrozenEncoder
 
-        return FrozenEncoder(whisper_encoder, dtype=self.backbone_dtype)
+        # A gradient goes through SHERL's last layer, which 8-bit products do not give.
+        return FrozenEncoder(
+            whisper_encoder, self.backbone_dtype, self.backbone_quantization, self.through_last_layer
+        )
 
     def build_side_network(self, hidden_size: int, num_layers: int, **place: Any) -> nn.Module:
         """What turns the hidden states of an encoder of this width and depth into the clip's vector: a new

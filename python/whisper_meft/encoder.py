@@ -5,12 +5,15 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from meft_kernels import HiddenState
 
+from .backbone import fingerprint
 from .configs import parse_dtype
 from .errors import UserError
 from .frozen_layer import add_feed_forward, norm_with_statistics
+from .quantization import Original, is_quantized, quantize_layers, weights_digest
 
 
 class FrozenEncoder(nn.Module):
@@ -20,19 +23,34 @@ class FrozenEncoder(nn.Module):
     dict has the encoder's own keys. Frozen means frozen: no parameter requires a gradient, and neither
     ``train()`` here nor on the encoder it came from turns on dropout or LayerDrop.
 
-    Weights in half precision run as they are, also under autocast: inputs are cast to them. Weights in
-    float32 follow autocast.
+    Weights in half precision, and quantised ones, run as they are, also under autocast: inputs are cast to
+    them. Weights in float32 follow autocast.
 
     Args:
         whisper_encoder: ``transformers.models.whisper.modeling_whisper.WhisperEncoder``.
         dtype: number format to hold the weights in (``"bfloat16"`` or ``torch.bfloat16``, ...); ``None``
             keeps it.
+        quantization: ``"int8"`` or ``"fp8"`` holds the layers' linear weights in 8 bits
+            (:mod:`whisper_meft.quantization`), in the modules that are shared, where they are: put
+            ``whisper_encoder`` on its device first. They then run as they are, also under autocast.
+        whole_last_layer: the last layer is not quantised, so that a gradient can go through it.
+
+    Attributes:
+        quantization: what was done: None, "int8", "fp8", or "fp8 weights" where the device multiplies in the
+            weights' own type.
+        original: what is still known of weights that were quantised, else None.
 
     Raises:
-        UserError: not a Whisper encoder, or an unknown dtype.
+        UserError: not a Whisper encoder, an unknown dtype, or quantisation that is not possible here.
     """
 
-    def __init__(self, whisper_encoder: nn.Module, dtype: str | torch.dtype | None = None):
+    def __init__(
+        self,
+        whisper_encoder: nn.Module,
+        dtype: str | torch.dtype | None = None,
+        quantization: str | None = None,
+        whole_last_layer: bool = False,
+    ):
         super().__init__()
         for name in ("config", "conv1", "conv2", "embed_positions", "layers", "layer_norm"):
             if not hasattr(whisper_encoder, name):
@@ -50,6 +68,14 @@ class FrozenEncoder(nn.Module):
         if dtype is not None:
             self._cast(dtype)
         self.requires_grad_(False)
+        self.quantization: str | None = None
+        self.original: Original | None = None
+        if is_quantized(self.layers):
+            raise UserError(
+                "base is quantised already, by a model that was made of it earlier: load it anew for another"
+            )
+        if quantization is not None:
+            self._quantize(quantization, whole_last_layer)
         self.eval()
 
     def _cast(self, dtype: torch.dtype) -> None:
@@ -58,6 +84,12 @@ class FrozenEncoder(nn.Module):
             for name, parameter in module.named_parameters(recurse=False):
                 if parameter.dtype != dtype:
                     setattr(module, name, nn.Parameter(parameter.detach().to(dtype), requires_grad=False))
+
+    def _quantize(self, kind: str, whole_last_layer: bool) -> None:
+        weight = self.conv1.weight
+        if not (isinstance(weight, FakeTensor) or weight.is_meta):  # which hold nothing to know them by
+            self.original = Original(fingerprint(self), weights_digest(self.backbone_state()))
+        self.quantization = quantize_layers(self.layers[:-1] if whole_last_layer else self.layers, kind)
 
     @property
     def num_layers(self) -> int:
@@ -228,7 +260,8 @@ class FrozenEncoder(nn.Module):
         )  # a tuple in some transformers versions
 
     def _weights_as_they_are(self, device: torch.device) -> AbstractContextManager:
-        if self.dtype in (torch.float16, torch.bfloat16, torch.float64) and device.type != "meta":
+        as_they_are = self.quantization or self.dtype in (torch.float16, torch.bfloat16, torch.float64)
+        if as_they_are and device.type != "meta":
             return torch.autocast(device.type, enabled=False)
         return nullcontext()
 

@@ -42,6 +42,9 @@ class MemoryArguments:
         default="auto",
         metadata={"help": "type the frozen weights are held in; auto is bfloat16 on cuda, else float32"},
     )
+    backbone_quantization: Literal["int8", "fp8"] | None = field(
+        default=None, metadata={"help": "count the frozen linear layers in 8 bits"}
+    )
     bf16: bool = field(default=False, metadata={"help": "train under autocast to bfloat16"})
     fp16: bool = field(default=False, metadata={"help": "train under autocast to float16"})
     device: Literal["cuda", "cpu"] = field(default="cuda", metadata={"help": "where training is to run"})
@@ -125,6 +128,7 @@ def _settings(arguments: MemoryArguments, method: MethodArguments) -> dict[str, 
         "num_labels": arguments.num_labels,
         "device_type": arguments.device,
         "backend": arguments.backend,
+        "backbone_quantization": arguments.backbone_quantization,
         **method.chosen(),
     }
 

@@ -28,6 +28,11 @@ def check_mergeable(config: MeftConfig) -> None:
 def merged_classifier(model: nn.Module) -> WhisperForAudioClassification:
     """See :meth:`whisper_meft.MeftModel.merge_and_unload`."""
     check_mergeable(model.meft_config)
+    if model.encoder.quantization is not None:
+        raise UserError(
+            f"a backbone that is quantised to {model.encoder.quantization} cannot be merged: load the model "
+            "with quantization='none'"
+        )
     if model.meft_config.max_frames != "fidelity":
         logger.warning_once(
             f"The model was trained with max_frames={model.meft_config.max_frames!r}; a plain Whisper "

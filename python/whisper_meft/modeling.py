@@ -1,7 +1,6 @@
 """A Whisper encoder, what a method trains of it or beside it, and a head as one Hugging Face model."""
 
 import copy
-import json
 import os
 import tempfile
 import warnings
@@ -38,6 +37,7 @@ from .encoder import FrozenEncoder
 from .errors import UserError, one_line
 from .files import read_json, replacing, write_text
 from .merging import merged_classifier
+from .model_card import model_card
 from .weights import load_checked, read_weights
 
 logger = hf_logging.get_logger("whisper_meft")
@@ -121,6 +121,8 @@ class MeftModel(PreTrainedModel):
         self.post_init()
         # Trainer compares with the exact names when it loads a checkpoint, and then reports none missing.
         self._keys_to_ignore_on_save = {f"encoder.{name}" for name in self.encoder.frozen_names()}
+        # Every process loads the backbone itself; torch's DistributedDataParallel need not send it around.
+        self._ddp_params_and_buffers_to_ignore = sorted(self._keys_to_ignore_on_save)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: every part initialises itself, and the backbone is already loaded."""
@@ -370,7 +372,7 @@ class MeftModel(PreTrainedModel):
         with replacing(folder / "model.safetensors") as temporary:
             safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt"})
         if not (folder / "README.md").exists():
-            write_text(folder / "README.md", _model_card(config))
+            write_text(folder / "README.md", model_card(config))
         write_text(folder / "config.json", config.to_json_string())
         if push_to_hub:
             options = {
@@ -425,6 +427,8 @@ class MeftModel(PreTrainedModel):
         backbone: str | os.PathLike | nn.Module | None = None,
         dtype: str | torch.dtype | None = None,
         attn_implementation: str | None = None,
+        quantization: str | None = None,
+        device: str | torch.device | None = None,
         **kwargs: Any,
     ) -> "MeftModel":
         """Loads a saved model and the backbone that it belongs to.
@@ -436,6 +440,8 @@ class MeftModel(PreTrainedModel):
                 that the saved config names.
             dtype: number format of the backbone's weights; unset takes the saved one. The rest is float32.
             attn_implementation: the backbone's attention, as in transformers.
+            quantization: of the backbone, ``"int8"``, ``"fp8"`` or ``"none"``; unset takes the saved one.
+            device: where the model goes; the backbone is quantised there.
             kwargs: ``revision``, ``token``, ``cache_dir``, ``local_files_only``, ``force_download``;
                 ``subfolder`` of a local folder; ``config`` is accepted for the Auto classes.
 
@@ -461,6 +467,10 @@ class MeftModel(PreTrainedModel):
         dtype = parse_dtype(dtype)
         if dtype is not None or isinstance(backbone, nn.Module):  # one that is loaded already stays as it is
             config.meft = config.meft | {"backbone_dtype": None if dtype is None else str(dtype)}
+        if quantization is not None:
+            config.meft = config.meft | {
+                "backbone_quantization": None if quantization == "none" else quantization
+            }
         MeftConfig.from_dict(config.meft)  # so that bad options are reported before anything is loaded
         tensors = read_weights(folder)
 
@@ -483,7 +493,9 @@ class MeftModel(PreTrainedModel):
                 **options,
             )
         config.base_model_name_or_path = name or None
-        model = cls(config, base)
+        if device is not None:
+            base.encoder.to(device)
+        model = cls(config, base).to(device)
         model.name_or_path = config.name_or_path = os.fspath(pretrained_model_name_or_path)
         if attn_implementation is not None:
             model.set_attn_implementation(attn_implementation)
@@ -601,37 +613,6 @@ def _read_config(folder: Path) -> MeftModelConfig:
             f"{folder / 'config.json'} cannot be used: it lacks the options of the method ('meft')"
         )
     return config
-
-
-def _model_card(config: MeftModelConfig) -> str:
-    base, method = config.base_model_name_or_path, config.meft["method"]
-    head = {"library_name": "whisper_meft", "pipeline_tag": "audio-classification"}
-    if base and base != "backbone" and not os.path.isabs(base):
-        head["base_model"] = base
-    known = base and not os.path.isabs(base)
-    where = "" if not known else " in `backbone/`" if base == "backbone" else f", `{base}`"
-    if "reduction_factor" in config.meft:
-        title = f"{method.upper()} side network"
-        what = (
-            f"A {method.upper()} side network and classifier (reduction factor "
-            f"{config.meft['reduction_factor']}) for a frozen Whisper encoder{where}."
-        )
-    else:
-        title = f"Whisper classifier trained by {method}"
-        what = f"What method {method} trains of a Whisper encoder{where}, and a classifier."
-    lines = ["---", *(f"{k}: {json.dumps(v)}" for k, v in head.items()), "tags:", "- audio-classification"]
-    lines += ["- whisper", f"- {method}", "---", "", f"# {title}", "", what, ""]
-    lines += [
-        f"Labels: {', '.join(str(v) for v in config.id2label.values())}.",
-        "",
-        "```python",
-        "from whisper_meft import MeftModel",
-        "",
-        'model = MeftModel.from_pretrained("path/or/name/of/this/folder")',
-        "```",
-        "",
-    ]
-    return "\n".join(lines)
 
 
 AutoConfig.register(MeftModelConfig.model_type, MeftModelConfig)

@@ -39,6 +39,10 @@ class InferenceArguments:
     backbone_dtype: Literal["float32", "float16", "bfloat16"] | None = field(
         default=None, metadata={"help": "type to hold the frozen weights in (default: as in training)"}
     )
+    backbone_quantization: Literal["int8", "fp8", "none"] | None = field(
+        default=None,
+        metadata={"help": "hold the frozen linear layers in 8 bits (default: as in training)"},
+    )
     device: str | None = field(
         default=None, metadata={"help": "cpu, cuda, cuda:1 ... (default: a GPU if there is one)"}
     )
@@ -67,6 +71,20 @@ class PredictArguments:
             raise UsageError(f"--output must end in .csv or .json, got {self.output}")
 
 
+def usable_device(device: str | torch.device | None) -> torch.device:
+    """The device of this name; None is a GPU if there is one.
+
+    Raises:
+        UserError: there is no such device.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(1, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device: cannot use {str(device)!r}: {str(error).splitlines()[0]}") from error
+
+
 class Classifier:
     """A trained model with its feature extractor, ready to classify examples.
 
@@ -88,13 +106,8 @@ class Classifier:
         num_workers: int = 0,
         progress: bool = True,
     ):
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            self.device = torch.device(device)
-            self.model = model.to(self.device).eval()
-        except (RuntimeError, AssertionError) as error:
-            raise UserError(f"device: cannot use {device!r}: {str(error).splitlines()[0]}") from error
+        self.device = usable_device(device)
+        self.model = model.to(self.device).eval()
         self.feature_extractor = feature_extractor
         self.batch_size, self.num_workers, self.progress = batch_size, num_workers, progress
         self.max_frames = model.meft_config.max_frames
@@ -110,16 +123,21 @@ class Classifier:
         Raises:
             UserError: model, backbone or feature extractor cannot be loaded or do not fit each other.
         """
+        device = usable_device(arguments.device)
         with quiet_transformers():
             model = MeftModel.from_pretrained(
-                model_dir, backbone=arguments.backbone, dtype=arguments.backbone_dtype
+                model_dir,
+                backbone=arguments.backbone,
+                dtype=arguments.backbone_dtype,
+                quantization=arguments.backbone_quantization,
+                device=device,
             )
         if arguments.feature_extractor_name is not None:
             extractor = load_feature_extractor(arguments.feature_extractor_name)
         else:
             extractor = load_feature_extractor(str(model_dir), "model_dir")
         data.check_feature_extractor(extractor, model.config, model.meft_config.max_frames)
-        return cls(model, extractor, arguments.device, arguments.batch_size, arguments.num_workers, progress)
+        return cls(model, extractor, device, arguments.batch_size, arguments.num_workers, progress)
 
     def check(self, examples: ExampleSet, strict: bool = False) -> tuple[ExampleSet, list[tuple[str, str]]]:
         """:func:`whisper_meft.data.check_audio` with this classifier's workers and progress bar."""

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from meft_kernels import counting
 
 from .caching_allocator import CachingAllocator
+from .quantization import is_in_pieces, pieces
 
 BACKBONE, TRAINABLE = "backbone weights", "trainable weights"
 OPTIMIZER, GRADIENTS = "optimizer state", "gradients"
@@ -173,6 +174,8 @@ class StorageRecorder(TorchDispatchMode):
         return len(self.storages) - 1
 
     def _note(self, tensor: Tensor, operator: str) -> None:
+        if is_in_pieces(tensor):  # its own storage is a name; the pieces were made by operators of their own
+            return
         storage = tensor.untyped_storage()
         address = storage._cdata
         if address in self._alive or not storage.nbytes():
@@ -194,8 +197,9 @@ class StorageRecorder(TorchDispatchMode):
 
     def assign(self, contributor: str, tensors: Any) -> None:
         """Says what tensors are for, wherever they are still counted as transient."""
-        for tensor in tree_leaves(tensors):
-            number = self._alive.get(tensor.untyped_storage()._cdata) if isinstance(tensor, Tensor) else None
+        given = [tensor for tensor in tree_leaves(tensors) if isinstance(tensor, Tensor)]
+        for tensor in (piece for each in given for piece in pieces(each)):
+            number = self._alive.get(tensor.untyped_storage()._cdata)
             if number is not None and self.storages[number].contributor == TRANSIENT:
                 self.storages[number].contributor = contributor
 

@@ -97,9 +97,12 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def method_config(arguments: MethodArguments, backbone_dtype: str) -> MeftConfig:
+def method_config(
+    arguments: MethodArguments, backbone_dtype: str, backbone_quantization: str | None = None
+) -> MeftConfig:
     """The method's configuration; an option that the method does not have is an error."""
-    return MeftConfig.from_dict({**arguments.chosen(), "backbone_dtype": backbone_dtype})
+    backbone = {"backbone_dtype": backbone_dtype, "backbone_quantization": backbone_quantization}
+    return MeftConfig.from_dict({**arguments.chosen(), **backbone})
 
 
 @dataclass
@@ -359,7 +362,7 @@ def train(
     if dtype == "auto" and MeftConfig.methods()[method_arguments.method].trains_backbone:
         dtype = "float32"
     dtype = resolve_dtype(dtype, training_arguments.use_cpu)
-    config = method_config(method_arguments, dtype)
+    config = method_config(method_arguments, dtype, model_arguments.backbone_quantization)
     if training_arguments.learning_rate is None:
         training_arguments.learning_rate = LEARNING_RATES.get(config.method, LEARNING_RATE)
 
@@ -393,6 +396,8 @@ def train(
             f"{smallest}, so nothing is left to train on"
         )
     set_labels(base, labels)
+    if config.backbone_quantization:
+        base.encoder.to(training_arguments.device)  # which decides how it is done
     model = get_meft_model(base, config)
     collator = data.Collator(extractor, config.max_frames)
     if training_arguments.cache_features:

@@ -1,0 +1,42 @@
+"""The README.md that is saved beside a trained model, with the header that the model hub reads."""
+
+import json
+import os
+
+from transformers.configuration_utils import PreTrainedConfig
+
+
+def model_card(config: PreTrainedConfig) -> str:
+    """The text of a ``README.md`` for a saved model.
+
+    Args:
+        config: a ``MeftModelConfig``.
+    """
+    base, method = config.base_model_name_or_path, config.meft["method"]
+    head = {"library_name": "whisper_meft", "pipeline_tag": "audio-classification"}
+    if base and base != "backbone" and not os.path.isabs(base):
+        head["base_model"] = base
+    known = base and not os.path.isabs(base)
+    where = "" if not known else " in `backbone/`" if base == "backbone" else f", `{base}`"
+    if "reduction_factor" in config.meft:
+        title = f"{method.upper()} side network"
+        what = (
+            f"A {method.upper()} side network and classifier (reduction factor "
+            f"{config.meft['reduction_factor']}) for a frozen Whisper encoder{where}."
+        )
+    else:
+        title = f"Whisper classifier trained by {method}"
+        what = f"What method {method} trains of a Whisper encoder{where}, and a classifier."
+    lines = ["---", *(f"{k}: {json.dumps(v)}" for k, v in head.items()), "tags:", "- audio-classification"]
+    lines += ["- whisper", f"- {method}", "---", "", f"# {title}", "", what, ""]
+    lines += [
+        f"Labels: {', '.join(str(v) for v in config.id2label.values())}.",
+        "",
+        "```python",
+        "from whisper_meft import MeftModel",
+        "",
+        'model = MeftModel.from_pretrained("path/or/name/of/this/folder")',
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
