@@ -59,7 +59,7 @@ SIDE_NETWORKS = ("lst", "unipt", "sherl")
 LAYERS = ("every:2", "last:1", "last:2", "last:3", [1], [2], [3], [1, 2])
 FRAMES = (250, 500, 1000, 1500)
 COUNTED = {"model": "small", "batch": 128}
-MEASURED = {"model": "base", "batch": 1, "repeats": 5}
+MEASURED = {"model": "base", "batch": 2, "repeats": 3}
 LENGTH_METHODS = ("full", "lora", "lst", "unipt", "sherl")
 
 
@@ -172,18 +172,10 @@ def open_study(work: Path, part: str, labels: Sequence[str], snr_db: float) -> t
 
 
 def train_part(
-    options: argparse.Namespace,
-    part: str,
-    study: Study,
-    shapes: dict,
-    entries: Sequence[str],
-    rates: Callable,
+    options: argparse.Namespace, part: str, study: Study, shapes: dict, rates: dict[str, list[float]]
 ) -> None:
-    """Fills ``results/<part>.json`` with a row per entry.
-
-    Args:
-        entries: methods as compare's ``--methods`` has them. rates: of an entry.
-    """
+    """Fills ``results/<part>.json`` with a row per entry of ``rates``: methods as compare's ``--methods`` has
+    them, and the learning rates to choose from."""
     path = options.results / f"{part}.json"
     rows: list[dict[str, Any]] = []
     if path.is_file():
@@ -191,19 +183,16 @@ def train_part(
         if found["shapes"] != json.loads(json.dumps(shapes)):
             raise UserError(f"{path} was made with other settings: move it away first")
         rows = [row for row in found["figures"] if row["status"] == "ok"]
-    for entry in entries:
+    for entry in rates:
         if any(row["method"] == entry for row in rows):
             continue
         try:
-            row = study.row(entry, rates(entry))
+            row = study.row(entry, rates[entry])
+            told = f"{row['accuracy']['mean']:.1%}, {row['cpu_seconds']} s"
         except Exception as error:  # one method must not cost the others their rows
-            row = {"method": entry, "status": f"failed: {one_line(error)}"}
+            told = f"failed: {one_line(error)}"
+            row = {"method": entry, "status": told}
         rows.append(row)
-        told = (
-            f"{row['accuracy']['mean']:.1%}, {row['cpu_seconds']} s"
-            if row["status"] == "ok"
-            else row["status"]
-        )
         print(f"{part} {entry}: {told}", flush=True)
         save(options, part, rows, shapes, path)
 
@@ -213,49 +202,54 @@ def save(options: argparse.Namespace, part: str, rows: list[dict], shapes: dict,
     record.write(part, rows, command=command, shapes=shapes, device="cpu", path=path)
 
 
-def search_rates(method: str) -> list[float]:
-    return [rate * compare.RATE_FACTOR.get(method, 1) for rate in RATES]
+def search_rates() -> dict[str, list[float]]:
+    return {m: [rate * compare.RATE_FACTOR.get(m, 1) for rate in RATES] for m in MeftConfig.methods()}
 
 
-def chosen_rate(options: argparse.Namespace, entry: str) -> list[float]:
-    """The rate that the search chose for the method of ``entry``."""
+def chosen_rates(options: argparse.Namespace, entries: Iterable[str]) -> dict[str, list[float]]:
+    """The rate that the search chose for the method of each entry."""
     path = options.results / f"{SEARCHED}.json"
     rows = record.read(path)["figures"] if path.is_file() else []
-    method = entry.partition(":")[0]
-    for row in rows:
-        if row["method"] == method and row["status"] == "ok":
-            return [row["learning_rate"]]
-    raise UserError(f"{path} has no learning rate for {method}: run --parts {SEARCHED} first")
+    found = {row["method"]: row["learning_rate"] for row in rows if row["status"] == "ok"}
+    missing = {entry.partition(":")[0] for entry in entries} - found.keys()
+    if missing:
+        raise UserError(
+            f"{path} has no learning rate for {', '.join(sorted(missing))}: run --parts {SEARCHED} first"
+        )
+    return {entry: [found[entry.partition(":")[0]]] for entry in entries}
 
 
 def level(options: argparse.Namespace, part: str) -> None:
-    study, shapes = open_study(options.work, part, ACCENTS, LEVELS[part])
-    shapes["learning_rates"] = list(RATES) if part == SEARCHED else f"as chosen in {SEARCHED}"
-    rates = search_rates if part == SEARCHED else lambda entry: chosen_rate(options, entry)
-    train_part(options, part, study, shapes, list(MeftConfig.methods()), rates)
+    searched = part == SEARCHED
+    rates = search_rates() if searched else chosen_rates(options, MeftConfig.methods())
+    _train(options, part, rates, ACCENTS, LEVELS[part], list(RATES) if searched else None)
 
 
 def languages(options: argparse.Namespace, part: str) -> None:
-    study, shapes = open_study(options.work, part, LANGUAGES, LEVELS[SEARCHED])
-    shapes["learning_rates"] = f"as chosen in {SEARCHED}"
-    methods = list(MeftConfig.methods())
-    train_part(options, part, study, shapes, methods, lambda entry: chosen_rate(options, entry))
+    _train(options, part, chosen_rates(options, MeftConfig.methods()), LANGUAGES)
 
 
 def reduction(options: argparse.Namespace, part: str) -> None:
     entries = [f"{m}:reduction_factor={f}" for f in REDUCTION_FACTORS for m in SIDE_NETWORKS]
-    _variants(options, part, entries)
+    _train(options, part, chosen_rates(options, entries))
 
 
 def layers(options: argparse.Namespace, part: str) -> None:
     choices = [choice if isinstance(choice, str) else str(choice).replace(" ", "") for choice in LAYERS]
-    _variants(options, part, [f"lst:layers={choice}" for choice in choices])
+    _train(options, part, chosen_rates(options, [f"lst:layers={choice}" for choice in choices]))
 
 
-def _variants(options: argparse.Namespace, part: str, entries: Sequence[str]) -> None:
-    study, shapes = open_study(options.work, part, ACCENTS, LEVELS[SEARCHED])
-    shapes["learning_rates"] = f"as chosen in {SEARCHED}"
-    train_part(options, part, study, shapes, entries, lambda entry: chosen_rate(options, entry))
+def _train(
+    options: argparse.Namespace,
+    part: str,
+    rates: dict[str, list[float]],
+    labels: Sequence[str] = ACCENTS,
+    snr_db: float = LEVELS[SEARCHED],
+    searched: list[float] | None = None,
+) -> None:
+    study, shapes = open_study(options.work, part, labels, snr_db)
+    shapes["learning_rates"] = searched or f"as chosen in {SEARCHED}"
+    train_part(options, part, study, shapes, rates)
 
 
 # --- length of the clips ------------------------------------------------------------------------------------
@@ -326,9 +320,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         if options.report:
-            import report
+            import study_report
 
-            for path in report.write(options.results, HERE):
+            for path in study_report.write(options.results, HERE):
                 print(f"wrote {path.name}")
             return 0
         if options.work is None:
