@@ -5,6 +5,8 @@
 #include "kernels.h"
 
 TORCH_LIBRARY_IMPL(meft_csrc, CPU, library) {
+  library.impl("ladder", &meft::ladder);
+  library.impl("ladder_bwd", &meft::ladder_bwd);
   library.impl("guidance", &meft::guidance);
   library.impl("guidance_bwd", &meft::guidance_bwd);
 }

@@ -6,6 +6,8 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
+#include <c10/core/Allocator.h>
+#include <c10/core/CPUAllocator.h>
 
 #include <algorithm>
 #include <cmath>
@@ -21,7 +23,7 @@ constexpr float GATE_TEMPERATURE = 0.1f;
 constexpr float ATTENTION_EPS = 1e-7f;
 constexpr float GUIDANCE_EPS = 1e-6f;
 
-// --- tensors ------------------------------------------------------------------------------------------------
+// --- tensors -----------------------------------------------------------------------------------------------
 
 // A parameter as contiguous fp32.
 inline at::Tensor widened(const at::Tensor& tensor) {
@@ -57,6 +59,17 @@ inline void narrow(const float* from, scalar_t* to, int64_t count) {
     to[i] = static_cast<scalar_t>(from[i]);
   }
 }
+
+// Uninitialised fp32 scratch, aligned for vectors.
+class Buffer {
+ public:
+  explicit Buffer(int64_t size) : memory_(c10::GetCPUAllocator()->allocate(size * sizeof(float))) {}
+
+  operator float*() const { return static_cast<float*>(memory_.get()); }
+
+ private:
+  c10::DataPtr memory_;
+};
 
 // A tensor (..., width) of fp32, bf16 or fp16 as a matrix of rows, read and written as fp32. It is made
 // contiguous if it is not: what is written must go to a contiguous tensor.
@@ -113,16 +126,24 @@ class Rows {
   void* data_;
 };
 
-// --- work over blocks ---------------------------------------------------------------------------------------
+// --- work over blocks --------------------------------------------------------------------------------------
+
+// Rows of a block: enough that products run at full speed, few enough that a block of hidden states, every
+// intermediate and the weights of a rung stay in 2 MiB of cache. Fewer where each thread gets less than that.
+inline int64_t block_rows(int64_t rows) {
+  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  return std::max<int64_t>(1, std::min<int64_t>(96, (rows + threads - 1) / threads));
+}
 
 // How many contiguous shares `blocks` pieces of work are cut into: one per thread that gets any.
 inline int64_t share_count(int64_t blocks) {
-  return at::in_parallel_region() ? 1 : std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), blocks));
+  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  return std::max<int64_t>(1, std::min(threads, blocks));
 }
 
 // Calls work(share, first, last) once for each of `shares` contiguous parts of range(blocks), each on one
-// thread. The parts depend on `shares` and `blocks` alone, so sums kept per share and added in their order are
-// the same in every run.
+// thread. The parts depend on `shares` and `blocks` alone, so sums kept per share and added in their order
+// are the same in every run.
 template <typename Work>
 inline void for_each_share(int64_t shares, int64_t blocks, const Work& work) {
   at::parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) {
@@ -130,6 +151,14 @@ inline void for_each_share(int64_t shares, int64_t blocks, const Work& work) {
       work(share, share * blocks / shares, (share + 1) * blocks / shares);
     }
   });
+}
+
+// sums (count,) += values
+inline void add(const float* values, int64_t count, float* sums) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    sums[i] += values[i];
+  }
 }
 
 // Partial sums: one row of fp32 zeros per share, with what the shares gathered added up by `total`.
@@ -144,11 +173,7 @@ class Partials {
     float* first = of(0);
     const int64_t shares = sums_.size(0), size = sums_.size(1);
     for (int64_t share = 1; share < shares; ++share) {
-      const float* next = of(share);
-#pragma omp simd
-      for (int64_t i = 0; i < size; ++i) {
-        first[i] += next[i];
-      }
+      add(of(share), size, first);
     }
     return first;
   }
@@ -164,7 +189,7 @@ inline at::Tensor tensor_like(const float* values, const at::Tensor& like) {
   return result.to(like.scalar_type());
 }
 
-// --- fp32 rows ----------------------------------------------------------------------------------------------
+// --- fp32 rows ---------------------------------------------------------------------------------------------
 
 inline float sum_of(const float* row, int64_t width) {
   float sum = 0;
@@ -196,14 +221,33 @@ inline void row_moments(const float* row, int64_t width, float& mean, float& rst
   rstd = 1.0f / std::sqrt(squares / static_cast<float>(width) + NORM_EPS);
 }
 
+// e^x for x <= 0, to about one rounding; below -87 what it is there. Vectorises where it is inlined.
+inline float exp_of_negative(float x) {
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+  x = x < -87.0f ? -87.0f : x;
+  const float shifted = x * 1.44269504f + kRound;
+  const float power = shifted - kRound;
+  const float rest = (x - power * 0.693359375f) + power * 2.12194440e-4f;  // ln 2 in two parts
+  // e^rest by its Taylor series, |rest| <= ln(2) / 2
+  float series = 1.0f / 5040;
+  series = series * rest + 1.0f / 720;
+  series = series * rest + 1.0f / 120;
+  series = series * rest + 1.0f / 24;
+  series = series * rest + 1.0f / 6;
+  series = series * rest + 0.5f;
+  series = series * rest * rest + rest + 1.0f;
+  uint32_t bits, exponent;
+  std::memcpy(&bits, &series, sizeof(bits));
+  std::memcpy(&exponent, &shifted, sizeof(exponent));
+  bits += exponent << 23;
+  std::memcpy(&series, &bits, sizeof(bits));
+  return series;
+}
+
 // sums (width,) += the sum over rows of `block` (rows, width).
 inline void add_column_sums(const float* block, int64_t rows, int64_t width, float* sums) {
   for (int64_t t = 0; t < rows; ++t) {
-    const float* row = block + t * width;
-#pragma omp simd
-    for (int64_t i = 0; i < width; ++i) {
-      sums[i] += row[i];
-    }
+    add(block + t * width, width, sums);
   }
 }
 

@@ -1,9 +1,9 @@
-// The C++ kernels of every op, as csrc/bindings.cpp registers them. Names, arguments and order are those of the
-// op's schema in meft_kernels/ops.py; the mathematics and the shapes stand in meft_kernels/reference/<op>.py.
+// The C++ kernels of every op, as csrc/bindings.cpp registers them. Names, arguments and order are those of
+// the op's schema in meft_kernels/schemas.py; mathematics and shapes stand in meft_kernels/reference/<op>.py.
 //
-// Activations are fp32, bf16 or fp16 with at least one element, of any strides; parameters are of any floating
-// type. A backward returns the gradients of the differentiable arguments in order, each in the type of its
-// argument; x's is empty unless `need_x`.
+// Activations are fp32, bf16 or fp16 with at least one element, of any strides; parameters are of any
+// floating type. A backward returns the gradients of the differentiable arguments in order, each in the type
+// of its argument; x's is empty unless `need_x`.
 #pragma once
 
 #include <ATen/core/Tensor.h>

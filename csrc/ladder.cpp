@@ -1,0 +1,139 @@
+// One rung of LST's ladder, forward and backward; the equations stand in meft_kernels/reference/ladder.py.
+//
+// Blocks of rows pass through the whole rung while they are in cache: the projection's product reads a block
+// of x, everything after it is r or a wide. The backward recomputes z, v and the adapter from x and state in
+// the same way, and each thread adds up its own weight gradients, (r, D) and 2 (r, a), in place.
+#include "blocks.h"
+#include "kernels.h"
+
+namespace meft {
+namespace {
+
+// u = sigmoid(gate / temperature) and 1 - u, which is computed and not subtracted so as to keep its digits.
+struct Gate {
+  explicit Gate(const at::Tensor& gate) {
+    const double logit = widened(gate).data_ptr<float>()[0] / GATE_TEMPERATURE;
+    keep = static_cast<float>(1 / (1 + std::exp(-logit)));
+    pass = static_cast<float>(1 / (1 + std::exp(logit)));
+  }
+
+  // v (rows, r) = u state + (1 - u) z
+  void mix(const float* state, const float* down, int64_t size, float* mixed) const {
+    const float u = keep, rest = pass;
+#pragma omp simd
+    for (int64_t i = 0; i < size; ++i) {
+      mixed[i] = u * state[i] + rest * down[i];
+    }
+  }
+
+  float keep, pass;
+};
+
+}  // namespace
+
+at::Tensor ladder(const at::Tensor& x, const at::Tensor& state, const at::Tensor& weight,
+                  const at::Tensor& bias, const at::Tensor& mean, const at::Tensor& rstd,
+                  const at::Tensor& gate, const at::Tensor& norm_weight, const at::Tensor& norm_bias,
+                  const at::Tensor& weight_1, const at::Tensor& bias_1, const at::Tensor& weight_2,
+                  const at::Tensor& bias_2) {
+  const Projection projection(weight, bias);
+  const Bottleneck bottleneck(norm_weight, norm_bias, weight_1, bias_1, weight_2, bias_2);
+  const Gate mixing(gate);
+  const Rows rows(x), below(state);
+  const at::Tensor means = widened(mean), rstds = widened(rstd);
+  at::Tensor out = at::empty(state.sizes(), x.options());
+  Rows result(out);
+
+  const int64_t side = projection.side, step = block_rows(rows.count());
+  const int64_t blocks = (rows.count() + step - 1) / step, shares = share_count(blocks);
+  for_each_share(shares, blocks, [&](int64_t, int64_t first, int64_t last) {
+    const Bottleneck::Work work(bottleneck, step);
+    const Buffer x_scratch(rows.scratch(step)), state_scratch(below.scratch(step)), out_scratch(step * side);
+    const Buffer down(step * side), mixed(step * side);
+    for (int64_t block = first; block < last; ++block) {
+      const int64_t begin = block * step, count = std::min(step, rows.count() - begin);
+      const float* hidden_state = rows.read(begin, count, x_scratch);
+      const float* state_block = below.read(begin, count, state_scratch);
+      projection.forward(hidden_state, count, means.data_ptr<float>() + begin,
+                         rstds.data_ptr<float>() + begin, down);
+      mixing.mix(state_block, down, count * side, mixed);
+      float* written = result.write(begin, out_scratch);
+      bottleneck.forward(mixed, count, work, /*residual=*/true, written);
+      result.store(begin, count, written);
+    }
+  });
+  return out;
+}
+
+std::vector<at::Tensor> ladder_bwd(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& state,
+                                   const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& mean,
+                                   const at::Tensor& rstd, const at::Tensor& gate,
+                                   const at::Tensor& norm_weight, const at::Tensor& norm_bias,
+                                   const at::Tensor& weight_1, const at::Tensor& bias_1,
+                                   const at::Tensor& weight_2, const at::Tensor& bias_2, bool need_x) {
+  const Projection projection(weight, bias);
+  const Bottleneck bottleneck(norm_weight, norm_bias, weight_1, bias_1, weight_2, bias_2);
+  const Gate mixing(gate);
+  const Rows upstream(grad), rows(x), below(state);
+  const at::Tensor means = widened(mean), rstds = widened(rstd);
+  at::Tensor grad_x = need_x ? at::empty(x.sizes(), x.options()) : at::empty({0}, x.options());
+  at::Tensor grad_state = at::empty(state.sizes(), state.options());
+  Rows to_x(grad_x), to_state(grad_state);
+
+  const int64_t side = projection.side, step = block_rows(rows.count());
+  const int64_t blocks = (rows.count() + step - 1) / step, shares = share_count(blocks);
+  // Of each share: the projection's sums, the bottleneck's, and the gate's.
+  const int64_t after_projection = projection.sums(), after_bottleneck = after_projection + bottleneck.sums();
+  Partials partials(shares, after_bottleneck + 1);
+  for_each_share(shares, blocks, [&](int64_t share, int64_t first, int64_t last) {
+    float* sums = partials.of(share);
+    double sum_gate = 0;
+    const Projection::Work down_work(projection, step);
+    const Bottleneck::Work work(bottleneck, step);
+    const Buffer grad_scratch(upstream.scratch(step)), x_scratch(rows.scratch(step));
+    const Buffer state_scratch(below.scratch(step)), grad_state_scratch(to_state.scratch(step));
+    const Buffer grad_x_scratch(to_x.scratch(need_x ? step : 0));
+    const Buffer down(step * side), mixed(step * side), grad_mixed(step * side);
+    for (int64_t block = first; block < last; ++block) {
+      const int64_t begin = block * step, count = std::min(step, rows.count() - begin), size = count * side;
+      const float* block_mean = means.data_ptr<float>() + begin;
+      const float* block_rstd = rstds.data_ptr<float>() + begin;
+      const float* grad_block = upstream.read(begin, count, grad_scratch);
+      const float* hidden_state = rows.read(begin, count, x_scratch);
+      const float* state_block = below.read(begin, count, state_scratch);
+      projection.forward(hidden_state, count, block_mean, block_rstd, down);
+      mixing.mix(state_block, down, size, mixed);
+      bottleneck.backward(grad_block, mixed, count, work, /*residual=*/true, sums + after_projection,
+                          grad_mixed);
+
+      float *written = to_state.write(begin, grad_state_scratch), *dv = grad_mixed;
+      const float *z = down, u = mixing.keep, rest = mixing.pass;
+#pragma omp simd reduction(+ : sum_gate)
+      for (int64_t i = 0; i < size; ++i) {
+        sum_gate += static_cast<double>(dv[i]) * (state_block[i] - z[i]);
+        written[i] = u * dv[i];
+        dv[i] *= rest;
+      }
+      to_state.store(begin, count, written);
+      if (need_x) {
+        float* x_written = to_x.write(begin, grad_x_scratch);
+        projection.backward_x(dv, hidden_state, count, block_mean, block_rstd, x_written);
+        to_x.store(begin, count, x_written);
+      }
+      projection.backward(dv, hidden_state, count, block_mean, block_rstd, down_work, sums);
+    }
+    sums[after_bottleneck] = static_cast<float>(sum_gate);
+  });
+
+  float* sums = partials.total();
+  projection.finish(sums);
+  sums[after_bottleneck] *= mixing.keep * mixing.pass / GATE_TEMPERATURE;
+  std::vector<at::Tensor> grads{grad_x, grad_state, tensor_like(sums, weight),
+                                tensor_like(sums + weight.numel(), bias),
+                                tensor_like(sums + after_bottleneck, gate)};
+  bottleneck.append_gradients(sums + after_projection,
+                              {norm_weight, norm_bias, weight_1, bias_1, weight_2, bias_2}, grads);
+  return grads;
+}
+
+}  // namespace meft
