@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import safetensors.torch
 import torch
 from modelling_fixtures import CONFIGS, randomise, tiny_whisper
 from training_fixtures import make_audio_folder, make_backbone, train_command
-from whisper_meft import HeadConfig, WeightedSumConfig, cli, data, get_meft_model
+from whisper_meft import HeadConfig, WeightedSumConfig, cli, data, get_meft_model, train
 from whisper_meft.batching import LengthBatches, LongestFirst, batches_by_length
 from whisper_meft.errors import UserError
 from whisper_meft.predict import Classifier, InferenceArguments
@@ -253,49 +254,74 @@ def test_resuming_in_the_middle_of_an_epoch_goes_on_with_its_batches(cached, wor
     assert logged(tmp_path / "part") == pytest.approx(logged(whole), abs=1e-6)
 
 
-def test_two_processes_equal_one_on_the_joined_batches(work, tmp_path):
-    options = {
-        "max_frames": "longest",
-        "num_train_epochs": 2,
-        "eval_strategy": "no",
-        "optim": "sgd",
-        "learning_rate": 0.05,
-        "max_grad_norm": 0,
-        "per_device_train_batch_size": 3,
-        "lr_scheduler_type": "constant",
-        "logging_steps": 1,
-        "cache_features": tmp_path / "cache",
-        "cache_storage": "exact",
-    }
+# Ten clips, three per process: the last batch is not full. The cache is shared.
+TWO_PROCESSES = {
+    "lst": {"max_frames": "longest", "cache_features": True, "cache_storage": "exact"},
+    "unipt": {"max_frames": "longest", "cache_features": True, "cache_storage": "exact"},
+    "sherl": {"max_frames": "fidelity"},
+}
+
+
+def test_two_processes_equal_one_on_the_joined_batches(work, tmp_path, monkeypatch):
+    def command(method, folder):
+        options = {
+            "method": method,
+            "num_train_epochs": 2,
+            "eval_strategy": "no",
+            "optim": "sgd",
+            "learning_rate": 0.05,
+            "max_grad_norm": 0,
+            "per_device_train_batch_size": 3,
+            "max_train_samples": 10,
+            "lr_scheduler_type": "constant",
+            "logging_steps": 1,
+            **TWO_PROCESSES[method],
+        }
+        if "cache_features" in options:
+            options["cache_features"] = str(tmp_path / "cache")
+        # One process adds up the two batches of each turn.
+        options["gradient_accumulation_steps"] = 1 if folder == "two" else 2
+        return train_command(*work, tmp_path / folder / method, **options)
+
+    commands = [command(method, "two") for method in TWO_PROCESSES]
+    lines = [
+        "from whisper_meft.cli import main",
+        f"for command in {commands!r}:",
+        "    assert main(command) == 0",
+    ]
+    (tmp_path / "run.py").write_text("\n".join(lines))
     root = Path(__file__).parent.parent
     run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
-        + ["whisper_meft", *train_command(*work, tmp_path / "two", **options)],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        + [str(tmp_path / "run.py")],
         env=os.environ | {"PYTHONPATH": f"{root}:{root / 'python'}", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert run.returncode == 0, run.stderr[-3000:]
-    # One process that adds up the two batches of each turn.
-    options |= {"gradient_accumulation_steps": 2}
-    from whisper_meft import batching as module
 
-    original = module.LengthBatches
-    module.LengthBatches = lambda lengths, size, budget, processes, seed: original(
-        lengths, size, budget, 2, seed
-    )
-    try:
-        assert cli.main(train_command(*work, tmp_path / "one", **options)) == 0
-    finally:
-        module.LengthBatches = original
-    expected, found = (
-        safetensors.torch.load_file(tmp_path / name / "model.safetensors") for name in ("one", "two")
-    )
+    def for_two(lengths, max_frames, arguments, clips):
+        pretended = SimpleNamespace(**vars(arguments))
+        pretended.train_batch_size, pretended.world_size = 3, 2
+        found = batches_by_length(lengths, max_frames, pretended, clips)
+        sizes = [len(each) for each in found]
+        assert sum(sizes) == clips == 10 and len(sizes) % 2 == 0 and min(sizes) < 3
+        return found
+
+    monkeypatch.setattr(train, "batches_by_length", for_two)
     start = safetensors.torch.load_file(work[0] / "model.safetensors")
-    assert not torch.equal(expected["projector.weight"], start["projector.weight"])
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
+    for method in TWO_PROCESSES:
+        assert cli.main(command(method, "one")) == 0
+        expected, found = (
+            safetensors.torch.load_file(tmp_path / name / method / "model.safetensors")
+            for name in ("one", "two")
+        )
+        assert not torch.equal(expected["projector.weight"], start["projector.weight"])
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
+        results = json.loads((tmp_path / "two" / method / "train_results.json").read_text())
+        assert results["throughput"]["utterances_per_second"] > 0
 
 
 @pytest.mark.parametrize(

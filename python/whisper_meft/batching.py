@@ -73,6 +73,11 @@ class LengthBatches(Sampler[list[int]]):
                 ranges[widest : widest + 1] = [(start, middle), (middle, stop)]
         return ranges
 
+    @property
+    def by_length(self) -> bool:
+        """Whether the clips differ in length."""
+        return bool((self.lengths != self.lengths[0]).any())
+
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch whose order the next pass has."""
         self.epoch = epoch
@@ -105,29 +110,33 @@ class LengthBatches(Sampler[list[int]]):
 
 
 def batches_by_length(
-    lengths: Sequence[int] | None, max_frames: int | str, arguments: Any
+    lengths: Sequence[int] | None, max_frames: int | str, arguments: Any, clips: int = 0
 ) -> LengthBatches | None:
-    """The batches that a training run asks for; None means any clips together.
+    """The batches that a training run asks for; None means any clips together, drawn by the Trainer.
 
     Args:
         lengths: encoder frames of each clip, or None where some are not known.
         max_frames: as in :class:`whisper_meft.MeftConfig`.
         arguments: :class:`whisper_meft.train_arguments.TrainArguments` of the run.
+        clips: their number, known also where lengths are not.
 
     Raises:
         UserError: they are asked for, and the lengths are all alike or not known.
     """
     budget, asked = arguments.max_frames_per_batch, arguments.bucket_by_length
     other_order = arguments.dataloader_drop_last or arguments.train_sampling_strategy != "random"
-    if asked is False or (asked is None and budget is None and other_order):
+    if not asked and budget is None and other_order:
         return None
-    if max_frames == "fidelity" or lengths is None:
-        if not asked and budget is None:
-            return None
-        alike = max_frames == "fidelity"
+    alike = max_frames == "fidelity"
+    if (asked or budget is not None) and (alike or lengths is None):
         reason = "max_frames is fidelity, so that all are alike" if alike else "some are not known"
         name = "bucket_by_length" if budget is None else "max_frames_per_batch"
         raise UserError(f"{name} makes batches by the lengths of the clips, but {reason}")
+    if asked is False or alike or lengths is None:
+        if arguments.world_size == 1 or not clips:
+            return None
+        # Any clips together, but the last ones are shared out, where accelerate would repeat clips.
+        lengths = [1] * clips
     size = arguments.train_batch_size if budget is None else None
     seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
     return LengthBatches(lengths, size, budget, arguments.world_size, seed)

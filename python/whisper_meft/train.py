@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 from transformers import (
     EarlyStoppingCallback,
     EvalPrediction,
@@ -45,10 +44,12 @@ from .files import check_writable, read_json, write_json, write_text
 from .fitting import fit_batch, out_of_memory
 from .gradients import GradientReport
 from .guard import FiniteGuard, Indexed, IndexedCollator, NonFiniteError
+from .log_lines import LogLines, ProgressBar
 from .metrics import Scores, score
 from .modeling import MeftModel, get_meft_model
 from .pretrained import load_config, load_feature_extractor, load_whisper, resolve_dtype
 from .readers import canonical_split
+from .throughput import Throughput, as_text
 from .train_arguments import (
     COMMON_TRAINING_OPTIONS,
     LEARNING_RATE,
@@ -260,30 +261,6 @@ def prepare_output_dir(arguments: TrainArguments) -> Path | None:
     return None
 
 
-class ProgressBar(ProgressCallback):
-    """The Trainer's progress bars without its log lines."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        pass
-
-
-class LogLines(PrinterCallback):
-    """Log lines for people, above the progress bar where there is one."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero or not logs:
-            return
-        head = f"epoch {logs.get('epoch', 0):6.2f}  "
-        if "eval_accuracy" in logs:
-            tqdm.write(
-                f"{head}evaluation: accuracy {logs['eval_accuracy']:.2%}, mean class accuracy "
-                f"{logs['eval_mean_class_accuracy']:.2%}, macro-F1 {logs['eval_macro_f1']:.4f}, "
-                f"loss {logs['eval_loss']:.4f}"
-            )
-        elif "loss" in logs:
-            tqdm.write(f"{head}loss {logs['loss']:.4f}  learning rate {logs.get('learning_rate', 0):.2e}")
-
-
 def make_compute_metrics(labels: Sequence[str]):
     """The Trainer's compute_metrics for classes named ``labels``: accuracy, mean_class_accuracy, macro_f1."""
 
@@ -422,16 +399,19 @@ def train(
     callbacks: list[Any] = [guard, report]
     if training_arguments.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(training_arguments.early_stopping_patience))
-    length_batches = batches_by_length(
-        getattr(training_set, "lengths", None), config.max_frames, training_arguments
-    )
-    if length_batches is not None:
+    lengths = getattr(training_set, "lengths", None)
+    length_batches = batches_by_length(lengths, config.max_frames, training_arguments, len(training_set))
+    if length_batches is not None and length_batches.by_length:
         share = length_batches.padding()
         say(f"{len(length_batches)} batches by length an epoch: {share:.1%} of their frames are padding")
+    longest = data.window_of(extractor, config.max_frames) * extractor.hop_length / extractor.sampling_rate
+    seconds = [None if e.seconds is None else min(e.seconds, longest) for e in examples.training]
+    throughput = Throughput(seconds)
     trainer = MeftTrainer(
         model=model,
         args=training_arguments,
         length_batches=length_batches,
+        throughput=throughput,
         train_dataset=Indexed(training_set),
         eval_dataset=None if evaluation_set is None else Indexed(evaluation_set),
         data_collator=IndexedCollator(collator),
@@ -462,6 +442,9 @@ def train(
 
     report.check(training_arguments.learning_rate)
     say(report.describe())
+    rates = throughput.summary(trainer.over_processes)
+    if rates:
+        say(f"training: {as_text(rates)}")
     trainer.save_model()
     scores, evaluation_loss = None, None
     if evaluation_set is not None:
@@ -482,6 +465,7 @@ def train(
         "train_loss": outcome.training_loss,
         "train_runtime_seconds": outcome.metrics.get("train_runtime"),
         "train_samples_per_second": outcome.metrics.get("train_samples_per_second"),
+        "throughput": rates,
         "trainable_parameters": trainable,
         "all_parameters": total,
         "gradients": report.report(),

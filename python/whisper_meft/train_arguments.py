@@ -171,6 +171,14 @@ class TrainArguments(TrainingArguments):
         default=None,
         metadata={"help": "processes that read audio (default: cores - 2 per process, between 0 and 4)"},
     )
+    dataloader_persistent_workers: bool | None = field(
+        default=None,
+        metadata={"help": "keep those processes from one epoch to the next (default: where there are any)"},
+    )
+    dataloader_prefetch_factor: int | None = field(
+        default=None,
+        metadata={"help": "batches that each of those processes reads ahead (default: 4)"},
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "leave at False"})
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "leave at False: every trained parameter is used in each step"}
@@ -231,6 +239,10 @@ class TrainArguments(TrainingArguments):
         if self.dataloader_num_workers is None:
             processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             self.dataloader_num_workers = max(0, min(4, (os.cpu_count() or 1) // processes - 2))
+        if self.dataloader_persistent_workers is None:
+            self.dataloader_persistent_workers = self.dataloader_num_workers > 0
+        if self.dataloader_prefetch_factor is None and self.dataloader_num_workers > 0:
+            self.dataloader_prefetch_factor = 4
         if self.early_stopping_patience is not None:
             if self.early_stopping_patience < 1:
                 raise UsageError(

@@ -14,6 +14,7 @@ from .batching import LengthBatches, LongestFirst
 from .errors import UserError
 from .mezo import MeZO
 from .modeling import MeftModel
+from .throughput import Throughput
 
 
 class _EpochOfBatches(TrainerCallback):
@@ -37,6 +38,7 @@ class MeftTrainer(Trainer):
         length_batches: what training batches are made of, instead of the batch size and a random order.
             Where it is given, evaluation goes from the longest clip to the shortest, if the evaluation data
             has a property ``lengths``: predictions and labels then come in that order.
+        throughput: measures the training steps; what it finds goes into the log beside the loss.
 
     Raises:
         UserError: a training argument does not go with the method.
@@ -47,10 +49,13 @@ class MeftTrainer(Trainer):
         model: MeftModel,
         args: Any = None,
         length_batches: LengthBatches | None = None,
+        throughput: Throughput | None = None,
         **kwargs: Any,
     ):
         super().__init__(model=model, args=args, **kwargs)
-        self.length_batches = length_batches
+        self.length_batches, self.throughput = length_batches, throughput
+        if throughput is not None:
+            self.add_callback(throughput)
         if length_batches is not None:
             self.add_callback(_EpochOfBatches(length_batches))
         self.method = model.meft_config
@@ -78,6 +83,21 @@ class MeftTrainer(Trainer):
             ),
         )
         return self.accelerator.prepare(loader)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        fetch = partial(super().get_batch_samples, *args, **kwargs)
+        return fetch() if self.throughput is None else self.throughput.fetch(fetch)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if self.throughput is not None and "loss" in logs:
+            logs |= self.throughput.take(self.over_processes)
+        super().log(logs, *args, **kwargs)
+
+    def over_processes(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum of a tensor over the processes of the run; all of them must call it."""
+        if self.args.world_size == 1:
+            return values
+        return self.accelerator.reduce(values.to(self.args.device), reduction="sum").cpu()
 
     def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:
         lengths = None if self.length_batches is None else getattr(eval_dataset, "lengths", None)
