@@ -50,6 +50,9 @@ def _extensions(cpp_extension, version: str) -> list[Extension]:
             extra_compile_args=[
                 "-O3",
                 "-g0",
+                # As torch itself: without them a loop with a choice or a root in it does not vectorise.
+                "-fno-math-errno",
+                "-fno-trapping-math",
                 "-fopenmp",
                 "-fvisibility=hidden",
                 f"-DCPU_CAPABILITY={level}",
