@@ -28,6 +28,7 @@ from whisper_meft import (
 from whisper_meft.backbone import load_backbone, set_labels
 from whisper_meft.cache import FeatureCache, cache_key, check_disk, clip_bytes, pack, shuffled_parts, unpack
 from whisper_meft.cached_data import CachedCollator, CachedDataset, prepare_cache
+from whisper_meft.cached_states import decoded
 from whisper_meft.errors import UserError
 from whisper_meft.examples import Example, ExampleSet
 
@@ -140,7 +141,7 @@ def test_only_what_is_read_is_stored_and_trimmed(work, tmp_path):
     assert len(set(lengths)) > 3
     for example, length in zip(work[2], lengths):
         clip = cache.find(example)
-        states = cache.read(clip, cache.layers, torch.float32).states
+        states = cache.read(clip, cache.layers).states
         assert states.shape == (2, length, 32) and states.dtype == torch.bfloat16 and clip.frames == length
     predicted = sum(clip_bytes(t, 2, 32, "bfloat16", torch.float32) for t in lengths)
     assert 0.8 * predicted < cache.bytes_on_disk <= predicted
@@ -160,8 +161,9 @@ def test_8_bits_keep_each_clip_to_3_percent_of_its_channels_spread():
     states = [torch.randn(40, 64) * torch.linspace(0.1, 5, 64) + 10 * torch.randn(64) for _ in range(3)]
     parts = pack(states, 30, "fp8")
     assert parts["states"].dtype == torch.float8_e4m3fn and parts["states"].shape == (3, 30, 64)
-    clip = unpack(parts, torch.float32)
-    for found, state in zip(clip.states, states):
+    clip = unpack(parts)
+    assert clip.scales.shape == (3, 2, 64)
+    for found, state in zip(decoded(clip.states, clip.statistics, clip.scales, torch.float32), states):
         mean, std = state[:30].mean(-1, keepdim=True), state[:30].std(-1, keepdim=True)
         normed, error = (state[:30] - mean) / std, (found - state[:30]) / std
         error = error.square().mean(0).sqrt() / normed.std(0)
@@ -245,8 +247,36 @@ def test_clips_in_memory_are_told_apart_by_content(work, tmp_path):
     examples = ExampleSet([Example(wave, name="same") for wave in waves])
     model = model_of(work, METHODS["lst"])
     cache = prepare_cache(tmp_path / "c", model, work[3], [examples], "exact", progress=False)
-    first, second = (cache.read(cache.find(e), (0,), torch.float32).states for e in examples)
+    first, second = (cache.read(cache.find(e), (0,)).states for e in examples)
     assert first.shape == second.shape and not torch.equal(first, second)
+
+
+def test_audio_that_was_checked_when_it_was_cached_is_known(work, tmp_path):
+    audio = make_audio_folder(tmp_path / "audio", 2)
+    raw = data.load_examples(str(audio))
+    examples, _ = data.check_audio(raw, progress=False)
+    model = model_of(work, METHODS["lst"])
+    cache = prepare_cache(tmp_path / "c", model, work[3], [examples[:4]], progress=False)
+    read = []
+
+    def checked(example):
+        found = cache.checked(example)
+        read.extend([example.name] if found is None else [])
+        return found
+
+    broken = audio / "low" / "low1.wav"  # has changed since, as has the first
+    broken.write_bytes(b"")
+    os.utime(audio / "high" / "high0.wav", (1, 1))
+    good, bad = data.check_audio(raw, progress=False, checked=checked)
+    assert [e.seconds for e in good] == [e.seconds for e in examples if e.name != str(broken)]
+    assert [name for name, _ in bad] == [str(broken)]
+    assert read == [examples[0].name, *(e.name for e in examples[3:])]
+    # A cache of an earlier version, that does not know the lengths, still serves.
+    for path in (tmp_path / "c").glob("shard-*.json"):
+        index = json.loads(path.read_text())
+        path.write_text(json.dumps(index | {"clips": [row[:3] for row in index["clips"]]}))
+    old = FeatureCache(tmp_path / "c")
+    assert old.find(examples[1]) is not None and old.checked(examples[1]) is None
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "gone", "index"])
@@ -368,6 +398,30 @@ def test_wrong_hidden_states_are_named(work, tmp_path):
             },
             "hidden_state_statistics must have shape",
         ),
+        (
+            {
+                "hidden_states": states.to(torch.float8_e4m3fn),
+                "hidden_state_lengths": lengths,
+                "hidden_state_statistics": torch.ones(2, 4, 10, 2),
+            },
+            "hidden_state_scales are needed for hidden_states of 8 bits",
+        ),
+        (
+            {
+                "hidden_states": states,
+                "hidden_state_lengths": lengths,
+                "hidden_state_scales": torch.ones(2, 4, 2, 32),
+            },
+            "hidden_state_scales only go with hidden_states of 8 bits, got torch.float32",
+        ),
+        (
+            {
+                "hidden_states": states.to(torch.float8_e4m3fn),
+                "hidden_state_lengths": lengths,
+                "hidden_state_scales": torch.ones(2, 4, 2, 32),
+            },
+            "and hidden_state_statistics, got no hidden_state_statistics",
+        ),
     ]
     for arguments, message in cases:
         with pytest.raises(UserError, match=message):
@@ -423,6 +477,7 @@ def test_the_cache_command_then_training_computes_nothing(work, tmp_path, capsys
 
     monkeypatch.setattr(cached_data._Filler, "_compute", refused)
     monkeypatch.setattr(data.SpeechDataset, "__getitem__", refused)
+    monkeypatch.setattr(Example, "decode", refused)  # nor is the audio checked again
     options = {"max_frames": "longest", "cache_features": tmp_path / "c", "num_train_epochs": 1}
     assert cli.main(train_command(work[0], work[1], tmp_path / "out", **options)) == 0
     assert cli.main([*cache, "--max_frames=20"]) == 1

@@ -16,7 +16,7 @@ import time
 import uuid
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from meft_kernels import HiddenState
 from meft_kernels.reference.common import row_statistics
-from meft_kernels.reference.eight_bit import CODE_DTYPE, decode, encode
+from meft_kernels.reference.eight_bit import encode
 
 from .encoder import FrozenEncoder
 from .errors import UserError
@@ -109,24 +109,29 @@ def clip_fingerprint(example: Example) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """Where a clip's states are: the ``number``-th of a shard's; ``frames`` of them per layer."""
+    """Where a clip's states are: the ``number``-th of a shard's; ``frames`` of them per layer. ``seconds``:
+    the length of its audio, None where that was not known."""
 
     shard: str
     number: int
     frames: int
     fingerprint: str
+    seconds: float | None
 
 
 @dataclass
 class CachedClip:
-    """A clip's hidden states.
+    """A clip's hidden states, as they are stored.
 
     Attributes:
-        states: (S, T, D). statistics: (S, T, 2) mean and rstd of their rows.
+        states: (S, T, D), floating point or 8-bit codes. statistics: (S, T, 2) mean and rstd of their rows.
+        scales: (S, 2, D) scale and shift of 8-bit codes (:func:`whisper_meft.cached_states.decoded`), or
+            None.
     """
 
     states: Tensor
     statistics: Tensor
+    scales: Tensor | None
 
 
 class FeatureCache:
@@ -258,6 +263,18 @@ class FeatureCache:
             )
         return versions.get(fingerprint)
 
+    def checked(self, example: Example) -> Example | None:
+        """The example with its length in ``seconds``, if its states are here: its audio was decoded when
+        they were made, and has not changed since."""
+        versions = self._clips.get(example.name)
+        try:
+            clip = versions.get(clip_fingerprint(example)) if versions else None
+        except UserError:  # whoever checks the audio says it better
+            return None
+        if clip is None or (clip.seconds is None and not example.has_features):
+            return None
+        return replace(example, seconds=clip.seconds)
+
     def damaged(self) -> list[str]:
         """Names of the shards whose file or index is missing, cut off or altered. Reads every byte."""
         bad = []
@@ -295,11 +312,11 @@ class FeatureCache:
             except FileNotFoundError:
                 pass
 
-    def write(self, clips: Sequence[tuple[str, str, dict[str, Tensor]]]) -> None:
+    def write(self, clips: Sequence[tuple[Example, str, dict[str, Tensor]]]) -> None:
         """Adds a shard.
 
         Args:
-            clips: name, fingerprint and what :func:`pack` gave, of each clip.
+            clips: the example, its fingerprint and what :func:`pack` gave, of each clip.
 
         Raises:
             UserError: it cannot be written.
@@ -310,16 +327,15 @@ class FeatureCache:
         with replacing(path) as temporary:
             save_file(tensors, temporary)
             size, crc = _checksum(temporary)
-        rows = [[name, fingerprint, parts["states"].shape[1]] for name, fingerprint, parts in clips]
+        rows = [[e.name, found, parts["states"].shape[1], e.seconds] for e, found, parts in clips]
         write_json(self.folder / f"{shard}.json", {"bytes": size, "crc32": crc, "clips": rows})
         self.scan()
 
-    def read(self, clip: Clip, layers: Sequence[int], dtype: torch.dtype) -> CachedClip:
-        """A clip's states of some layers; memory-mapped where they are stored in 16 or 32 bits, so pages are
-        only read when the values are used.
+    def read(self, clip: Clip, layers: Sequence[int]) -> CachedClip:
+        """A clip's states of some layers, memory-mapped: pages are only read when the values are used.
 
         Args:
-            clip: from :meth:`find`. layers: some of the cache's. dtype: what 8-bit states are turned into.
+            clip: from :meth:`find`. layers: some of the cache's.
 
         Raises:
             UserError: the shard cannot be read.
@@ -334,7 +350,7 @@ class FeatureCache:
         if tuple(layers) != self.layers:
             wanted = torch.tensor([self.layers.index(layer) for layer in layers])
             parts = {name: tensor[wanted] for name, tensor in parts.items()}
-        return unpack(parts, dtype)
+        return unpack(parts)
 
     def _shard(self, shard: str) -> Any:
         # By process: a mapping that was opened before a fork is opened again.
@@ -368,8 +384,11 @@ def _write_new(path: Path, value: Any) -> None:
 
 
 def _clips_of(index: dict[str, Any], shard: str) -> list[tuple[str, Clip]]:
-    rows = enumerate(index["clips"])
-    return [(str(name), Clip(shard, i, int(frames), str(found))) for i, (name, found, frames) in rows]
+    clips = []
+    for i, (name, found, frames, *more) in enumerate(index["clips"]):
+        seconds = float(more[0]) if more and more[0] is not None else None
+        clips.append((str(name), Clip(shard, i, int(frames), str(found), seconds)))
+    return clips
 
 
 def _checksum(path: Path) -> tuple[int, int]:
@@ -426,14 +445,10 @@ def pack(states: Sequence[Tensor | HiddenState], frames: int, storage: str) -> d
     return stacked
 
 
-def unpack(parts: dict[str, Tensor], dtype: torch.dtype) -> CachedClip:
-    """The states that :func:`pack` was given, but for their rounding; 8-bit ones in ``dtype``."""
-    states, statistics = parts["states"], parts["statistics"]
-    if states.dtype == CODE_DTYPE:
-        like = torch.empty(0, dtype=dtype)
-        rows = zip(states, parts["scale"], parts["shift"], statistics)
-        states = torch.stack([decode(*coded, like, *s.unbind(-1)) for *coded, s in rows])
-    return CachedClip(states, statistics)
+def unpack(parts: dict[str, Tensor]) -> CachedClip:
+    """The states that :func:`pack` was given, but for their rounding."""
+    scales = torch.stack([parts["scale"], parts["shift"]], 1) if "scale" in parts else None
+    return CachedClip(parts["states"], parts["statistics"], scales)
 
 
 def check_disk(folder: str | os.PathLike, needed: int) -> str:

@@ -120,7 +120,7 @@ class _Filler:
                 chosen = [i for i in chosen if self.cache.find(examples[i], prints[i]) is None]
                 packed = []
                 for i, parts in zip(chosen, self._compute(dataset, chosen)):
-                    packed.append((examples[i].name, prints[i], parts))
+                    packed.append((examples[i], prints[i], parts))
                     bar.update()
                 bar.update(len(part) - len(chosen))
                 if packed:
@@ -176,8 +176,8 @@ class CachedDataset(Dataset):
         examples: labelled, unless ``label2id`` is None. cache: holds all of them.
         model: whose states they are. label2id: class ids by name.
 
-    Items are dicts of ``hidden_states`` (S, T, D), ``hidden_state_statistics`` (S, T, 2), ``length`` (int, T)
-    and ``labels`` (int).
+    Items are dicts of ``hidden_states`` (S, T, D), ``hidden_state_statistics`` (S, T, 2), where those are
+    8-bit codes ``hidden_state_scales`` (S, 2, D), ``length`` (int, T) and ``labels`` (int).
 
     Raises:
         UserError: the cache lacks a clip or has it of another file; unknown or missing labels.
@@ -200,7 +200,7 @@ class CachedDataset(Dataset):
                 f"{examples.description}, the first is {missing[0]}: fill it with whisper-meft cache"
             )
         self.examples, self.cache, self.clips, self.label2id = examples, cache, found, label2id
-        self.layers, self.dtype = model.states_read, model.encoder.dtype
+        self.layers = model.states_read
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -211,12 +211,14 @@ class CachedDataset(Dataset):
         return [clip.frames for clip in self.clips]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        clip = self.cache.read(self.clips[index], self.layers, self.dtype)
+        clip = self.cache.read(self.clips[index], self.layers)
         item = {
             "hidden_states": clip.states,
             "hidden_state_statistics": clip.statistics,
             "length": clip.states.shape[1],
         }
+        if clip.scales is not None:
+            item["hidden_state_scales"] = clip.scales
         if self.label2id is not None:
             item["labels"] = self.label2id[self.examples[index].label]
         return item
@@ -228,7 +230,7 @@ class CachedCollator:
 
     Returns a dict of ``hidden_states`` (B, S, T, D), 0 past a clip's end, laid out so that one layer's are
     contiguous, ``hidden_state_statistics`` (B, S, T, 2), ``hidden_state_lengths`` (B,) int64 and, where the
-    items have them, ``labels`` (B,) int64.
+    items have them, ``hidden_state_scales`` (B, S, 2, D) and ``labels`` (B,) int64.
     """
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
@@ -247,6 +249,8 @@ class CachedCollator:
             "hidden_state_statistics": stack("hidden_state_statistics", [0.0, 1.0]),
             "hidden_state_lengths": torch.tensor([item["length"] for item in items]),
         }
+        if "hidden_state_scales" in items[0]:
+            batch["hidden_state_scales"] = torch.stack([item["hidden_state_scales"] for item in items])
         if "labels" in items[0]:
             batch["labels"] = torch.tensor([int(item["labels"]) for item in items])
         return batch

@@ -172,6 +172,7 @@ class MeftModel(PreTrainedModel):
         hidden_states: torch.Tensor | None = None,
         hidden_state_lengths: torch.Tensor | None = None,
         hidden_state_statistics: torch.Tensor | None = None,
+        hidden_state_scales: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutput | tuple[torch.Tensor, ...]:
         """Class scores, and the cross-entropy when ``labels`` are given.
@@ -188,6 +189,7 @@ class MeftModel(PreTrainedModel):
                 names, computed earlier (:mod:`whisper_meft.cache`). The backbone is not run.
             hidden_state_lengths: (B,) their valid frames. Only read when ``max_frames`` is not "fidelity".
             hidden_state_statistics: (B, S, T, 2) mean and rstd of their rows, where these are known.
+            hidden_state_scales: (B, S, 2, D) scale and shift of ``hidden_states`` in 8 bits, float8_e4m3fn.
             kwargs: ignored, for callers that pass options of other models.
 
         Returns:
@@ -207,7 +209,7 @@ class MeftModel(PreTrainedModel):
             raise UserError("one of input_features and hidden_states is needed, and not both")
         if hidden_states is not None:
             lengths = None if options.max_frames == "fidelity" else hidden_state_lengths
-            given = (self.states_read, hidden_states, lengths, hidden_state_statistics)
+            given = (self.states_read, hidden_states, lengths, hidden_state_statistics, hidden_state_scales)
             reading = (options.final_norm, options.through_last_layer)
             pooled = pooled_of_cached(self.encoder, self.side_network, *given, *reading)
         elif options.frozen_encoder:

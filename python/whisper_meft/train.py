@@ -129,6 +129,7 @@ def load_data(
     seed: int,
     num_workers: int = 0,
     progress: bool = True,
+    cache_folder: str | None = None,
 ) -> RunData:
     """Reads and checks the examples, setting speakers aside for validation where no other data is there.
 
@@ -139,6 +140,8 @@ def load_data(
         seed: of the split and of the choice of max_*_samples.
         num_workers: threads that check the audio.
         progress: show progress bars.
+        cache_folder: of a feature cache, where there may be one yet: audio whose states it holds was decoded
+            when they were made, and is not decoded again.
 
     Raises:
         UserError: the data cannot be found or used.
@@ -158,10 +161,12 @@ def load_data(
         evaluation = _load(arguments, source, split)
         is_test = canonical_split(split) == "test"
     show = progress and main_process()
-    training, left_out = data.check_audio(training, arguments.strict, num_workers, show)
+    cached = cache_folder is not None and (Path(cache_folder) / "cache.json").is_file()
+    how = (arguments.strict, num_workers, show, FeatureCache(cache_folder).checked if cached else None)
+    training, left_out = data.check_audio(training, *how)
     if evaluation is not None:
         evaluation = _at_most(evaluation, arguments.max_eval_samples, seed)
-        evaluation, more = data.check_audio(evaluation, arguments.strict, num_workers, show)
+        evaluation, more = data.check_audio(evaluation, *how)
         left_out = left_out + more
     elif evaluate:
         training, evaluation = split_by_speaker(training, arguments.validation_fraction, seed)
@@ -358,6 +363,7 @@ def train(
         seed=training_arguments.seed,
         num_workers=training_arguments.dataloader_num_workers,
         progress=not training_arguments.disable_tqdm,
+        cache_folder=training_arguments.cache_features,
     )
     labels = label_inventory(examples.training)
     label2id = {label: index for index, label in enumerate(labels)}
