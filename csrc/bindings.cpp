@@ -9,4 +9,6 @@ TORCH_LIBRARY_IMPL(meft_csrc, CPU, library) {
   library.impl("ladder_bwd", &meft::ladder_bwd);
   library.impl("guidance", &meft::guidance);
   library.impl("guidance_bwd", &meft::guidance_bwd);
+  library.impl("relu_attention", &meft::relu_attention);
+  library.impl("relu_attention_bwd", &meft::relu_attention_bwd);
 }

@@ -1,0 +1,94 @@
+"""UniPT's ReLU attention in C++: padding, dead queries, tiles and shares of work cut anywhere."""
+
+import pytest
+import torch
+
+from meft_kernels import native, use_backend
+from meft_kernels.testing import Case, outputs_and_gradients, relative_error
+
+pytestmark = pytest.mark.skipif(not native.LOADED, reason=native.REASON)
+
+
+def run(case: Case, inputs: dict, backend: str = "native", dtype: torch.dtype | None = None) -> dict:
+    upstream = torch.randn(case.batch, case.frames, case.side, generator=torch.Generator().manual_seed(3))
+    with use_backend(backend):
+        return outputs_and_gradients(case.function(), inputs, upstream, dtype)
+
+
+def assert_close(case: Case, inputs: dict) -> None:
+    """As near to float64 as the reference in fp32, and a few roundings."""
+    truth = run(case, inputs, "reference", torch.float64)
+    plain, found = run(case, inputs, "reference"), run(case, inputs)
+    for name, exact in truth.items():
+        if not exact.any():
+            assert not found[name].any(), name
+            continue
+        allowed = 2 * relative_error(plain[name], exact) + 4 * torch.finfo(torch.float32).eps
+        error = relative_error(found[name], exact)
+        assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
+
+
+@pytest.mark.parametrize("frames", [15, 16, 64, 65, 128, 200, 300])
+def test_frames(frames):
+    """Fewer than a block of queries, whole ones, and tails of blocks and of tiles."""
+    case = Case("relu_attention", batch=1, frames=frames, side=24, layers=2)
+    assert_close(case, case.inputs(torch.float32))
+
+
+def test_lengths_from_none_to_all():
+    case = Case("relu_attention", batch=5, frames=150, side=17, layers=2)
+    inputs = case.inputs(torch.float32)
+    inputs["lengths"] = torch.tensor([0, 1, 64, 129, 150])
+    assert_close(case, inputs)
+
+
+def test_padding_does_not_count():
+    """Whatever stands in padded frames, NaN too, valid frames come out the same."""
+    case = Case("relu_attention", batch=2, frames=70, side=8, layers=2)
+    inputs = case.inputs(torch.float32)
+    inputs["lengths"] = torch.tensor([33, 70])
+    with use_backend("native"):
+        expected = case.function()(**inputs)
+        inputs["features"][0][0, 33:] = torch.nan
+        found = case.function()(**inputs)
+    assert torch.equal(found[0, :33], expected[0, :33]) and torch.equal(found[1], expected[1])
+    assert found[0, 33:].isnan().all()
+
+
+def test_queries_without_a_positive_score():
+    case = Case("relu_attention", batch=1, frames=90, side=8, layers=3)
+    inputs = case.inputs(torch.float32)
+    inputs["features"] = [feature.abs() for feature in inputs["features"]]
+    inputs["anchor"][:, ::3] = -inputs["anchor"][:, ::3].abs()
+    found = run(case, inputs)
+    assert_close(case, inputs)
+    gates_share = found["anchor"][:, 0]
+    assert torch.allclose(found["anchor"][:, ::3], gates_share[:, None].expand(-1, 30, -1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("where", ["anchor", "feature"])
+def test_nan_is_not_hidden(where):
+    case = Case("relu_attention", batch=2, frames=40, side=8, layers=2)
+    inputs = case.inputs(torch.float32)
+    (inputs["anchor"] if where == "anchor" else inputs["features"][1])[0, 5, 2] = torch.nan
+    found = run(case, inputs)
+    assert found["out"][0].isnan().any() and found["anchor"][0].isnan().any()
+    assert found["features[1]"][0].isnan().any() and found["gate_weight"].isnan().any()
+    assert torch.isfinite(found["out"][1]).all() and torch.isfinite(found["anchor"][1]).all()
+
+
+@pytest.mark.parametrize("threads", [2, 3, 4, 8])
+def test_clips_split_between_threads(threads):
+    """Shares of work that begin and end in the middle of a clip, and more threads than work."""
+    case = Case("relu_attention", batch=2, frames=33, side=12, layers=3)
+    inputs = case.inputs(torch.float32)
+    before = torch.get_num_threads()
+    alone = run(case, inputs)
+    try:
+        torch.set_num_threads(threads)
+        found, again = run(case, inputs), run(case, inputs)
+    finally:
+        torch.set_num_threads(before)
+    for name, value in found.items():
+        assert torch.equal(value, again[name])
+        torch.testing.assert_close(value, alone[name], rtol=1e-4, atol=1e-5, msg=name)
