@@ -7,6 +7,10 @@
 TORCH_LIBRARY_IMPL(meft_csrc, CPU, library) {
   library.impl("ladder", &meft::ladder);
   library.impl("ladder_bwd", &meft::ladder_bwd);
+  library.impl("gated_down", &meft::gated_down);
+  library.impl("gated_down_bwd", &meft::gated_down_bwd);
+  library.impl("gated_up", &meft::gated_up);
+  library.impl("gated_up_bwd", &meft::gated_up_bwd);
   library.impl("guidance", &meft::guidance);
   library.impl("guidance_bwd", &meft::guidance_bwd);
   library.impl("relu_attention", &meft::relu_attention);
