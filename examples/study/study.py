@@ -46,6 +46,7 @@ RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 LANGUAGES = ("af", "nb", "lt", "lv", "sk", "sl")
 LEVELS = {"accents-30db": 30.0, "accents-10db": 10.0, "accents-0db": 0.0}
 SEARCHED = "accents-10db"  # the level where learning rates are chosen; the other parts use them
+VARIED = "accents-0db"  # the level of the parts that vary the side networks: it separates methods best
 CORPUS = {
     "train_clips_per_class": 80,
     "validation_clips_per_class": 30,
@@ -56,7 +57,7 @@ CORPUS = {
 BUDGET = {"num_train_epochs": 6.0, "batch_size": 8, "max_frames": "fidelity", "reduction_factor": 8}
 REDUCTION_FACTORS = (2, 4, 16)  # and 8, which the other parts have
 SIDE_NETWORKS = ("lst", "unipt", "sherl")
-LAYERS = ("every:2", "last:1", "last:2", "last:3", [1], [2], [3], [1, 2])
+LAYERS = ("every:2", "last:1", "last:2", "last:3", [1], [2], [3])
 FRAMES = (250, 500, 1000, 1500)
 COUNTED = {"model": "small", "batch": 128}
 MEASURED = {"model": "base", "batch": 2, "repeats": 3}
@@ -226,25 +227,26 @@ def level(options: argparse.Namespace, part: str) -> None:
 
 
 def languages(options: argparse.Namespace, part: str) -> None:
-    _train(options, part, chosen_rates(options, MeftConfig.methods()), LANGUAGES)
+    _train(options, part, chosen_rates(options, MeftConfig.methods()), LANGUAGES, LEVELS[SEARCHED])
 
 
 def reduction(options: argparse.Namespace, part: str) -> None:
     entries = [f"{m}:reduction_factor={f}" for f in REDUCTION_FACTORS for m in SIDE_NETWORKS]
-    _train(options, part, chosen_rates(options, entries))
+    _train(options, part, chosen_rates(options, entries), ACCENTS, LEVELS[VARIED])
 
 
 def layers(options: argparse.Namespace, part: str) -> None:
     choices = [choice if isinstance(choice, str) else str(choice).replace(" ", "") for choice in LAYERS]
-    _train(options, part, chosen_rates(options, [f"lst:layers={choice}" for choice in choices]))
+    entries = [f"lst:layers={choice}" for choice in choices]
+    _train(options, part, chosen_rates(options, entries), ACCENTS, LEVELS[VARIED])
 
 
 def _train(
     options: argparse.Namespace,
     part: str,
     rates: dict[str, list[float]],
-    labels: Sequence[str] = ACCENTS,
-    snr_db: float = LEVELS[SEARCHED],
+    labels: Sequence[str],
+    snr_db: float,
     searched: list[float] | None = None,
 ) -> None:
     study, shapes = open_study(options.work, part, labels, snr_db)
@@ -297,11 +299,10 @@ def _length_row(method: str, frames: int) -> dict[str, Any]:
 # --- the command --------------------------------------------------------------------------------------------
 
 PARTS: dict[str, Callable[[argparse.Namespace, str], None]] = {
-    SEARCHED: level,
+    **dict.fromkeys((SEARCHED, VARIED, *LEVELS), level),
     "reduction": reduction,
-    **{name: level for name in LEVELS if name != SEARCHED},
-    "lengths": lengths,
     "layers": layers,
+    "lengths": lengths,
     "languages": languages,
 }
 
