@@ -191,6 +191,13 @@ class ModelArguments:
             "that train inside the encoder cannot"
         },
     )
+    backbone_compile: bool = field(
+        default=False,
+        metadata={
+            "help": "compile one frozen encoder layer and run all by it (the first batch takes longer); "
+            "methods that train inside the encoder cannot"
+        },
+    )
 
 
 @dataclass

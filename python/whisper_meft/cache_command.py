@@ -72,6 +72,8 @@ def run(argv: Sequence[str]) -> int:
     _, extractor = load_sizes_and_extractor(models, config)
     model = get_meft_model(load_whisper(models, dtype).to(device), config)
     show = not options.disable_tqdm
+    if models.backbone_compile:
+        model.encoder.compile_layers()
     examples = load_data(sources, True, False, options.seed, options.num_workers, show, options.output_dir)
     sets = [part for part in (examples.training, examples.evaluation) if part is not None]
     how = (options.storage, options.autocast, options.num_workers, show, say)

@@ -1,6 +1,6 @@
 """The frozen Whisper encoder as a stream of hidden states."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -10,9 +10,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from meft_kernels import HiddenState
 
 from .backbone import fingerprint
+from .compiled import compiled_layer
 from .configs import parse_dtype
 from .errors import UserError
-from .frozen_layer import add_feed_forward, norm_with_statistics
+from .frozen_layer import finish_layer, norm_with_statistics
 from .quantization import Original, is_quantized, quantize_layers, weights_digest
 
 
@@ -70,6 +71,7 @@ class FrozenEncoder(nn.Module):
         self.requires_grad_(False)
         self.quantization: str | None = None
         self.original: Original | None = None
+        self._finish: Callable[..., torch.Tensor] = finish_layer
         if is_quantized(self.layers):
             raise UserError(
                 "base is quantised already, by a model that was made of it earlier: load it anew for another"
@@ -123,6 +125,21 @@ class FrozenEncoder(nn.Module):
     def frozen_names(self) -> set[str]:
         """Which tensors of ``state_dict`` stay as they were loaded, so that they need not be saved."""
         return set(self.state_dict())
+
+    def compile_layers(self, backend: str | Callable = "inductor") -> None:
+        """Compiles one layer with torch.compile and runs all layers by it, for any number and length of clips
+        (a single clip, and a mask where there was none, are compiled anew). The first batch takes longer.
+
+        Not compiled: the LayerNorm whose statistics side networks share, layers under autocast of float32
+        weights, and SHERL's last layer, which has a gradient.
+
+        Args:
+            backend: of torch.compile.
+
+        Raises:
+            UserError: there is no compiler for the device of the weights.
+        """
+        self._finish = compiled_layer(backend, self.conv1.weight.device)
 
     def stream(
         self,
@@ -200,11 +217,7 @@ class FrozenEncoder(nn.Module):
             with torch.no_grad(), self._weights_as_they_are(device):
                 if self._runs_alone(states):
                     normed = layer.self_attn_layer_norm(states) if normed is None else normed
-                    attended = layer.self_attn(hidden_states=normed, attention_mask=mask)[0]
-                    normed = None
-                    states = attended.add_(states)
-                    del attended
-                    states = add_feed_forward(layer, states)
+                    states, normed = self._finish(layer, states, normed, mask), None
                 else:
                     states = self._run(layer, states, mask)
                 if final_norm and layer is self.layers[-1]:

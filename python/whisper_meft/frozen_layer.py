@@ -31,6 +31,23 @@ def norm_with_statistics(
     return normed, (mean.squeeze(-1), rstd.squeeze(-1))
 
 
+def finish_layer(
+    layer: nn.Module, states: torch.Tensor, normed: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """A ``WhisperEncoderLayer`` in evaluation mode, from its first LayerNorm's output on.
+
+    Args:
+        layer: gives the weights. states: (B, T, D), the layer's input. normed: (B, T, D), that after the
+            layer's first LayerNorm. mask: for the attention, or None.
+
+    Returns:
+        (B, T, D), the layer's output.
+    """
+    attended = layer.self_attn(hidden_states=normed, attention_mask=mask)[0]
+    del normed
+    return add_feed_forward(layer, attended.add_(states))
+
+
 def add_feed_forward(layer: nn.Module, states: torch.Tensor) -> torch.Tensor:
     """The second half of a ``WhisperEncoderLayer`` in evaluation mode, written into its input.
 

@@ -43,6 +43,10 @@ class InferenceArguments:
         default=None,
         metadata={"help": "hold the frozen linear layers in 8 bits (default: as in training)"},
     )
+    backbone_compile: bool = field(
+        default=False,
+        metadata={"help": "compile one encoder layer and run all by it; pays for many clips"},
+    )
     device: str | None = field(
         default=None, metadata={"help": "cpu, cuda, cuda:1 ... (default: a GPU if there is one)"}
     )
@@ -132,6 +136,8 @@ class Classifier:
                 quantization=arguments.backbone_quantization,
                 device=device,
             )
+        if arguments.backbone_compile:
+            model.encoder.compile_layers()
         if arguments.feature_extractor_name is not None:
             extractor = load_feature_extractor(arguments.feature_extractor_name)
         else:

@@ -352,6 +352,10 @@ def train(
         raise UserError(
             f"cache_features: {config.method} trains inside the encoder, so its hidden states cannot be kept"
         )
+    if model_arguments.backbone_compile and not config.frozen_encoder:
+        raise UserError(
+            f"backbone_compile: {config.method} trains inside the encoder; use --torch_compile True instead"
+        )
     # What is quick to check comes first: a wrong name should not cost a pass over the data.
     backbone_config, extractor = load_sizes_and_extractor(model_arguments, config)
     set_seed(training_arguments.seed)  # a new head draws its start values
@@ -382,6 +386,8 @@ def train(
     if config.backbone_quantization:
         base.encoder.to(training_arguments.device)  # which decides how it is done
     model = get_meft_model(base, config)
+    if model_arguments.backbone_compile:
+        model.encoder.compile_layers()
     collator = data.Collator(extractor, config.max_frames)
     if training_arguments.cache_features:
         cache = _fill_cache(model, extractor, examples, training_arguments)

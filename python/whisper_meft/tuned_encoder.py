@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from .encoder import FrozenEncoder
+from .errors import UserError
 
 
 class TunedEncoder(FrozenEncoder):
@@ -68,6 +69,17 @@ class TunedEncoder(FrozenEncoder):
                 if final_norm and layer is self.layers[-1]:
                     states = self.layer_norm(states)
             yield states
+
+    def compile_layers(self, backend: str | Callable = "inductor") -> None:
+        """Refused: layers with a gradient are not compiled here; torch.compile of the whole model is.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(
+            "backbone_compile is for methods beside a frozen encoder, this one trains inside it: use "
+            "torch_compile"
+        )
 
     def _to_evaluation(self) -> None:
         pass
