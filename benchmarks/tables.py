@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 
 from whisper_meft.errors import UserError
 
-from . import train_step
+from . import throughput, train_step
 from .steps import CLASSES
 
 _MARKED = re.compile(
@@ -228,6 +228,20 @@ def saved_activations(records: list[dict]) -> list[str]:
     return blocks
 
 
+def speeds(records: list[dict]) -> list[str]:
+    """What an epoch costs per clip, padded, trimmed, lighter and cached; a table for each size of Whisper."""
+    blocks = []
+    for found in newest(records, "throughput"):
+        shapes = found["shapes"]
+        title = (
+            f"Whisper-{shapes['model']}, {shapes['method'].upper()}, {shapes['clips']} clips of "
+            f"{found['figures']['mean_seconds']:.1f} s in the mean, batches of {shapes['batch']}, float32. "
+        )
+        table = markdown(throughput.HEADER, throughput.cells(found["figures"]["rows"]))
+        blocks.append(f"{title}{source(found)}\n\n{table}")
+    return blocks
+
+
 TABLES: dict[str, Callable[[list[dict]], list[str]]] = {
     "train_step": train_steps,
     "memory": memory,
@@ -236,6 +250,7 @@ TABLES: dict[str, Callable[[list[dict]], list[str]]] = {
     "ops": ops,
     "saved_activations": saved_activations,
     "resident": resident,
+    "throughput": speeds,
 }
 
 

@@ -1,5 +1,6 @@
 """One encoder layer compiled for all: ``--backbone_compile``."""
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -25,6 +26,8 @@ def compiled_layer(backend: str | Callable, device: torch.device) -> Callable[..
         raise UserError(f"backend must be one of {', '.join(known)}, got {backend!r}")
     if backend == "inductor":
         _check_compiler(device)
+    # torchao's tensors; without it compilations are not kept from one process to the next.
+    warnings.filterwarnings("ignore", message=".*does not implement _stable_hash_for_caching")
     compiled = torch.compile(finish_layer, dynamic=True, backend=backend)
 
     def run(layer: nn.Module, states: Tensor, normed: Tensor, mask: Tensor | None) -> Tensor:
