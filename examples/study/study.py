@@ -68,7 +68,16 @@ LENGTH_METHODS = ("full", "lora", "lst", "unipt", "sherl")
 
 
 class Study(compare.Comparison):
-    """A comparison that keeps each test clip's answer, and reads each clip's features once."""
+    """A comparison that keeps each test clip's answer, reads each clip's features once, and trains what
+    leaves the encoder frozen from hidden states computed once."""
+
+    def _parse(self, method: str, rate: float, seed: int, folder: Path) -> tuple:
+        parsed = super()._parse(method, rate, seed, folder)
+        name, options = compare.parse_method(method)
+        if MeftConfig.methods()[name].frozen_encoder:
+            layers = str(options.get("layers", "all")).replace(" ", "").replace(":", "-")
+            parsed[3].cache_features = str(self.output / "features" / f"{name}-{layers}")
+        return parsed
 
     def answers(self, run: dict[str, Any]) -> dict[str, Any]:
         """Scores of a finished run's model on the test clips, and ``predicted``, a digit per clip."""
@@ -101,10 +110,11 @@ class Study(compare.Comparison):
     def parameters(self, method: str) -> int:
         """How many parameters train."""
         options = compare.options_of(method, self.config.d_model, self.arguments.reduction_factor)
+        sizes = type(self.config).from_dict(self.config.to_dict())
+        sizes.num_labels = len(self.labels)
         with quiet_transformers():
-            model = get_meft_model(
-                WhisperForAudioClassification._from_config(self.config), MeftConfig.from_dict(options)
-            )
+            base = WhisperForAudioClassification._from_config(sizes)
+            model = get_meft_model(base, MeftConfig.from_dict(options))
         return model.get_nb_trainable_parameters()[0]
 
     def row(self, method: str, rates: Sequence[float]) -> dict[str, Any]:
