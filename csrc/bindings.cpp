@@ -5,6 +5,11 @@
 #include "kernels.h"
 
 TORCH_LIBRARY_IMPL(meft_csrc, CPU, library) {
+  library.impl("row_statistics", &meft::row_statistics);
+  library.impl("norm_linear", &meft::norm_linear);
+  library.impl("norm_linear_bwd", &meft::norm_linear_bwd);
+  library.impl("adapter", &meft::adapter);
+  library.impl("adapter_bwd", &meft::adapter_bwd);
   library.impl("ladder", &meft::ladder);
   library.impl("ladder_bwd", &meft::ladder_bwd);
   library.impl("gated_down", &meft::gated_down);

@@ -15,6 +15,7 @@ class Projection {
   Projection(const at::Tensor& weight, const at::Tensor& bias)
       : width(weight.size(1)), side(weight.size(0)), weight_(widened(weight)), bias_(widened(bias)),
         transposed_(width * side), column_sum_(side) {
+    check_shape(bias, {side}, "bias");
     const float* rows = weight_.data_ptr<float>();
     transpose(side, width, rows, width, transposed_, side);
     for (int64_t i = 0; i < side; ++i) {
@@ -23,6 +24,12 @@ class Projection {
   }
 
   const int64_t width, side;
+
+  void check(const at::Tensor& x, const at::Tensor& mean, const at::Tensor& rstd) const {
+    check_rows(x, width, "x");
+    check_shape(mean, x.sizes().slice(0, x.dim() - 1), "mean");
+    check_shape(rstd, mean.sizes(), "rstd");
+  }
 
   void forward(const float* x, int64_t rows, const float* mean, const float* rstd, float* z) const {
     gemm(rows, side, width, x, width, transposed_, side, z, side);
@@ -135,6 +142,11 @@ class Bottleneck {
         norm_bias_(widened(norm_bias)), weight_1_(widened(weight_1)), bias_1_(widened(bias_1)),
         weight_2_(widened(weight_2)), bias_2_(widened(bias_2)), transposed_1_(side * hidden),
         transposed_2_(side * hidden) {
+    check_shape(norm_weight, {side}, "norm_weight");
+    check_shape(norm_bias, {side}, "norm_bias");
+    check_shape(bias_1, {hidden}, "bias_1");
+    check_shape(weight_2, {side, hidden}, "weight_2");
+    check_shape(bias_2, {side}, "bias_2");
     transpose(hidden, side, weight_1_.data_ptr<float>(), side, transposed_1_, hidden);
     transpose(side, hidden, weight_2_.data_ptr<float>(), hidden, transposed_2_, side);
   }

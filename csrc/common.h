@@ -25,6 +25,15 @@ constexpr float GUIDANCE_EPS = 1e-6f;
 
 // --- tensors -----------------------------------------------------------------------------------------------
 
+inline void check_shape(const at::Tensor& tensor, at::IntArrayRef shape, const char* name) {
+  TORCH_CHECK_VALUE(tensor.sizes() == shape, name, " must have shape ", shape, ", got ", tensor.sizes());
+}
+
+inline void check_rows(const at::Tensor& tensor, int64_t width, const char* name) {
+  TORCH_CHECK_VALUE(tensor.dim() > 0 && tensor.size(-1) == width, name, " must have rows of width ", width,
+                    ", got shape ", tensor.sizes());
+}
+
 // A parameter as contiguous fp32.
 inline at::Tensor widened(const at::Tensor& tensor) {
   return tensor.to(at::kFloat).contiguous();

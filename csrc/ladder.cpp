@@ -12,6 +12,7 @@ namespace {
 // u = sigmoid(gate / temperature) and 1 - u, which is computed and not subtracted so as to keep its digits.
 struct Gate {
   explicit Gate(const at::Tensor& gate) {
+    check_shape(gate, {1}, "gate");
     const double logit = widened(gate).data_ptr<float>()[0] / GATE_TEMPERATURE;
     keep = static_cast<float>(1 / (1 + std::exp(-logit)));
     pass = static_cast<float>(1 / (1 + std::exp(logit)));
@@ -29,6 +30,15 @@ struct Gate {
   float keep, pass;
 };
 
+void check(const Projection& projection, const Bottleneck& bottleneck, const at::Tensor& x,
+           const at::Tensor& state, const at::Tensor& mean, const at::Tensor& rstd) {
+  projection.check(x, mean, rstd);
+  check_rows(state, projection.side, "state");
+  check_shape(state.select(-1, 0), x.sizes().slice(0, x.dim() - 1), "state without its last axis");
+  TORCH_CHECK_VALUE(bottleneck.side == projection.side, "weight_1 must take ", projection.side,
+                    " channels, as many as weight gives, got ", bottleneck.side);
+}
+
 }  // namespace
 
 at::Tensor ladder(const at::Tensor& x, const at::Tensor& state, const at::Tensor& weight,
@@ -39,6 +49,7 @@ at::Tensor ladder(const at::Tensor& x, const at::Tensor& state, const at::Tensor
   const Projection projection(weight, bias);
   const Bottleneck bottleneck(norm_weight, norm_bias, weight_1, bias_1, weight_2, bias_2);
   const Gate mixing(gate);
+  check(projection, bottleneck, x, state, mean, rstd);
   const Rows rows(x), below(state);
   const at::Tensor means = widened(mean), rstds = widened(rstd);
   at::Tensor out = at::empty(state.sizes(), x.options());
@@ -74,6 +85,8 @@ std::vector<at::Tensor> ladder_bwd(const at::Tensor& grad, const at::Tensor& x, 
   const Projection projection(weight, bias);
   const Bottleneck bottleneck(norm_weight, norm_bias, weight_1, bias_1, weight_2, bias_2);
   const Gate mixing(gate);
+  check(projection, bottleneck, x, state, mean, rstd);
+  check_shape(grad, state.sizes(), "grad");
   const Rows upstream(grad), rows(x), below(state);
   const at::Tensor means = widened(mean), rstds = widened(rstd);
   at::Tensor grad_x = need_x ? at::empty(x.sizes(), x.options()) : at::empty({0}, x.options());
