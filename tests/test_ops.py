@@ -273,14 +273,11 @@ def test_guidance_of_tiny_vectors_is_finite(size, width):
 
 
 def test_use_backend():
-    case = ONE_EACH[0]
+    case = next(case for case in CASES if case.op == "gated_up")
     inputs = case.inputs(torch.float32)
-    expected = case.function()(**inputs)
+    expected = torch.ops.meft_reference.gated_up(*inputs.values())
     with use_backend("reference"):
         assert torch.equal(case.function()(**inputs), expected)
-    with pytest.raises(RuntimeError, match="'native' has no kernels in this installation"):
-        with use_backend("native"):
-            pass
     with pytest.raises(ValueError, match="backend must be one of .* got 'fast'"):
         with use_backend("fast"):
             pass
@@ -312,7 +309,9 @@ def test_another_kernel_slots_in_without_changes_above():
     ours, before = case.function()(**inputs), ops.backend_status()["gated_up"]
     library = torch.library.Library("meft", "IMPL")
     try:
-        library.impl("gated_up", lambda x, *_: torch.full_like(x, 7), "CPU", allow_override=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch says that the C++ kernel is overridden
+            library.impl("gated_up", lambda x, *_: torch.full_like(x, 7), "CPU", allow_override=True)
         assert ops.backend_status()["gated_up"][0] == "native"
         assert (case.function()(**inputs) == 7).all()
         with use_backend("reference"):
