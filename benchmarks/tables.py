@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 
 from whisper_meft.errors import UserError
 
-from . import throughput, train_step
+from . import backbones, throughput, train_step
 from .steps import CLASSES
 
 _MARKED = re.compile(
@@ -242,6 +242,20 @@ def speeds(records: list[dict]) -> list[str]:
     return blocks
 
 
+def other_backbones(records: list[dict]) -> list[str]:
+    """The frozen backbone in other number formats and compiled: speed, bytes, features and accuracy."""
+    blocks = []
+    for found in newest(records, "backbones"):
+        shapes = found["shapes"]
+        title = (
+            f"Whisper-{shapes['model']}'s encoder, {shapes['batch']} clips of 6 s; the last two columns are "
+            f"of the demo's task, {shapes['seeds']} seeds. "
+        )
+        table = markdown(backbones.HEADER, backbones.cells(found["figures"]["rows"]))
+        blocks.append(f"{title}{source(found)}\n\n{table}")
+    return blocks
+
+
 TABLES: dict[str, Callable[[list[dict]], list[str]]] = {
     "train_step": train_steps,
     "memory": memory,
@@ -251,6 +265,7 @@ TABLES: dict[str, Callable[[list[dict]], list[str]]] = {
     "saved_activations": saved_activations,
     "resident": resident,
     "throughput": speeds,
+    "backbones": other_backbones,
 }
 
 

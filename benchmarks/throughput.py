@@ -188,7 +188,7 @@ def measure(options: argparse.Namespace, folder: Path) -> list[dict]:
     ]
 
 
-HEADER = ("", "ms per clip", "clips/s", "÷ full, padded", "÷ padded", "÷ trimmed", "backbone, MiB")
+HEADER = ("", "ms per clip", "clips/s", "× full, padded", "× padded", "× trimmed", "backbone, MiB")
 
 
 def cells(rows: list[dict]) -> list[list[str]]:
