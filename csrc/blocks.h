@@ -96,13 +96,9 @@ class Projection {
       const float* from = x + t * width;
       float* row = grad_x + t * width;
       const float centre = mean[t], scale = rstd[t];
-      float sum = 0, product = 0;
-#pragma omp simd reduction(+ : sum, product)
-      for (int64_t j = 0; j < width; ++j) {
-        sum += row[j];
-        product += row[j] * ((from[j] - centre) * scale);
-      }
-      const float mean_grad = sum / static_cast<float>(width), along = product / static_cast<float>(width);
+      // The means of the gradient, and of the gradient times the normalised x.
+      const float mean_grad = sum_of(row, width) / static_cast<float>(width);
+      const float along = scale * dot(row, from, width, centre) / static_cast<float>(width);
 #pragma omp simd
       for (int64_t j = 0; j < width; ++j) {
         row[j] = scale * (row[j] - mean_grad - (from[j] - centre) * scale * along);
@@ -228,17 +224,15 @@ class Bottleneck {
     for (int64_t t = 0; t < rows; ++t) {
       const float *normed = work.normed + t * side, *upstream = grad + t * side;
       float *row = work.grad_affine + t * side, *to = grad_v + t * side;
-      float sum = 0, product = 0;
-#pragma omp simd reduction(+ : sum, product)
+#pragma omp simd
       for (int64_t i = 0; i < side; ++i) {
         sum_norm_weight[i] += row[i] * normed[i];
         sum_norm_bias[i] += row[i];
         sum_bias_2[i] += upstream[i];
         row[i] *= norm_weight[i];
-        sum += row[i];
-        product += row[i] * normed[i];
       }
-      const float mean = sum / static_cast<float>(side), along = product / static_cast<float>(side);
+      const float mean = sum_of(row, side) / static_cast<float>(side);
+      const float along = dot(row, normed, side) / static_cast<float>(side);
       const float scale = work.rstd[t];
 #pragma omp simd
       for (int64_t i = 0; i < side; ++i) {

@@ -4,6 +4,8 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/Allocator.h>
@@ -200,20 +202,57 @@ inline at::Tensor tensor_like(const float* values, const at::Tensor& like) {
 
 // --- fp32 rows ---------------------------------------------------------------------------------------------
 
+// Sums are written out in vectors: what a compiler makes of a reduction depends on what is around it.
+using Vec = at::vec::Vectorized<float>;
+constexpr int64_t kLanes = Vec::size();
+
+inline float sum_of_lanes(const Vec& lanes) {
+  return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, lanes);
+}
+
 inline float sum_of(const float* row, int64_t width) {
-  float sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < width; ++i) {
+  Vec even(0.0f), odd(0.0f);
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= width; i += 2 * kLanes) {
+    even = even + Vec::loadu(row + i);
+    odd = odd + Vec::loadu(row + i + kLanes);
+  }
+  float sum = sum_of_lanes(even + odd);
+  for (; i < width; ++i) {
     sum += row[i];
   }
   return sum;
 }
 
-inline float dot(const float* a, const float* b, int64_t width) {
-  float sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < width; ++i) {
-    sum += a[i] * b[i];
+// The sum of a (b - centre).
+inline float dot(const float* a, const float* b, int64_t width, float centre = 0) {
+  const Vec centres(centre);
+  Vec even(0.0f), odd(0.0f);
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= width; i += 2 * kLanes) {
+    even = at::vec::fmadd(Vec::loadu(a + i), Vec::loadu(b + i) - centres, even);
+    odd = at::vec::fmadd(Vec::loadu(a + i + kLanes), Vec::loadu(b + i + kLanes) - centres, odd);
+  }
+  float sum = sum_of_lanes(even + odd);
+  for (; i < width; ++i) {
+    sum += a[i] * (b[i] - centre);
+  }
+  return sum;
+}
+
+// The sum of squares of a row's distances from `centre`.
+inline float squares_around(const float* row, int64_t width, float centre) {
+  const Vec centres(centre);
+  Vec even(0.0f), odd(0.0f);
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= width; i += 2 * kLanes) {
+    const Vec first = Vec::loadu(row + i) - centres, second = Vec::loadu(row + i + kLanes) - centres;
+    even = at::vec::fmadd(first, first, even);
+    odd = at::vec::fmadd(second, second, odd);
+  }
+  float sum = sum_of_lanes(even + odd);
+  for (; i < width; ++i) {
+    sum += (row[i] - centre) * (row[i] - centre);
   }
   return sum;
 }
@@ -221,13 +260,7 @@ inline float dot(const float* a, const float* b, int64_t width) {
 // Mean of a row and the reciprocal of its standard deviation, the variance taken around the mean.
 inline void row_moments(const float* row, int64_t width, float& mean, float& rstd) {
   mean = sum_of(row, width) / static_cast<float>(width);
-  const float centre = mean;
-  float squares = 0;
-#pragma omp simd reduction(+ : squares)
-  for (int64_t i = 0; i < width; ++i) {
-    squares += (row[i] - centre) * (row[i] - centre);
-  }
-  rstd = 1.0f / std::sqrt(squares / static_cast<float>(width) + NORM_EPS);
+  rstd = 1.0f / std::sqrt(squares_around(row, width, mean) / static_cast<float>(width) + NORM_EPS);
 }
 
 // e^x for x <= 0, to about one rounding; 0 below -87. Loops over it vectorise: no branch, no call.

@@ -121,9 +121,16 @@ std::vector<at::Tensor> ladder_bwd(const at::Tensor& grad, const at::Tensor& x, 
 
       float *written = to_state.write(begin, grad_state_scratch), *dv = grad_mixed;
       const float *z = down, u = mixing.keep, rest = mixing.pass;
-#pragma omp simd reduction(+ : sum_gate)
+      for (int64_t t = 0; t < count; ++t) {
+        float* difference = work.turned;
+#pragma omp simd
+        for (int64_t i = 0; i < side; ++i) {
+          difference[i] = state_block[t * side + i] - z[t * side + i];
+        }
+        sum_gate += dot(dv + t * side, difference, side);
+      }
+#pragma omp simd
       for (int64_t i = 0; i < size; ++i) {
-        sum_gate += static_cast<double>(dv[i]) * (state_block[i] - z[i]);
         written[i] = u * dv[i];
         dv[i] *= rest;
       }
