@@ -43,7 +43,8 @@ class MemoryArguments:
         metadata={"help": "type the frozen weights are held in; auto is bfloat16 on cuda, else float32"},
     )
     backbone_quantization: Literal["int8", "fp8"] | None = field(
-        default=None, metadata={"help": "count the frozen linear layers in 8 bits"}
+        default=None,
+        metadata={"help": "count the frozen linear layers in 8 bits, as a CPU computes with them"},
     )
     bf16: bool = field(default=False, metadata={"help": "train under autocast to bfloat16"})
     fp16: bool = field(default=False, metadata={"help": "train under autocast to float16"})
