@@ -44,7 +44,7 @@ class MemoryArguments:
     )
     backbone_quantization: Literal["int8", "fp8"] | None = field(
         default=None,
-        metadata={"help": "count the frozen linear layers in 8 bits, as a CPU computes with them"},
+        metadata={"help": "count the frozen linear layers in 8 bits, as a CPU runs them"},
     )
     bf16: bool = field(default=False, metadata={"help": "train under autocast to bfloat16"})
     fp16: bool = field(default=False, metadata={"help": "train under autocast to float16"})
