@@ -12,6 +12,8 @@ TORCH_LIBRARY_IMPL(meft_csrc, CPU, library) {
   library.impl("adapter_bwd", &meft::adapter_bwd);
   library.impl("ladder", &meft::ladder);
   library.impl("ladder_bwd", &meft::ladder_bwd);
+  library.impl("pooled_upsample", &meft::pooled_upsample);
+  library.impl("pooled_upsample_bwd", &meft::pooled_upsample_bwd);
   library.impl("gated_down", &meft::gated_down);
   library.impl("gated_down_bwd", &meft::gated_down_bwd);
   library.impl("gated_up", &meft::gated_up);

@@ -111,6 +111,54 @@ class Projection {
   Buffer transposed_, column_sum_;
 };
 
+// LayerNorm of `rows` rows without and with its affine part, and the rstd of each.
+inline void normalise(const float* v, int64_t rows, int64_t width, const float* norm_weight,
+                      const float* norm_bias, float* normed, float* affine, float* rstd) {
+  for (int64_t t = 0; t < rows; ++t) {
+    const float* row = v + t * width;
+    float *normed_row = normed + t * width, *affine_row = affine + t * width;
+    float mean, scale;
+    row_moments(row, width, mean, scale);
+#pragma omp simd
+    for (int64_t i = 0; i < width; ++i) {
+      normed_row[i] = (row[i] - mean) * scale;
+      affine_row[i] = normed_row[i] * norm_weight[i] + norm_bias[i];
+    }
+    rstd[t] = scale;
+  }
+}
+
+// The gradient of v in `normalise` from that of the affine rows, `grad`, which is left scaled by the weight;
+// nothing is written where `grad_v` is null, and `residual` is added unless it is null. The sums of the
+// weight's and the bias' gradient are added to.
+inline void normalise_bwd(float* grad, const float* normed, const float* rstd, int64_t rows, int64_t width,
+                          const float* norm_weight, const float* residual, float* sum_weight, float* sum_bias,
+                          float* grad_v) {
+  for (int64_t t = 0; t < rows; ++t) {
+    const float* normed_row = normed + t * width;
+    float* row = grad + t * width;
+#pragma omp simd
+    for (int64_t i = 0; i < width; ++i) {
+      sum_weight[i] += row[i] * normed_row[i];
+      sum_bias[i] += row[i];
+      row[i] *= norm_weight[i];
+    }
+    if (grad_v == nullptr) {
+      continue;
+    }
+    const float mean = sum_of(row, width) / static_cast<float>(width);
+    const float along = dot(row, normed_row, width) / static_cast<float>(width);
+    const float scale = rstd[t];
+    const float* kept = residual == nullptr ? row : residual + t * width;
+    const float share = residual == nullptr ? 0.0f : 1.0f;
+    float* to = grad_v + t * width;
+#pragma omp simd
+    for (int64_t i = 0; i < width; ++i) {
+      to[i] = scale * (row[i] - mean - normed_row[i] * along) + share * kept[i];
+    }
+  }
+}
+
 // GELU's factor Phi(x), the normal distribution function, and its density phi(x).
 //
 // With e = exp(-x^2 / 2) and t = 1 / (1 + k |x| / sqrt(2)), the upper tail of |x| is e times a polynomial in
@@ -220,25 +268,9 @@ class Bottleneck {
     gemm(rows, side, hidden, work.grad_hidden, hidden, weight_1_.data_ptr<float>(), side, work.grad_affine,
          side);
 
-    const float* norm_weight = norm_weight_.data_ptr<float>();
-    for (int64_t t = 0; t < rows; ++t) {
-      const float *normed = work.normed + t * side, *upstream = grad + t * side;
-      float *row = work.grad_affine + t * side, *to = grad_v + t * side;
-#pragma omp simd
-      for (int64_t i = 0; i < side; ++i) {
-        sum_norm_weight[i] += row[i] * normed[i];
-        sum_norm_bias[i] += row[i];
-        sum_bias_2[i] += upstream[i];
-        row[i] *= norm_weight[i];
-      }
-      const float mean = sum_of(row, side) / static_cast<float>(side);
-      const float along = dot(row, normed, side) / static_cast<float>(side);
-      const float scale = work.rstd[t];
-#pragma omp simd
-      for (int64_t i = 0; i < side; ++i) {
-        to[i] = scale * (row[i] - mean - normed[i] * along) + (residual ? upstream[i] : 0.0f);
-      }
-    }
+    normalise_bwd(work.grad_affine, work.normed, work.rstd, rows, side, norm_weight_.data_ptr<float>(),
+                  residual ? grad : nullptr, sum_norm_weight, sum_norm_bias, grad_v);
+    add_column_sums(grad, rows, side, sum_bias_2);
     add(sum_norm_weight, vectors, sums);
   }
 
@@ -258,19 +290,8 @@ class Bottleneck {
  private:
   // LN(v) without and with its affine part, rstd, and W1 LN(v) without its bias, into `work`.
   void preactivation(const float* v, int64_t rows, const Work& work) const {
-    const float *norm_weight = norm_weight_.data_ptr<float>(), *norm_bias = norm_bias_.data_ptr<float>();
-    for (int64_t t = 0; t < rows; ++t) {
-      const float* row = v + t * side;
-      float *normed = work.normed + t * side, *affine = work.affine + t * side;
-      float mean, rstd;
-      row_moments(row, side, mean, rstd);
-#pragma omp simd
-      for (int64_t i = 0; i < side; ++i) {
-        normed[i] = (row[i] - mean) * rstd;
-        affine[i] = normed[i] * norm_weight[i] + norm_bias[i];
-      }
-      work.rstd[t] = rstd;
-    }
+    normalise(v, rows, side, norm_weight_.data_ptr<float>(), norm_bias_.data_ptr<float>(), work.normed,
+              work.affine, work.rstd);
     gemm(rows, hidden, side, work.affine, side, transposed_1_, hidden, work.hidden, hidden);
   }
 
