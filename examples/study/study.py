@@ -60,6 +60,8 @@ METHODS = ("lst", "unipt", "sherl", "head", "weighted_sum", "full", "lora", "bit
 METHODS += ("adalora", "lora_plus", "s2_lora")
 REDUCTION_FACTORS = (2, 4, 16)  # and 8, which the other parts have
 SIDE_NETWORKS = ("lst", "unipt", "sherl")
+LONGER = {"num_train_epochs": 16.0}
+LONGER_METHODS = ("lst", "unipt", "sherl", "head", "full")
 LAYERS = ("every:2", "last:1", "last:2", "last:3", [1], [2], [3])
 FRAMES = (250, 500, 1000, 1500)
 COUNTED = {"model": "small", "batch": 128}
@@ -154,25 +156,27 @@ def digits(values: Iterable[int]) -> str:
     return "".join(map(str, values))
 
 
-def open_study(work: Path, part: str, labels: Sequence[str], snr_db: float) -> tuple[Study, dict[str, Any]]:
-    """The comparison of a part, its corpus made as needed, and what the record says about both."""
-    kind = "languages" if tuple(labels) == LANGUAGES else "accents"
-    corpus = make_accent_corpus(
-        work / f"{kind}-{snr_db:g}db", accents=labels, snr_db=(snr_db, snr_db), **CORPUS
-    )
-    argv = [
-        f"--train_data={corpus}",
-        f"--output_dir={work / 'runs' / f'{kind}-{snr_db:g}db'}",
-        "--use_cpu=True",
-    ]
-    argv += [f"--{name}={value}" for name, value in BUDGET.items()]
+def open_study(
+    work: Path, labels: Sequence[str], snr_db: float, **changes: float
+) -> tuple[Study, dict[str, Any]]:
+    """The comparison of a part, its corpus made as needed, and what the record says about both.
+
+    Args:
+        changes: of ``BUDGET``.
+    """
+    name = f"{'languages' if tuple(labels) == LANGUAGES else 'accents'}-{snr_db:g}db"
+    corpus = make_accent_corpus(work / name, accents=labels, snr_db=(snr_db, snr_db), **CORPUS)
+    runs = "-".join([name, *(f"{key}{value:g}" for key, value in changes.items())])
+    argv = [f"--train_data={corpus}", f"--output_dir={work / 'runs' / runs}", "--use_cpu=True"]
+    argv += [f"--{key}={value}" for key, value in {**BUDGET, **changes}.items()]
     (arguments,) = compare.make_parser().parse(argv)
     study = Study(arguments)
     shapes = {
-        "classes": list(labels),
+        "classes": study.labels,
         "snr_db": snr_db,
         **CORPUS,
         **BUDGET,
+        **changes,
         "seeds": SEEDS,
         "train_clips": len(study.examples.training),
         "validation_clips": len(study.examples.evaluation),
@@ -260,6 +264,10 @@ def layers(options: argparse.Namespace, part: str) -> None:
     _train(options, part, nearby_rates(options, entries), ACCENTS, LEVELS[VARIED])
 
 
+def longer(options: argparse.Namespace, part: str) -> None:
+    _train(options, part, nearby_rates(options, LONGER_METHODS), ACCENTS, LEVELS[VARIED], **LONGER)
+
+
 def _train(
     options: argparse.Namespace,
     part: str,
@@ -267,8 +275,9 @@ def _train(
     labels: Sequence[str],
     snr_db: float,
     searched: list[float] | None = None,
+    **changes: float,
 ) -> None:
-    study, shapes = open_study(options.work, part, labels, snr_db)
+    study, shapes = open_study(options.work, labels, snr_db, **changes)
     shapes["learning_rates"] = searched or f"the one chosen in {SEARCHED} and the next lower one"
     train_part(options, part, study, shapes, rates)
 
@@ -321,6 +330,7 @@ PARTS: dict[str, Callable[[argparse.Namespace, str], None]] = {
     **dict.fromkeys((SEARCHED, VARIED, *LEVELS), level),
     "reduction": reduction,
     "layers": layers,
+    "longer": longer,
     "lengths": lengths,
     "languages": languages,
 }
