@@ -26,7 +26,7 @@ inline int64_t filled(int64_t count) {
 // What forward and backward are given, with the gates.
 struct Inputs {
   int64_t batch, frames, width, layers;
-  int64_t block;  // queries per block
+  int64_t block;  // queries in a block but the last
   Rows anchor;
   std::vector<Rows> features;
   std::vector<int64_t> keys;  // [batch], valid frames
@@ -50,8 +50,7 @@ struct Inputs {
     for (const auto& feature : given_features) {
       features.emplace_back(feature);
     }
-    const int64_t blocks = (frames + QUERIES - 1) / QUERIES;
-    block = filled((frames + blocks - 1) / blocks);
+    block = std::min(QUERIES, filled(frames));
     if (lengths.has_value()) {
       const at::Tensor given = lengths->to(at::kLong).contiguous();
       for (int64_t clip = 0; clip < batch; ++clip) {

@@ -53,6 +53,14 @@ Vec relu(const Vec& x) {
   return at::vec::maximum(x, Vec(0.0f));  // hands on NaN
 }
 
+// totals (count,) += the sum of four rows
+void add_partial(const float* partial, int64_t count, float* totals) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    totals[i] += (partial[i] + partial[count + i]) + (partial[2 * count + i] + partial[3 * count + i]);
+  }
+}
+
 // --- forward ----------------------------------------------------------------------------------------------
 
 class Forward {
@@ -64,7 +72,8 @@ class Forward {
     attended_ = query_ + size;
     rows_ = attended_ + size;
     row_sums_ = rows_ + size;
-    scores_ = row_sums_ + in.block;
+    partial_ = row_sums_ + in.block;
+    scores_ = partial_ + 4 * in.block;
   }
 
   // sum (T, r) (+)= gate * (attention to one layer + its features)
@@ -74,10 +83,10 @@ class Forward {
     keys_.pack(in_.features[layer], begin, in_.keys[clip]);
     for (int64_t start = 0; start < in_.frames; start += in_.block) {
       const int64_t count = std::min(in_.block, in_.frames - start);
-      load_transposed(in_.anchor.read(begin + start, count, rows_), count, width, in_.block, query_,
-                      in_.block);
+      block_ = filled(count);
+      load_transposed(in_.anchor.read(begin + start, count, rows_), count, width, block_, query_, block_);
       attend(gate);
-      transpose(width, in_.block, attended_, in_.block, rows_, width);
+      transpose(width, block_, attended_, block_, rows_, width);
       // The attended values are in rows_; the transpose's place takes what is read of half precision.
       const float* features = in_.features[layer].read(begin + start, count, attended_);
 #pragma omp simd
@@ -89,25 +98,26 @@ class Forward {
   }
 
  private:
-  static int64_t scratch_size(const Inputs& in) { return in.block * (3 * in.width + 1 + KEYS); }
+  static int64_t scratch_size(const Inputs& in) { return in.block * (3 * in.width + 5 + KEYS); }
 
   // attended (r, block) = gate * (relu(F Q^T) / row sums)^T F
   void attend(float gate) {
-    const int64_t block = in_.block, width = in_.width;
+    const int64_t block = block_, width = in_.width;
     std::fill_n(row_sums_, block, 0.0f);
     for (int64_t start = 0; start < keys_.count; start += KEYS) {
       const int64_t tile = keys_.size(start);
       gemm(tile, block, width, keys_.rows(start), width, query_, block, scores_, block);
-      for (int64_t lane = 0; lane < block; lane += W) {
-        Vec sums[4] = {Vec(0.0f), Vec(0.0f), Vec(0.0f), Vec(0.0f)};
-        for (int64_t key = 0; key < tile; ++key) {
-          const Vec score = relu(Vec::loadu(scores_ + key * block + lane));
-          score.store(scores_ + key * block + lane);
-          sums[key % 4] = sums[key % 4] + score;
+      // Each fourth key's apart: long sums of fp32 lose digits, and wait for each other.
+      std::fill_n(partial_, 4 * block, 0.0f);
+      for (int64_t key = 0; key < tile; ++key) {
+        float *row = scores_ + key * block, *sums = partial_ + key % 4 * block;
+        for (int64_t lane = 0; lane < block; lane += W) {
+          const Vec score = relu(Vec::loadu(row + lane));
+          score.store(row + lane);
+          (Vec::loadu(sums + lane) + score).store(sums + lane);
         }
-        const Vec sum = Vec::loadu(row_sums_ + lane) + ((sums[0] + sums[1]) + (sums[2] + sums[3]));
-        sum.store(row_sums_ + lane);
       }
+      add_partial(partial_, block, row_sums_);
       gemm(width, block, tile, keys_.transposed(start), tile, scores_, block, attended_, block, start > 0);
     }
     if (keys_.count == 0) {
@@ -122,9 +132,10 @@ class Forward {
   }
 
   const Inputs& in_;
+  int64_t block_ = 0;  // queries of the block at hand, filled up
   Keys keys_;
   at::Tensor scratch_;
-  float *query_, *attended_, *rows_, *row_sums_, *scores_;
+  float *query_, *attended_, *rows_, *row_sums_, *partial_, *scores_;
 };
 
 // --- backward ---------------------------------------------------------------------------------------------
@@ -143,23 +154,25 @@ class Backward {
     down_ = across_ + 2 * size;
     query_grad_ = down_ + 2 * size;
     rows_ = query_grad_ + size;
-    row_sums_ = rows_ + 2 * size;
-    products_ = row_sums_ + in.block;
+    factors_ = rows_ + 2 * size;
+    partial_ = factors_ + 2 * in.block;
   }
 
   // query_sum (T, r) (+)= the gradient of the queries through one layer; the clip's rows of feature_grad =
   // the gradient of the layer's features but for the means' part. Returns the gate's gradient.
-  float run(int64_t clip, int64_t layer, float* query_sum, bool is_first, Rows& feature_grad) {
+  double run(int64_t clip, int64_t layer, float* query_sum, bool is_first, Rows& feature_grad) {
     const int64_t begin = clip * in_.frames, width = in_.width, valid = in_.keys[clip];
     const float gate = in_.gates[clip * in_.layers + layer];
-    float *key_grad = key_grad_.data_ptr<float>(), gate_grad = 0;
+    float* key_grad = key_grad_.data_ptr<float>();
+    double gate_grad = 0;
     keys_.pack(in_.features[layer], begin, valid);
     for (int64_t start = 0; start < in_.frames; start += in_.block) {
       const int64_t count = std::min(in_.block, in_.frames - start);
+      block_ = filled(count);
       load(begin + start, count);
-      gate_grad += score();
-      weigh(gate, start > 0, key_grad);
-      transpose(width, in_.block, query_grad_, in_.block, rows_, width);
+      gate_grad += score(gate);
+      weigh(start > 0, key_grad);
+      transpose(width, block_, query_grad_, block_, rows_, width);
       add_to(query_sum + start * width, rows_, count * width, is_first);
     }
     std::fill_n(key_grad + valid * width, (filled(in_.frames) - valid) * width, 0.0f);
@@ -180,11 +193,11 @@ class Backward {
   }
 
  private:
-  static int64_t scratch_size(const Inputs& in) { return in.block * (7 * in.width + 2); }
+  static int64_t scratch_size(const Inputs& in) { return in.block * (7 * in.width + 10); }
 
   // across (r, 2 block) = [Q^T | dM^T], down (2 block, r) = [dM; Q]
   void load(int64_t begin, int64_t count) {
-    const int64_t block = in_.block, width = in_.width;
+    const int64_t block = block_, width = in_.width;
     const float* query = in_.anchor.read(begin, count, rows_);
     const float* upstream = grad_.read(begin, count, rows_ + block * width);
     load_transposed(query, count, width, block, across_, 2 * block);
@@ -196,55 +209,49 @@ class Backward {
     std::fill(second + count * width, second + block * width, 0.0f);
   }
 
-  // scores (keys, 2 block) = [relu(S) | E], and of their sums over keys R + eps and delta. Returns the sum of
-  // delta.
-  float score() {
-    const int64_t block = in_.block, width = in_.width;
-    std::fill_n(row_sums_, 2 * block, 0.0f);
+  // scores (keys, 2 block) = [S | E], and of their sums over keys [k | delta] in `factors_`. Returns the sum
+  // of delta.
+  float score(float gate) {
+    const int64_t block = block_, width = in_.width;
+    float *row_sums = factors_, *products = factors_ + block;
+    std::fill_n(factors_, 2 * block, 0.0f);
     for (int64_t start = 0; start < keys_.count; start += KEYS) {
       const int64_t tile = keys_.size(start);
       float* scores = scores_.data_ptr<float>() + start * 2 * block;
       gemm(tile, 2 * block, width, keys_.rows(start), width, across_, 2 * block, scores, 2 * block);
-      for (int64_t lane = 0; lane < block; lane += W) {
-        Vec sums[4], products[4];
-        for (int64_t part = 0; part < 4; ++part) {
-          sums[part] = products[part] = Vec(0.0f);
+      std::fill_n(partial_, 8 * block, 0.0f);
+      for (int64_t key = 0; key < tile; ++key) {
+        float *row = scores + key * 2 * block, *sums = partial_ + key % 4 * 2 * block;
+        for (int64_t lane = 0; lane < block; lane += W) {
+          const Vec score = relu(Vec::loadu(row + lane));
+          const Vec product = Vec::loadu(sums + block + lane);
+          (Vec::loadu(sums + lane) + score).store(sums + lane);
+          at::vec::fmadd(score, Vec::loadu(row + block + lane), product).store(sums + block + lane);
         }
-        for (int64_t key = 0; key < tile; ++key) {
-          float* at = scores + key * 2 * block + lane;
-          const Vec score = relu(Vec::loadu(at));
-          score.store(at);
-          sums[key % 4] = sums[key % 4] + score;
-          products[key % 4] = at::vec::fmadd(score, Vec::loadu(at + block), products[key % 4]);
-        }
-        const Vec sum = Vec::loadu(row_sums_ + lane) + ((sums[0] + sums[1]) + (sums[2] + sums[3]));
-        const Vec product =
-            Vec::loadu(products_ + lane) + ((products[0] + products[1]) + (products[2] + products[3]));
-        sum.store(row_sums_ + lane);
-        product.store(products_ + lane);
       }
+      add_partial(partial_, 2 * block, factors_);
     }
     for (int64_t lane = 0; lane < block; lane += W) {
-      const Vec row_sum = Vec::loadu(row_sums_ + lane) + Vec(ATTENTION_EPS);
-      row_sum.store(row_sums_ + lane);
-      (Vec::loadu(products_ + lane) / row_sum).store(products_ + lane);
+      const Vec row_sum = Vec::loadu(row_sums + lane) + Vec(ATTENTION_EPS);
+      (Vec(gate) / row_sum).store(row_sums + lane);
+      (Vec::loadu(products + lane) / row_sum).store(products + lane);
     }
-    return sum_of(products_, block);
+    return sum_of(products, block);
   }
 
   // The gradients through a block's scores: query_grad (r, block), key_grad (keys, r) (+)=.
-  void weigh(float gate, bool accumulate, float* key_grad) {
-    const int64_t block = in_.block, width = in_.width;
+  void weigh(bool accumulate, float* key_grad) {
+    const int64_t block = block_, width = in_.width;
     for (int64_t start = 0; start < keys_.count; start += KEYS) {
       const int64_t tile = keys_.size(start);
       float* scores = scores_.data_ptr<float>() + start * 2 * block;
-      for (int64_t lane = 0; lane < block; lane += W) {
-        const Vec factor = Vec(gate) / Vec::loadu(row_sums_ + lane), delta = Vec::loadu(products_ + lane);
-        for (int64_t key = 0; key < tile; ++key) {
-          float* at = scores + key * 2 * block + lane;
-          const Vec score = Vec::loadu(at), weight = factor * score.gt(Vec(0.0f));
-          (factor * score).store(at);
-          ((Vec::loadu(at + block) - delta) * weight).store(at + block);
+      for (int64_t key = 0; key < tile; ++key) {
+        float* row = scores + key * 2 * block;
+        for (int64_t lane = 0; lane < block; lane += W) {
+          const Vec score = relu(Vec::loadu(row + lane)), factor = Vec::loadu(factors_ + lane);
+          const Vec flow = Vec::loadu(row + block + lane) - Vec::loadu(factors_ + block + lane);
+          (factor * score).store(row + lane);
+          (flow * (factor * score.gt(Vec(0.0f)))).store(row + block + lane);
         }
       }
       gemm(width, block, tile, keys_.transposed(start), tile, scores + block, 2 * block, query_grad_, block,
@@ -258,10 +265,11 @@ class Backward {
   }
 
   const Inputs& in_;
+  int64_t block_ = 0;  // queries of the block at hand, filled up
   const Rows& grad_;
   Keys keys_;
   at::Tensor key_grad_, scores_, scratch_;
-  float *across_, *down_, *query_grad_, *rows_, *row_sums_, *products_;
+  float *across_, *down_, *query_grad_, *rows_, *factors_, *partial_;
 };
 
 // rows of the clip's valid frames += share * values (r)
@@ -281,14 +289,18 @@ void add_share(Rows& rows, int64_t begin, int64_t valid, const std::vector<float
 
 // The way back through the gates: adds the means' parts to the gradients of anchor and features, and returns
 // the gate weight's.
-std::vector<float> gate_backward(const Inputs& in, const std::vector<float>& gate_grads, Rows& anchor_grad,
+std::vector<float> gate_backward(const Inputs& in, const std::vector<double>& gate_grads, Rows& anchor_grad,
                                  std::vector<Rows>& feature_grads) {
   std::vector<float> weight_grad(in.width, 0.0f), confidence_grads(in.batch * in.layers);
   for (int64_t clip = 0; clip < in.batch; ++clip) {
-    const float *gates = in.gates.data() + clip * in.layers, *grads = gate_grads.data() + clip * in.layers;
-    const float mean = dot(gates, grads, in.layers);
+    const float* gates = in.gates.data() + clip * in.layers;
+    const double* grads = gate_grads.data() + clip * in.layers;
     for (int64_t layer = 0; layer < in.layers; ++layer) {
-      const float grad = gates[layer] * (grads[layer] - mean);
+      double centred = 0;  // grads less their mean over the gates, as a sum of differences
+      for (int64_t other = 0; other < in.layers; ++other) {
+        centred += gates[other] * (grads[layer] - grads[other]);
+      }
+      const float grad = static_cast<float>(gates[layer] * centred);
       confidence_grads[clip * in.layers + layer] = grad;
       for (int64_t i = 0; i < in.width; ++i) {
         weight_grad[i] += grad * in.mean(clip, in.layers)[i] * in.mean(clip, layer)[i];
@@ -355,7 +367,7 @@ std::vector<at::Tensor> relu_attention_bwd(const at::Tensor& grad, const at::Ten
   }
   const int64_t tasks = in.batch * in.layers, shares = share_count(tasks);
   LayerSums sums(in, query_sum.data_ptr<float>(), shares);
-  std::vector<float> gate_grads(tasks);
+  std::vector<double> gate_grads(tasks);
   for_each_share(shares, tasks, [&](int64_t share, int64_t first, int64_t last) {
     Backward backward(in, upstream);
     for (int64_t task = first; task < last; ++task) {
