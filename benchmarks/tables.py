@@ -235,7 +235,8 @@ def speeds(records: list[dict]) -> list[str]:
         shapes = found["shapes"]
         title = (
             f"Whisper-{shapes['model']}, {shapes['method'].upper()}, {shapes['clips']} clips of "
-            f"{found['figures']['mean_seconds']:.1f} s in the mean, batches of {shapes['batch']}, float32. "
+            f"{found['figures']['mean_seconds']:.1f} s in the mean, batches of {shapes['batch']}, float32, "
+            f"{shapes.get('backend', 'reference')} backend. "
         )
         table = markdown(throughput.HEADER, throughput.cells(found["figures"]["rows"]))
         blocks.append(f"{title}{source(found)}\n\n{table}")

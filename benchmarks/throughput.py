@@ -32,10 +32,13 @@ from whisper_meft.files import check_writable
 from whisper_meft.quantization import nbytes
 from whisper_meft.sizes import WHISPER_SIZES, whisper_config
 
+from meft_kernels import ops
+
 from . import record
 from .steps import TOY
 from .timing import summary
 
+_MAIN_OP = {"lst": "ladder", "unipt": "relu_attention", "sherl": "guidance"}  # where the time goes
 LABELS = ("a", "b", "c", "d", "e", "f")
 RATE = 16_000
 
@@ -240,6 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for line in [HEADER, *cells(rows)]:
         print(f"{line[0]:<32}" + "".join(f"{cell:>16}" for cell in line[1:]))
     shapes = {k: v for k, v in vars(options).items() if k != "output"}
+    shapes["backend"] = ops.backend_status()[_MAIN_OP[options.method]][0]
     path = record.write(
         "throughput",
         {"mean_seconds": sum(lengths) / len(lengths), "rows": rows},

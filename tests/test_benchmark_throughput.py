@@ -5,6 +5,7 @@ import json
 import pytest
 
 from benchmarks import tables, throughput
+from meft_kernels import native
 
 
 def test_lengths_are_like_kespeechs():
@@ -36,6 +37,8 @@ def test_every_way_is_measured_and_shown(tmp_path, capsys, monkeypatch):
         row["seconds"]["median"] = seconds
     (block,) = tables.speeds([found])
     assert "Whisper-tiny, LST, 4 clips of" in block
+    backend = "native" if native.LOADED else "reference"
+    assert f"float32, {backend} backend. " in block
     assert "| lst, from cache, 16 bits | 100.0 | 10.00 | 80.00 | 40.00 | 10.00 |" in block
     assert "| full, padded | 8000.0 | 0.12 | 1.00 | 0.50 | 0.12 |" in block and "clips/s" in printed
 
