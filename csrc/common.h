@@ -49,24 +49,30 @@ inline at::Tensor zeros_fp32(at::IntArrayRef sizes) {
   return at::zeros(sizes, at::TensorOptions().dtype(at::kFloat));
 }
 
-inline void widen(const at::BFloat16* from, float* to, int64_t count) {
-  const auto* bits = reinterpret_cast<const uint16_t*>(from);
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) {
-    const uint32_t wide = static_cast<uint32_t>(bits[i]) << 16;
-    std::memcpy(to + i, &wide, sizeof(float));
+template <typename scalar_t>
+inline void widen(const scalar_t* from, float* to, int64_t count) {
+  using Half = at::vec::Vectorized<scalar_t>;
+  int64_t i = 0;
+  for (; i + Half::size() <= count; i += Half::size()) {
+    const auto [low, high] = at::vec::convert_to_float<scalar_t>(Half::loadu(from + i));
+    low.store(to + i);
+    high.store(to + i + Half::size() / 2);
   }
-}
-
-inline void widen(const at::Half* from, float* to, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
+  for (; i < count; ++i) {
     to[i] = static_cast<float>(from[i]);
   }
 }
 
 template <typename scalar_t>
 inline void narrow(const float* from, scalar_t* to, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
+  using Half = at::vec::Vectorized<scalar_t>;
+  using Wide = at::vec::Vectorized<float>;
+  int64_t i = 0;
+  for (; i + Half::size() <= count; i += Half::size()) {
+    const Wide low = Wide::loadu(from + i), high = Wide::loadu(from + i + Half::size() / 2);
+    at::vec::convert_from_float<scalar_t>(low, high).store(to + i);
+  }
+  for (; i < count; ++i) {
     to[i] = static_cast<scalar_t>(from[i]);
   }
 }
