@@ -49,6 +49,7 @@ inline at::Tensor zeros_fp32(at::IntArrayRef sizes) {
   return at::zeros(sizes, at::TensorOptions().dtype(at::kFloat));
 }
 
+// Between fp32 and bf16 or fp16, in vectors.
 template <typename scalar_t>
 inline void widen(const scalar_t* from, float* to, int64_t count) {
   using Half = at::vec::Vectorized<scalar_t>;
@@ -75,6 +76,14 @@ inline void narrow(const float* from, scalar_t* to, int64_t count) {
   for (; i < count; ++i) {
     to[i] = static_cast<scalar_t>(from[i]);
   }
+}
+
+inline void widen(const float* from, float* to, int64_t count) {
+  std::copy_n(from, count, to);
+}
+
+inline void narrow(const float* from, float* to, int64_t count) {
+  std::copy_n(from, count, to);
 }
 
 // Uninitialised fp32 scratch, aligned for vectors.
