@@ -11,7 +11,10 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+from transformers.configuration_utils import PreTrainedConfig
+
 from .errors import UserError
+from .files import read_json
 
 _NAME = re.compile(r"^checkpoint-(\d+)$")
 
@@ -109,3 +112,27 @@ def require_complete(checkpoint: Path, processes: int = 1) -> Path:
             "--resume_from_checkpoint True takes the newest complete one"
         )
     return checkpoint
+
+
+def check_steps_left(checkpoint: Path, max_steps: int) -> None:
+    """Raises UserError if a checkpoint is at the last step already: the Trainer would do one step more."""
+    if 0 < max_steps <= (checkpoint_step(checkpoint) or 0):
+        raise UserError(
+            f"resume_from_checkpoint: {checkpoint} is at the last step (max_steps {max_steps}) already; "
+            "evaluate and predict take it as a model, a larger --max_steps goes on from it"
+        )
+
+
+def check_same_model(checkpoint: Path, config: PreTrainedConfig) -> None:
+    """Raises UserError if a checkpoint was written with another method, other sizes or other labels
+    than those of ``config``, a ``MeftModelConfig``."""
+    saved, now = read_json(checkpoint / "config.json"), config.to_dict()
+    pairs = [
+        (name, saved.get(name), now.get(name)) for name in ("label2id", "hidden_size", "num_hidden_layers")
+    ]
+    pairs += [(name, (saved.get("meft") or {}).get(name), value) for name, value in now["meft"].items()]
+    for name, before, after in pairs:
+        if before != after:
+            raise UserError(
+                f"resume_from_checkpoint: {checkpoint} has {name}={before!r}, but now it is {after!r}"
+            )

@@ -40,7 +40,7 @@ from .examples import (
     warn_on_shared_audio,
     warn_on_shared_speakers,
 )
-from .files import check_writable, read_json, write_json, write_text
+from .files import check_writable, write_json, write_text
 from .fitting import fit_batch, out_of_memory
 from .gradients import GradientReport
 from .guard import FiniteGuard, Indexed, IndexedCollator, NonFiniteError
@@ -339,7 +339,7 @@ def train(
     output_dir = Path(training_arguments.output_dir)
     resume_from = prepare_output_dir(training_arguments)
     if resume_from is not None:
-        _check_steps_left(resume_from, training_arguments.max_steps)
+        checkpoints.check_steps_left(resume_from, training_arguments.max_steps)
     dtype = model_arguments.backbone_dtype
     if dtype == "auto" and MeftConfig.methods()[method_arguments.method].trains_backbone:
         dtype = "float32"
@@ -437,7 +437,7 @@ def train(
     if not training_arguments.disable_tqdm:
         trainer.add_callback(ProgressBar)
     if resume_from is not None:
-        _check_same_model(resume_from, model)
+        checkpoints.check_same_model(resume_from, model.config)
         say(f"resuming from {resume_from}")
     try:
         outcome = trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
@@ -526,29 +526,6 @@ def _describe(
     say("  " + ", ".join(f"{label}: {counts[label]}" for label in labels))
     if examples.evaluation is not None:
         say(f"evaluating on {len(examples.evaluation)} examples; {examples.note}")
-
-
-def _check_steps_left(checkpoint: Path, max_steps: int) -> None:
-    """Raises UserError if a checkpoint is at the last step already: the Trainer would do one step more."""
-    if 0 < max_steps <= (checkpoints.checkpoint_step(checkpoint) or 0):
-        raise UserError(
-            f"resume_from_checkpoint: {checkpoint} is at the last step (max_steps {max_steps}) already; "
-            "evaluate and predict take it as a model, a larger --max_steps goes on from it"
-        )
-
-
-def _check_same_model(checkpoint: Path, model: MeftModel) -> None:
-    """Raises UserError if a checkpoint was written with another method, other sizes or other labels."""
-    saved, now = read_json(checkpoint / "config.json"), model.config.to_dict()
-    pairs = [
-        (name, saved.get(name), now.get(name)) for name in ("label2id", "hidden_size", "num_hidden_layers")
-    ]
-    pairs += [(name, (saved.get("meft") or {}).get(name), value) for name, value in now["meft"].items()]
-    for name, before, after in pairs:
-        if before != after:
-            raise UserError(
-                f"resume_from_checkpoint: {checkpoint} has {name}={before!r}, but now it is {after!r}"
-            )
 
 
 def _write_results(
