@@ -216,7 +216,7 @@ def train_part(
 
 
 def save(options: argparse.Namespace, part: str, rows: list[dict], shapes: dict, path: Path) -> None:
-    command = f"python examples/study/study.py --work {options.work.name} --parts {part}"
+    command = f"python examples/study/study.py --work DIR --parts {part}"
     record.write(part, rows, command=command, shapes=shapes, device="cpu", path=path)
 
 

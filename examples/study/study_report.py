@@ -27,6 +27,7 @@ PAIRS = (
     ("sherl", "full"),
     ("lora", "full"),
     ("lst", "lora"),
+    ("lst", "bitfit"),
     ("unipt", "lst"),
     ("sherl", "lst"),
     ("lst", "head"),
@@ -83,6 +84,10 @@ def _rows(found: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
     return {row["method"]: row for row in figures if row["status"] == "ok"}
 
 
+def _interval(gap: dict[str, float]) -> str:
+    return f"{gap['mean']:+.1f} ({gap['low']:+.1f} to {gap['high']:+.1f})"
+
+
 def _accuracy(row: dict[str, Any]) -> str:
     return f"{100 * row['accuracy']['mean']:.1f} ± {100 * row['accuracy']['std']:.1f}"
 
@@ -91,7 +96,7 @@ def _accuracy(row: dict[str, Any]) -> str:
 
 
 def accuracy(records: Records) -> str:
-    """Test accuracy of every method at every level."""
+    """Test accuracy of every method at every level, with the learning rate of the 10 dB accents."""
     parts = [part for part in TASKS if part in records]
     found = {part: _rows(records[part]) for part in parts}
     searched = found.get(SEARCHED, {})
@@ -115,7 +120,7 @@ def accuracy(records: Records) -> str:
             if row["status"] != "ok":
                 cells = [row["method"], row["status"].replace("|", "\\|")]
                 lines.append(cells + [""] * (1 + len(parts)))
-    header = ["method", "trained", "rate", *(TASKS[part] for part in parts)]
+    header = ["method", "trained", "rate, 10 dB", *(TASKS[part] for part in parts)]
     return markdown(header, lines)
 
 
@@ -145,7 +150,7 @@ def pairs(records: Records) -> str:
             rows = _rows(records[part])
             if one in rows and other in rows:
                 gap = difference(records[part]["shapes"], rows[one], rows[other])
-                text = f"{gap['mean']:+.1f} ({gap['low']:+.1f} to {gap['high']:+.1f})"
+                text = _interval(gap)
                 cells.append(f"**{text}**" if gap["low"] > 0 or gap["high"] < 0 else text)
             else:
                 cells.append("")
@@ -174,7 +179,7 @@ def reduction(records: Records) -> str:
             row = rows.get(factor)
             cells.append(f"{_accuracy(row)} ({row['trainable_parameters']:,})" if row else "")
         gap = difference(shapes, rows[2], rows[16]) if {2, 16} <= rows.keys() else None
-        cells.append(f"{gap['mean']:+.1f} ({gap['low']:+.1f} to {gap['high']:+.1f})" if gap else "")
+        cells.append(_interval(gap) if gap else "")
         lines.append(cells)
     return markdown(["", *map(str, FACTORS), "2 − 16, points"], lines)
 
@@ -195,9 +200,27 @@ def layers(records: Records) -> str:
             cells.append("")
         else:
             gap = difference(shapes, row, all_layers)
-            cells.append(f"{gap['mean']:+.1f} ({gap['low']:+.1f} to {gap['high']:+.1f})")
+            cells.append(_interval(gap))
         lines.append(cells)
     return markdown(["layers", "layers run, of 4", "trained", "accuracy", "− all, points"], lines)
+
+
+def longer(records: Records) -> str:
+    """Test accuracy with more epochs, beside that of the usual number."""
+    if "longer" not in records:
+        return "(no results yet)"
+    shapes = records["longer"]["shapes"]
+    usual, more = (_rows(records.get(part)) for part in (VARIED, "longer"))
+    lines = []
+    for method in more:
+        if method in usual:
+            gap = _interval(difference(shapes, more[method], usual[method]))
+            below = ""
+            if "full" in more and method != "full":
+                below = _interval(difference(shapes, more[method], more["full"]))
+            lines.append([method, _accuracy(usual[method]), _accuracy(more[method]), gap, below])
+    epochs = [f"{records[part]['shapes']['num_train_epochs']:g} epochs" for part in (VARIED, "longer")]
+    return markdown(["", *epochs, "gain, points", f"− full, {epochs[1]}"], lines)
 
 
 def _last_layer(choice: str) -> int:
@@ -273,6 +296,7 @@ TABLES: dict[str, Callable[[Records], str]] = {
     "pairs": pairs,
     "reduction": reduction,
     "layers": layers,
+    "longer": longer,
     "lengths_memory": lengths_memory,
     "lengths_cpu_memory": lengths_cpu_memory,
     "lengths_time": lengths_time,
