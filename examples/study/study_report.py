@@ -214,13 +214,13 @@ def longer(records: Records) -> str:
     lines = []
     for method in more:
         if method in usual:
-            gap = _interval(difference(shapes, more[method], usual[method]))
-            below = ""
-            if "full" in more and method != "full":
-                below = _interval(difference(shapes, more[method], more["full"]))
-            lines.append([method, _accuracy(usual[method]), _accuracy(more[method]), gap, below])
+            gaps = [_interval(difference(shapes, more[method], usual[method]))]
+            for other in ("full", "lst"):
+                known = other in more and other != method
+                gaps.append(_interval(difference(shapes, more[method], more[other])) if known else "")
+            lines.append([method, _accuracy(usual[method]), _accuracy(more[method]), *gaps])
     epochs = [f"{records[part]['shapes']['num_train_epochs']:g} epochs" for part in (VARIED, "longer")]
-    return markdown(["", *epochs, "gain, points", f"− full, {epochs[1]}"], lines)
+    return markdown(["", *epochs, "gain, points", f"− full, {epochs[1]}", f"− lst, {epochs[1]}"], lines)
 
 
 def _last_layer(choice: str) -> int:
