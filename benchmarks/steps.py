@@ -185,8 +185,8 @@ class TrainingStep:
         self.features, self.labels = setting.batch_of_clips()
         self.trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         kind = torch.device(setting.device).type
-        # Fused on a GPU, as Trainer does: no temporary copies of the parameters.
-        self.optimizer = torch.optim.Adam(self.trained.values(), lr=1e-4, fused=kind == "cuda")
+        # Fused, as Trainer's default is on both: one pass, and no temporary copies of the parameters.
+        self.optimizer = torch.optim.Adam(self.trained.values(), lr=1e-4, fused=True)
         self.scaler = torch.amp.GradScaler(kind, enabled=setting.dtype == torch.float16)
         self.allocation = None
         config = getattr(self.model, "meft_config", None)
