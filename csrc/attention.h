@@ -47,11 +47,15 @@ struct Inputs {
         weight(widened(gate_weight)),
         means(batch * (layers + 1) * width),
         gates(batch * layers) {
+    check_shape(gate_weight, {1, width}, "gate_weight");
+    check_shape(gate_bias, {1}, "gate_bias");
     for (const auto& feature : given_features) {
+      check_shape(feature, given_anchor.sizes(), "every feature");
       features.emplace_back(feature);
     }
     block = std::min(QUERIES, filled(frames));
     if (lengths.has_value()) {
+      check_shape(*lengths, {batch}, "lengths");
       const at::Tensor given = lengths->to(at::kLong).contiguous();
       for (int64_t clip = 0; clip < batch; ++clip) {
         const int64_t length = given.const_data_ptr<int64_t>()[clip];

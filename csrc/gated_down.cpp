@@ -14,8 +14,9 @@ namespace {
 
 // The six parameters, as the products take them.
 struct Parameters {
-  Parameters(const at::Tensor& weight_1, const at::Tensor& bias_1, const at::Tensor& weight_2,
-             const at::Tensor& bias_2, const at::Tensor& weight_3, const at::Tensor& bias_3)
+  Parameters(const at::Tensor& x, const at::Tensor& weight_1, const at::Tensor& bias_1,
+             const at::Tensor& weight_2, const at::Tensor& bias_2, const at::Tensor& weight_3,
+             const at::Tensor& bias_3)
       : width(weight_1.size(1)),
         side(weight_1.size(0)),
         first(widened(weight_1)),
@@ -25,6 +26,12 @@ struct Parameters {
         first_transposed(width * side),
         second(2 * side * side),
         second_transposed(2 * side * side) {
+    check_rows(x, width, "x");
+    check_shape(bias_1, {side}, "bias_1");
+    check_shape(weight_2, {side, side}, "weight_2");
+    check_shape(bias_2, {side}, "bias_2");
+    check_shape(weight_3, {side, side}, "weight_3");
+    check_shape(bias_3, {side}, "bias_3");
     const int64_t size = side * side;
     transpose(side, width, first.data_ptr<float>(), width, first_transposed, side);
     std::copy_n(widened(weight_2).data_ptr<float>(), size, static_cast<float*>(second));
@@ -82,7 +89,7 @@ void forward_block(const Parameters& of, const float* x, int64_t rows, const uin
 at::Tensor gated_down(const at::Tensor& x, const at::Tensor& weight_1, const at::Tensor& bias_1,
                       const at::Tensor& weight_2, const at::Tensor& bias_2, const at::Tensor& weight_3,
                       const at::Tensor& bias_3) {
-  const Parameters of(weight_1, bias_1, weight_2, bias_2, weight_3, bias_3);
+  const Parameters of(x, weight_1, bias_1, weight_2, bias_2, weight_3, bias_3);
   const Rows rows(x);
   std::vector<int64_t> sizes = x.sizes().vec();
   sizes.back() = of.side;
@@ -116,8 +123,14 @@ std::vector<at::Tensor> gated_down_bwd(const at::Tensor& grad, const at::Tensor&
                                        const at::Tensor& weight_2, const at::Tensor& bias_2,
                                        const at::Tensor& weight_3, const at::Tensor& bias_3, bool need_x,
                                        const std::optional<at::Tensor>& active) {
-  const Parameters of(weight_1, bias_1, weight_2, bias_2, weight_3, bias_3);
+  const Parameters of(x, weight_1, bias_1, weight_2, bias_2, weight_3, bias_3);
   const Rows upstream(grad), rows(x);
+  std::vector<int64_t> sizes = x.sizes().vec();
+  sizes.back() = of.side;
+  check_shape(grad, sizes, "grad");
+  if (active.has_value()) {
+    check_shape(*active, {rows.count(), (of.side + 7) / 8}, "active");
+  }
   const at::Tensor bits = active.has_value() ? active->contiguous() : at::Tensor();
   at::Tensor grad_x = need_x ? at::empty(x.sizes(), x.options()) : at::empty({0}, x.options());
   Rows to_x(grad_x);

@@ -11,6 +11,14 @@
 namespace meft {
 namespace {
 
+void check(const at::Tensor& x, const at::Tensor& y, const at::Tensor& weight, const at::Tensor& bias,
+           const at::Tensor& gate) {
+  check_shape(weight, {x.size(-1), y.size(-1)}, "weight");
+  check_shape(bias, {x.size(-1)}, "bias");
+  check_shape(gate, {1}, "gate");
+  check_shape(y.select(-1, 0), x.sizes().slice(0, x.dim() - 1), "y without its last axis");
+}
+
 float tanh_of(const at::Tensor& gate) {
   return std::tanh(widened(gate).data_ptr<float>()[0] / GATE_TEMPERATURE);
 }
@@ -26,6 +34,7 @@ void relu(const float* from, int64_t count, float* to) {
 
 at::Tensor gated_up(const at::Tensor& x, const at::Tensor& y, const at::Tensor& weight,
                     const at::Tensor& bias, const at::Tensor& gate) {
+  check(x, y, weight, bias, gate);
   const Rows rows(x), narrow_rows(y);
   const at::Tensor wide_weight = widened(weight), wide_bias = widened(bias);
   const int64_t width = rows.width(), side = narrow_rows.width(), step = block_rows(rows.count());
@@ -62,6 +71,8 @@ at::Tensor gated_up(const at::Tensor& x, const at::Tensor& y, const at::Tensor& 
 std::vector<at::Tensor> gated_up_bwd(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& y,
                                      const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& gate,
                                      bool need_x) {
+  check(x, y, weight, bias, gate);
+  check_shape(grad, x.sizes(), "grad");
   const Rows upstream(grad), rows(x), narrow_rows(y);
   const at::Tensor wide_weight = widened(weight);
   const int64_t width = rows.width(), side = narrow_rows.width(), step = block_rows(rows.count());

@@ -355,6 +355,11 @@ struct Parameters {
     }
     layers = static_cast<int64_t>(features.size()) - 1;
     width = features.back().size(-1);
+    check_shape(given_weight, {1, width}, "weight");
+    check_shape(given_bias, {1}, "bias");
+    for (const auto& feature : features) {
+      check_shape(feature, features.back().sizes(), "every feature");
+    }
     frames = features.back().numel() / width;
     groups = (frames + W - 1) / W;
     shares = share_count((groups + 3) / 4);
@@ -407,6 +412,7 @@ std::vector<at::Tensor> guidance_bwd(const at::Tensor& grad, const at::Tensor& w
     return {at::zeros_like(weight), at::zeros_like(bias), grad.clone()};
   }
   const Parameters given(weight, bias, features);
+  check_shape(grad, features.back().sizes(), "grad");
   const at::Tensor upstream = grad.contiguous();
   std::vector<at::Tensor> grads(2);
   for (const auto& feature : given.features) {

@@ -357,6 +357,7 @@ std::vector<at::Tensor> relu_attention_bwd(const at::Tensor& grad, const at::Ten
                                            const std::optional<at::Tensor>& lengths,
                                            at::TensorList features) {
   const Inputs in(anchor, gate_weight, gate_bias, lengths, features);
+  check_shape(grad, anchor.sizes(), "grad");
   const Rows upstream(grad);
   at::Tensor query_sum = empty_fp32(anchor.sizes());
   std::vector<at::Tensor> grads = {at::Tensor(), at::Tensor(), at::zeros_like(gate_bias)};
