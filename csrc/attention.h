@@ -47,6 +47,7 @@ struct Inputs {
         weight(widened(gate_weight)),
         means(batch * (layers + 1) * width),
         gates(batch * layers) {
+    TORCH_CHECK_VALUE(layers > 0, "features must hold at least one tensor, got none");
     check_shape(gate_weight, {1, width}, "gate_weight");
     check_shape(gate_bias, {1}, "gate_bias");
     for (const auto& feature : given_features) {

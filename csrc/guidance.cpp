@@ -350,6 +350,7 @@ struct Parameters {
 
   Parameters(const at::Tensor& given_weight, const at::Tensor& given_bias, at::TensorList given_features)
       : weight(widened(given_weight)), bias(widened(given_bias)) {
+    TORCH_CHECK_VALUE(!given_features.empty(), "features must hold at least one tensor, got none");
     for (const auto& feature : given_features) {
       features.push_back(feature.contiguous());
     }

@@ -312,6 +312,11 @@ def _activation(x: Tensor) -> Tensor:
     return x
 
 
+def _check_features(features: Sequence[Tensor]) -> None:
+    if not features:
+        raise ValueError("features must hold at least one tensor, got none")
+
+
 # --- public functions ---------------------------------------------------------------------------------------
 
 
@@ -520,7 +525,11 @@ def relu_attention(
 
     Returns:
         (B, T, r) in the type of anchor.
+
+    Raises:
+        ValueError: no features.
     """
+    _check_features(features)
     anchor = _activation(anchor)
     features = [feature.to(anchor.dtype) for feature in features]
     return _call("relu_attention", anchor, gate_weight, gate_bias, lengths, *features)
@@ -553,12 +562,18 @@ def guidance(weight: Tensor, bias: Tensor, features: Sequence[Tensor]) -> Tensor
     """SHERL's redundancy-guided merge of shallow layers into the deepest; see ``reference.guidance``.
 
     Args:
-        weight: (1, r). bias: (1,). features: the shallow layers' and last the deep one, each (..., r).
+        weight: (1, r). bias: (1,). features: the shallow layers' and last the deep
+            one, each (..., r), taken in the type of the last.
 
     Returns:
-        (..., r) in the type of the features.
+        (..., r) in the type of the last feature.
+
+    Raises:
+        ValueError: no features.
     """
-    features = [_activation(feature) for feature in features]
+    _check_features(features)
+    deep = _activation(features[-1])
+    features = [*(feature.to(deep.dtype) for feature in features[:-1]), deep]
     return _call("guidance", weight, bias, *features)
 
 

@@ -46,3 +46,14 @@ def test_wrong_upstream_gradient(op):
     flag = (False,) if op.startswith("gated") else ()
     with pytest.raises(ValueError, match="grad must have shape"):
         getattr(torch.ops.meft_csrc, f"{op}_bwd")(grad, *inputs.values(), *flag)
+
+
+@pytest.mark.parametrize("op", ["guidance", "relu_attention"])
+def test_no_features(op):
+    inputs = Case(op).inputs(torch.float32) | {"features": []}
+    with pytest.raises(ValueError, match="features must hold at least one tensor"):
+        Case(op).function()(**inputs)
+    if "lengths" in inputs:
+        inputs["features"] = inputs.pop("features")
+    with pytest.raises(ValueError, match="features must hold at least one tensor"):
+        getattr(torch.ops.meft_csrc, op)(*inputs.values())
