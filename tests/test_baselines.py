@@ -637,6 +637,15 @@ def test_a_part_that_never_moved_is_no_success(parts, message, tmp_path):
     assert message in str(caught.value) and "never moved in 3 steps" in str(caught.value)
 
 
+def test_steps_too_small_to_matter_are_no_success(tmp_path):
+    """Only what starts at zero can take such a step: everything else is rounded back to where it was."""
+    model = model_of("head")
+    report = GradientReport(model)
+    trainer_of(model, tmp_path, [report], max_steps=3, learning_rate=1e-30).train()
+    with pytest.raises(UserError, match="never moved in 3 steps"):
+        report.check(1e-30)
+
+
 def test_a_single_tensor_that_never_moved_is_reported(tmp_path):
     model = model_of("lora")
     report = GradientReport(model)

@@ -12,6 +12,8 @@ from transformers import TrainerCallback
 from .errors import UserError
 
 HEAD = ("projector", "classifier")
+# What started at zero has not moved while it is smaller: that does nothing to a result in any number format.
+LEAST = 1e-12
 
 
 def group_of(name: str) -> str:
@@ -31,7 +33,7 @@ class GradientReport(TrainerCallback):
     """A callback for the stock Trainer that watches what the optimizer sees and does.
 
     Gradient norms are taken in the first step and whenever the Trainer logs, after clipping. Parameters are
-    compared with their start by checksum, until each has moved.
+    compared with their start by checksum, those that start at zero with ``LEAST``, until each has moved.
 
     Args:
         model: a MeftModel, before training.
@@ -41,6 +43,7 @@ class GradientReport(TrainerCallback):
         self.model = model
         self.norms: dict[str, list[float]] = {}
         self.still: dict[str, int] = {}
+        self.zeros: set[str] = set()
         self.trained = 0
         self.steps = 0
 
@@ -48,6 +51,7 @@ class GradientReport(TrainerCallback):
         named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         self.trained = len(named)
         self.still = {name: _checksum(p) for name, p in named}
+        self.zeros = {name for name, p in named if not p.detach().any()}
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         step = state.global_step + 1
@@ -73,7 +77,14 @@ class GradientReport(TrainerCallback):
 
     def _look(self) -> None:
         named = dict(self.model.named_parameters())
-        self.still = {name: start for name, start in self.still.items() if _checksum(named[name]) == start}
+
+        def is_still(name: str) -> bool:
+            now = named[name].detach()
+            if name in self.zeros:
+                return bool((now.abs() < LEAST).all())
+            return _checksum(now) == self.still[name]
+
+        self.still = {name: start for name, start in self.still.items() if is_still(name)}
 
     def report(self) -> dict[str, Any]:
         """For the results file: of each group the first, mean and last gradient norm, after clipping; and the
