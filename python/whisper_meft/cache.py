@@ -256,10 +256,9 @@ class FeatureCache:
         versions = self._clips.get(example.name, {})
         fingerprint = fingerprint or clip_fingerprint(example)
         if versions and fingerprint not in versions and isinstance(example.audio, str | os.PathLike):
-            before = next(iter(versions))
             raise UserError(
-                f"the cache in {self.folder} is stale: {example.name} was {before}, now it is {fingerprint}; "
-                "name another folder or remove it"
+                f"the cache in {self.folder} is stale: {example.name} has another size, date or segment than "
+                "when its states were computed; name another folder or remove it"
             )
         return versions.get(fingerprint)
 

@@ -254,6 +254,8 @@ class TrainArguments(TrainingArguments):
             self.cache_features = None
         elif self.cache_features.lower() == "true":
             self.cache_features = os.path.join(self.output_dir, "feature_cache")
+        if self.cache_storage is not None and self.cache_features is None:
+            raise UsageError(f"--cache_storage {self.cache_storage} needs --cache_features")
         if self.report_to is None:
             self.report_to = "none"
         if not torch.cuda.is_available() and not torch.backends.mps.is_available():
