@@ -21,7 +21,7 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize("op, name, change, message", WRONG, ids=lambda value: str(value)[:30])
+@pytest.mark.parametrize("op, name, change, message", WRONG, ids=[f"{op}-{name}" for op, name, *_ in WRONG])
 def test_wrong_shapes(op, name, change, message):
     inputs = Case(op).inputs(torch.float32)
     grad = torch.zeros_like(Case(op).definition()(**inputs))
