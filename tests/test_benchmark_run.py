@@ -15,6 +15,8 @@ from meft_kernels.testing import SIDE_NETWORKS, Case, NetworkCase, assert_as_goo
 
 CPU = torch.device("cpu")
 TINY = ["--batch", "1", "--frames", "12", "--width", "64", "--layers", "4", "--repeats", "2", "--quick"]
+OURS = [f"ops:{backend}" for backend in peers.backends(torch.device("cpu"))]
+PLAIN = ["--backend", "reference"]  # whether the C++ kernels are built or not
 HAS_GIT = shutil.which("git") is not None and (record.ROOT / ".git").exists()
 
 
@@ -183,7 +185,7 @@ def test_a_run_leaves_every_figure_in_its_record(tmp_path, capsys):
     ladder = [row for row in rows if row["op"] == "ladder"]
     assert {(row["peer"], row["direction"]) for row in ladder} == {
         (peer, direction)
-        for peer in ("eager", "block", "ops:reference")
+        for peer in ("eager", "block", *OURS)
         for direction in ("forward", "backward", "both")
     }
     assert {row["direction"] for row in rows if row["op"] == "row_statistics"} == {"forward"}
@@ -209,7 +211,7 @@ def test_what_is_wrong_is_not_measured(tmp_path, capsys, monkeypatch):
     right = ops.gated_up
     monkeypatch.setattr(ops, "gated_up", lambda *a, **k: 1.001 * right(*a, **k))
     contenders._check.cache_clear()
-    options = [*TINY, "--op", "gated_up", "gated_down", "--peers", "eager", "--output", str(tmp_path)]
+    options = [*TINY, *PLAIN, "--op", "gated_up", "gated_down", "--peers", "eager", "--output", str(tmp_path)]
     assert run.main(options) == 1
     captured = capsys.readouterr()
     assert len(captured.err.strip().splitlines()) == 1
@@ -224,7 +226,7 @@ def test_a_peer_that_fails_leaves_a_note(tmp_path, monkeypatch):
         raise torch.OutOfMemoryError("no room")
 
     monkeypatch.setattr(peers, "eager", fail)
-    assert run.main([*TINY, "--op", "adapter", "--peers", "eager", "--output", str(tmp_path)]) == 0
+    assert run.main([*TINY, *PLAIN, "--op", "adapter", "--peers", "eager", "--output", str(tmp_path)]) == 0
     content, rows = rows_of(tmp_path)
     assert {row["peer"] for row in rows} == {"ops:reference"}
     assert all(row["ratio_to_eager"] is None for row in rows)
@@ -233,7 +235,7 @@ def test_a_peer_that_fails_leaves_a_note(tmp_path, monkeypatch):
 
 def test_no_compiler_is_said_and_not_failed_on(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert run.main([*TINY, "--op", "adapter", "--peers", "compiled", "--output", str(tmp_path)]) == 0
+    assert run.main([*TINY, *PLAIN, "--op", "adapter", "--peers", "compiled", "--output", str(tmp_path)]) == 0
     content, rows = rows_of(tmp_path)
     assert "C++ compiler" in content["figures"]["notes"]["compiled"]
     assert {row["peer"] for row in rows} == {"ops:reference"}
@@ -247,7 +249,7 @@ def test_another_revision_is_measured_in_the_same_run(tmp_path):
         return [line for line in lines if line.startswith("worktree ") and "meft-base-" in line]
 
     before = worktrees()
-    options = [*TINY, "--op", "gated_down", "--peers", "--base", "HEAD", "--output", str(tmp_path)]
+    options = [*TINY, *PLAIN, "--op", "gated_down", "--peers", "--base", "HEAD", "--output", str(tmp_path)]
     assert run.main(options) == 0
     content, rows = rows_of(tmp_path)
     assert {row["peer"] for row in rows} == {"ops:reference", "ops:reference@HEAD"}, content["figures"][

@@ -6,6 +6,7 @@ from whisper_meft.errors import UserError
 
 from benchmarks import record, steps, train_step
 from benchmarks.steps import Setting, TrainingStep, methods, training_step
+from meft_kernels import native
 
 TOY = Setting(model="toy", batch=2, frames=20, reduction_factor=4)
 
@@ -176,6 +177,7 @@ def test_a_probe_says_what_was_wrong():
 )
 def test_wrong_options_get_one_line(options, sentence, capsys, tmp_path, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(native, "LOADED", False)
     monkeypatch.setattr(train_step, "measure", None)
     assert train_step.main([*options.split(), "--device", "cpu", "--output", str(tmp_path)]) == 1
     error = capsys.readouterr().err
