@@ -44,6 +44,7 @@ from .files import check_writable, write_json, write_text
 from .fitting import fit_batch, out_of_memory
 from .gradients import GradientReport
 from .guard import FiniteGuard, Indexed, IndexedCollator, NonFiniteError
+from .interrupts import Interrupts
 from .log_lines import LogLines, ProgressBar
 from .metrics import Scores, score
 from .modeling import MeftModel, get_meft_model
@@ -408,7 +409,8 @@ def train(
         [example.name for example in examples.evaluation or ()],
     )
     report = GradientReport(model)
-    callbacks: list[Any] = [guard, report]
+    interrupts = Interrupts()
+    callbacks: list[Any] = [guard, report, interrupts]
     if training_arguments.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(training_arguments.early_stopping_patience))
     lengths = getattr(training_set, "lengths", None)
@@ -440,7 +442,8 @@ def train(
         checkpoints.check_same_model(resume_from, model.config)
         say(f"resuming from {resume_from}")
     try:
-        outcome = trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+        with interrupts:
+            outcome = trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
     except NonFiniteError as error:
         good = checkpoints.list_checkpoints(output_dir)
         kept = f"the last good one is {good[0]}" if good else "there is none yet"
