@@ -234,6 +234,8 @@ def test_interrupting_a_training_run_ends_it_with_one_line_and_status_130(work, 
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell starts what it puts into the background deaf to it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.time() + 120
     while not (tmp_path / "out" / "checkpoint-20").exists() and time.time() < deadline:

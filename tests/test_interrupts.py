@@ -7,6 +7,14 @@ import pytest
 from whisper_meft.interrupts import Interrupts
 
 
+@pytest.fixture(autouse=True)
+def _listening():
+    """Python's own handler, which is missing where a shell started the tests in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class Swallows:
     """An object in whose destructor the signal arrives."""
 
