@@ -13,7 +13,7 @@ from .backbone import fingerprint
 from .compiled import compiled_layer
 from .configs import parse_dtype
 from .errors import UserError
-from .frozen_layer import finish_layer, norm_with_statistics
+from .frozen_layer import finish_layer, norm_with_statistics, run_with_gradient
 from .quantization import Original, is_quantized, quantize_layers, weights_digest
 
 
@@ -193,7 +193,8 @@ class FrozenEncoder(nn.Module):
         with self._weights_as_they_are(hidden_states.device):
             hidden_states = hidden_states.to(self.dtype)
             mask = self._attention_mask(lengths, hidden_states.shape[1])
-            return self.layer_norm(self._run(self.layers[-1], hidden_states, mask))
+            run = run_with_gradient if self._runs_alone(hidden_states) else self._run
+            return self.layer_norm(run(self.layers[-1], hidden_states, mask))
 
     # Each step has its own no_grad: one that spanned a yield would leak into the consumer's code.
     def _states(

@@ -1,4 +1,5 @@
-"""One frozen layer of Whisper's encoder, run for its output alone: no gradient, little memory beside it."""
+"""One frozen layer of Whisper's encoder: run for its output alone, with little memory beside it, or with
+gradient to its input."""
 
 import torch
 from torch import nn
@@ -31,6 +32,33 @@ def norm_with_statistics(
     return normed, (mean.squeeze(-1), rstd.squeeze(-1))
 
 
+def attend(attention: nn.Module, normed: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """A ``WhisperAttention`` of the encoder in evaluation mode.
+
+    With PyTorch's own attention ("sdpa") queries, keys and values are read where the projections wrote them,
+    and the values are those of Hugging Face's code, which copies all three.
+
+    Args:
+        attention: gives the weights. normed: (B, T, D). mask: for the attention, or None.
+
+    Returns:
+        (B, T, D), a tensor of its own.
+    """
+    if attention.config._attn_implementation != "sdpa":
+        return attention(hidden_states=normed, attention_mask=mask)[0]
+    heads = (*normed.shape[:-1], attention.num_heads, attention.head_dim)
+    # Scaled before the product and not in it, as Whisper was trained.
+    projected = (
+        attention.q_proj(normed).mul_(attention.scaling),
+        attention.k_proj(normed),
+        attention.v_proj(normed),
+    )
+    mixed = nn.functional.scaled_dot_product_attention(
+        *(states.view(heads).transpose(1, 2) for states in projected), attn_mask=mask, scale=1.0
+    )
+    return attention.out_proj(mixed.transpose(1, 2).reshape(normed.shape))
+
+
 def finish_layer(
     layer: nn.Module, states: torch.Tensor, normed: torch.Tensor, mask: torch.Tensor | None
 ) -> torch.Tensor:
@@ -43,7 +71,7 @@ def finish_layer(
     Returns:
         (B, T, D), the layer's output.
     """
-    attended = layer.self_attn(hidden_states=normed, attention_mask=mask)[0]
+    attended = attend(layer.self_attn, normed, mask)
     del normed
     return add_feed_forward(layer, attended.add_(states))
 
@@ -55,7 +83,7 @@ def add_feed_forward(layer: nn.Module, states: torch.Tensor) -> torch.Tensor:
         layer: gives the weights. states: (B, T, D), contiguous, what the attention block gave.
 
     Returns:
-        ``states``, which now are the layer's output; fp16 is clamped short of infinity as Hugging Face does.
+        ``states``, which now are the layer's output.
     """
     rows = states.view(-1, states.shape[-1])
     blocks = 1
@@ -67,7 +95,26 @@ def add_feed_forward(layer: nn.Module, states: torch.Tensor) -> torch.Tensor:
         hidden = layer.fc1(layer.final_layer_norm(block))
         hidden = torch.ops.aten.gelu_(hidden) if exact_gelu else layer.activation_fn(hidden)
         block += layer.fc2(hidden)
-    if states.dtype == torch.float16:
-        limit = torch.finfo(torch.float16).max - 1000
-        states.clamp_(-limit, limit)
-    return states
+    return clamp_half(states)
+
+
+def run_with_gradient(layer: nn.Module, states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """A whole ``WhisperEncoderLayer`` in evaluation mode, with gradient to its input.
+
+    Args:
+        layer: gives the weights. states: (B, T, D) in their type. mask: for the attention, or None.
+
+    Returns:
+        (B, T, D).
+    """
+    states = states + attend(layer.self_attn, layer.self_attn_layer_norm(states), mask)
+    hidden = layer.activation_fn(layer.fc1(layer.final_layer_norm(states)))
+    return clamp_half(states + layer.fc2(hidden))
+
+
+def clamp_half(states: torch.Tensor) -> torch.Tensor:
+    """fp16 states short of infinity, as Hugging Face clamps a layer's output; those of other types."""
+    if states.dtype != torch.float16:
+        return states
+    limit = torch.finfo(torch.float16).max - 1000
+    return states.clamp_(-limit, limit)
