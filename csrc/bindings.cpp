@@ -12,10 +12,14 @@ TORCH_LIBRARY_IMPL(meft_csrc, CPU, library) {
   library.impl("adapter_bwd", &meft::adapter_bwd);
   library.impl("ladder", &meft::ladder);
   library.impl("ladder_bwd", &meft::ladder_bwd);
+  library.impl("ladder_keeping", &meft::ladder_keeping);
+  library.impl("ladder_keeping_bwd", &meft::ladder_keeping_bwd);
   library.impl("pooled_upsample", &meft::pooled_upsample);
   library.impl("pooled_upsample_bwd", &meft::pooled_upsample_bwd);
   library.impl("gated_down", &meft::gated_down);
   library.impl("gated_down_bwd", &meft::gated_down_bwd);
+  library.impl("gated_down_keeping", &meft::gated_down_keeping);
+  library.impl("gated_down_keeping_bwd", &meft::gated_down_keeping_bwd);
   library.impl("gated_up", &meft::gated_up);
   library.impl("gated_up_bwd", &meft::gated_up_bwd);
   library.impl("guidance", &meft::guidance);

@@ -4,7 +4,7 @@
 // Blocks of rows pass through the whole op while they are in cache: the first product reads a block of x,
 // everything after it is r or 2 r wide, since the value's and the gate's projections stand side by side and
 // are one product. The backward recomputes all of it from x, and each thread adds up its own weight
-// gradients, (r, D) and (2 r, r), in place.
+// gradients, (r, D) and (2 r, r), in place. p, (rows, r), is most of that: gated_down_keeping hands it on.
 #include "common.h"
 #include "gemm.h"
 #include "kernels.h"
@@ -50,9 +50,8 @@ inline float sigmoid(float x) {
   return x < 0 ? e * inverse : inverse;
 }
 
-// p (rows, r), and [y | g] (rows, 2 r); `active`, (rows, ceil(r / 8)) bytes, says where p > 0 if it is known.
-void forward_block(const Parameters& of, const float* x, int64_t rows, const uint8_t* active, float* hidden,
-                   float* parts) {
+// p (rows, r); `active`, (rows, ceil(r / 8)) bytes, says where p > 0 if it is known.
+void hidden_block(const Parameters& of, const float* x, int64_t rows, const uint8_t* active, float* hidden) {
   const int64_t side = of.side;
   gemm(rows, side, of.width, x, of.width, of.first_transposed, side, hidden, side);
   const float* bias = of.first_bias.data_ptr<float>();
@@ -71,6 +70,11 @@ void forward_block(const Parameters& of, const float* x, int64_t rows, const uin
       }
     }
   }
+}
+
+// [y | g] (rows, 2 r) from p (rows, r).
+void parts_block(const Parameters& of, const float* hidden, int64_t rows, float* parts) {
+  const int64_t side = of.side;
   gemm(rows, 2 * side, side, hidden, side, of.second_transposed, 2 * side, parts, 2 * side);
   const float *value_bias = of.second_bias.data_ptr<float>(), *gate_bias = of.third_bias.data_ptr<float>();
   for (int64_t t = 0; t < rows; ++t) {
@@ -84,25 +88,31 @@ void forward_block(const Parameters& of, const float* x, int64_t rows, const uin
   }
 }
 
-}  // namespace
-
-at::Tensor gated_down(const at::Tensor& x, const at::Tensor& weight_1, const at::Tensor& bias_1,
-                      const at::Tensor& weight_2, const at::Tensor& bias_2, const at::Tensor& weight_3,
-                      const at::Tensor& bias_3) {
+// The forward; `kept` gets p (..., r) in fp32 unless it is null.
+at::Tensor forward(const at::Tensor& x, const at::Tensor& weight_1, const at::Tensor& bias_1,
+                   const at::Tensor& weight_2, const at::Tensor& bias_2, const at::Tensor& weight_3,
+                   const at::Tensor& bias_3, at::Tensor* kept) {
   const Parameters of(x, weight_1, bias_1, weight_2, bias_2, weight_3, bias_3);
   const Rows rows(x);
   std::vector<int64_t> sizes = x.sizes().vec();
   sizes.back() = of.side;
   at::Tensor out = at::empty(sizes, x.options());
   Rows result(out);
+  float* keep = nullptr;
+  if (kept != nullptr) {
+    *kept = empty_fp32(sizes);
+    keep = kept->data_ptr<float>();
+  }
   const int64_t side = of.side, step = block_rows(rows.count());
   const int64_t blocks = (rows.count() + step - 1) / step, shares = share_count(blocks);
   for_each_share(shares, blocks, [&](int64_t, int64_t first, int64_t last) {
     const Buffer x_scratch(rows.scratch(step)), out_scratch(result.scratch(step));
-    const Buffer hidden(step * side), parts(step * 2 * side);
+    const Buffer hidden_scratch(keep == nullptr ? step * side : 0), parts(step * 2 * side);
     for (int64_t block = first; block < last; ++block) {
       const int64_t begin = block * step, count = std::min(step, rows.count() - begin);
-      forward_block(of, rows.read(begin, count, x_scratch), count, nullptr, hidden, parts);
+      float* hidden = keep == nullptr ? static_cast<float*>(hidden_scratch) : keep + begin * side;
+      hidden_block(of, rows.read(begin, count, x_scratch), count, nullptr, hidden);
+      parts_block(of, hidden, count, parts);
       float* written = result.write(begin, out_scratch);
       for (int64_t t = 0; t < count; ++t) {
         const float *value = parts + t * 2 * side, *gate = value + side;
@@ -118,11 +128,12 @@ at::Tensor gated_down(const at::Tensor& x, const at::Tensor& weight_1, const at:
   return out;
 }
 
-std::vector<at::Tensor> gated_down_bwd(const at::Tensor& grad, const at::Tensor& x,
-                                       const at::Tensor& weight_1, const at::Tensor& bias_1,
-                                       const at::Tensor& weight_2, const at::Tensor& bias_2,
-                                       const at::Tensor& weight_3, const at::Tensor& bias_3, bool need_x,
-                                       const std::optional<at::Tensor>& active) {
+// The backward; `active` says where p > 0 if x is not exact, `kept` is p (..., r) if it was kept.
+std::vector<at::Tensor> backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight_1,
+                                 const at::Tensor& bias_1, const at::Tensor& weight_2,
+                                 const at::Tensor& bias_2, const at::Tensor& weight_3,
+                                 const at::Tensor& bias_3, bool need_x,
+                                 const std::optional<at::Tensor>& active, const at::Tensor& kept) {
   const Parameters of(x, weight_1, bias_1, weight_2, bias_2, weight_3, bias_3);
   const Rows upstream(grad), rows(x);
   std::vector<int64_t> sizes = x.sizes().vec();
@@ -132,6 +143,10 @@ std::vector<at::Tensor> gated_down_bwd(const at::Tensor& grad, const at::Tensor&
     check_shape(*active, {rows.count(), (of.side + 7) / 8}, "active");
   }
   const at::Tensor bits = active.has_value() ? active->contiguous() : at::Tensor();
+  if (kept.defined()) {
+    check_shape(kept, sizes, "hidden");
+  }
+  const at::Tensor known = kept.defined() ? widened(kept) : kept;
   at::Tensor grad_x = need_x ? at::empty(x.sizes(), x.options()) : at::empty({0}, x.options());
   Rows to_x(grad_x);
   const int64_t side = of.side, width = of.width, step = block_rows(rows.count());
@@ -143,7 +158,8 @@ std::vector<at::Tensor> gated_down_bwd(const at::Tensor& grad, const at::Tensor&
     float* sums = partials.of(share);
     const Buffer x_scratch(rows.scratch(step)), grad_scratch(upstream.scratch(step));
     const Buffer grad_x_scratch(to_x.scratch(need_x ? step : 0));
-    const Buffer hidden(step * side), parts(step * 2 * side), grad_hidden(step * side);
+    const Buffer hidden_scratch(known.defined() ? 0 : step * side), parts(step * 2 * side);
+    const Buffer grad_hidden(step * side);
     const Buffer turned(step * 2 * side), bias_sums(3 * side);
     for (int64_t block = first; block < last; ++block) {
       const int64_t begin = block * step, count = std::min(step, rows.count() - begin);
@@ -151,7 +167,13 @@ std::vector<at::Tensor> gated_down_bwd(const at::Tensor& grad, const at::Tensor&
       const float* upstream_block = upstream.read(begin, count, grad_scratch);
       const uint8_t* active_block =
           bits.defined() ? bits.const_data_ptr<uint8_t>() + begin * bits.size(1) : nullptr;
-      forward_block(of, hidden_state, count, active_block, hidden, parts);
+      const float* hidden = hidden_scratch;
+      if (known.defined()) {
+        hidden = known.const_data_ptr<float>() + begin * side;
+      } else {
+        hidden_block(of, hidden_state, count, active_block, hidden_scratch);
+      }
+      parts_block(of, hidden, count, parts);
 
       // [y | g] becomes [dy | dg], and dy is where dp begins. Biases are summed by block first: long sums of
       // fp32 lose digits.
@@ -208,6 +230,39 @@ std::vector<at::Tensor> gated_down_bwd(const at::Tensor& grad, const at::Tensor&
           tensor_like(biases + side, bias_2),
           tensor_like(second + side * side, weight_3),
           tensor_like(biases + 2 * side, bias_3)};
+}
+
+}  // namespace
+
+at::Tensor gated_down(const at::Tensor& x, const at::Tensor& weight_1, const at::Tensor& bias_1,
+                      const at::Tensor& weight_2, const at::Tensor& bias_2, const at::Tensor& weight_3,
+                      const at::Tensor& bias_3) {
+  return forward(x, weight_1, bias_1, weight_2, bias_2, weight_3, bias_3, nullptr);
+}
+
+std::vector<at::Tensor> gated_down_bwd(const at::Tensor& grad, const at::Tensor& x,
+                                       const at::Tensor& weight_1, const at::Tensor& bias_1,
+                                       const at::Tensor& weight_2, const at::Tensor& bias_2,
+                                       const at::Tensor& weight_3, const at::Tensor& bias_3, bool need_x,
+                                       const std::optional<at::Tensor>& active) {
+  return backward(grad, x, weight_1, bias_1, weight_2, bias_2, weight_3, bias_3, need_x, active, {});
+}
+
+std::tuple<at::Tensor, at::Tensor> gated_down_keeping(const at::Tensor& x, const at::Tensor& weight_1,
+                                                      const at::Tensor& bias_1, const at::Tensor& weight_2,
+                                                      const at::Tensor& bias_2, const at::Tensor& weight_3,
+                                                      const at::Tensor& bias_3) {
+  at::Tensor hidden;
+  at::Tensor out = forward(x, weight_1, bias_1, weight_2, bias_2, weight_3, bias_3, &hidden);
+  return {out, hidden};
+}
+
+std::vector<at::Tensor> gated_down_keeping_bwd(const at::Tensor& grad, const at::Tensor& x,
+                                               const at::Tensor& weight_1, const at::Tensor& bias_1,
+                                               const at::Tensor& weight_2, const at::Tensor& bias_2,
+                                               const at::Tensor& weight_3, const at::Tensor& bias_3,
+                                               bool need_x, const at::Tensor& hidden) {
+  return backward(grad, x, weight_1, bias_1, weight_2, bias_2, weight_3, bias_3, need_x, std::nullopt, hidden);
 }
 
 }  // namespace meft

@@ -3,7 +3,9 @@
 //
 // Activations are fp32, bf16 or fp16 with at least one element, of any strides; parameters are of any
 // floating type. A backward returns the gradients of the differentiable arguments in order, each in the type
-// of its argument; x's is empty unless `need_x`.
+// of its argument; x's is empty unless `need_x`. Those called `keeping` have the same op's arguments; the
+// forward also returns the projection (..., r) of x in fp32, and the backward takes it in place of computing
+// it again.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -42,6 +44,18 @@ std::vector<at::Tensor> ladder_bwd(const at::Tensor& grad, const at::Tensor& x, 
                                    const at::Tensor& weight_1, const at::Tensor& bias_1,
                                    const at::Tensor& weight_2, const at::Tensor& bias_2, bool need_x);
 
+std::tuple<at::Tensor, at::Tensor> ladder_keeping(
+    const at::Tensor& x, const at::Tensor& state, const at::Tensor& weight, const at::Tensor& bias,
+    const at::Tensor& mean, const at::Tensor& rstd, const at::Tensor& gate, const at::Tensor& norm_weight,
+    const at::Tensor& norm_bias, const at::Tensor& weight_1, const at::Tensor& bias_1,
+    const at::Tensor& weight_2, const at::Tensor& bias_2);
+std::vector<at::Tensor> ladder_keeping_bwd(
+    const at::Tensor& grad, const at::Tensor& x, const at::Tensor& state, const at::Tensor& weight,
+    const at::Tensor& bias, const at::Tensor& mean, const at::Tensor& rstd, const at::Tensor& gate,
+    const at::Tensor& norm_weight, const at::Tensor& norm_bias, const at::Tensor& weight_1,
+    const at::Tensor& bias_1, const at::Tensor& weight_2, const at::Tensor& bias_2, bool need_x,
+    const at::Tensor& down);
+
 at::Tensor pooled_upsample(const at::Tensor& x, const at::Tensor& norm_weight, const at::Tensor& norm_bias,
                            const at::Tensor& weight, const at::Tensor& bias,
                            const at::Tensor& out_norm_weight, const at::Tensor& out_norm_bias,
@@ -68,6 +82,16 @@ std::vector<at::Tensor> gated_down_bwd(const at::Tensor& grad, const at::Tensor&
                                        const at::Tensor& weight_2, const at::Tensor& bias_2,
                                        const at::Tensor& weight_3, const at::Tensor& bias_3, bool need_x,
                                        const std::optional<at::Tensor>& active);
+
+std::tuple<at::Tensor, at::Tensor> gated_down_keeping(const at::Tensor& x, const at::Tensor& weight_1,
+                                                      const at::Tensor& bias_1, const at::Tensor& weight_2,
+                                                      const at::Tensor& bias_2, const at::Tensor& weight_3,
+                                                      const at::Tensor& bias_3);
+std::vector<at::Tensor> gated_down_keeping_bwd(const at::Tensor& grad, const at::Tensor& x,
+                                               const at::Tensor& weight_1, const at::Tensor& bias_1,
+                                               const at::Tensor& weight_2, const at::Tensor& bias_2,
+                                               const at::Tensor& weight_3, const at::Tensor& bias_3,
+                                               bool need_x, const at::Tensor& hidden);
 
 at::Tensor guidance(const at::Tensor& weight, const at::Tensor& bias, at::TensorList features);
 std::vector<at::Tensor> guidance_bwd(const at::Tensor& grad, const at::Tensor& weight, const at::Tensor& bias,

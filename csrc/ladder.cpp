@@ -2,7 +2,8 @@
 //
 // Blocks of rows pass through the whole rung while they are in cache: the projection's product reads a block
 // of x, everything after it is r or a wide. The backward recomputes z, v and the adapter from x and state in
-// the same way, and each thread adds up its own weight gradients, (r, D) and 2 (r, a), in place.
+// the same way, and each thread adds up its own weight gradients, (r, D) and 2 (r, a), in place. Its
+// recomputation of z is a fifth of both directions' products at r = 96: ladder_keeping hands z on instead.
 #include "blocks.h"
 #include "kernels.h"
 
@@ -39,13 +40,12 @@ void check(const Projection& projection, const Bottleneck& bottleneck, const at:
                     " channels, as many as weight gives, got ", bottleneck.side);
 }
 
-}  // namespace
-
-at::Tensor ladder(const at::Tensor& x, const at::Tensor& state, const at::Tensor& weight,
-                  const at::Tensor& bias, const at::Tensor& mean, const at::Tensor& rstd,
-                  const at::Tensor& gate, const at::Tensor& norm_weight, const at::Tensor& norm_bias,
-                  const at::Tensor& weight_1, const at::Tensor& bias_1, const at::Tensor& weight_2,
-                  const at::Tensor& bias_2) {
+// The forward; `kept` gets z (..., r) in fp32 unless it is null.
+at::Tensor forward(const at::Tensor& x, const at::Tensor& state, const at::Tensor& weight,
+                   const at::Tensor& bias, const at::Tensor& mean, const at::Tensor& rstd,
+                   const at::Tensor& gate, const at::Tensor& norm_weight, const at::Tensor& norm_bias,
+                   const at::Tensor& weight_1, const at::Tensor& bias_1, const at::Tensor& weight_2,
+                   const at::Tensor& bias_2, at::Tensor* kept) {
   const Projection projection(weight, bias);
   const Bottleneck bottleneck(norm_weight, norm_bias, weight_1, bias_1, weight_2, bias_2);
   const Gate mixing(gate);
@@ -54,16 +54,22 @@ at::Tensor ladder(const at::Tensor& x, const at::Tensor& state, const at::Tensor
   const at::Tensor means = widened(mean), rstds = widened(rstd);
   at::Tensor out = at::empty(state.sizes(), x.options());
   Rows result(out);
+  float* keep = nullptr;
+  if (kept != nullptr) {
+    *kept = empty_fp32(state.sizes());
+    keep = kept->data_ptr<float>();
+  }
 
   const int64_t side = projection.side, step = block_rows(rows.count());
   const int64_t blocks = (rows.count() + step - 1) / step, shares = share_count(blocks);
   for_each_share(shares, blocks, [&](int64_t, int64_t first, int64_t last) {
     const Bottleneck::Work work(bottleneck, step);
     const Buffer x_scratch(rows.scratch(step)), state_scratch(below.scratch(step)), out_scratch(step * side);
-    const Buffer down(step * side), mixed(step * side);
+    const Buffer down_scratch(keep == nullptr ? step * side : 0), mixed(step * side);
     for (int64_t block = first; block < last; ++block) {
       const int64_t begin = block * step, count = std::min(step, rows.count() - begin);
       const float* hidden_state = rows.read(begin, count, x_scratch);
+      float* down = keep == nullptr ? static_cast<float*>(down_scratch) : keep + begin * side;
       const float* state_block = below.read(begin, count, state_scratch);
       projection.forward(hidden_state, count, means.data_ptr<float>() + begin,
                          rstds.data_ptr<float>() + begin, down);
@@ -76,12 +82,14 @@ at::Tensor ladder(const at::Tensor& x, const at::Tensor& state, const at::Tensor
   return out;
 }
 
-std::vector<at::Tensor> ladder_bwd(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& state,
-                                   const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& mean,
-                                   const at::Tensor& rstd, const at::Tensor& gate,
-                                   const at::Tensor& norm_weight, const at::Tensor& norm_bias,
-                                   const at::Tensor& weight_1, const at::Tensor& bias_1,
-                                   const at::Tensor& weight_2, const at::Tensor& bias_2, bool need_x) {
+// The backward; z (..., r) is computed again where `kept` is undefined.
+std::vector<at::Tensor> backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& state,
+                                 const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& mean,
+                                 const at::Tensor& rstd, const at::Tensor& gate,
+                                 const at::Tensor& norm_weight, const at::Tensor& norm_bias,
+                                 const at::Tensor& weight_1, const at::Tensor& bias_1,
+                                 const at::Tensor& weight_2, const at::Tensor& bias_2, bool need_x,
+                                 const at::Tensor& kept) {
   const Projection projection(weight, bias);
   const Bottleneck bottleneck(norm_weight, norm_bias, weight_1, bias_1, weight_2, bias_2);
   const Gate mixing(gate);
@@ -92,6 +100,10 @@ std::vector<at::Tensor> ladder_bwd(const at::Tensor& grad, const at::Tensor& x, 
   at::Tensor grad_x = need_x ? at::empty(x.sizes(), x.options()) : at::empty({0}, x.options());
   at::Tensor grad_state = at::empty(state.sizes(), state.options());
   Rows to_x(grad_x), to_state(grad_state);
+  if (kept.defined()) {
+    check_shape(kept, state.sizes(), "down");
+  }
+  const at::Tensor known = kept.defined() ? widened(kept) : kept;
 
   const int64_t side = projection.side, step = block_rows(rows.count());
   const int64_t blocks = (rows.count() + step - 1) / step, shares = share_count(blocks);
@@ -106,7 +118,7 @@ std::vector<at::Tensor> ladder_bwd(const at::Tensor& grad, const at::Tensor& x, 
     const Buffer grad_scratch(upstream.scratch(step)), x_scratch(rows.scratch(step));
     const Buffer state_scratch(below.scratch(step)), grad_state_scratch(to_state.scratch(step));
     const Buffer grad_x_scratch(to_x.scratch(need_x ? step : 0));
-    const Buffer down(step * side), mixed(step * side), grad_mixed(step * side);
+    const Buffer down_scratch(known.defined() ? 0 : step * side), mixed(step * side), grad_mixed(step * side);
     for (int64_t block = first; block < last; ++block) {
       const int64_t begin = block * step, count = std::min(step, rows.count() - begin), size = count * side;
       const float* block_mean = means.data_ptr<float>() + begin;
@@ -114,7 +126,12 @@ std::vector<at::Tensor> ladder_bwd(const at::Tensor& grad, const at::Tensor& x, 
       const float* grad_block = upstream.read(begin, count, grad_scratch);
       const float* hidden_state = rows.read(begin, count, x_scratch);
       const float* state_block = below.read(begin, count, state_scratch);
-      projection.forward(hidden_state, count, block_mean, block_rstd, down);
+      const float* down = down_scratch;
+      if (known.defined()) {
+        down = known.const_data_ptr<float>() + begin * side;
+      } else {
+        projection.forward(hidden_state, count, block_mean, block_rstd, down_scratch);
+      }
       mixing.mix(state_block, down, size, mixed);
       bottleneck.backward(grad_block, mixed, count, work, /*residual=*/true, sums + after_projection,
                           grad_mixed);
@@ -154,6 +171,48 @@ std::vector<at::Tensor> ladder_bwd(const at::Tensor& grad, const at::Tensor& x, 
   bottleneck.append_gradients(sums + after_projection,
                               {norm_weight, norm_bias, weight_1, bias_1, weight_2, bias_2}, grads);
   return grads;
+}
+
+}  // namespace
+
+at::Tensor ladder(const at::Tensor& x, const at::Tensor& state, const at::Tensor& weight,
+                  const at::Tensor& bias, const at::Tensor& mean, const at::Tensor& rstd,
+                  const at::Tensor& gate, const at::Tensor& norm_weight, const at::Tensor& norm_bias,
+                  const at::Tensor& weight_1, const at::Tensor& bias_1, const at::Tensor& weight_2,
+                  const at::Tensor& bias_2) {
+  return forward(x, state, weight, bias, mean, rstd, gate, norm_weight, norm_bias, weight_1, bias_1, weight_2,
+                 bias_2, nullptr);
+}
+
+std::vector<at::Tensor> ladder_bwd(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& state,
+                                   const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& mean,
+                                   const at::Tensor& rstd, const at::Tensor& gate,
+                                   const at::Tensor& norm_weight, const at::Tensor& norm_bias,
+                                   const at::Tensor& weight_1, const at::Tensor& bias_1,
+                                   const at::Tensor& weight_2, const at::Tensor& bias_2, bool need_x) {
+  return backward(grad, x, state, weight, bias, mean, rstd, gate, norm_weight, norm_bias, weight_1, bias_1,
+                  weight_2, bias_2, need_x, {});
+}
+
+std::tuple<at::Tensor, at::Tensor> ladder_keeping(
+    const at::Tensor& x, const at::Tensor& state, const at::Tensor& weight, const at::Tensor& bias,
+    const at::Tensor& mean, const at::Tensor& rstd, const at::Tensor& gate, const at::Tensor& norm_weight,
+    const at::Tensor& norm_bias, const at::Tensor& weight_1, const at::Tensor& bias_1,
+    const at::Tensor& weight_2, const at::Tensor& bias_2) {
+  at::Tensor down;
+  at::Tensor out = forward(x, state, weight, bias, mean, rstd, gate, norm_weight, norm_bias, weight_1, bias_1,
+                           weight_2, bias_2, &down);
+  return {out, down};
+}
+
+std::vector<at::Tensor> ladder_keeping_bwd(
+    const at::Tensor& grad, const at::Tensor& x, const at::Tensor& state, const at::Tensor& weight,
+    const at::Tensor& bias, const at::Tensor& mean, const at::Tensor& rstd, const at::Tensor& gate,
+    const at::Tensor& norm_weight, const at::Tensor& norm_bias, const at::Tensor& weight_1,
+    const at::Tensor& bias_1, const at::Tensor& weight_2, const at::Tensor& bias_2, bool need_x,
+    const at::Tensor& down) {
+  return backward(grad, x, state, weight, bias, mean, rstd, gate, norm_weight, norm_bias, weight_1, bias_1,
+                  weight_2, bias_2, need_x, down);
 }
 
 }  // namespace meft

@@ -4,9 +4,10 @@ device that is not there."""
 from collections.abc import Callable
 
 from . import ops
+from .ops import assume_backend
 from .reference.stand_in import standing_for
 
-__all__ = ["host_code", "standing_for"]
+__all__ = ["assume_backend", "host_code", "standing_for"]
 
 _NAMESPACES = {
     "meft": None,

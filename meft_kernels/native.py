@@ -12,6 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .reference.stand_in import device_type
+from .schemas import PROJECTION_KEPT
+
 _FOLDER = Path(__file__).parent
 NAMESPACE = "meft_csrc"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -55,12 +58,14 @@ def load() -> tuple[bool, str]:
     Returns:
         Whether they were loaded, and a reason in words.
     """
-    global LOADED, REASON
+    global LOADED, REASON, KEEPING
     LOADED, REASON = _load()
+    KEEPING = frozenset(name for name in PROJECTION_KEPT if has(f"{name}_keeping"))
     return LOADED, REASON
 
 
 LOADED, REASON = False, "the C++ kernels have not been looked for"
+KEEPING: frozenset[str] = frozenset()  # the ops that can hand a projection on to their backward
 
 
 def has(name: str) -> bool:
@@ -81,11 +86,25 @@ def serves(arguments: Sequence) -> bool:
     return True
 
 
+def keeps_projection(name: str, arguments: Sequence) -> bool:
+    """Whether an op's forward hands the projection of its hidden state on to the backward: where a C++ kernel
+    serves it, in fp32. In half precision, which is chosen to save memory, it is computed again."""
+    if name not in KEEPING:
+        return False
+    x = arguments[0]
+    return x.dtype == torch.float32 and device_type(x.device) == "cpu" and serves(arguments)
+
+
+def kernel(name: str) -> Callable:
+    """A C++ kernel as an operator."""
+    return getattr(getattr(torch.ops, NAMESPACE), name)
+
+
 def chosen(name: str, plain: Callable) -> Callable:
     """The C++ kernel of an op for the calls that it serves, ``plain`` for the others."""
-    kernel = getattr(getattr(torch.ops, NAMESPACE), name)
+    fast = kernel(name)
 
     def run(*arguments):
-        return (kernel if serves(arguments) else plain)(*arguments)
+        return (fast if serves(arguments) else plain)(*arguments)
 
     return run

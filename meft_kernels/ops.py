@@ -6,8 +6,10 @@ On CUDA that is Triton's, once it has passed its check there (``self_check``), o
 it was built (``native``). ``torch.ops.meft_reference``, ``meft_native`` and ``meft_triton`` hold the same ops
 for ``use_backend``, with one kernel for all that it can serve.
 
-Each op saves its inputs for the backward and nothing else: what the forward computed is recomputed. With
-``saved_activations="fp8"`` the leading input x, a hidden state, is kept as an 8-bit normalised copy instead.
+Each op saves its inputs for the backward and nothing else: what the forward computed is recomputed. Only the
+C++ kernels keep, of fp32 activations, the projection (..., r) of a hidden state as well: that is most of what
+there is to recompute (``native.keeps_projection``). With ``saved_activations="fp8"`` the leading input x, a
+hidden state, is kept as an 8-bit normalised copy instead.
 Under autocast, fp32 activations are cast on entry; parameters stay fp32 masters and are cast inside.
 """
 
@@ -95,6 +97,10 @@ def _register() -> list[torch.library.Library]:
     for row in schemas.REGISTERED:
         for library in libraries.values():
             library.define(row.schema, tags=(torch.Tag.pt2_compliant_tag,))
+    kernels = libraries[native.NAMESPACE]
+    for row in schemas.REGISTERED_KEEPING:
+        kernels.define(row.schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"{native.NAMESPACE}::{row.name}", row.fake, lib=kernels)
     native.load()
     for row in schemas.REGISTERED:
         name, plain = row.name, _reference_kernel(row.op, row.function)
@@ -165,7 +171,6 @@ def use_backend(name: str) -> Iterator[None]:
         ValueError: no such backend.
         RuntimeError: the backend has no kernels in this installation.
     """
-    global _backend
     if name not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
     if name == "native" and not native.LOADED:
@@ -176,6 +181,14 @@ def use_backend(name: str) -> Iterator[None]:
         raise RuntimeError(
             "backend 'triton' needs a CUDA device (or TRITON_INTERPRET=1 to interpret it on the CPU)"
         )
+    with assume_backend(name):
+        yield
+
+
+@contextmanager
+def assume_backend(name: str) -> Iterator[None]:
+    """``use_backend`` whether or not the backend can run here, for whoever counts what it would allocate."""
+    global _backend
     previous, _backend = _backend, name
     try:
         yield
@@ -226,6 +239,8 @@ def _make_function(name: str) -> type[torch.autograd.Function]:
     class OpFunction(torch.autograd.Function):
         @staticmethod
         def forward(backend: str, in_8_bits: bool, *arguments):
+            if backend in ("auto", "native") and not in_8_bits and native.keeps_projection(name, arguments):
+                return native.kernel(f"{name}_keeping")(*arguments)
             return _kernel(backend, name)(*_pack(name, arguments))
 
         @staticmethod
@@ -235,13 +250,23 @@ def _make_function(name: str) -> type[torch.autograd.Function]:
                 *arguments, ctx.flag = arguments
             if ctx.in_8_bits:
                 arguments = _encoded(ctx.backend, names, arguments)
+            ctx.keeping = isinstance(output, tuple)
+            if ctx.keeping:
+                projection = output[1]
+                ctx.mark_non_differentiable(projection)
+                ctx.set_materialize_grads(False)  # not a tensor of zeros for the projection
+                arguments = [*arguments, projection]
             ctx.save_for_backward(*arguments)
 
         @staticmethod
         @_refuses_second_derivative
-        def backward(ctx, grad):
+        def backward(ctx, grad, *_):
             arguments = ctx.saved_tensors
             extra = ()
+            kernel = _kernel(ctx.backend, f"{name}_bwd")
+            if ctx.keeping:
+                *arguments, projection = arguments
+                extra, kernel = (projection,), native.kernel(f"{name}_keeping_bwd")
             if ctx.in_8_bits:
                 arguments, extra = _decoded(ctx.backend, names, arguments, grad)
             if has_flag:
@@ -249,7 +274,7 @@ def _make_function(name: str) -> type[torch.autograd.Function]:
             packed = _pack(name, arguments)
             if takes_need_x:
                 packed = (*packed, ctx.needs_input_grad[2], *extra)
-            computed = list(_kernel(ctx.backend, f"{name}_bwd")(grad, *packed))
+            computed = list(kernel(grad, *packed))
             if takes_need_x and not ctx.needs_input_grad[2]:
                 computed[0] = None
             grads = [None, None]
@@ -300,7 +325,8 @@ def _call(name: str, *arguments, saved_activations: str = "exact") -> Tensor:
     if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
         # A gradient to x itself would need the exact x.
         in_8_bits = saved_activations == "fp8" and not arguments[0].requires_grad
-        return _FUNCTIONS[name].apply(_backend, in_8_bits, *arguments)
+        out = _FUNCTIONS[name].apply(_backend, in_8_bits, *arguments)
+        return out[0] if isinstance(out, tuple) else out
     return _kernel(_backend, name)(*_pack(name, arguments))
 
 

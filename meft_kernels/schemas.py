@@ -4,6 +4,7 @@ tracing and fake tensors use). ``ops.py`` registers both."""
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from . import reference
@@ -30,6 +31,10 @@ ARGUMENTS = {
     "gated_up": "Tensor x, Tensor y, Tensor weight, Tensor bias, Tensor gate",
 }
 CONSTANT = {"mean", "rstd", "lengths", "relu"}  # arguments that take no gradient
+
+# Ops whose forward computes a projection (..., r) of x, by far the most of it, that their C++ kernels can
+# hand on to the backward: what reference/<op>.py calls it.
+PROJECTION_KEPT = {"ladder": "down", "gated_down": "hidden"}
 
 ARGUMENT_NAMES = {
     name: [argument.split()[-1] for argument in arguments.split(", ")]
@@ -126,3 +131,25 @@ def _registered() -> list[Registered]:
 
 
 REGISTERED = _registered()
+
+
+def _registered_keeping() -> list[Registered]:
+    rows = []
+    for name, kept in PROJECTION_KEPT.items():
+        arguments, fake = ARGUMENTS[name], _FAKES[name]
+        forward = f"{name}_keeping({arguments}) -> (Tensor, Tensor)"
+        backward = f"{name}_keeping_bwd(Tensor grad, {arguments}, bool need_x, Tensor {kept}) -> Tensor[]"
+        rows.append(Registered(forward, name, "forward", _fake_keeping(fake)))
+        rows.append(Registered(backward, name, "backward", _fake_backward(name)))
+    return rows
+
+
+def _fake_keeping(forward: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
+    def fake(*arguments) -> tuple[Tensor, Tensor]:
+        out = forward(*arguments)
+        return out, out.new_empty(out.shape, dtype=torch.float32)
+
+    return fake
+
+
+REGISTERED_KEEPING = _registered_keeping()  # C++ kernels alone

@@ -15,8 +15,8 @@ ALLOWED = {
     "tuning": set(),
     "triton_kernels": {"reference", "triton_kernels", "tuning"},
     "self_check": {"reference"},
-    "native": set(),
     "schemas": {"reference"},
+    "native": {"reference", "schemas"},
     "ops": {
         "native",
         "reference",

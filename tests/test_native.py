@@ -73,6 +73,52 @@ def _results(case, inputs: dict, backend: str = "native") -> dict:
 
 
 @needs_build
+@pytest.mark.parametrize("case", [case for case in OP_CASES if case.op in native.KEEPING], ids=by_name)
+def test_a_kept_projection_changes_no_bit(case, monkeypatch):
+    inputs = case.inputs(torch.float32)
+    kept = _results(case, inputs)
+    monkeypatch.setattr(native, "KEEPING", frozenset())
+    _same(_results(case, inputs), kept)
+
+
+@needs_build
+@pytest.mark.parametrize("op", sorted(native.KEEPING))
+@pytest.mark.parametrize(
+    "dtype, options, backend, expected",
+    [
+        (torch.float32, {}, "native", 1),
+        (torch.float32, {}, "auto", 1),
+        (torch.float32, {}, "reference", 0),
+        (torch.float32, {"saved_activations": "fp8"}, "native", 0),
+        (torch.bfloat16, {}, "native", 0),
+    ],
+    ids=str,
+)
+def test_a_projection_is_kept_in_fp32_alone(op, dtype, options, backend, expected):
+    case = replace(next(case for case in ONE_EACH if case.op == op), batch=2, frames=31, width=50, side=20)
+    values = {n: v.detach() for n, v in case.inputs(dtype).items()}
+    if op == "ladder":
+        function = ops.folded_ladder
+        norm = [values.pop(f"down_{name}") for name in ("norm_weight", "norm_bias", "weight", "bias")]
+        values["weight"], values["bias"] = ops.fold(*norm)
+    else:
+        function = ops.gated_down
+    given = {v.untyped_storage().data_ptr() for v in values.values()}
+    values["weight_1"].requires_grad_()
+    kept = {}
+
+    def pack(tensor):
+        if tensor.shape == (2, 31, 20) and tensor.untyped_storage().data_ptr() not in given:
+            kept[tensor.data_ptr()] = tensor.dtype
+        return tensor
+
+    with use_backend(backend), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = function(**values, **options)
+    assert list(kept.values()) == [torch.float32] * expected
+    assert out.grad_fn is not None
+
+
+@needs_build
 @pytest.mark.parametrize("case", ONE_EACH, ids=lambda case: case.op)
 def test_strided_inputs(case):
     """A transposed or a cut-out tensor gives what its contiguous copy gives."""

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from meft_kernels import ops, use_backend
+from meft_kernels import native, ops, use_backend
 from meft_kernels.testing import (
     CASES,
     assert_as_good_as_torch,
@@ -56,38 +56,45 @@ def test_blocks_do_not_change_the_result(case, monkeypatch):
         assert torch.allclose(parts[name], value, rtol=1e-11, atol=1e-12), name
 
 
+@pytest.mark.parametrize("keeping", [False, True], ids=["", "keeping"])
 @pytest.mark.parametrize("case", ONE_EACH, ids=by_name)
-def test_opcheck(case):
+def test_opcheck(case, keeping, monkeypatch):
     """Schema, fake and dispatch of the forward and the backward op, on detached inputs."""
     from torch.library import opcheck
 
+    if keeping and case.op not in native.KEEPING:
+        pytest.skip("no kernel of it hands a projection on")
+    if not keeping:
+        monkeypatch.setattr(native, "KEEPING", frozenset())
     captured = {}
-    original = ops._kernel
 
-    def spy(backend, name):
-        kernel = original(backend, name)
+    def spied(find):
+        def spy(*which):
+            kernel = find(*which)
 
-        def run(*arguments):
-            captured[name] = (kernel.default, arguments)
-            return kernel(*arguments)
+            def run(*arguments):
+                captured[which[-1]] = (kernel.default, arguments)
+                return kernel(*arguments)
 
-        return run
+            return run
+
+        return spy
 
     inputs = case.inputs(torch.float32)
     for tensor in flat_tensors(inputs).values():
         tensor.requires_grad_()
-    ops._kernel = spy
-    try:
+    with monkeypatch.context() as patch:
+        patch.setattr(ops, "_kernel", spied(ops._kernel))
+        patch.setattr(native, "kernel", spied(native.kernel))
         case.function()(**inputs).sum().backward()
-    finally:
-        ops._kernel = original
 
     def detach(value):
         if isinstance(value, (list, tuple)):
             return [detach(item) for item in value]
         return value.detach() if isinstance(value, torch.Tensor) else value
 
-    assert {case.op, f"{case.op}_bwd"} <= set(captured)
+    called = f"{case.op}_keeping" if keeping else case.op
+    assert {called, f"{called}_bwd"} <= set(captured)
     for op, arguments in captured.values():
         opcheck(op, tuple(detach(argument) for argument in arguments))
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import WhisperConfig, WhisperForAudioClassification
 
 import meft_kernels
+from meft_kernels import counting
 
 from .backbone import quiet_transformers
 from .configs import MeftConfig, parse_dtype
@@ -126,7 +127,7 @@ def count_step(
     recorder = StorageRecorder(device_type, backend)
     capability = capability if device_type == "cuda" else None
     place = standing_for(device_type, capability) if fake else nullcontext()
-    with place, recorder:
+    with place, counting.assume_backend(backend), recorder:
         recorder.start("load")
         model = build()
         trainable = [p for p in model.parameters() if p.requires_grad]
