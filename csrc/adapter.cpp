@@ -15,7 +15,7 @@ at::Tensor adapter(const at::Tensor& x, const at::Tensor& norm_weight, const at:
   at::Tensor out = at::empty(x.sizes(), x.options());
   Rows result(out);
 
-  const int64_t step = block_rows(rows.count()), blocks = (rows.count() + step - 1) / step;
+  const int64_t step = block_rows(rows.count(), bottleneck.side), blocks = (rows.count() + step - 1) / step;
   for_each_share(share_count(blocks), blocks, [&](int64_t, int64_t first, int64_t last) {
     const Bottleneck::Work work(bottleneck, step);
     const Buffer x_scratch(rows.scratch(step)), out_scratch(result.scratch(step));
@@ -40,7 +40,7 @@ std::vector<at::Tensor> adapter_bwd(const at::Tensor& grad, const at::Tensor& x,
   at::Tensor grad_x = need_x ? at::empty(x.sizes(), x.options()) : at::empty({0}, x.options());
   Rows to_x(grad_x);
 
-  const int64_t step = block_rows(rows.count()), blocks = (rows.count() + step - 1) / step;
+  const int64_t step = block_rows(rows.count(), bottleneck.side), blocks = (rows.count() + step - 1) / step;
   const int64_t shares = share_count(blocks);
   Partials partials(shares, bottleneck.sums());
   for_each_share(shares, blocks, [&](int64_t share, int64_t first, int64_t last) {

@@ -155,10 +155,12 @@ class Rows {
 // --- work over blocks --------------------------------------------------------------------------------------
 
 // Rows of a block: enough that products run at full speed, few enough that a block of hidden states, every
-// intermediate and the weights of a rung stay in 2 MiB of cache. Fewer where each thread gets less than that.
-inline int64_t block_rows(int64_t rows) {
+// intermediate and the weights of a rung stay in 2 MiB of cache. Where the weights to a side state of `side`
+// channels do not fit in it they are read once for each block, so blocks are larger. Fewer rows where each
+// thread gets less than that.
+inline int64_t block_rows(int64_t rows, int64_t side = 0) {
   const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-  return std::max<int64_t>(1, std::min<int64_t>(96, (rows + threads - 1) / threads));
+  return std::max<int64_t>(1, std::min<int64_t>(side < 256 ? 96 : 192, (rows + threads - 1) / threads));
 }
 
 // How many contiguous shares `blocks` pieces of work are cut into: one per thread that gets any.

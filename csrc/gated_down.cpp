@@ -103,7 +103,7 @@ at::Tensor forward(const at::Tensor& x, const at::Tensor& weight_1, const at::Te
     *kept = empty_fp32(sizes);
     keep = kept->data_ptr<float>();
   }
-  const int64_t side = of.side, step = block_rows(rows.count());
+  const int64_t side = of.side, step = block_rows(rows.count(), of.side);
   const int64_t blocks = (rows.count() + step - 1) / step, shares = share_count(blocks);
   for_each_share(shares, blocks, [&](int64_t, int64_t first, int64_t last) {
     const Buffer x_scratch(rows.scratch(step)), out_scratch(result.scratch(step));
@@ -149,7 +149,7 @@ std::vector<at::Tensor> backward(const at::Tensor& grad, const at::Tensor& x, co
   const at::Tensor known = kept.defined() ? widened(kept) : kept;
   at::Tensor grad_x = need_x ? at::empty(x.sizes(), x.options()) : at::empty({0}, x.options());
   Rows to_x(grad_x);
-  const int64_t side = of.side, width = of.width, step = block_rows(rows.count());
+  const int64_t side = of.side, width = of.width, step = block_rows(rows.count(), of.side);
   const int64_t blocks = (rows.count() + step - 1) / step, shares = share_count(blocks);
   // Of each share: dV1, [dV2; dV3], and the three biases.
   const int64_t after_first = side * width, after_second = after_first + 2 * side * side;
@@ -262,7 +262,8 @@ std::vector<at::Tensor> gated_down_keeping_bwd(const at::Tensor& grad, const at:
                                                const at::Tensor& weight_2, const at::Tensor& bias_2,
                                                const at::Tensor& weight_3, const at::Tensor& bias_3,
                                                bool need_x, const at::Tensor& hidden) {
-  return backward(grad, x, weight_1, bias_1, weight_2, bias_2, weight_3, bias_3, need_x, std::nullopt, hidden);
+  return backward(grad, x, weight_1, bias_1, weight_2, bias_2, weight_3, bias_3, need_x, std::nullopt,
+                  hidden);
 }
 
 }  // namespace meft

@@ -28,6 +28,27 @@ struct Gate {
     }
   }
 
+  // From the gradient dv of one row: that of state, u dv, is written, and dv becomes that of z, (1 - u) dv.
+  // Returns the sum of dv (state - z).
+  float unmix(const float* state, const float* down, int64_t side, float* dv, float* grad_state) const {
+    const Vec u(keep), rest(pass);
+    Vec sums(0.0f);
+    int64_t i = 0;
+    for (; i + kLanes <= side; i += kLanes) {
+      const Vec grad = Vec::loadu(dv + i);
+      sums = at::vec::fmadd(grad, Vec::loadu(state + i) - Vec::loadu(down + i), sums);
+      (u * grad).store(grad_state + i);
+      (rest * grad).store(dv + i);
+    }
+    float sum = sum_of_lanes(sums);
+    for (; i < side; ++i) {
+      sum += dv[i] * (state[i] - down[i]);
+      grad_state[i] = keep * dv[i];
+      dv[i] *= pass;
+    }
+    return sum;
+  }
+
   float keep, pass;
 };
 
@@ -60,7 +81,7 @@ at::Tensor forward(const at::Tensor& x, const at::Tensor& state, const at::Tenso
     keep = kept->data_ptr<float>();
   }
 
-  const int64_t side = projection.side, step = block_rows(rows.count());
+  const int64_t side = projection.side, step = block_rows(rows.count(), projection.side);
   const int64_t blocks = (rows.count() + step - 1) / step, shares = share_count(blocks);
   for_each_share(shares, blocks, [&](int64_t, int64_t first, int64_t last) {
     const Bottleneck::Work work(bottleneck, step);
@@ -105,7 +126,7 @@ std::vector<at::Tensor> backward(const at::Tensor& grad, const at::Tensor& x, co
   }
   const at::Tensor known = kept.defined() ? widened(kept) : kept;
 
-  const int64_t side = projection.side, step = block_rows(rows.count());
+  const int64_t side = projection.side, step = block_rows(rows.count(), projection.side);
   const int64_t blocks = (rows.count() + step - 1) / step, shares = share_count(blocks);
   // Of each share: the projection's sums, the bottleneck's, and the gate's.
   const int64_t after_projection = projection.sums(), after_bottleneck = after_projection + bottleneck.sums();
@@ -136,20 +157,11 @@ std::vector<at::Tensor> backward(const at::Tensor& grad, const at::Tensor& x, co
       bottleneck.backward(grad_block, mixed, count, work, /*residual=*/true, sums + after_projection,
                           grad_mixed);
 
+      // One pass, since at large r the state and z have left the cache by now.
       float *written = to_state.write(begin, grad_state_scratch), *dv = grad_mixed;
-      const float *z = down, u = mixing.keep, rest = mixing.pass;
       for (int64_t t = 0; t < count; ++t) {
-        float* difference = work.turned;
-#pragma omp simd
-        for (int64_t i = 0; i < side; ++i) {
-          difference[i] = state_block[t * side + i] - z[t * side + i];
-        }
-        sum_gate += dot(dv + t * side, difference, side);
-      }
-#pragma omp simd
-      for (int64_t i = 0; i < size; ++i) {
-        written[i] = u * dv[i];
-        dv[i] *= rest;
+        const int64_t row = t * side;
+        sum_gate += mixing.unmix(state_block + row, down + row, side, dv + row, written + row);
       }
       to_state.store(begin, count, written);
       if (need_x) {

@@ -16,7 +16,7 @@ at::Tensor norm_linear(const at::Tensor& x, const at::Tensor& weight, const at::
   at::Tensor out = at::empty(sizes, x.options());
   Rows result(out);
 
-  const int64_t step = block_rows(rows.count()), blocks = (rows.count() + step - 1) / step;
+  const int64_t step = block_rows(rows.count(), projection.side), blocks = (rows.count() + step - 1) / step;
   for_each_share(share_count(blocks), blocks, [&](int64_t, int64_t first, int64_t last) {
     const Buffer x_scratch(rows.scratch(step)), out_scratch(result.scratch(step));
     for (int64_t block = first; block < last; ++block) {
@@ -43,7 +43,7 @@ std::vector<at::Tensor> norm_linear_bwd(const at::Tensor& grad, const at::Tensor
   at::Tensor grad_x = need_x ? at::empty(x.sizes(), x.options()) : at::empty({0}, x.options());
   Rows to_x(grad_x);
 
-  const int64_t side = projection.side, step = block_rows(rows.count());
+  const int64_t side = projection.side, step = block_rows(rows.count(), projection.side);
   const int64_t blocks = (rows.count() + step - 1) / step, shares = share_count(blocks);
   Partials partials(shares, projection.sums());
   for_each_share(shares, blocks, [&](int64_t share, int64_t first, int64_t last) {
