@@ -61,9 +61,11 @@ def test_real_widths(op, side, dtype, poisoned_memory):
     check(Case(op, batch=1, frames=215, width=768, side=side, adapter_dim=256), dtype, draws=1)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 95, 96, 97, 192])
-def test_rows_around_a_block(rows):
-    check(Case("ladder", batch=1, frames=rows, width=40, side=20, adapter_dim=17), torch.float32)
+@pytest.mark.parametrize(
+    "rows, side", [*((n, 20) for n in (1, 2, 95, 96, 97, 192)), *((n, 256) for n in (96, 191, 192, 193))]
+)
+def test_rows_around_a_block(rows, side):
+    check(Case("ladder", batch=1, frames=rows, width=40, side=side, adapter_dim=17), torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
