@@ -1,7 +1,8 @@
 """LST, UniPT and SHERL on the ops: drop-in replacements for the modules of ``meft_kernels.reference``.
 
 Constructors, parameters and ``state_dict`` keys are the reference's; these compute the same function through
-``ops``, keeping for the backward one small state per layer beside the hidden states.
+``ops``, keeping for the backward one small state per layer beside the hidden states, and one more where the
+C++ kernels compute in fp32.
 """
 
 from collections.abc import Iterable, Sequence
