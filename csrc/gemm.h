@@ -15,6 +15,8 @@
 
 namespace meft {
 
+constexpr int64_t kLongestSum = 384;
+
 // C (m, n) = A (m, k) B (k, n), or C += A B if `accumulate`; `ld*` is the distance between rows. C must not
 // overlap A or B; what it holds is not read unless it is accumulated into.
 inline void gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb,
@@ -28,7 +30,13 @@ inline void gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, c
     }
     return;
   }
-  at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, accumulate, a, b, c, /*is_vnni=*/false);
+  // A product sums its k terms one after the other in fp32, which for long sums loses digits that PyTorch's own
+  // products keep: in pieces, each added to C, it does not.
+  const int64_t pieces = (k + kLongestSum - 1) / kLongestSum, piece = (k + pieces - 1) / pieces;
+  for (int64_t begin = 0; begin < k; begin += piece) {
+    at::native::cpublas::brgemm(m, n, std::min(piece, k - begin), lda, ldb, ldc, accumulate || begin > 0,
+                                a + begin, b + begin * ldb, c, /*is_vnni=*/false);
+  }
 }
 
 // Writes the transpose (columns, rows) of `from` (rows, columns); the two must not overlap. Products take

@@ -59,6 +59,26 @@ def test_odd_shapes(case, shape, poisoned_memory):
         assert_as_good_as_torch(replace(case, **shape), torch.float32)
 
 
+@needs_build
+@pytest.mark.parametrize("width", [768, 1280, 5120])
+def test_long_sums_keep_their_digits(width):
+    """The root mean square error is PyTorch's own, not that of a sum of ``width`` terms one after the other."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(size, generator=generator) for size in ((1, 400, width), (16, width)))
+    norm_weight, bias, norm_bias = torch.rand(width) + 0.5, torch.zeros(16), torch.zeros(width)
+
+    def linear(dtype):
+        normed = torch.nn.functional.layer_norm(x.to(dtype), (width,), norm_weight.to(dtype))
+        return torch.nn.functional.linear(normed, weight.to(dtype))
+
+    def error(out):
+        return (out - linear(torch.float64)).square().mean().sqrt()
+
+    with use_backend("native"):
+        found = ops.norm_linear(x, norm_weight, norm_bias, weight, bias)
+    assert error(found) < 1.25 * error(linear(torch.float32))
+
+
 def _same(one: dict, other: dict) -> None:
     assert one.keys() == other.keys()
     for name, value in one.items():
