@@ -62,10 +62,10 @@ def test_odd_shapes(case, shape, poisoned_memory):
 @needs_build
 @pytest.mark.parametrize("width", [768, 1280, 5120])
 def test_long_sums_keep_their_digits(width):
-    """The root mean square error is PyTorch's own, not that of a sum of ``width`` terms one after the other."""
+    """The error is PyTorch's own, not that of a sum of ``width`` terms one after the other."""
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(size, generator=generator) for size in ((1, 400, width), (16, width)))
-    norm_weight, bias, norm_bias = torch.rand(width) + 0.5, torch.zeros(16), torch.zeros(width)
+    norm_weight, bias, norm_bias = torch.linspace(0.5, 1.5, width), torch.zeros(16), torch.zeros(width)
 
     def linear(dtype):
         normed = torch.nn.functional.layer_norm(x.to(dtype), (width,), norm_weight.to(dtype))
