@@ -51,9 +51,11 @@ class Projection {
 
   // Scratch for the backward of blocks of up to `rows` rows.
   struct Work {
-    Work(const Projection& of, int64_t rows) : turned(of.side * rows), sums(2 * of.side) {}
+    Work(const Projection& of, int64_t rows)
+        : turned(of.side * rows), sums(2 * of.side), lost(2 * of.side) {}
 
     Buffer turned, sums;
+    ZeroBuffer lost;
   };
 
   // Adds the gradients of weight and bias. `grad` dz (rows, r) is left scaled by rstd.
@@ -62,17 +64,17 @@ class Projection {
     // Summed by block first: long sums of fp32 lose digits.
     float *grad_bias = work.sums, *shift = grad_bias + side;
     std::fill_n(grad_bias, 2 * side, 0.0f);
+    add_column_sums(grad, rows, side, grad_bias);
     for (int64_t t = 0; t < rows; ++t) {
       float* row = grad + t * side;
       const float centre = mean[t], scale = rstd[t];
 #pragma omp simd
       for (int64_t i = 0; i < side; ++i) {
-        grad_bias[i] += row[i];
         row[i] *= scale;
         shift[i] += row[i] * centre;
       }
     }
-    add(grad_bias, 2 * side, sums + side * width);
+    add(grad_bias, 2 * side, sums + side * width, work.lost);
     transpose(rows, side, grad, side, work.turned, rows);
     gemm(side, width, rows, work.turned, rows, x, width, sums, width, /*accumulate=*/true);
   }
@@ -134,13 +136,13 @@ inline void normalise(const float* v, int64_t rows, int64_t width, const float* 
 inline void normalise_bwd(float* grad, const float* normed, const float* rstd, int64_t rows, int64_t width,
                           const float* norm_weight, const float* residual, float* sum_weight, float* sum_bias,
                           float* grad_v) {
+  add_column_sums(grad, rows, width, sum_bias);
   for (int64_t t = 0; t < rows; ++t) {
     const float* normed_row = normed + t * width;
     float* row = grad + t * width;
 #pragma omp simd
     for (int64_t i = 0; i < width; ++i) {
       sum_weight[i] += row[i] * normed_row[i];
-      sum_bias[i] += row[i];
       row[i] *= norm_weight[i];
     }
     if (grad_v == nullptr) {
@@ -201,10 +203,11 @@ class Bottleneck {
   struct Work {
     Work(const Bottleneck& of, int64_t rows)
         : normed(rows * of.side), affine(rows * of.side), turned(rows * of.side), grad_affine(rows * of.side),
-          hidden(rows * of.hidden), grad_hidden(rows * of.hidden), rstd(rows),
-          sums(3 * of.side + of.hidden) {}
+          hidden(rows * of.hidden), grad_hidden(rows * of.hidden), rstd(rows), sums(of.vectors()),
+          lost(of.vectors()) {}
 
     Buffer normed, affine, turned, grad_affine, hidden, grad_hidden, rstd, sums;
+    ZeroBuffer lost;
   };
 
   // `out` (rows, r) gets the adapter of v, plus v where `residual`.
@@ -234,17 +237,17 @@ class Bottleneck {
 
   // Elements of the sums that `backward` adds to, in this order: norm_weight (r,), norm_bias (r,), bias_1
   // (a,), bias_2 (r,), weight_1 transposed (r, a), weight_2 (r, a).
-  int64_t sums() const { return 3 * side + hidden + 2 * side * hidden; }
+  int64_t sums() const { return vectors() + 2 * side * hidden; }
+  int64_t vectors() const { return 3 * side + hidden; }
 
   // Adds the gradients of the parameters for upstream `grad` (rows, r), and writes the gradient of v, plus
   // `grad` where `residual`.
   void backward(const float* grad, const float* v, int64_t rows, const Work& work, bool residual, float* sums,
                 float* grad_v) const {
-    const int64_t vectors = 3 * side + hidden;
     float *sum_norm_weight = work.sums, *sum_norm_bias = sum_norm_weight + side;
     float *sum_bias_1 = sum_norm_bias + side, *sum_bias_2 = sum_bias_1 + hidden;
-    float *sum_weight_1 = sums + vectors, *sum_weight_2 = sum_weight_1 + side * hidden;
-    std::fill_n(sum_norm_weight, vectors, 0.0f);
+    float *sum_weight_1 = sums + vectors(), *sum_weight_2 = sum_weight_1 + side * hidden;
+    std::fill_n(sum_norm_weight, vectors(), 0.0f);
 
     preactivation(v, rows, work);
     gemm(rows, hidden, side, grad, side, weight_2_.data_ptr<float>(), hidden, work.grad_hidden, hidden);
@@ -258,9 +261,9 @@ class Bottleneck {
         normal(p, distribution, density);
         row[j] = p * distribution;
         grad_row[j] *= distribution + p * density;
-        sum_bias_1[j] += grad_row[j];
       }
     }
+    add_column_sums(work.grad_hidden, rows, hidden, sum_bias_1);
     transpose(rows, side, grad, side, work.turned, rows);
     gemm(side, hidden, rows, work.turned, rows, work.hidden, hidden, sum_weight_2, hidden, true);
     transpose(rows, side, work.affine, side, work.turned, rows);
@@ -271,7 +274,7 @@ class Bottleneck {
     normalise_bwd(work.grad_affine, work.normed, work.rstd, rows, side, norm_weight_.data_ptr<float>(),
                   residual ? grad : nullptr, sum_norm_weight, sum_norm_bias, grad_v);
     add_column_sums(grad, rows, side, sum_bias_2);
-    add(sum_norm_weight, vectors, sums);
+    add(sum_norm_weight, vectors(), sums, work.lost);
   }
 
   // The gradients of the six parameters in their order and types, from the sums over all rows.

@@ -97,6 +97,11 @@ class Buffer {
   c10::DataPtr memory_;
 };
 
+class ZeroBuffer : public Buffer {
+ public:
+  explicit ZeroBuffer(int64_t size) : Buffer(size) { std::fill_n(static_cast<float*>(*this), size, 0.0f); }
+};
+
 // A tensor (..., width) of fp32, bf16 or fp16 as a matrix of rows, read and written as fp32. It is made
 // contiguous if it is not: what is written must go to a contiguous tensor.
 class Rows {
@@ -186,6 +191,17 @@ inline void add(const float* values, int64_t count, float* sums) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
     sums[i] += values[i];
+  }
+}
+
+// The same where many values are added one after the other: `lost`, zeros at first, holds what rounding took
+// (Kahan's sum).
+inline void add(const float* values, int64_t count, float* sums, float* lost) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    const float value = values[i] - lost[i], sum = sums[i] + value;
+    lost[i] = (sum - sums[i]) - value;
+    sums[i] = sum;
   }
 }
 
@@ -302,10 +318,33 @@ inline float exp_of_negative(float x) {
   return x < -87.0f ? 0.0f : series;
 }
 
-// sums (width,) += the sum over rows of `block` (rows, width).
+// sums (width,) += the sum over rows of `block` (rows, width), every eighth row added up apart.
 inline void add_column_sums(const float* block, int64_t rows, int64_t width, float* sums) {
-  for (int64_t t = 0; t < rows; ++t) {
-    add(block + t * width, width, sums);
+  constexpr int64_t kApart = 8;
+  const int64_t full = rows / kApart * kApart;
+  int64_t i = 0;
+  for (; i + kLanes <= width; i += kLanes) {
+    Vec apart[kApart];
+    std::fill_n(apart, kApart, Vec(0.0f));
+    for (int64_t t = 0; t < full; t += kApart) {
+      for (int64_t k = 0; k < kApart; ++k) {
+        apart[k] = apart[k] + Vec::loadu(block + (t + k) * width + i);
+      }
+    }
+    for (int64_t t = full; t < rows; ++t) {
+      apart[t - full] = apart[t - full] + Vec::loadu(block + t * width + i);
+    }
+    const Vec low = (apart[0] + apart[1]) + (apart[2] + apart[3]);
+    const Vec high = (apart[4] + apart[5]) + (apart[6] + apart[7]);
+    (Vec::loadu(sums + i) + (low + high)).store(sums + i);
+  }
+  for (; i < width; ++i) {
+    float apart[kApart] = {};
+    for (int64_t t = 0; t < rows; ++t) {
+      apart[t % kApart] += block[t * width + i];
+    }
+    const float low = (apart[0] + apart[1]) + (apart[2] + apart[3]);
+    sums[i] += low + ((apart[4] + apart[5]) + (apart[6] + apart[7]));
   }
 }
 

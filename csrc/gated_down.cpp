@@ -161,6 +161,7 @@ std::vector<at::Tensor> backward(const at::Tensor& grad, const at::Tensor& x, co
     const Buffer hidden_scratch(known.defined() ? 0 : step * side), parts(step * 2 * side);
     const Buffer grad_hidden(step * side);
     const Buffer turned(step * 2 * side), bias_sums(3 * side);
+    const ZeroBuffer lost(3 * side);
     for (int64_t block = first; block < last; ++block) {
       const int64_t begin = block * step, count = std::min(step, rows.count() - begin);
       const float* hidden_state = rows.read(begin, count, x_scratch);
@@ -175,10 +176,7 @@ std::vector<at::Tensor> backward(const at::Tensor& grad, const at::Tensor& x, co
       }
       parts_block(of, hidden, count, parts);
 
-      // [y | g] becomes [dy | dg], and dy is where dp begins. Biases are summed by block first: long sums of
-      // fp32 lose digits.
-      float *value_sums = bias_sums + side, *gate_sums = bias_sums + 2 * side;
-      std::fill_n(static_cast<float*>(bias_sums), 3 * side, 0.0f);
+      // [y | g] becomes [dy | dg], and dy is where dp begins.
       for (int64_t t = 0; t < count; ++t) {
         const float* row = upstream_block + t * side;
         float *value = parts + t * 2 * side, *gate = value + side, *start = grad_hidden + t * side;
@@ -187,29 +185,29 @@ std::vector<at::Tensor> backward(const at::Tensor& grad, const at::Tensor& x, co
           const float grad_value = row[i] * gate[i];
           gate[i] = grad_value * value[i] * (1.0f - gate[i]);
           value[i] = start[i] = grad_value;
-          value_sums[i] += grad_value;
-          gate_sums[i] += gate[i];
         }
       }
       gemm(count, side, 2 * side, parts, 2 * side, of.second, side, grad_hidden, side, /*accumulate=*/true);
       for (int64_t t = 0; t < count; ++t) {
         const float* row = hidden + t * side;
         const uint8_t* row_bits = active_block == nullptr ? nullptr : active_block + t * bits.size(1);
-        float *back = grad_hidden + t * side, *totals = bias_sums;
+        float* back = grad_hidden + t * side;
         if (row_bits == nullptr) {
 #pragma omp simd
           for (int64_t i = 0; i < side; ++i) {
             back[i] *= row[i] > 0 ? 1.0f : 0.0f;
-            totals[i] += back[i];
           }
         } else {
           for (int64_t i = 0; i < side; ++i) {
             back[i] *= static_cast<float>(row_bits[i / 8] >> i % 8 & 1);
-            totals[i] += back[i];
           }
         }
       }
-      add(bias_sums, 3 * side, sums + after_second);
+      // Biases are summed by block first: long sums of fp32 lose digits.
+      std::fill_n(static_cast<float*>(bias_sums), 3 * side, 0.0f);
+      add_column_sums(grad_hidden, count, side, bias_sums);
+      add_column_sums(parts, count, 2 * side, bias_sums + side);
+      add(bias_sums, 3 * side, sums + after_second, lost);
       transpose(count, 2 * side, parts, 2 * side, turned, count);
       gemm(2 * side, side, count, turned, count, hidden, side, sums + after_first, side, /*accumulate=*/true);
       transpose(count, side, grad_hidden, side, turned, count);

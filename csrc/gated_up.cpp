@@ -91,6 +91,7 @@ std::vector<at::Tensor> gated_up_bwd(const at::Tensor& grad, const at::Tensor& x
     const Buffer y_scratch(narrow_rows.scratch(step)), grad_y_scratch(to_y.scratch(step));
     const Buffer grad_x_scratch(to_x.scratch(need_x ? step : 0));
     const Buffer hidden(step * side), turned(step * side), bias_sums(width);
+    const ZeroBuffer lost(width);
     for (int64_t block = first; block < last; ++block) {
       const int64_t begin = block * step, count = std::min(step, rows.count() - begin);
       const float* upstream_block = upstream.read(begin, count, grad_scratch);
@@ -109,11 +110,11 @@ std::vector<at::Tensor> gated_up_bwd(const at::Tensor& grad, const at::Tensor& x
       transpose(count, side, hidden, side, turned, count);
       gemm(side, width, count, turned, count, upstream_block, width, sums, width, /*accumulate=*/true);
       std::fill_n(static_cast<float*>(bias_sums), width, 0.0f);
+      add_column_sums(upstream_block, count, width, bias_sums);
       for (int64_t t = 0; t < count; ++t) {
-        add(upstream_block + t * width, width, bias_sums);
         gate_sum += dot(upstream_block + t * width, hidden_state + t * width, width);
       }
-      add(bias_sums, width, sums + after_weight);
+      add(bias_sums, width, sums + after_weight, lost);
       if (need_x) {
         float* written = to_x.write(begin, grad_x_scratch);
 #pragma omp simd
