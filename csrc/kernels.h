@@ -103,6 +103,11 @@ std::vector<at::Tensor> gated_up_bwd(const at::Tensor& grad, const at::Tensor& x
                                      const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& gate,
                                      bool need_x);
 
+// Not an op: the backward of PyTorch's own attention. All fp32; `mask` is boolean, of keys.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> self_attention_bwd(
+    const at::Tensor& grad, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+    const at::Tensor& out, const at::Tensor& logsumexp, const std::optional<at::Tensor>& mask, double scale);
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor> encode(const at::Tensor& x, const at::Tensor& mean,
                                                       const at::Tensor& rstd);
 at::Tensor decode(const at::Tensor& code, const at::Tensor& scale, const at::Tensor& shift,

@@ -22,10 +22,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import native, reference, schemas, self_check
 from .reference import SAVED_ACTIVATIONS
+from .second_derivative import refuses_second_derivative
 
 OP_NAMES = ("row_statistics", *schemas.ARGUMENTS)
 BACKENDS = ("auto", "reference", "native", "triton")
@@ -98,7 +98,7 @@ def _register() -> list[torch.library.Library]:
         for library in libraries.values():
             library.define(row.schema, tags=(torch.Tag.pt2_compliant_tag,))
     kernels = libraries[native.NAMESPACE]
-    for row in schemas.REGISTERED_KEEPING:
+    for row in schemas.REGISTERED_NATIVE:
         kernels.define(row.schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"{native.NAMESPACE}::{row.name}", row.fake, lib=kernels)
     native.load()
@@ -196,6 +196,11 @@ def assume_backend(name: str) -> Iterator[None]:
         _backend = previous
 
 
+def uses_native() -> bool:
+    """Whether the current choice of kernels takes the C++ ones on the CPU, where they were built."""
+    return _backend in ("auto", "native")
+
+
 # --- autograd -----------------------------------------------------------------------------------------------
 
 
@@ -204,29 +209,6 @@ def _pack(name: str, arguments: Sequence) -> tuple:
     names = schemas.ARGUMENT_NAMES[name]
     fixed = len(names) - 1
     return (*arguments[:fixed], list(arguments[fixed:])) if names[-1] == "features" else tuple(arguments)
-
-
-def _refuses_second_derivative(backward: Callable) -> Callable:
-    """A backward whose gradients raise when they are differentiated themselves.
-
-    ``once_differentiable`` sees to that where the upstream gradient requires a gradient. Where it is
-    constant, as after ``out.sum()``, the second derivative runs through the saved arguments alone, and would
-    be lost without a word.
-    """
-    once = once_differentiable(backward)
-
-    def run(ctx, *upstream: Tensor):
-        grads = once(ctx, *upstream)
-        # Under a transform of torch.func nothing can be marked.
-        in_transform = torch._C._functorch.peek_interpreter_stack() is not None
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or in_transform:
-            return grads
-        present = [grad.detach().requires_grad_() for grad in grads if grad is not None]
-        message = "trying to differentiate twice: the ops of meft_kernels have no second derivative"
-        marked = iter(torch._C._functions.DelayedError(message.encode(), len(present))(*present))
-        return tuple(None if grad is None else next(marked) for grad in grads)
-
-    return run
 
 
 def _make_function(name: str) -> type[torch.autograd.Function]:
@@ -259,7 +241,7 @@ def _make_function(name: str) -> type[torch.autograd.Function]:
             ctx.save_for_backward(*arguments)
 
         @staticmethod
-        @_refuses_second_derivative
+        @refuses_second_derivative
         def backward(ctx, grad, *_):
             arguments = ctx.saved_tensors
             extra = ()

@@ -152,4 +152,19 @@ def _fake_keeping(forward: Callable[..., Tensor]) -> Callable[..., tuple[Tensor,
     return fake
 
 
-REGISTERED_KEEPING = _registered_keeping()  # C++ kernels alone
+def _fake_self_attention_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_) -> tuple:
+    def rows(tensor: Tensor) -> Tensor:
+        return tensor.transpose(1, 2).new_empty(tensor.transpose(1, 2).shape).transpose(1, 2)
+
+    return rows(query), rows(key), rows(value)
+
+
+_SELF_ATTENTION = Registered(
+    "self_attention_bwd(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor logsumexp, "
+    "Tensor? mask, float scale) -> (Tensor, Tensor, Tensor)",
+    "self_attention",
+    "backward",
+    _fake_self_attention_backward,
+)
+
+REGISTERED_NATIVE = [*_registered_keeping(), _SELF_ATTENTION]  # C++ kernels alone

@@ -21,8 +21,11 @@ ALLOWED = {
         "native",
         "reference",
         "schemas",
+        "second_derivative",
         "self_check",
     },  # and triton_kernels, by name when they are first called
+    "second_derivative": set(),
+    "self_attention": {"native", "ops", "reference", "second_derivative"},
     "static_check": {"tuning"},
     "tune": {"ops", "static_check", "testing", "tuning"},
     "modules": {"ops", "reference"},

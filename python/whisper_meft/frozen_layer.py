@@ -6,6 +6,7 @@ from torch import nn
 
 from meft_kernels.reference.common import NORM_EPS
 from meft_kernels.reference.stand_in import device_type
+from meft_kernels.self_attention import self_attention
 
 # Rows go through the feed-forward block so many elements of its inner width at a time.
 _INNER_ELEMENTS = {"cpu": 2**22}
@@ -53,9 +54,7 @@ def attend(attention: nn.Module, normed: torch.Tensor, mask: torch.Tensor | None
         attention.k_proj(normed),
         attention.v_proj(normed),
     )
-    mixed = nn.functional.scaled_dot_product_attention(
-        *(states.view(heads).transpose(1, 2) for states in projected), attn_mask=mask, scale=1.0
-    )
+    mixed = self_attention(*(states.view(heads).transpose(1, 2) for states in projected), mask, scale=1.0)
     return attention.out_proj(mixed.transpose(1, 2).reshape(normed.shape))
 
 
