@@ -26,5 +26,6 @@ TORCH_LIBRARY_IMPL(meft_csrc, CPU, library) {
   library.impl("guidance_bwd", &meft::guidance_bwd);
   library.impl("relu_attention", &meft::relu_attention);
   library.impl("relu_attention_bwd", &meft::relu_attention_bwd);
+  library.impl("self_attention", &meft::self_attention);
   library.impl("self_attention_bwd", &meft::self_attention_bwd);
 }

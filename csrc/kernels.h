@@ -103,7 +103,11 @@ std::vector<at::Tensor> gated_up_bwd(const at::Tensor& grad, const at::Tensor& x
                                      const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& gate,
                                      bool need_x);
 
-// Not an op: the backward of PyTorch's own attention. All fp32; `mask` is boolean, of keys.
+// Not an op: PyTorch's softmax attention, (B, H, T, d) each, all fp32; `mask` (B or 1, 1, 1, T) is boolean.
+// The forward, for a positive `scale`, also returns the logarithms of the rows' sums of exponentials (B, H, T).
+std::tuple<at::Tensor, at::Tensor> self_attention(const at::Tensor& query, const at::Tensor& key,
+                                                  const at::Tensor& value,
+                                                  const std::optional<at::Tensor>& mask, double scale);
 std::tuple<at::Tensor, at::Tensor, at::Tensor> self_attention_bwd(
     const at::Tensor& grad, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
     const at::Tensor& out, const at::Tensor& logsumexp, const std::optional<at::Tensor>& mask, double scale);

@@ -152,19 +152,30 @@ def _fake_keeping(forward: Callable[..., Tensor]) -> Callable[..., tuple[Tensor,
     return fake
 
 
+def _empty_heads(tensor: Tensor) -> Tensor:
+    """(B, H, T, d), in memory (B, T, H, d)."""
+    return tensor.transpose(1, 2).new_empty(tensor.transpose(1, 2).shape).transpose(1, 2)
+
+
+def _fake_self_attention(query: Tensor, *_) -> tuple[Tensor, Tensor]:
+    return _empty_heads(query), query.new_empty(query.shape[:-1])
+
+
 def _fake_self_attention_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_) -> tuple:
-    def rows(tensor: Tensor) -> Tensor:
-        return tensor.transpose(1, 2).new_empty(tensor.transpose(1, 2).shape).transpose(1, 2)
-
-    return rows(query), rows(key), rows(value)
+    return _empty_heads(query), _empty_heads(key), _empty_heads(value)
 
 
-_SELF_ATTENTION = Registered(
-    "self_attention_bwd(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor logsumexp, "
-    "Tensor? mask, float scale) -> (Tensor, Tensor, Tensor)",
-    "self_attention",
-    "backward",
-    _fake_self_attention_backward,
-)
+def _registered_self_attention() -> list[Registered]:
+    given, options = "Tensor query, Tensor key, Tensor value", "Tensor? mask, float scale"
+    forward = f"self_attention({given}, {options}) -> (Tensor, Tensor)"
+    backward = (
+        f"self_attention_bwd(Tensor grad, {given}, Tensor out, Tensor logsumexp, {options}) "
+        "-> (Tensor, Tensor, Tensor)"
+    )
+    return [
+        Registered(forward, "self_attention", "forward", _fake_self_attention),
+        Registered(backward, "self_attention", "backward", _fake_self_attention_backward),
+    ]
 
-REGISTERED_NATIVE = [*_registered_keeping(), _SELF_ATTENTION]  # C++ kernels alone
+
+REGISTERED_NATIVE = [*_registered_keeping(), *_registered_self_attention()]  # C++ kernels alone

@@ -1,5 +1,5 @@
-"""Softmax attention as PyTorch computes it, with a faster backward on the CPU: the C++ kernel of
-``csrc/self_attention.cpp``, which takes what PyTorch's own forward returns."""
+"""The encoder's own softmax attention: PyTorch's, or on the CPU the faster C++ kernel of
+``csrc/self_attention.cpp``."""
 
 import torch
 from torch import Tensor
@@ -9,43 +9,45 @@ from . import native, ops
 from .reference.stand_in import device_type
 from .second_derivative import refuses_second_derivative
 
-_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-
 
 def self_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, scale: float | None = None
 ) -> Tensor:
     """``torch.nn.functional.scaled_dot_product_attention``: softmax(scale Q Kᵀ) V of every clip and head.
 
-    The values are PyTorch's own, to the bit. Where fp32 tensors on the CPU need a gradient, and the mask is
-    of keys alone, a C++ kernel computes that; a clip's masked keys and values cost nothing there.
+    The C++ kernel takes fp32 tensors on the CPU with no mask or one of keys alone, and differs from PyTorch
+    by rounding. What it leaves out of a clip costs nothing, and a head's values are the same bits whatever
+    else is in the batch and for any number of threads. Other calls, calls under torch.compile, autocast or
+    torch.func, and all under ``use_backend("reference")`` are PyTorch's own.
 
     Args:
-        query: (B, H, T, head_dim). key, value: (B, H, T', head_dim). mask: which keys are looked at, boolean,
-            or whatever PyTorch takes beside it; None for all. scale: head_dim ** -0.5 if None.
+        query: (B, H, T, head_dim). key, value: (B, H, T', head_dim). mask: which keys are looked at, boolean
+            (B or 1, 1, 1, T'), or whatever PyTorch takes beside it; None for all. scale: head_dim ** -0.5 if
+            None.
 
     Returns:
-        (B, H, T, head_dim), in memory (B, T, H, head_dim) where PyTorch's fused attention gives it so.
+        (B, H, T, head_dim), in memory (B, T, H, head_dim) where a fused kernel gives it so. Zeros for a clip
+        that looks at nothing.
 
     Raises:
         RuntimeError: arguments that PyTorch does not take, or a second derivative.
     """
-    if _is_served(query, key, value, mask):
-        scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scale = query.shape[-1] ** -0.5 if scale is None and query.numel() else scale
+    if not _is_served(query, key, value, mask, scale):
+        return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value)):
         return _SelfAttention.apply(query, key, value, mask, scale)[0]
-    return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    return native.kernel("self_attention")(query, key, value, mask, scale)[0]
 
 
-def _is_served(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
-    """Whether the kernel takes the backward: of calls that PyTorch gives to its fused forward on the CPU."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not ops.uses_native():
+def _is_served(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> bool:
+    """Whether the C++ kernel takes the call."""
+    if torch.compiler.is_compiling() or not ops.uses_native() or not native.has("self_attention"):
         return False
     given = (query, key, value)
-    if not any(tensor.requires_grad for tensor in given) or not native.has("self_attention_bwd"):
-        return False
     if any(tensor.dtype != torch.float32 or device_type(tensor.device) != "cpu" for tensor in given):
         return False
-    if query.ndim != 4 or not all(native.serves((tensor,)) and tensor.stride(-1) == 1 for tensor in given):
+    if query.ndim != 4 or not native.serves(given) or scale <= 0:
         return False
     batch, heads, _, head_dim = query.shape
     if key.shape != (batch, heads, key.shape[-2], head_dim) or value.shape != key.shape:
@@ -65,10 +67,7 @@ def _is_of_keys(mask: Tensor, batch: int, keys: int) -> bool:
 class _SelfAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float):
-        bias = None
-        if mask is not None:
-            bias = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask.logical_not(), -torch.inf)
-        out, logsumexp = _forward(query, key, value, attn_mask=bias, scale=scale)
+        out, logsumexp = native.kernel("self_attention")(query, key, value, mask, scale)
         ctx.save_for_backward(query, key, value, mask, out, logsumexp)
         ctx.scale = scale
         ctx.mark_non_differentiable(logsumexp)
