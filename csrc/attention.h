@@ -1,4 +1,5 @@
-// What ReLU attention's two directions share: its inputs with the gates, packed keys, and sums over layers.
+// What ReLU attention's two directions share: its inputs with the gates, keys, products with scores and keys,
+// and sums over layers.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -9,18 +10,21 @@
 #include <optional>
 #include <vector>
 
+#include "active.h"
 #include "common.h"
 #include "gemm.h"
 
 namespace meft {
 namespace attention {
 
-constexpr int64_t LANES = 16;    // queries and keys are filled up to multiples: of W at every capability
-constexpr int64_t QUERIES = 64;  // at most, in a block
-constexpr int64_t KEYS = 128;    // at most, in a tile
+constexpr int64_t QUERIES = 128;  // at most, in a block
+constexpr int64_t KEYS = 128;     // at most, in a tile
+constexpr int64_t SOURCES = 32;   // at most, queries in a product without zeros: each has two rows
 
-inline int64_t filled(int64_t count) {
-  return (count + LANES - 1) / LANES * LANES;
+// Queries in a block. Each block reads all keys: where they are wide they come from the third-level cache,
+// and larger blocks read them less often; else they stay in the second, as do a smaller block's scores.
+inline int64_t block_of(int64_t frames, int64_t width) {
+  return std::min(Panels(width).count > 1 ? QUERIES : QUERIES / 2, filled(frames));
 }
 
 // What forward and backward are given, with the gates.
@@ -54,7 +58,7 @@ struct Inputs {
       check_shape(feature, given_anchor.sizes(), "every feature");
       features.emplace_back(feature);
     }
-    block = std::min(QUERIES, filled(frames));
+    block = block_of(frames, width);
     if (lengths.has_value()) {
       check_shape(*lengths, {batch}, "lengths");
       const at::Tensor given = lengths->to(at::kLong).contiguous();
@@ -113,34 +117,144 @@ struct Inputs {
   }
 };
 
-// The keys of one layer of one clip: rows (K, r), and tile by tile their transposes.
-struct Keys {
-  int64_t count = 0, width;  // count: filled up
-  at::Tensor rows_, transposed_;
+// `count` rows as columns: their transpose (r, block) at distance `ld`, zeros in the columns beyond them.
+inline void load_transposed(const float* rows, int64_t count, int64_t width, int64_t block, float* to,
+                            int64_t ld) {
+  transpose(count, width, rows, width, to, ld);
+  for (int64_t i = 0; i < width && count < block; ++i) {
+    std::fill(to + i * ld + count, to + i * ld + block, 0.0f);
+  }
+}
 
-  Keys(int64_t frames, int64_t width)
-      : width(width),
-        rows_(empty_fp32({filled(frames), width})),
-        transposed_(empty_fp32({filled(frames), width})) {}
+// The keys of one layer of one clip. Zero rows fill them up to whole vectors: a zero key scores zero and
+// attends to nothing.
+class Keys {
+ public:
+  const Panels panels;
+  const int64_t height;  // rows of a panel
 
-  void pack(const Rows& features, int64_t begin, int64_t valid) {
-    count = filled(valid);
-    float* all = rows_.data_ptr<float>();
-    const float* from = features.read(begin, valid, all);
-    if (from != all) {
-      std::copy_n(from, valid * width, all);
-    }
-    std::fill_n(all + valid * width, (count - valid) * width, 0.0f);
-    for (int64_t start = 0; start < count; start += KEYS) {
-      const int64_t tile = size(start);
-      transpose(tile, width, rows(start), width, transposed_.data_ptr<float>() + start * width, tile);
+  Keys(int64_t frames, int64_t width, bool is_fp32) : panels(width), height(filled(frames)) {
+    if (!is_fp32) {
+      widened_ = empty_fp32({frames, width});
     }
   }
 
+  void load(const Rows& features, int64_t begin, int64_t valid) {
+    valid_ = valid;
+    rows_ = features.read(begin, valid, widened_.defined() ? widened_.data_ptr<float>() : nullptr);
+    has_panels_ = has_transposed_ = false;
+  }
+
+  int64_t count() const { return filled(valid_); }
   // Keys in the tile from `start` on.
-  int64_t size(int64_t start) const { return std::min(KEYS, count - start); }
-  const float* rows(int64_t start) const { return rows_.data_ptr<float>() + start * width; }
-  const float* transposed(int64_t start) const { return transposed_.data_ptr<float>() + start * width; }
+  int64_t size(int64_t start) const { return std::min(KEYS, count() - start); }
+
+  // scores (tile, columns) = F B for the tile from `start` on; `b` is (r, columns)
+  void score(int64_t start, const float* b, int64_t columns, float* scores) const {
+    const int64_t present = std::min(KEYS, valid_ - start), width = panels.width;
+    gemm(present, columns, width, rows_ + start * width, width, b, columns, scores, columns);
+    std::fill(scores + present * columns, scores + size(start) * columns, 0.0f);
+  }
+
+  // Rows from `start` on of a panel; the panels stand one after another.
+  const float* panel(int64_t index, int64_t start) {
+    if (!has_panels_) {
+      resize(packed_, panels.padded());
+      panels.pack(rows_, valid_, packed_.data_ptr<float>(), height, 0);
+      panels.clear(packed_.data_ptr<float>(), height, valid_, count() - valid_);
+      has_panels_ = true;
+    }
+    return packed_.const_data_ptr<float>() + (index * height + start) * panels.columns;
+  }
+
+  // The transpose (r, tile) of the tile from `start` on.
+  const float* transposed(int64_t start) {
+    const int64_t width = panels.width;
+    if (!has_transposed_) {
+      resize(transposed_, width);
+      for (int64_t first = 0; first < count(); first += KEYS) {
+        load_transposed(rows_ + first * width, std::min(KEYS, valid_ - first), width, size(first),
+                        transposed_.data_ptr<float>() + first * width, size(first));
+      }
+      has_transposed_ = true;
+    }
+    return transposed_.const_data_ptr<float>() + start * width;
+  }
+
+ private:
+  void resize(at::Tensor& tensor, int64_t columns) const {
+    if (!tensor.defined()) {
+      tensor = empty_fp32({height, columns});
+    }
+  }
+
+  int64_t valid_ = 0;
+  const float* rows_ = nullptr;  // (valid, r)
+  at::Tensor widened_, packed_, transposed_;
+  bool has_panels_ = false, has_transposed_ = false;
+};
+
+// What a block of queries attends to, out (block, r) = scores^T (block, K) F in panels, tile by tile of keys:
+// out^T += F^T scores if the scores are dense, else out += scores^T F without zeros.
+class KeySums {
+ public:
+  KeySums(Keys& keys, int64_t block)
+      : keys_(keys),
+        out_(empty_fp32({block * keys.panels.padded()})),
+        across_(empty_fp32({keys.panels.padded(), block})),
+        turned_(empty_fp32({block, TILE})),
+        active_(block) {}
+
+  void begin(int64_t block, bool is_sparse) {
+    block_ = block;
+    is_sparse_ = is_sparse;
+    at::Tensor& sums = is_sparse ? out_ : across_;
+    std::fill_n(sums.data_ptr<float>(), block * keys_.panels.padded(), 0.0f);
+  }
+
+  // `scores` (tile, block), at distance `ld`, of the tile of keys from `start` on
+  void add(const float* scores, int64_t ld, int64_t start) {
+    const int64_t tile = keys_.size(start), width = keys_.panels.width;
+    if (!is_sparse_) {
+      gemm(width, block_, tile, keys_.transposed(start), tile, scores, ld, across_.data_ptr<float>(), block_,
+           true);
+      return;
+    }
+    for (int64_t first = 0; first < tile; first += TILE) {
+      add_active_tile(scores + first * ld, ld, start + first, std::min(TILE, tile - first));
+    }
+  }
+
+  void end() {
+    const Panels& panels = keys_.panels;
+    for (int64_t panel = 0; panel < panels.count && !is_sparse_; ++panel) {
+      const float* from = across_.const_data_ptr<float>() + panel * panels.columns * block_;
+      transpose(panels.present(panel), block_, from, block_, rows(panel), panels.columns);
+    }
+  }
+
+  float* rows(int64_t panel) { return out_.data_ptr<float>() + panel * block_ * keys_.panels.columns; }
+
+ private:
+  void add_active_tile(const float* scores, int64_t ld, int64_t start, int64_t tile) {
+    float* turned = turned_.data_ptr<float>();
+    transpose(tile, block_, scores, ld, turned, tile);
+    for (int64_t row = 0; row < block_; ++row) {
+      active_[row] = active_bits(turned + row * tile, tile);
+    }
+    const int64_t count = keys_.panels.count, columns = keys_.panels.columns;
+    for (int64_t panel = 0; panel < count; ++panel) {
+      const float* next = panel + 1 < count ? keys_.panel(panel + 1, start) : keys_.panel(0, start + tile);
+      add_active<1>({turned, tile, 0, active_.data()}, block_, keys_.panel(panel, start), 0, columns,
+                    rows(panel), next);
+    }
+  }
+
+  Keys& keys_;
+  int64_t block_ = 0;  // queries of the block at hand, filled up
+  bool is_sparse_ = false;
+  at::Tensor out_, across_, turned_;
+  std::vector<uint64_t> active_;  // [block]
 };
 
 // The sum over layers of (T, r) in fp32, for every clip. Layers are worked through in order; a share that

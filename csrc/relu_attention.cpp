@@ -2,23 +2,27 @@
 // reference/relu_attention.py.
 //
 // A piece of work is one layer of one clip, so that the gradient of its features is gathered by one thread.
-// Its keys F (K, r) and their transpose are packed once, zero rows filling K up to whole vectors: a zero key
-// scores zero and attends to nothing. Then blocks of b queries Q pass over them. Scores are held with the
-// keys down and the queries across: a query is a vector lane, and row sums are plain vector sums. Nothing is
-// rescaled, as a softmax would need: sums of ReLU scores just add up.
+// Blocks of b queries Q pass over its keys F (K, r). Scores are held with the keys down and the queries
+// across: a query is a vector lane, and row sums are plain vector sums. Nothing is rescaled, as a softmax
+// would need: sums of ReLU scores just add up.
 //
-//     forward, tile by tile of keys:   P = relu(F Q^T) (keys, b);   R += sum of P;   O^T += F^T P
+//     forward, tile by tile of keys:   P = relu(F Q^T) (keys, b);   R += sum of P;   O += P^T F
 //     backward, all tiles:             [S | E] = F [Q^T | dM^T] (keys, 2 b);   R, delta from their sums
-//               all tiles, in place:   [S | E] to [k relu(S) | X];   dQ^T += F^T X;   dF += [k S | X] [dM; Q]
+//               all tiles, in place:   [S | E] to [k relu(S) | X];   dQ += X^T F;   dF += [k S | X] [dM; Q]
 //
 // Two products forward and five backward, the least there is without keeping scores; a block's scores
 // (K, 2 b) stay in the second-level cache. Memory beyond inputs and outputs is a few (T, r) per thread.
+//
+// Dense products run at the rate of the CPU's multiply-adds, so what is left to save are products with zeros:
+// P and X are zero where S <= 0. The four products with them leave zeros out (active.h) for blocks of queries
+// where a quarter of the scores or more are zero; else they are dense products too.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros_like.h>
 
 #include <algorithm>
+#include <numeric>
 #include <vector>
 
 #include "attention.h"
@@ -32,14 +36,6 @@ namespace {
 
 using namespace attention;
 
-// `count` rows as columns: their transpose (r, block) at distance `ld`, zeros in the columns beyond them.
-void load_transposed(const float* rows, int64_t count, int64_t width, int64_t block, float* to, int64_t ld) {
-  transpose(count, width, rows, width, to, ld);
-  for (int64_t i = 0; i < width && count < block; ++i) {
-    std::fill(to + i * ld + count, to + i * ld + block, 0.0f);
-  }
-}
-
 // target (+)= values
 void add_to(float* target, const float* values, int64_t count, bool is_first) {
   if (is_first) {
@@ -49,93 +45,128 @@ void add_to(float* target, const float* values, int64_t count, bool is_first) {
   add(values, count, target);
 }
 
+float share_of(int64_t count, int64_t all) {
+  return static_cast<float>(count) / static_cast<float>(std::max<int64_t>(all, 1));
+}
+
 Vec relu(const Vec& x) {
   return at::vec::maximum(x, Vec(0.0f));  // hands on NaN
 }
 
-// totals (count,) += the sum of four rows
-void add_partial(const float* partial, int64_t count, float* totals) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) {
-    totals[i] += (partial[i] + partial[count + i]) + (partial[2 * count + i] + partial[3 * count + i]);
+// A sum over keys in four parts: long sums of fp32 lose digits, and wait for each other.
+struct FourSums {
+  Vec parts[4] = {Vec(0.0f), Vec(0.0f), Vec(0.0f), Vec(0.0f)};
+
+  void add_to(float* total) const {
+    (Vec::loadu(total) + ((parts[0] + parts[1]) + (parts[2] + parts[3]))).store(total);
   }
-}
+};
 
 // --- forward ----------------------------------------------------------------------------------------------
 
 class Forward {
  public:
   explicit Forward(const Inputs& in)
-      : in_(in), keys_(in.frames, in.width), scratch_(empty_fp32({scratch_size(in)})) {
-    const int64_t size = in.block * in.width;
+      : in_(in),
+        keys_(in.frames, in.width, in.anchor.is_fp32()),
+        key_sums_(keys_, in.block),
+        scratch_(empty_fp32({in.block * (2 * in.width + 1 + KEYS)})) {
     query_ = scratch_.data_ptr<float>();
-    attended_ = query_ + size;
-    rows_ = attended_ + size;
-    row_sums_ = rows_ + size;
-    partial_ = row_sums_ + in.block;
-    scores_ = partial_ + 4 * in.block;
+    rows_ = query_ + in.block * in.width;
+    row_sums_ = rows_ + in.block * in.width;
+    scores_ = row_sums_ + in.block;
   }
 
   // sum (T, r) (+)= gate * (attention to one layer + its features)
   void run(int64_t clip, int64_t layer, float* sum, bool is_first) {
     const int64_t begin = clip * in_.frames, width = in_.width;
     const float gate = in_.gates[clip * in_.layers + layer];
-    keys_.pack(in_.features[layer], begin, in_.keys[clip]);
+    keys_.load(in_.features[layer], begin, in_.keys[clip]);
+    is_first_block_ = true;
     for (int64_t start = 0; start < in_.frames; start += in_.block) {
       const int64_t count = std::min(in_.block, in_.frames - start);
       block_ = filled(count);
       load_transposed(in_.anchor.read(begin + start, count, rows_), count, width, block_, query_, block_);
       attend(gate);
-      transpose(width, block_, attended_, block_, rows_, width);
-      // The attended values are in rows_; the transpose's place takes what is read of half precision.
-      const float* features = in_.features[layer].read(begin + start, count, attended_);
-#pragma omp simd
-      for (int64_t i = 0; i < count * width; ++i) {
-        rows_[i] += gate * features[i];
-      }
-      add_to(sum + start * width, rows_, count * width, is_first);
+      const float* features = in_.features[layer].read(begin + start, count, rows_);
+      add_layer(count, gate, features, sum + start * width, is_first);
     }
   }
 
  private:
-  static int64_t scratch_size(const Inputs& in) { return in.block * (3 * in.width + 5 + KEYS); }
-
-  // attended (r, block) = gate * (relu(F Q^T) / row sums)^T F
+  // key_sums (block, r) = relu(F Q^T)^T F; row_sums = gate / row sums
   void attend(float gate) {
-    const int64_t block = block_, width = in_.width;
+    const int64_t block = block_;
+    int64_t active = 0;
     std::fill_n(row_sums_, block, 0.0f);
-    for (int64_t start = 0; start < keys_.count; start += KEYS) {
-      const int64_t tile = keys_.size(start);
-      gemm(tile, block, width, keys_.rows(start), width, query_, block, scores_, block);
-      // Each fourth key's apart: long sums of fp32 lose digits, and wait for each other.
-      std::fill_n(partial_, 4 * block, 0.0f);
-      for (int64_t key = 0; key < tile; ++key) {
-        float *row = scores_ + key * block, *sums = partial_ + key % 4 * block;
-        for (int64_t lane = 0; lane < block; lane += W) {
-          const Vec score = relu(Vec::loadu(row + lane));
-          score.store(row + lane);
-          (Vec::loadu(sums + lane) + score).store(sums + lane);
+    key_sums_.begin(block, is_sparse_);
+    for (int64_t start = 0; start < keys_.count(); start += KEYS) {
+      keys_.score(start, query_, block, scores_);
+      for (int64_t lane = 0; lane < block; lane += W) {
+        FourSums sums;
+        float* column = scores_ + lane;
+        for (int64_t key = 0; key < keys_.size(start); key += 4) {
+          for (Vec& part : sums.parts) {
+            const Vec score = relu(Vec::loadu(column));
+            score.store(column);
+            part = part + score;
+            column += block;
+          }
+          active += count_active(Vec::loadu(column - block));
         }
+        sums.add_to(row_sums_ + lane);
       }
-      add_partial(partial_, block, row_sums_);
-      gemm(width, block, tile, keys_.transposed(start), tile, scores_, block, attended_, block, start > 0);
+      // A block's scores are about as dense as the last one's, the first one's as its first tile's.
+      if (is_first_block_) {
+        decide(active, keys_.size(0));
+        key_sums_.begin(block, is_sparse_);
+      }
+      key_sums_.add(scores_, block, start);
     }
-    if (keys_.count == 0) {
-      std::fill_n(attended_, width * block, 0.0f);
-    }
+    key_sums_.end();
+    decide(active, keys_.count());
     for (int64_t lane = 0; lane < block; lane += W) {
-      const Vec factor = Vec(gate) / (Vec::loadu(row_sums_ + lane) + Vec(ATTENTION_EPS));
-      for (int64_t i = 0; i < width; ++i) {
-        (Vec::loadu(attended_ + i * block + lane) * factor).store(attended_ + i * block + lane);
+      (Vec(gate) / (Vec::loadu(row_sums_ + lane) + Vec(ATTENTION_EPS))).store(row_sums_ + lane);
+    }
+  }
+
+  // By how many scores are `active` among a quarter of those for `count` keys.
+  void decide(int64_t active, int64_t count) {
+    is_sparse_ = is_sparse(4 * share_of(active, block_ * count), keys_.panels);
+    is_first_block_ = false;
+  }
+
+  void add_layer(int64_t count, float gate, const float* features, float* sum, bool is_first) {
+    const Panels& panels = keys_.panels;
+    for (int64_t panel = 0; panel < panels.count; ++panel) {
+      const int64_t first = panel * panels.columns, present = panels.present(panel);
+      for (int64_t row = 0; row < count; ++row) {
+        const float* attended = key_sums_.rows(panel) + row * panels.columns;
+        const float* feature = features + row * in_.width + first;
+        float* target = sum + row * in_.width + first;
+        const float factor = row_sums_[row];
+        if (is_first) {
+#pragma omp simd
+          for (int64_t i = 0; i < present; ++i) {
+            target[i] = factor * attended[i] + gate * feature[i];
+          }
+        } else {
+#pragma omp simd
+          for (int64_t i = 0; i < present; ++i) {
+            target[i] += factor * attended[i] + gate * feature[i];
+          }
+        }
       }
     }
   }
 
   const Inputs& in_;
   int64_t block_ = 0;  // queries of the block at hand, filled up
+  bool is_sparse_ = false, is_first_block_ = true;
   Keys keys_;
+  KeySums key_sums_;
   at::Tensor scratch_;
-  float *query_, *attended_, *rows_, *row_sums_, *partial_, *scores_;
+  float *query_, *rows_, *row_sums_, *scores_;
 };
 
 // --- backward ---------------------------------------------------------------------------------------------
@@ -145,17 +176,17 @@ class Backward {
   Backward(const Inputs& in, const Rows& grad)
       : in_(in),
         grad_(grad),
-        keys_(in.frames, in.width),
-        key_grad_(empty_fp32({filled(in.frames), in.width})),
-        scores_(empty_fp32({filled(in.frames), 2 * in.block})),
-        scratch_(empty_fp32({scratch_size(in)})) {
-    const int64_t size = in.block * in.width;
+        keys_(in.frames, in.width, in.anchor.is_fp32()),
+        panels_(keys_.panels),
+        key_sums_(keys_, in.block),
+        key_grad_(empty_fp32({keys_.height, panels_.padded()})),
+        scores_(empty_fp32({keys_.height, 2 * in.block})),
+        scratch_(empty_fp32({in.block * (4 * in.width + 2 * panels_.padded() + 2)})) {
+    const int64_t size = in.block * in.width, padded = in.block * panels_.padded();
     across_ = scratch_.data_ptr<float>();
-    down_ = across_ + 2 * size;
-    query_grad_ = down_ + 2 * size;
-    rows_ = query_grad_ + size;
-    factors_ = rows_ + 2 * size;
-    partial_ = factors_ + 2 * in.block;
+    rows_ = across_ + 2 * size;
+    down_ = rows_ + 2 * size;
+    factors_ = down_ + 2 * padded;
   }
 
   // query_sum (T, r) (+)= the gradient of the queries through one layer; the clip's rows of feature_grad =
@@ -163,113 +194,163 @@ class Backward {
   double run(int64_t clip, int64_t layer, float* query_sum, bool is_first, Rows& feature_grad) {
     const int64_t begin = clip * in_.frames, width = in_.width, valid = in_.keys[clip];
     const float gate = in_.gates[clip * in_.layers + layer];
-    float* key_grad = key_grad_.data_ptr<float>();
     double gate_grad = 0;
-    keys_.pack(in_.features[layer], begin, valid);
+    keys_.load(in_.features[layer], begin, valid);
+    key_grad_.zero_();
     for (int64_t start = 0; start < in_.frames; start += in_.block) {
       const int64_t count = std::min(in_.block, in_.frames - start);
       block_ = filled(count);
       load(begin + start, count);
       gate_grad += score(gate);
-      weigh(start > 0, key_grad);
-      transpose(width, block_, query_grad_, block_, rows_, width);
-      add_to(query_sum + start * width, rows_, count * width, is_first);
+      weigh();
+      add_query_grad(count, query_sum + start * width, is_first);
     }
-    std::fill_n(key_grad + valid * width, (filled(in_.frames) - valid) * width, 0.0f);
     for (int64_t start = 0; start < in_.frames; start += in_.block) {
-      const int64_t count = std::min(in_.block, in_.frames - start), size = count * width;
+      const int64_t count = std::min(in_.block, in_.frames - start);
       const float* upstream = grad_.read(begin + start, count, rows_);
       const float* features = in_.features[layer].read(begin + start, count, rows_ + in_.block * width);
-      gate_grad += dot(upstream, features, size);
-      float* target = feature_grad.write(begin + start, down_);
-      const float* gathered = key_grad + start * width;
-#pragma omp simd
-      for (int64_t i = 0; i < size; ++i) {
-        target[i] = gathered[i] + gate * upstream[i];
+      for (int64_t row = 0; row < count; ++row) {
+        gate_grad += dot(upstream + row * width, features + row * width, width);
       }
+      float* target = feature_grad.write(begin + start, across_);
+      finish_key_grad(start, count, valid, gate, upstream, target);
       feature_grad.store(begin + start, count, target);
     }
     return gate_grad;
   }
 
  private:
-  static int64_t scratch_size(const Inputs& in) { return in.block * (7 * in.width + 10); }
-
-  // across (r, 2 block) = [Q^T | dM^T], down (2 block, r) = [dM; Q]
+  // across (r, 2 block) = [Q^T | dM^T], down (2 block, r) = [dM; Q] in panels
   void load(int64_t begin, int64_t count) {
     const int64_t block = block_, width = in_.width;
     const float* query = in_.anchor.read(begin, count, rows_);
     const float* upstream = grad_.read(begin, count, rows_ + block * width);
     load_transposed(query, count, width, block, across_, 2 * block);
     load_transposed(upstream, count, width, block, across_ + block, 2 * block);
-    float* second = down_ + block * width;
-    std::copy_n(upstream, count * width, down_);
-    std::fill(down_ + count * width, second, 0.0f);
-    std::copy_n(query, count * width, second);
-    std::fill(second + count * width, second + block * width, 0.0f);
+    panels_.pack(upstream, count, down_, 2 * block, 0);
+    panels_.clear(down_, 2 * block, count, block - count);
+    panels_.pack(query, count, down_, 2 * block, block);
+    panels_.clear(down_, 2 * block, block + count, block - count);
   }
 
   // scores (keys, 2 block) = [S | E], and of their sums over keys [k | delta] in `factors_`. Returns the sum
   // of delta.
-  float score(float gate) {
-    const int64_t block = block_, width = in_.width;
+  double score(float gate) {
+    const int64_t block = block_;
     float *row_sums = factors_, *products = factors_ + block;
+    int64_t active = 0;
     std::fill_n(factors_, 2 * block, 0.0f);
-    for (int64_t start = 0; start < keys_.count; start += KEYS) {
-      const int64_t tile = keys_.size(start);
+    for (int64_t start = 0; start < keys_.count(); start += KEYS) {
       float* scores = scores_.data_ptr<float>() + start * 2 * block;
-      gemm(tile, 2 * block, width, keys_.rows(start), width, across_, 2 * block, scores, 2 * block);
-      std::fill_n(partial_, 8 * block, 0.0f);
-      for (int64_t key = 0; key < tile; ++key) {
-        float *row = scores + key * 2 * block, *sums = partial_ + key % 4 * 2 * block;
-        for (int64_t lane = 0; lane < block; lane += W) {
-          const Vec score = relu(Vec::loadu(row + lane));
-          const Vec product = Vec::loadu(sums + block + lane);
-          (Vec::loadu(sums + lane) + score).store(sums + lane);
-          at::vec::fmadd(score, Vec::loadu(row + block + lane), product).store(sums + block + lane);
+      keys_.score(start, across_, 2 * block, scores);
+      for (int64_t lane = 0; lane < block; lane += W) {
+        FourSums sums, score_products;
+        const float* column = scores + lane;
+        for (int64_t key = 0; key < keys_.size(start); key += 4) {
+          for (int64_t part = 0; part < 4; ++part, column += 2 * block) {
+            const Vec score = relu(Vec::loadu(column)), grad = Vec::loadu(column + block);
+            sums.parts[part] = sums.parts[part] + score;
+            score_products.parts[part] = at::vec::fmadd(score, grad, score_products.parts[part]);
+            active += part == 0 ? count_active(score) : 0;
+          }
         }
+        sums.add_to(row_sums + lane);
+        score_products.add_to(products + lane);
       }
-      add_partial(partial_, 2 * block, factors_);
     }
+    // One key in four is counted.
+    is_sparse_ = is_sparse(4 * share_of(active, block * keys_.count()), panels_);
     for (int64_t lane = 0; lane < block; lane += W) {
       const Vec row_sum = Vec::loadu(row_sums + lane) + Vec(ATTENTION_EPS);
       (Vec(gate) / row_sum).store(row_sums + lane);
       (Vec::loadu(products + lane) / row_sum).store(products + lane);
     }
-    return sum_of(products, block);
+    return std::accumulate(products, products + block, 0.0);
   }
 
-  // The gradients through a block's scores: query_grad (r, block), key_grad (keys, r) (+)=.
-  void weigh(bool accumulate, float* key_grad) {
-    const int64_t block = block_, width = in_.width;
-    for (int64_t start = 0; start < keys_.count; start += KEYS) {
+  // The gradients through a block's scores: key_sums (block, r) = the queries', key_grad (keys, r) +=.
+  void weigh() {
+    const int64_t block = block_;
+    key_sums_.begin(block, is_sparse_);
+    for (int64_t start = 0; start < keys_.count(); start += KEYS) {
       const int64_t tile = keys_.size(start);
       float* scores = scores_.data_ptr<float>() + start * 2 * block;
-      for (int64_t key = 0; key < tile; ++key) {
-        float* row = scores + key * 2 * block;
-        for (int64_t lane = 0; lane < block; lane += W) {
-          const Vec score = relu(Vec::loadu(row + lane)), factor = Vec::loadu(factors_ + lane);
-          const Vec flow = Vec::loadu(row + block + lane) - Vec::loadu(factors_ + block + lane);
-          (factor * score).store(row + lane);
-          (flow * (factor * score.gt(Vec(0.0f)))).store(row + block + lane);
+      for (int64_t lane = 0; lane < block; lane += W) {
+        const Vec factor = Vec::loadu(factors_ + lane), delta = Vec::loadu(factors_ + block + lane);
+        float* column = scores + lane;
+        for (int64_t key = 0; key < tile; ++key, column += 2 * block) {
+          const Vec score = relu(Vec::loadu(column)), flow = Vec::loadu(column + block) - delta;
+          (factor * score).store(column);
+          (flow * (factor * score.gt(Vec(0.0f)))).store(column + block);
         }
       }
-      gemm(width, block, tile, keys_.transposed(start), tile, scores + block, 2 * block, query_grad_, block,
-           start > 0);
-      gemm(tile, width, 2 * block, scores, 2 * block, down_, width, key_grad + start * width, width,
-           accumulate);
+      key_sums_.add(scores + block, 2 * block, start);
+      add_key_grad(start, tile, scores);
     }
-    if (keys_.count == 0) {
-      std::fill_n(query_grad_, width * block, 0.0f);
+    key_sums_.end();
+  }
+
+  // key_grad (tile, r) += [k S | X] (tile, 2 block) [dM; Q], a panel at a time
+  void add_key_grad(int64_t start, int64_t tile, const float* scores) {
+    const int64_t block = block_, columns = panels_.columns;
+    uint64_t active[QUERIES / SOURCES][KEYS];
+    for (int64_t first = 0; first < block && is_sparse_; first += SOURCES) {
+      const int64_t sources = std::min(SOURCES, block - first);
+      for (int64_t key = 0; key < tile; ++key) {
+        const float* row = scores + key * 2 * block + first;
+        active[first / SOURCES][key] = active_bits(row, sources) | active_bits(row + block, sources);
+      }
+    }
+    for (int64_t panel = 0; panel < panels_.count; ++panel) {
+      const float* down = down_ + panel * 2 * block * columns;
+      float* out = key_grad_.data_ptr<float>() + (panel * keys_.height + start) * columns;
+      if (!is_sparse_) {
+        gemm(tile, columns, 2 * block, scores, 2 * block, down, columns, out, columns, true);
+        continue;
+      }
+      for (int64_t first = 0; first < block; first += SOURCES) {
+        add_active<2>({scores + first, 2 * block, block, active[first / SOURCES]}, tile,
+                      down + first * columns, block * columns, columns, out);
+      }
+    }
+  }
+
+  void add_query_grad(int64_t count, float* query_sum, bool is_first) {
+    for (int64_t panel = 0; panel < panels_.count; ++panel) {
+      for (int64_t row = 0; row < count; ++row) {
+        add_to(query_sum + row * in_.width + panel * panels_.columns,
+               key_sums_.rows(panel) + row * panels_.columns, panels_.present(panel), is_first);
+      }
+    }
+  }
+
+  // target (count, r) = key_grad, none beyond the valid keys, + gate * upstream
+  void finish_key_grad(int64_t start, int64_t count, int64_t valid, float gate, const float* upstream,
+                       float* target) const {
+    const float* key_grad = key_grad_.const_data_ptr<float>();
+    for (int64_t panel = 0; panel < panels_.count; ++panel) {
+      const int64_t columns = panels_.columns, present = panels_.present(panel);
+      for (int64_t row = 0; row < count; ++row) {
+        const int64_t at = row * in_.width + panel * columns;
+        const float* gathered = key_grad + (panel * keys_.height + start + row) * columns;
+        const float share = start + row < valid ? 1.0f : 0.0f;
+#pragma omp simd
+        for (int64_t i = 0; i < present; ++i) {
+          target[at + i] = (share == 0 ? 0 : gathered[i]) + gate * upstream[at + i];
+        }
+      }
     }
   }
 
   const Inputs& in_;
-  int64_t block_ = 0;  // queries of the block at hand, filled up
+  int64_t block_ = 0;       // queries of the block at hand, filled up
+  bool is_sparse_ = false;  // its scores
   const Rows& grad_;
   Keys keys_;
+  const Panels& panels_;
+  KeySums key_sums_;
   at::Tensor key_grad_, scores_, scratch_;
-  float *across_, *down_, *query_grad_, *rows_, *factors_, *partial_;
+  float *across_, *rows_, *down_, *factors_;
 };
 
 // rows of the clip's valid frames += share * values (r)
