@@ -104,7 +104,7 @@ std::vector<at::Tensor> gated_up_bwd(const at::Tensor& grad, const at::Tensor& x
                                      bool need_x);
 
 // Not an op: PyTorch's softmax attention, (B, H, T, d) each, all fp32; `mask` (B or 1, 1, 1, T) is boolean.
-// The forward, for a positive `scale`, also returns the logarithm of every row's sum of exponentials (B, H, T).
+// The forward, for a positive `scale`, also returns the log of every row's sum of exponentials (B, H, T).
 std::tuple<at::Tensor, at::Tensor> self_attention(const at::Tensor& query, const at::Tensor& key,
                                                   const at::Tensor& value,
                                                   const std::optional<at::Tensor>& mask, double scale);
