@@ -36,8 +36,8 @@ def norm_with_statistics(
 def attend(attention: nn.Module, normed: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """A ``WhisperAttention`` of the encoder in evaluation mode.
 
-    With PyTorch's own attention ("sdpa") queries, keys and values are read where the projections wrote them,
-    and the values are those of Hugging Face's code, which copies all three.
+    With "sdpa" queries, keys and values are read where the projections wrote them, which Hugging Face's code
+    copies; on the CPU a C++ kernel may take PyTorch's place.
 
     Args:
         attention: gives the weights. normed: (B, T, D). mask: for the attention, or None.
@@ -55,7 +55,9 @@ def attend(attention: nn.Module, normed: torch.Tensor, mask: torch.Tensor | None
         attention.v_proj(normed),
     )
     mixed = self_attention(*(states.view(heads).transpose(1, 2) for states in projected), mask, scale=1.0)
-    return attention.out_proj(mixed.transpose(1, 2).reshape(normed.shape))
+    del projected
+    mixed = mixed.transpose(1, 2).reshape(normed.shape)  # where that is a copy, the only one from here on
+    return attention.out_proj(mixed)
 
 
 def finish_layer(
