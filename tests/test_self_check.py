@@ -36,7 +36,8 @@ def calls_of(case, dtype):
                 if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
                     tensor.requires_grad_()
         inputs.get("x", torch.empty(0)).requires_grad_(False)
-        case.function()(**inputs).sum().backward()
+        with ops.use_backend("reference"):  # the C++ kernels hand more on to the backward
+            case.function()(**inputs).sum().backward()
     finally:
         ops._kernel = original
     found = []
