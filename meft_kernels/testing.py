@@ -131,8 +131,9 @@ class Case:
             return {**shared, "lengths": lengths, "relu": self.layers % 2 == 0}
         if self.op == "relu_attention":
             gate = {"gate_weight": weight(1, r), "gate_bias": parameter(1)}
-            features = [activation(r) for _ in range(self.layers)]
-            return {"anchor": activation(r), **gate, "features": features, "lengths": lengths}
+            # About half of the scores are positive, as they are on speech.
+            features = [activation(r) - 0.7 for _ in range(self.layers)]
+            return {"anchor": activation(r) - 0.7, **gate, "features": features, "lengths": lengths}
         if self.op == "gated_down":
             first = {"x": activation(d), "weight_1": weight(r, d), "bias_1": parameter(r)}
             second = {"weight_2": weight(r, r), "bias_2": parameter(r)}
