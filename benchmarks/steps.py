@@ -5,6 +5,7 @@ The weights are drawn, not downloaded: time and memory depend on sizes alone.
 
 import json
 import os
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from types import SimpleNamespace
@@ -266,14 +267,24 @@ def training_step(method: str, setting: Setting) -> TrainingStep:
 
 
 class InferenceForward:
-    """The frozen encoder's forward at the precision of the training step, keeping no hidden state."""
+    """The frozen encoder's forward at the precision of the training step, keeping no hidden state.
 
-    def __init__(self, setting: Setting):
+    Args:
+        hugging_face: run it by Hugging Face's own code, as whoever does not use this project would.
+    """
+
+    def __init__(self, setting: Setting, hugging_face: bool = False):
         torch.manual_seed(0)
-        self.encoder = FrozenEncoder(setting.base().encoder, dtype=setting.dtype)
+        encoder = setting.base().encoder
         self.features, _ = setting.batch_of_clips()
+        if hugging_face:
+            encoder.to(setting.dtype).eval()
+            self.features = self.features.to(setting.dtype)
+        self.encoder = encoder if hugging_face else FrozenEncoder(encoder, dtype=setting.dtype).stream
 
     @torch.inference_mode()
     def __call__(self) -> None:
-        for _ in self.encoder.stream(self.features):
-            pass
+        out = self.encoder(self.features)
+        if isinstance(out, Iterator):
+            for _ in out:
+                pass

@@ -75,8 +75,8 @@ def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 def train_steps(records: list[dict]) -> list[str]:
     """Whole training steps, one table for each device and setting; the paper's column where it is the paper's
     setting."""
-    header = ["method", "step, ms", "÷ encoder inference", "× full", "peak GiB", "counted GiB", "paper GiB"]
-    header += ["trainable", "%", "gradient norm"]
+    header = ["method", "step, ms", "÷ encoder inference", "÷ Hugging Face's", "× full", "peak GiB"]
+    header += ["counted GiB", "paper GiB", "trainable", "%", "gradient norm"]
     blocks = []
     for found in newest(records, "train_step"):
         shapes, rows = found["shapes"], []
@@ -85,11 +85,11 @@ def train_steps(records: list[dict]) -> list[str]:
             if len(cells) == 2:
                 rows.append([*cells, *[""] * (len(header) - 2)])
             else:
-                method, ms, _, ratio, faster, peak, counted, _, *rest = cells
-                rows.append([method, ms, ratio, faster, peak, counted, *rest])
+                method, ms, _, ratio, to_theirs, faster, peak, counted, _, *rest = cells
+                rows.append([method, ms, ratio, to_theirs, faster, peak, counted, *rest])
         lines = [header, *rows]
         if (shapes["model"], shapes["batch"], shapes["frames"]) != ("small", 128, 1500):
-            lines = [[*line[:6], *line[7:]] for line in lines]
+            lines = [[*line[:7], *line[8:]] for line in lines]
         title = (
             f"Whisper-{shapes['model']}, batch {shapes['batch']}, {shapes['frames']} frames, "
             f"{shapes['dtype']}, reduction factor {shapes['reduction_factor']}, {CLASSES} classes. "

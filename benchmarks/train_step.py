@@ -1,7 +1,8 @@
 """``python -m benchmarks.train_step``: a training step of every method, against the encoder's inference.
 
-Each step is timed in turn with the frozen encoder's inference forward at the same precision, in one process:
-the figure that counts is their ratio, which other load and clocks hardly move. A CPU is timed by process-CPU
+Each step is timed in turn with the frozen encoder's inference forward at the same precision, in one process,
+and with that of Hugging Face's code: the figures that count are their ratios, which other load and clocks
+hardly move. A CPU is timed by process-CPU
 time, a GPU by its own events. Peak memory is everything of the step: model, batch, gradients, optimizer,
 activations. On a GPU it is the allocator's; on a CPU the growth of the resident set of a fresh process whose
 large blocks are mapped (glibc keeps freed blocks otherwise).
@@ -158,18 +159,32 @@ def _seconds(run: Callable[[], None], device: str) -> float:
     return start.elapsed_time(stop) / 1e3
 
 
-def clock(step: Callable[[], None], forward: Callable[[], None], device: str, repeats: int) -> dict:
-    """Times a step and the encoder's forward in turn, after two of each to warm up (one on a CPU).
+def clock(
+    step: Callable[[], None],
+    forward: Callable[[], None],
+    hugging_face: Callable[[], None],
+    device: str,
+    repeats: int,
+) -> dict:
+    """Times a step and two forwards of the encoder in turn, after two of each to warm up (one on a CPU).
 
     Returns:
-        ``step_ms`` and ``encoder_ms``, each ``median``, ``p20`` and ``p80``, and the medians' ``ratio``.
+        ``step_ms``, ``encoder_ms`` and ``hugging_face_ms``, each ``median``, ``p20`` and ``p80``, and the
+        step's medians over the others': ``ratio`` and ``ratio_to_hugging_face``.
     """
+    turns = hugging_face, forward, step
     for _ in range(1 if torch.device(device).type == "cpu" else 2):
-        forward()
-        step()
-    rounds = [(1e3 * _seconds(forward, device), 1e3 * _seconds(step, device)) for _ in range(repeats)]
-    forwards, steps = (summary(column) for column in zip(*rounds))
-    return {"step_ms": steps, "encoder_ms": forwards, "ratio": steps["median"] / forwards["median"]}
+        for run in turns:
+            run()
+    rounds = [[1e3 * _seconds(run, device) for run in turns] for _ in range(repeats)]
+    theirs, ours, steps = (summary(column) for column in zip(*rounds))
+    return {
+        "step_ms": steps,
+        "encoder_ms": ours,
+        "hugging_face_ms": theirs,
+        "ratio": steps["median"] / ours["median"],
+        "ratio_to_hugging_face": steps["median"] / theirs["median"],
+    }
 
 
 def verdict(figures: dict) -> str:
@@ -206,8 +221,8 @@ def measure(method: str, setting: Setting, repeats: int, count: bool = True) -> 
         row["status"] = verdict(row)
         _release()
         if repeats:
-            forward = InferenceForward(setting)
-            row |= clock(training_step(method, setting), forward, setting.device, repeats)
+            forwards = InferenceForward(setting), InferenceForward(setting, hugging_face=True)
+            row |= clock(training_step(method, setting), *forwards, setting.device, repeats)
     except Exception as error:  # one method must not cost the others their rows
         row["status"] = "out of memory" if _out_of_memory(error) else f"failed: {one_line(error)}"
     _release()  # after the except clause: the error's frames hold tensors
@@ -223,8 +238,8 @@ def _release() -> None:
 # --- the table ----------------------------------------------------------------------------------------------
 
 
-HEADER = ("method", "step ms", "20-80 %", "/ encoder", "x full", "peak GiB", "counted", "less than full")
-HEADER += ("paper GiB", "trainable", "%", "grad norm")
+HEADER = ("method", "step ms", "20-80 %", "/ encoder", "/ HF encoder", "x full", "peak GiB", "counted")
+HEADER += ("less than full", "paper GiB", "trainable", "%", "grad norm")
 
 
 def compared(rows: list[dict]) -> Iterator[tuple[dict, float | None, float | None]]:
@@ -252,6 +267,7 @@ def cells(row: dict, faster: float | None, less: float | None) -> tuple[str, ...
         f"{ms['median']:.1f}" if ms else "-",
         f"{ms['p20']:.1f}-{ms['p80']:.1f}" if ms else "-",
         f"{row['ratio']:.2f}" if ms else "-",
+        f"{row['ratio_to_hugging_face']:.2f}" if "ratio_to_hugging_face" in row else "-",
         "-" if faster is None else f"{faster:.2f}",
         size(row["peak_bytes"]),
         size(row["counted_bytes"]),

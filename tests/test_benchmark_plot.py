@@ -17,6 +17,7 @@ GIB = 2**30
 def step_row(method, ratio, peak, **changes):
     spread = {"median": 100.0 * ratio, "p20": 99.0 * ratio, "p80": 101.5 * ratio}
     row = {"method": method, "status": "ok", "step_ms": spread, "encoder_ms": spread, "ratio": ratio}
+    row |= {"hugging_face_ms": spread, "ratio_to_hugging_face": 0.9 * ratio}
     row |= {"peak_bytes": int(peak * GIB), "counted_bytes": int(0.97 * peak * GIB), "loss": 1.8}
     row |= {"trainable": 1234567, "parameters": 90000000, "gradient_norm": 0.5, "head_gradient_norm": 2.0}
     return row | changes
@@ -113,9 +114,9 @@ def test_a_table_is_written_between_its_markers():
         for line in lines
         if "|" in line
     }
-    assert rows["lst"][1:7] == ["120.0", "1.20", "2.50", "4.00", "3.88", "20.39"]
-    assert rows["published_lst"][1:7] == ["150.0", "1.50", "2.00", "20.00", "19.40", "20.39"]
-    assert rows["full"][3] == "1.00" and rows["full"][6] == "76.14"
+    assert rows["lst"][1:8] == ["120.0", "1.20", "1.08", "2.50", "4.00", "3.88", "20.39"]
+    assert rows["published_lst"][1:8] == ["150.0", "1.50", "1.35", "2.00", "20.00", "19.40", "20.39"]
+    assert rows["full"][4] == "1.00" and rows["full"][7] == "76.14"
     assert rows["lora"][1] == "out of memory" and len(rows["lora"]) == len(rows["lst"])
     assert "Some CPU, 1 thread, torch 2.13.0; commit 012345678, 2026-01-02" in text
     assert "`python -m benchmarks.train_step --some option`" in text
