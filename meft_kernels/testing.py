@@ -319,7 +319,9 @@ def _cost(case: Case, dtype: torch.dtype, backward: bool) -> Cost:
 def _cases() -> list[Case]:
     shapes = [
         {},
-        {"batch": 1, "frames": 1, "layers": 1},
+        # One frame with several layers: weights that are all one have no gradient but rounding.
+        {"batch": 1, "frames": 1, "layers": 3},
+        {"batch": 2, "frames": 7, "layers": 1},
         {"batch": 3, "frames": 64, "width": 96, "side": 48, "adapter_dim": 64, "layers": 4},
         {"batch": 2, "frames": 13, "width": 33, "side": 5, "adapter_dim": 7, "layers": 2},
     ]
