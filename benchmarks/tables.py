@@ -165,9 +165,11 @@ def ops(records: list[dict]) -> list[str]:
     blocks = []
     for found in newest(records, "run"):
         by: dict[tuple[str, str], dict[str, dict]] = {}
+        widths = {(row["width"], row["side"]) for row in found["figures"]["rows"]}
         for row in found["figures"]["rows"]:
             if row["op"] not in ("LST", "UniPT", "SHERL"):
-                by.setdefault((row["op"], row["peer"]), {})[row["direction"]] = row
+                op = row["op"] if len(widths) == 1 else f"{row['op']}, {row['width']} to {row['side']}"
+                by.setdefault((op, row["peer"]), {})[row["direction"]] = row
         rows = []
         for (op, peer), directions in by.items():
             times, shares = [], []

@@ -186,6 +186,14 @@ def test_the_two_parts_of_the_ops_are_two_tables():
     assert tables.newest([RUN, others], "run") == [RUN, others]
 
 
+def test_each_width_of_an_op_has_its_row():
+    both = copy.deepcopy(RUN)
+    both["figures"]["rows"] += [row | {"side": 384, "median": 0.008} for row in RUN["figures"]["rows"]]
+    (text,) = tables.ops([both])
+    for side, milliseconds in ((96, "2.000"), (384, "8.000")):
+        assert f"| ladder, 768 to {side} | eager | {milliseconds} |" in text
+
+
 @pytest.mark.parametrize(
     "page, sentence",
     [
