@@ -26,8 +26,6 @@ COMMANDS = {
     "demo": ("demo", "synthesise a small accent corpus, train LST on it and show the scores"),
 }
 
-RUN_NO_MODEL = {"memory", "convert"}
-
 USAGE = "usage: whisper-meft COMMAND [options]\n       whisper-meft COMMAND CONFIG.json [options]\n"
 
 
@@ -99,10 +97,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand and returns its exit status.
 
     Args:
-        argv: arguments without the program name; by default this process is the program, and its allocator is
-            set for it, see :mod:`whisper_meft.host_memory`.
+        argv: arguments without the program name; default sys.argv[1:].
     """
-    is_program = argv is None
     argv = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -121,8 +117,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             _complain(f"error: unknown {kind} {argv[0]!r}, accepted are {', '.join(COMMANDS)}")
             return 2
         module = importlib.import_module(f".{COMMANDS[argv[0]][0]}", __package__)
-        if is_program and argv[0] not in RUN_NO_MODEL:
-            importlib.import_module(".host_memory", __package__).keep_freed_blocks()
         with _one_line_warnings():
             return module.run(argv[1:])
     except KeyboardInterrupt:
