@@ -24,13 +24,9 @@
 namespace meft {
 namespace attention {
 
-constexpr int64_t LANES = 16;  // rows and columns of scores are multiples: of W at every capability
+constexpr int64_t LANES = kFill;  // rows and columns of scores are multiples
 constexpr int64_t PANEL = 8;   // at most, vectors of LANES in a row of a panel
 constexpr int64_t TILE = 64;   // at most, rows of a panel in a product without zeros
-
-inline int64_t filled(int64_t count) {
-  return (count + LANES - 1) / LANES * LANES;
-}
 
 // How the columns of a matrix of `width` are cut into panels.
 struct Panels {

@@ -239,6 +239,13 @@ inline at::Tensor tensor_like(const float* values, const at::Tensor& like) {
 using Vec = at::vec::Vectorized<float>;
 constexpr int64_t kLanes = Vec::size();
 
+// Counts that are filled up to this multiple are whole vectors at every level.
+constexpr int64_t kFill = 16;
+
+inline int64_t filled(int64_t count) {
+  return (count + kFill - 1) / kFill * kFill;
+}
+
 inline float sum_of_lanes(const Vec& lanes) {
   return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, lanes);
 }

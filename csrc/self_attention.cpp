@@ -35,15 +35,10 @@
 namespace meft {
 namespace {
 
-// Queries and keys are filled up to multiples: whole vectors at every level, and few sizes of products.
-constexpr int64_t LANES = 16;
+// Queries and keys are filled up: whole vectors, and few sizes of products.
 constexpr int64_t QUERIES = 128;  // at most, in a block
 constexpr int64_t KEYS = 256;     // at most, in a tile
 constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
-
-int64_t filled(int64_t count) {
-  return (count + LANES - 1) / LANES * LANES;
-}
 
 // 2^x for x <= 0, to about one rounding; 0 from -127 on. Loops over it vectorise: no branch, no call.
 inline float exp2_of_negative(float x) {
