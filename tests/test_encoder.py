@@ -22,10 +22,10 @@ def test_full_window_equals_hugging_face_exactly(attention):
     with use_backend("reference"):  # the C++ attention rounds in another order
         states = list(encoder.stream(features))
     assert len(states) == LAYERS + 1
-    for own, state in zip(encoder.stream(features), states, strict=True):
-        torch.testing.assert_close(own, state, rtol=1e-5, atol=1e-5)
     for state, other in zip(states[:-1], expected[:-1], strict=True):
         assert torch.equal(state, other)
+    for state, other in zip(list(encoder.stream(features))[:-1], expected[:-1], strict=True):
+        torch.testing.assert_close(state, other, rtol=1e-5, atol=1e-5)
     # The last entry of Hugging Face's tuple is after the final LayerNorm, ours before it.
     assert not torch.equal(states[-1], expected[-1])
     assert torch.equal(encoder.layer_norm(states[-1]), expected[-1])
