@@ -19,14 +19,14 @@ import torch
 from torch import Tensor, nn
 from transformers import WhisperConfig, WhisperForAudioClassification
 from whisper_meft import FrozenEncoder, LSTConfig, get_meft_model
-from whisper_meft.backbone import load_backbone
+from whisper_meft.encoder.quantization import nbytes
+from whisper_meft.encoder.sizes import WHISPER_SIZES, whisper_config
 from whisper_meft.errors import UserError, one_line
 from whisper_meft.files import check_writable
-from whisper_meft.memory import estimate
-from whisper_meft.quantization import nbytes
-from whisper_meft.shipped import shipped_backbone
-from whisper_meft.sizes import WHISPER_SIZES, whisper_config
-from whisper_meft.speech import make_accent_corpus
+from whisper_meft.memory.counting import estimate
+from whisper_meft.model.backbone import load_backbone
+from whisper_meft.synthetic.shipped import shipped_backbone
+from whisper_meft.synthetic.speech import make_accent_corpus
 
 from . import record
 from .saved_activations import features_and_labels

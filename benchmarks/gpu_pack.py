@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from whisper_meft.configs import MeftConfig, SideNetworkConfig
+from whisper_meft import MeftConfig
 from whisper_meft.errors import UserError, one_line
 from whisper_meft.files import check_writable
+from whisper_meft.methods.side_networks import SideNetworkConfig
 
 from . import ceilings, record
 
@@ -112,7 +113,7 @@ def _tuning(output: str, records: list[dict]) -> str:
 
 def gpu_test_files() -> list[str]:
     """The test files that hold a test for a GPU, as paths from the root."""
-    files = sorted((record.ROOT / "tests").glob("test_*.py"))
+    files = sorted((record.ROOT / "tests").rglob("test_*.py"))
     marked = (file for file in files if "mark.gpu" in file.read_text(encoding="utf-8"))
     return [str(file.relative_to(record.ROOT)) for file in marked]
 

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 from whisper_meft import MeftConfig
+from whisper_meft.encoder.sizes import WHISPER_SIZES, whisper_config
 from whisper_meft.errors import UserError, one_line
 from whisper_meft.files import check_writable
-from whisper_meft.memory import MemoryCount, count_step, estimate
-from whisper_meft.sizes import WHISPER_SIZES, whisper_config
+from whisper_meft.memory.counting import MemoryCount, count_step, estimate
 
 from . import published, record
 

@@ -22,9 +22,9 @@ def peak():
 
 import torch
 from transformers import WhisperForAudioClassification
-from whisper_meft.configs import MeftConfig
-from whisper_meft.modeling import get_meft_model
-from whisper_meft.sizes import whisper_config
+from whisper_meft import MeftConfig
+from whisper_meft.model.module import get_meft_model
+from whisper_meft.encoder.sizes import whisper_config
 
 options = json.loads(sys.argv[1])
 torch.set_num_threads(options["threads"])
@@ -90,10 +90,10 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("the resident set is read from /proc, which this system does not have")
     if given.batch < 1 or given.threads < 1:
         parser.error("--batch and --threads must be at least 1")
-    from whisper_meft.configs import parse_dtype
+    from whisper_meft.encoder.dtypes import parse_dtype
+    from whisper_meft.encoder.sizes import whisper_config
     from whisper_meft.errors import UserError
     from whisper_meft.files import check_writable
-    from whisper_meft.sizes import whisper_config
 
     from . import record
 

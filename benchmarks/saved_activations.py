@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import WhisperFeatureExtractor, WhisperForAudioClassification
 from whisper_meft import LSTConfig, SHERLConfig, UniPTConfig, get_meft_model
 from whisper_meft.data import SpeechDataset, load_examples
-from whisper_meft.shipped import shipped_backbone
-from whisper_meft.speech import make_accent_corpus
+from whisper_meft.synthetic.shipped import shipped_backbone
+from whisper_meft.synthetic.speech import make_accent_corpus
 
 from . import record
 

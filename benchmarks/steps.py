@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from transformers import WhisperConfig, WhisperForAudioClassification
 from whisper_meft import FrozenEncoder, MeftConfig, get_meft_model
-from whisper_meft.adalora import RankAllocation
-from whisper_meft.configs import SideNetworkConfig
+from whisper_meft.encoder.sizes import WHISPER_SIZES, whisper_config
 from whisper_meft.errors import UserError
-from whisper_meft.mezo import MeZO
-from whisper_meft.sizes import WHISPER_SIZES, whisper_config
+from whisper_meft.methods.adalora import RankAllocation
+from whisper_meft.methods.mezo import MeZO
+from whisper_meft.methods.side_networks import SideNetworkConfig
 
 import meft_kernels
 

@@ -23,14 +23,15 @@ import soundfile
 import torch
 from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForAudioClassification
 from whisper_meft import MeftConfig, get_meft_model
-from whisper_meft.backbone import set_labels
-from whisper_meft.batching import LengthBatches
-from whisper_meft.cached_data import CachedCollator, CachedDataset, prepare_cache
 from whisper_meft.data import Collator, SpeechDataset, check_audio, load_examples
+from whisper_meft.data.batching import LengthBatches
+from whisper_meft.encoder.quantization import nbytes
+from whisper_meft.encoder.sizes import WHISPER_SIZES, whisper_config
 from whisper_meft.errors import UserError, one_line
+from whisper_meft.feature_cache.dataset import CachedCollator, CachedDataset
+from whisper_meft.feature_cache.filling import prepare_cache
 from whisper_meft.files import check_writable
-from whisper_meft.quantization import nbytes
-from whisper_meft.sizes import WHISPER_SIZES, whisper_config
+from whisper_meft.model.backbone import set_labels
 
 from meft_kernels import ops
 

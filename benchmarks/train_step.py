@@ -21,10 +21,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from whisper_meft.configs import parse_dtype
+from whisper_meft.encoder.dtypes import parse_dtype
 from whisper_meft.errors import UserError, one_line
 from whisper_meft.files import check_writable
-from whisper_meft.memory import count_step
+from whisper_meft.memory.counting import count_step
 
 from . import record
 from .published import PAPER_GIB
@@ -119,8 +119,8 @@ def probe_in_fresh_process(method: str, setting: Setting) -> dict:
 
 
 def counted(method: str, setting: Setting) -> int | None:
-    """The peak that :func:`whisper_meft.memory.count_step` gives for the same step without running it, in
-    bytes; None where it cannot be counted, as for MeZO, whose step is another one."""
+    """The peak that :func:`whisper_meft.memory.counting.count_step` gives for the same step without running
+    it, in bytes; None where it cannot be counted, as for MeZO, whose step is another one."""
     if options_of(method)["method"] == "mezo":
         return None
     kind, place = torch.device(setting.device).type, replace(setting, device="cpu")

@@ -6,7 +6,7 @@ made-up words in sixteen other languages, all with random tone control and noise
 
     python examples/pretrain_backbone.py --output_dir python/whisper_meft/assets/phoneme-tiny
 
-No sentence, and no test speaker, of the accent corpus in ``whisper_meft.speech`` is used: the English
+No sentence, and no test speaker, of the accent corpus of ``whisper_meft.synthetic`` is used: the English
 sentences are of the "pretrain" set and the speakers are TRAIN_SPEAKERS. The accents of that corpus are among
 the eight. Quality is the accuracy per frame on speakers (TEST_SPEAKERS) and sentences that training never
 met. Nothing is selected on it: the recipe runs to its end and the last weights are kept.
@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForAudioClassification
 from whisper_meft.errors import UserError
 from whisper_meft.files import replacing, write_json
-from whisper_meft.speech import (
+from whisper_meft.synthetic.speech import (
     ACCENTS,
     SAMPLING_RATE,
     TEST_SPEAKERS,

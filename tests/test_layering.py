@@ -1,6 +1,8 @@
-"""Imports run one way, as the design says; read with ``ast``, so nothing has to be importable."""
+"""Imports run one way, as the tables of CONTRIBUTING.md say; read with ``ast``, so nothing is imported."""
 
 import ast
+import re
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -95,3 +97,59 @@ def test_whisper_uses_public_kernel_names_only(path):
         name for name in names if name.startswith(("meft_kernels.ops", "meft_kernels.triton_kernels"))
     }
     assert not private | internal
+
+
+def floors() -> dict[str, int]:
+    """The floor of each room of whisper_meft, from the table in CONTRIBUTING.md."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    table = re.search(r"<!-- floors: whisper_meft -->(.*?)<!-- end of floors -->", text, re.S).group(1)
+    return {room: int(floor) for floor, room in re.findall(r"^\| (\d+) \| `(\w+)/?` \|", table, re.M)}
+
+
+def module_of(path: Path, top: Path) -> str:
+    parts = path.relative_to(top.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported_modules(path: Path, known: set[str]) -> set[str]:
+    """Which of the modules ``known`` a file imports."""
+    names = imported(path)
+    return {name if name in known else name.rpartition(".")[0] for name in names} & known
+
+
+def test_every_room_has_a_floor():
+    rooms = {path.relative_to(WHISPER).with_suffix("").parts[0] for path in files(WHISPER)} - {"__init__"}
+    assert rooms == set(floors())
+
+
+@pytest.mark.parametrize("path", files(WHISPER), ids=lambda p: str(p.relative_to(ROOT)))
+def test_rooms_import_from_below(path):
+    known = {module_of(each, WHISPER) for each in files(WHISPER)}
+    room = path.relative_to(WHISPER).with_suffix("").parts[0]
+    if room == "__init__":
+        return
+    floor = floors()
+    for name in imported_modules(path, known) - {"whisper_meft"}:
+        other = name.split(".")[1]
+        assert other == room or floor[other] < floor[room], f"{path.name} imports {name}, not below {room}"
+
+
+@pytest.mark.parametrize("top", [KERNELS, WHISPER], ids=lambda top: top.name)
+def test_no_imports_in_a_circle(top):
+    known = {module_of(path, top) for path in files(top)}
+    graph = {}
+    for path in files(top):
+        own = module_of(path, top)
+        # A package's own __init__ gathers the names of its files; these may name one another through it.
+        graph[own] = {name for name in imported_modules(path, known) if not own.startswith(f"{name}.")}
+        graph[own] -= {own}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"imports run in a circle: {' -> '.join(error.args[1])}")
+
+
+def test_a_file_does_not_repeat_the_name_of_its_room():
+    for path in files(WHISPER):
+        room = path.relative_to(WHISPER).parts[0]
+        assert room not in path.stem.split("_"), f"{path.relative_to(WHISPER)} says {room} twice"

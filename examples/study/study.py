@@ -26,14 +26,18 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 from transformers import WhisperForAudioClassification  # noqa: E402
-from whisper_meft import MeftConfig, compare, data, get_meft_model  # noqa: E402
-from whisper_meft.backbone import quiet_transformers  # noqa: E402
+from whisper_meft import MeftConfig, data, get_meft_model  # noqa: E402
+from whisper_meft.commands.compare import make_parser  # noqa: E402
+from whisper_meft.comparison import runs as compare  # noqa: E402
+from whisper_meft.comparison.arguments import RATE_FACTOR, options_of, parse_method  # noqa: E402
 from whisper_meft.errors import UserError, one_line  # noqa: E402
+from whisper_meft.evaluation.classifier import Classifier  # noqa: E402
+from whisper_meft.evaluation.metrics import score  # noqa: E402
 from whisper_meft.files import read_json, write_json  # noqa: E402
-from whisper_meft.memory import estimate  # noqa: E402
-from whisper_meft.metrics import score  # noqa: E402
-from whisper_meft.predict import Classifier, InferenceArguments  # noqa: E402
-from whisper_meft.speech import ACCENTS, make_accent_corpus  # noqa: E402
+from whisper_meft.memory.counting import estimate  # noqa: E402
+from whisper_meft.model.backbone import quiet_transformers  # noqa: E402
+from whisper_meft.options.inference import InferenceArguments  # noqa: E402
+from whisper_meft.synthetic.speech import ACCENTS, make_accent_corpus  # noqa: E402
 
 from benchmarks import record, steps, train_step  # noqa: E402
 
@@ -78,7 +82,7 @@ class Study(compare.Comparison):
 
     def _parse(self, method: str, rate: float, seed: int, folder: Path) -> tuple:
         parsed = super()._parse(method, rate, seed, folder)
-        name, options = compare.parse_method(method)
+        name, options = parse_method(method)
         if MeftConfig.methods()[name].frozen_encoder:
             layers = str(options.get("layers", "all")).replace(" ", "").replace(":", "-")
             parsed[3].cache_features = str(self.output / "features" / f"{name}-{layers}")
@@ -114,7 +118,7 @@ class Study(compare.Comparison):
 
     def parameters(self, method: str) -> int:
         """How many parameters train."""
-        options = compare.options_of(method, self.config.d_model, self.arguments.reduction_factor)
+        options = options_of(method, self.config.d_model, self.arguments.reduction_factor)
         sizes = type(self.config).from_dict(self.config.to_dict())
         sizes.num_labels = len(self.labels)
         with quiet_transformers():
@@ -142,7 +146,7 @@ class Study(compare.Comparison):
         return {
             "method": method,
             "status": "ok",
-            "options": compare.options_of(method, self.config.d_model, self.arguments.reduction_factor),
+            "options": options_of(method, self.config.d_model, self.arguments.reduction_factor),
             "learning_rate": best["learning_rate"],
             "search": [{key: run[key] for key in searched} for run in search] + failures,
             "seeds": seeds,
@@ -169,7 +173,7 @@ def open_study(
     runs = "-".join([name, *(f"{key}{value:g}" for key, value in changes.items())])
     argv = [f"--train_data={corpus}", f"--output_dir={work / 'runs' / runs}", "--use_cpu=True"]
     argv += [f"--{key}={value}" for key, value in {**BUDGET, **changes}.items()]
-    (arguments,) = compare.make_parser().parse(argv)
+    (arguments,) = make_parser().parse(argv)
     study = Study(arguments)
     shapes = {
         "classes": study.labels,
@@ -221,7 +225,7 @@ def save(options: argparse.Namespace, part: str, rows: list[dict], shapes: dict,
 
 
 def search_rates() -> dict[str, list[float]]:
-    return {m: [rate * compare.RATE_FACTOR.get(m, 1) for rate in RATES] for m in METHODS}
+    return {m: [rate * RATE_FACTOR.get(m, 1) for rate in RATES] for m in METHODS}
 
 
 def nearby_rates(options: argparse.Namespace, entries: Iterable[str]) -> dict[str, list[float]]:
@@ -237,7 +241,7 @@ def nearby_rates(options: argparse.Namespace, entries: Iterable[str]) -> dict[st
     rates = {}
     for entry in entries:
         method = entry.partition(":")[0]
-        factor = compare.RATE_FACTOR.get(method, 1)
+        factor = RATE_FACTOR.get(method, 1)
         chosen = min(RATES, key=lambda rate: abs(rate * factor - found[method]))
         rates[entry] = [chosen * factor, LOWER[chosen] * factor]
     return rates

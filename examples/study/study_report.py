@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 from whisper_meft.errors import UserError
+from whisper_meft.evaluation.plots import BLUE, ORANGE, drawing
 from whisper_meft.files import write_text
-from whisper_meft.plots import BLUE, ORANGE, drawing
 
 from benchmarks import record
 from benchmarks.tables import markdown

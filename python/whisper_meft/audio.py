@@ -20,16 +20,22 @@ READABLE_SUFFIXES = frozenset(
     (".wav", ".wave", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".snd")
     + (".sph", ".nist", ".caf", ".w64", ".rf64")
 )
+
 # Known to be audio, and not read by libsndfile: listed so that they are reported instead of passed over.
 UNREADABLE_SUFFIXES = frozenset(
     [".m4a", ".mp4", ".aac", ".webm", ".mka", ".mkv", ".wma", ".amr", ".3gp", ".ac3", ".ape"]
 )
 
 _RATES = (1_000, 1_000_000)  # Hz; a rate outside these is a damaged header
+
 _LOUDEST = 1e10  # integers written as floats reach 2^31; squares of much more leave the range of float32
+
 _BLOCK = 1 << 22  # frames decoded at a time, so that a damaged header cannot ask for terabytes
+
 _STREAMED = 0x7FFFF000  # size fields from here on mean "unknown" in files written to a pipe
+
 _CONVERT = "convert it first, for example with `ffmpeg -i IN -ar 16000 -ac 1 OUT.wav`"
+
 _SIGNATURES = (
     (re.compile(rb".{4}ftyp", re.S), f"is MPEG-4 audio (m4a, mp4), which libsndfile cannot read: {_CONVERT}"),
     (re.compile(rb"\x1aE\xdf\xa3"), f"is WebM or Matroska audio, which libsndfile cannot read: {_CONVERT}"),
@@ -41,6 +47,7 @@ _SIGNATURES = (
         "is a Git LFS pointer, not the audio itself: fetch it with `git lfs pull`",
     ),
 )
+
 _SHORT_DATA = re.compile(r"^\s*(?:data|SSND|Data Size)\s*:\s*(\d+) \(should be (\d+)\)", re.M)
 
 

@@ -1,0 +1,1 @@
+"""The command line: `whisper-meft`, one file for each subcommand."""

@@ -1,0 +1,90 @@
+"""`whisper-meft cache`: runs the frozen backbone once over the data, for trainings from its states."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .. import data
+from ..errors import UserError
+from ..evaluation.classifier import usable_device
+from ..feature_cache.filling import prepare_cache
+from ..model.module import get_meft_model
+from ..model.pretrained import load_whisper, resolve_dtype
+from ..options.common import MethodArguments, ModelArguments
+from ..options.parser import Parser, UsageError
+from ..options.training import TrainDataArguments
+from ..training.console import say
+from ..training.data import load_data
+from ..training.run import load_sizes_and_extractor, method_config
+
+
+@dataclass
+class CacheArguments:
+    """Where the cache goes and how it is made."""
+
+    _argument_group_name = "cache"
+
+    output_dir: str | None = field(
+        default=None, metadata={"help": "folder of the cache; one that was interrupted is gone on with"}
+    )
+    storage: Literal["exact", "bfloat16", "fp8"] | None = field(
+        default=None,
+        metadata={
+            "help": "how states are kept: as computed, in 16 or in 8 bits (default: 16 bits, or what is "
+            "there)"
+        },
+    )
+    autocast: Literal["bfloat16", "float16"] | None = field(
+        default=None, metadata={"help": "run float32 weights in this, as train --bf16 and --fp16 do"}
+    )
+    device: str | None = field(
+        default=None, metadata={"help": "cpu, cuda, cuda:1 ... (default: a GPU if there is one)"}
+    )
+    num_workers: int = field(default=0, metadata={"help": "processes that read audio"})
+    seed: int = field(
+        default=42, metadata={"help": "of the choice of max_*_samples; that of the training to come"}
+    )
+    disable_tqdm: bool = field(default=False, metadata={"help": "show no progress bars"})
+
+    def __post_init__(self):
+        if not self.output_dir:
+            raise UsageError("--output_dir is needed")
+        if self.num_workers < 0:
+            raise UsageError(f"--num_workers must be 0 or more, got {self.num_workers}")
+
+
+def make_parser() -> Parser:
+    """The parser of `whisper-meft cache`."""
+    return Parser(
+        "cache",
+        (ModelArguments, MethodArguments, TrainDataArguments, CacheArguments),
+        usage="--model_name_or_path NAME_OR_DIR --train_data PATH_OR_NAME --output_dir DIR ...",
+        description="Computes once what the side network reads of the frozen backbone, for `train "
+        "--cache_features DIR`. Of the method's options only --layers, --max_frames and --method matter.",
+    )
+
+
+def run(argv: Sequence[str]) -> int:
+    """`whisper-meft cache`; returns the exit status."""
+    models, methods, sources, options = make_parser().parse(argv)
+    device = usable_device(options.device)
+    dtype = resolve_dtype(models.backbone_dtype, device.type == "cpu")
+    config = method_config(methods, dtype, models.backbone_quantization)
+    if not config.frozen_encoder:
+        raise UserError(f"method: {config.method} trains inside the encoder, so there is nothing to cache")
+    _, extractor = load_sizes_and_extractor(models, config)
+    model = get_meft_model(load_whisper(models, dtype).to(device), config)
+    show = not options.disable_tqdm
+    if models.backbone_compile:
+        model.encoder.compile_layers()
+    examples = load_data(sources, True, False, options.seed, options.num_workers, show, options.output_dir)
+    sets = [part for part in (examples.training, examples.evaluation) if part is not None]
+    how = (options.storage, options.autocast, options.num_workers, show, say)
+    cache = prepare_cache(options.output_dir, model, extractor, sets, *how)
+    say(
+        f"{options.output_dir} holds {len(cache)} clips, layers {', '.join(map(str, cache.layers))} as "
+        f"{cache.storage}, {cache.bytes_on_disk / 2**30:.3g} GiB"
+    )
+    if examples.left_out:
+        say(data.describe_bad(examples.left_out, len(examples.left_out) + sum(map(len, sets))))
+    return 0

@@ -1,0 +1,1 @@
+"""Every method on one dataset with one budget, and the report of it."""

@@ -1,0 +1,293 @@
+"""Every method on one dataset with one budget, fairly: the runs of a comparison.
+
+Each method gets the same number of epochs and the same number of learning rates to choose from. The rate is
+chosen on the validation data, as is the epoch; the test data is looked at once per seed, with what was
+chosen. Every run leaves its result in a folder, so an interrupted comparison goes on where it was.
+"""
+
+import contextlib
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from .. import data
+from ..data.examples import ExampleSet, check_known_labels, label_inventory, warn_on_shared_speakers
+from ..data.splits import canonical_split
+from ..encoder.dtypes import parse_dtype
+from ..errors import UserError, one_line
+from ..evaluation.classifier import Classifier
+from ..evaluation.scoring import evaluate
+from ..files import check_writable, read_json, write_json
+from ..methods import MeftConfig
+from ..model.pretrained import load_config, load_feature_extractor, resolve_dtype
+from ..options.common import DataFormatArguments, ModelArguments
+from ..options.inference import InferenceArguments
+from ..options.training import TrainDataArguments, parsed_options
+from ..synthetic.shipped import shipped_backbone
+from ..training.checkpoints import list_checkpoints
+from ..training.data import load_data
+from ..training.run import prepare_output_dir, train
+from .arguments import RATE_FACTOR, CompareArguments, options_of, parse_method
+from .costs import measure_costs
+
+_CACHED_BYTES = 2**31  # of features that are kept in memory between runs
+
+
+class CachedDataset(Dataset):
+    """A dataset whose items are made once."""
+
+    def __init__(self, dataset: Dataset, items: dict[int, Any]):
+        self.dataset, self.items = dataset, items
+        self.examples = dataset.examples
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        if index not in self.items:
+            self.items[index] = self.dataset[index]
+        return self.items[index]
+
+
+class Comparison:
+    """A comparison on disk: ``output_dir/runs/<method>/lr<rate>-seed<seed>/`` and the tables above them."""
+
+    def __init__(self, arguments: CompareArguments):
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError("compare runs in one process: start it without torchrun")
+        self.arguments = arguments
+        self.output = Path(arguments.output_dir)
+        if self.output.exists() and not self.output.is_dir():
+            raise UserError(f"output_dir: {self.output} is a file, a folder is needed")
+        check_writable(self.output / "compare.json")
+        self.backbone = str(arguments.model_name_or_path or shipped_backbone())
+        self.device = torch.device("cuda" if torch.cuda.is_available() and not arguments.use_cpu else "cpu")
+        if arguments.bf16 is None:
+            arguments.bf16 = self.device.type == "cuda" and torch.cuda.is_bf16_supported(False)
+        self.source = arguments.train_data or str(self._make_corpus())
+        self.extractor = load_feature_extractor(self.backbone, "model_name_or_path")
+        self.config = load_config(ModelArguments(self.backbone))
+        self.data_arguments = TrainDataArguments(
+            train_data=self.source,
+            eval_data=arguments.eval_data,
+            validation_fraction=arguments.validation_fraction,
+            **{each.name: getattr(arguments, each.name) for each in fields(DataFormatArguments)},
+        )
+        self.examples = load_data(self.data_arguments, True, True, arguments.seed, progress=False)
+        self.labels = label_inventory(self.examples.training)
+        self.test = self._load_test()
+        self.settings = {
+            "backbone": self.backbone,
+            "train_data": self.source,
+            "eval_data": arguments.eval_data,
+            "test_data": self.test.description,
+            "train_examples": len(self.examples.training),
+            "validation_examples": len(self.examples.evaluation),
+            "test_examples": len(self.test),
+            "labels": self.labels,
+            "split_seed": arguments.seed,
+            "num_train_epochs": arguments.num_train_epochs,
+            "batch_size": arguments.batch_size,
+            "max_frames": arguments.max_frames,
+            "bf16": arguments.bf16,
+            "device": self.device.type,
+        }
+        clips = len(self.examples.training) + len(self.examples.evaluation)
+        window = 2 * self.config.max_source_positions * self.config.num_mel_bins * 4
+        self._cache: dict[int, dict[int, Any]] | None = {} if clips * window < _CACHED_BYTES else None
+
+    def _make_corpus(self) -> Path:
+        from ..synthetic.speech import make_accent_corpus
+
+        clips = self.arguments.train_clips_per_class, self.arguments.test_clips_per_class
+        folder = self.output / f"corpus_seed{self.arguments.seed}_{clips[0]}_{clips[1]}"
+        return make_accent_corpus(
+            folder,
+            train_clips_per_class=clips[0],
+            test_clips_per_class=clips[1],
+            seed=self.arguments.seed,
+            progress=sys.stderr.isatty(),
+        )
+
+    def _load_test(self) -> ExampleSet:
+        source = self.arguments.test_data or self.source
+        options = self.arguments.reader_options()
+        found = data.list_splits(
+            source,
+            self.arguments.data_format,
+            dataset_config_name=self.arguments.dataset_config_name,
+            cache_dir=self.arguments.dataset_cache_dir,
+        )
+        kinds = {canonical_split(name) for name in found}
+        if self.arguments.test_data is None and "test" not in kinds:
+            raise UserError(f"--test_data is needed: {source} has no test split")
+        test = data.load_examples(source, split="test" if "test" in kinds else None, **options)
+        test, _ = data.check_audio(test, self.arguments.strict, progress=False)
+        check_known_labels(test, self.labels)
+        warn_on_shared_speakers(self.examples.training, test)
+        return test
+
+    def _parse(self, method: str, rate: float, seed: int, folder: Path) -> tuple:
+        """The arguments of `whisper-meft train` for one run."""
+        options = options_of(method, self.config.d_model, self.arguments.reduction_factor)
+        values = {
+            "max_frames": self.arguments.max_frames,
+            **options,
+            "model_name_or_path": self.backbone,
+            "train_data": self.source,
+            "output_dir": folder,
+            "learning_rate": rate,
+            "seed": seed,
+            "num_train_epochs": self.arguments.num_train_epochs,
+            "per_device_train_batch_size": self.arguments.batch_size,
+            "per_device_eval_batch_size": 2 * self.arguments.batch_size,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": 0.05,
+            "save_total_limit": 1,
+            "bf16": self.arguments.bf16,
+            "use_cpu": self.device.type == "cpu",
+            "disable_tqdm": True,
+        }
+        if self._cache is not None:
+            values["dataloader_num_workers"] = 0  # the cache is in this process
+        return parsed_options(values)
+
+    def _dataset(self, examples: ExampleSet, *arguments: Any) -> Dataset:
+        dataset = data.SpeechDataset(examples, *arguments)
+        if self._cache is None:
+            return dataset
+        return CachedDataset(dataset, self._cache.setdefault(id(examples), {}))
+
+    def run(self, method: str, rate: float, seed: int) -> dict[str, Any]:
+        """One run's validation scores; from disk where it is done, from its checkpoint where it was cut off.
+
+        Raises:
+            UserError, ...: whatever makes the run fail.
+        """
+        name = method.replace(":", "-").replace("+", "-")
+        folder = self.output / "runs" / name / f"lr{rate:g}-seed{seed}"
+        settings = {**self.settings, "learning_rate": rate, "seed": seed}
+        settings["method"] = options_of(method, self.config.d_model, self.arguments.reduction_factor)
+        done = folder / "result.json"
+        begun = folder / "settings.json"
+        same = begun.is_file() and read_json(begun) == settings
+        if same and done.is_file():
+            return read_json(done)
+        parsed = self._parse(method, rate, seed, folder)
+        parsed[3].overwrite_output_dir = not same
+        parsed[3].resume_from_checkpoint = "True" if same else None
+        if not same:
+            for name in ("result.json", "test.json"):
+                (folder / name).unlink(missing_ok=True)
+        prepare_output_dir(parsed[3])
+        write_json(begun, settings)
+        parsed[3].overwrite_output_dir, parsed[3].resume_from_checkpoint = False, "True"
+        started = time.perf_counter()
+        with open(folder / "log.txt", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
+            outcome = train(*parsed, examples=self.examples, make_dataset=self._dataset)
+        result = {
+            "folder": str(folder.relative_to(self.output)),
+            "learning_rate": rate,
+            "seed": seed,
+            "validation_accuracy": outcome.scores.accuracy,
+            "validation_loss": read_json(folder / "eval_results.json")["loss"],
+            "steps": outcome.training["steps"],
+            "train_loss": outcome.training["train_loss"],
+            "never_moved": outcome.training["gradients"]["never_moved"],
+            "seconds": round(time.perf_counter() - started, 1),
+        }
+        write_json(done, result)
+        for checkpoint in list_checkpoints(folder):
+            shutil.rmtree(checkpoint)
+        return result
+
+    def _can_score(self, run: dict[str, Any]) -> bool:
+        folder = self.output / run["folder"]
+        return (folder / "test.json").is_file() or (folder / "model.safetensors").is_file()
+
+    def score_on_test(self, run: dict[str, Any]) -> dict[str, Any]:
+        """The test scores of a finished run's model."""
+        folder = self.output / run["folder"]
+        if (folder / "test.json").is_file():
+            return read_json(folder / "test.json")
+        options = InferenceArguments(batch_size=2 * self.arguments.batch_size, device=self.device.type)
+        scores, _ = evaluate(Classifier.load(folder, options, progress=False), self.test)
+        write_json(folder / "test.json", scores.as_dict())
+        return scores.as_dict()
+
+    def compare(self, method: str, say: Callable[[str], None]) -> dict[str, Any]:
+        """Everything about one method: search, seeds, test scores, costs."""
+        arguments = self.arguments
+        search, failures = [], []
+        for rate in arguments.learning_rates:
+            rate *= RATE_FACTOR.get(parse_method(method)[0], 1)
+            try:
+                search.append(self.run(method, rate, arguments.seed))
+            except Exception as error:
+                failures.append({"learning_rate": rate, "failed": one_line(error)})
+                say(f"  {method}: learning rate {rate:g} failed: {failures[-1]['failed']}")
+                continue
+            say(
+                f"  {method}: learning rate {rate:g}: {search[-1]['validation_accuracy']:.1%} of the "
+                f"validation clips, loss {search[-1]['validation_loss']:.3f}, {search[-1]['seconds']:.0f} s"
+            )
+        if not search:
+            raise UserError(failures[0]["failed"])
+        best = max(search, key=lambda run: (run["validation_accuracy"], -run["validation_loss"]))
+        if not self._can_score(best):  # its weights went when another rate was best
+            (self.output / best["folder"] / "result.json").unlink()
+            best = self.run(method, best["learning_rate"], arguments.seed)
+        runs = [best]
+        for seed in range(arguments.seed + 1, arguments.seed + arguments.seeds):
+            runs.append(self.run(method, best["learning_rate"], seed))
+        tests = [self.score_on_test(run) for run in runs]
+        for run in search:
+            if run["folder"] != best["folder"]:  # a whole encoder in some methods
+                (self.output / run["folder"] / "model.safetensors").unlink(missing_ok=True)
+        accuracy = [test["accuracy"] for test in tests]
+        by_class = [test["mean_class_accuracy"] for test in tests]
+        return {
+            "status": "ok",
+            "options": options_of(method, self.config.d_model, arguments.reduction_factor),
+            "learning_rate": best["learning_rate"],
+            "search": search + failures,
+            "seeds": [
+                {"seed": run["seed"], "validation_accuracy": run["validation_accuracy"], "test": test}
+                for run, test in zip(runs, tests)
+            ],
+            "accuracy": spread(accuracy),
+            "mean_class_accuracy": spread(by_class),
+            **self.costs(method),
+        }
+
+    def costs(self, method: str) -> dict[str, Any]:
+        """Time, memory and parameters of a training step at the comparison's batch."""
+        arguments = self.arguments
+        options = options_of(method, self.config.d_model, arguments.reduction_factor)
+        config = MeftConfig.from_dict({"max_frames": arguments.max_frames, **options})
+        label2id = {label: index for index, label in enumerate(self.labels)}
+        dataset = self._dataset(self.examples.training, self.extractor, label2id, config.max_frames)
+        size = min(arguments.batch_size, len(dataset))
+        items = [dataset[index] for index in range(size)]
+        batch = data.Collator(self.extractor, config.max_frames)(items)
+        sizes = type(self.config).from_dict(self.config.to_dict())
+        sizes.num_labels = len(self.labels)
+        dtype = parse_dtype(resolve_dtype("auto", self.device.type == "cpu"))
+        return measure_costs(
+            sizes, config, batch, self.device, dtype, torch.bfloat16 if arguments.bf16 else None
+        )
+
+
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Mean, standard deviation (of the sample; None for a single value) and the values themselves."""
+    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return {"mean": float(np.mean(values)), "std": deviation, "values": [float(value) for value in values]}

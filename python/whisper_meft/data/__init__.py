@@ -1,0 +1,43 @@
+"""Data: audio files, the layouts they come in, rules for sets of examples, log-mel features and batches."""
+
+from ..audio import read_audio
+from .checking import check_audio, describe_bad
+from .dataset import Collator, SpeechDataset
+from .examples import (
+    DatasetCell,
+    Example,
+    ExampleSet,
+    check_known_labels,
+    check_labelled,
+    label_inventory,
+    split_by_speaker,
+    warn_on_shared_audio,
+    warn_on_shared_speakers,
+)
+from .features import check_feature_extractor, log_mel, true_frames, window_of
+from .folders import list_audio_files
+from .readers import list_splits, load_examples
+
+__all__ = [
+    "Collator",
+    "DatasetCell",
+    "Example",
+    "ExampleSet",
+    "SpeechDataset",
+    "check_audio",
+    "check_feature_extractor",
+    "check_known_labels",
+    "check_labelled",
+    "describe_bad",
+    "label_inventory",
+    "list_audio_files",
+    "list_splits",
+    "load_examples",
+    "log_mel",
+    "read_audio",
+    "split_by_speaker",
+    "true_frames",
+    "warn_on_shared_audio",
+    "warn_on_shared_speakers",
+    "window_of",
+]

@@ -1,0 +1,166 @@
+"""From examples to batches: log-mel features of one clip, and padding of several."""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..audio import resample
+from ..errors import UserError
+from .examples import Example, ExampleSet, check_known_labels
+from .features import MaxFrames, finite_features, log_mel, true_frames, window_of
+
+logger = logging.getLogger(__name__)
+
+
+class SpeechDataset(torch.utils.data.Dataset):
+    """Examples as model inputs.
+
+    Args:
+        examples: labelled, unless ``label2id`` is ``None``.
+        feature_extractor: a ``WhisperFeatureExtractor``.
+        label2id: class ids by name; ``None`` gives items without ``labels``.
+        max_frames: "fidelity" gives every item the full window, padded as Whisper does; "longest" the frames
+            of the clip; an integer the same, of at most that many encoder frames (20 ms each). Longer clips
+            are cut to the window, and a warning says so once.
+
+    Items are dicts of ``input_features`` (float32 ``(mel bins, frames)``), ``attention_mask`` (int64
+    ``(frames,)``, 1 where a frame holds sound), ``labels`` (int) and ``length`` (int, encoder frames that
+    hold sound: half the mask's sum, rounded up).
+
+    Raises:
+        UserError: no examples, unknown or missing labels, ``max_frames`` out of range; on reading an item:
+            naming it, when its audio cannot be read or its features have other mel bins.
+    """
+
+    def __init__(
+        self,
+        examples: ExampleSet,
+        feature_extractor: Any,
+        label2id: dict[str, int] | None = None,
+        max_frames: MaxFrames = "fidelity",
+    ):
+        if label2id is not None:
+            check_known_labels(examples, list(label2id))
+        elif not len(examples):
+            raise UserError(f"{examples.description} holds no examples")
+        self.examples = examples
+        self.feature_extractor = feature_extractor
+        self.label2id = label2id
+        self.max_frames = max_frames
+        self._window = window_of(feature_extractor, max_frames)
+        self._seconds = self._window * feature_extractor.hop_length / feature_extractor.sampling_rate
+        known = [example.seconds for example in examples if example.seconds is not None]
+        long = sum(seconds > self._seconds for seconds in known)
+        self._warned = len(known) == len(examples)
+        if long:
+            logger.warning(
+                "%d of %d clips of %s are longer than %.1f s; only their first %.1f s are used",
+                long,
+                len(examples),
+                examples.description,
+                self._seconds,
+                self._seconds,
+            )
+            self._warned = True
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    @property
+    def lengths(self) -> list[int] | None:
+        """Encoder frames of every item, for batching by length; ``None`` unless all are known."""
+        if any(example.seconds is None for example in self.examples):
+            return None
+        return [max(1, math.ceil(min(e.seconds, self._seconds) * 50 - 1e-6)) for e in self.examples]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        example = self.examples[index]
+        features, frames = self._features(example) if example.has_features else self._log_mel(example)
+        item = {
+            "input_features": torch.from_numpy(np.ascontiguousarray(features)),
+            "attention_mask": (torch.arange(features.shape[1]) < frames).long(),
+            "length": (frames + 1) // 2,
+        }
+        if self.label2id is not None:
+            item["labels"] = self.label2id[example.label]
+        return item
+
+    def _log_mel(self, example: Example) -> tuple[np.ndarray, int]:
+        extractor = self.feature_extractor
+        # A little more than the window: enough to see that a clip is longer, and for resampling its edge.
+        wave, rate = example.decode(longest=self._seconds + 0.1)
+        wave = resample(wave, rate, extractor.sampling_rate, example.name)
+        window = self._window * extractor.hop_length
+        if len(wave) > window:
+            self._say_cut(example)
+            wave = wave[:window]
+        mel = log_mel(wave, extractor, full_window=self.max_frames == "fidelity")
+        return mel, math.ceil(len(wave) / extractor.hop_length)
+
+    def _features(self, example: Example) -> tuple[np.ndarray, int]:
+        features = finite_features(example)
+        bins = self.feature_extractor.feature_size
+        if len(features) != bins:
+            raise UserError(
+                f"{example.name}: input_features has shape {features.shape}, {bins} mel bins are expected"
+            )
+        frames = true_frames(features)
+        if frames > self._window:
+            self._say_cut(example)
+            frames = self._window
+        if self.max_frames != "fidelity":
+            return features[:, :frames], frames
+        features = features[:, : self._window]
+        # Whisper's padding: log10 of its floor 1e-10, or 8 decades under the loudest bin, then (x + 4) / 4.
+        silence = max(-1.5, float(features.max()) - 2.0)
+        missing = self._window - features.shape[1]
+        return np.pad(features, ((0, 0), (0, missing)), constant_values=silence), frames
+
+    def _say_cut(self, example: Example) -> None:
+        if not self._warned:
+            self._warned = True
+            logger.warning(
+                "%s is longer than %.1f s; of it and other such clips only the first %.1f s are used",
+                example.name,
+                self._seconds,
+                self._seconds,
+            )
+
+
+@dataclass
+class Collator:
+    """Stacks items of :class:`SpeechDataset`; picklable.
+
+    With "longest" and with an integer a batch is as long as its longest clip, rounded up to whole encoder
+    frames. Features are padded with 0 and the mask with 0.
+
+    Returns a dict of ``input_features`` (float32 ``(batch, mel bins, frames)``), ``attention_mask`` (int64
+    ``(batch, frames)``) and, where the items have them, ``labels`` (int64 ``(batch,)``).
+    """
+
+    feature_extractor: Any
+    max_frames: MaxFrames = "fidelity"
+
+    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        longest = max(item["input_features"].shape[1] for item in items)
+        window = window_of(self.feature_extractor, self.max_frames)
+        if longest > window:
+            raise UserError(
+                f"an item has {longest} mel frames and max_frames={self.max_frames!r} of the collator allows "
+                f"{window}: give the dataset and the collator the same"
+            )
+        frames = window if self.max_frames == "fidelity" else longest + longest % 2
+
+        def stack(key: str) -> torch.Tensor:
+            rows = (item[key] for item in items)
+            return torch.stack([torch.nn.functional.pad(row, (0, frames - row.shape[-1])) for row in rows])
+
+        batch = {"input_features": stack("input_features"), "attention_mask": stack("attention_mask")}
+        if "labels" in items[0]:
+            batch["labels"] = torch.tensor([int(item["labels"]) for item in items])
+        return batch

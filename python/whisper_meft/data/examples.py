@@ -1,0 +1,310 @@
+"""Examples, sets of them, and what must hold between a training set and an evaluation set."""
+
+import logging
+import random
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from ..audio import decode_audio, describe_source
+from ..errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetCell:
+    """One cell of a Hugging Face dataset, read when it is needed.
+
+    ``kind`` is "audio" (a value for :func:`whisper_meft.data.read_audio`) or "features" (log-mel, computed
+    earlier). ``dataset`` must already have the format that the cell is wanted in.
+    """
+
+    dataset: Any
+    index: int
+    column: str
+    kind: Literal["audio", "features"] = "audio"
+
+    def read(self) -> Any:
+        return self.dataset[self.index][self.column]
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One utterance.
+
+    Attributes:
+        audio: anything that :func:`whisper_meft.audio.read_audio` reads, or a :class:`DatasetCell`.
+        label: name of its class, or ``None``.
+        speaker: or ``None`` where unknown.
+        name: what messages and result files call it; by default the file, and the segment where there is one.
+        start, stop: the segment of ``audio``, in ``unit``; ``None`` means its beginning and its end.
+        unit: "seconds", or "samples" at the file's own rate.
+        seconds: its length, where known (:func:`whisper_meft.data.check_audio` finds it).
+    """
+
+    audio: Any
+    label: str | None = None
+    speaker: str | None = None
+    name: str = ""
+    start: float | None = None
+    stop: float | None = None
+    unit: Literal["seconds", "samples"] = "seconds"
+    seconds: float | None = None
+
+    def __post_init__(self):
+        if self.label is not None and not self.label.isascii():
+            # The same letters may be composed in one file system or spreadsheet and decomposed in another.
+            object.__setattr__(self, "label", unicodedata.normalize("NFC", self.label))
+        if not self.name:
+            name = describe_source(self.audio)
+            if self.start is not None or self.stop is not None:
+                stop = "end" if self.stop is None else f"{self.stop:g}"
+                name += f" [{self.start or 0:g} to {stop} {'s' if self.unit == 'seconds' else self.unit}]"
+            object.__setattr__(self, "name", name)
+
+    @property
+    def has_features(self) -> bool:
+        """Whether ``audio`` is log-mel computed earlier and not sound."""
+        return isinstance(self.audio, DatasetCell) and self.audio.kind == "features"
+
+    def value(self) -> Any:
+        """``audio``, fetched from its dataset where it is in one.
+
+        Raises:
+            UserError: the dataset cannot be read there.
+        """
+        if not isinstance(self.audio, DatasetCell):
+            return self.audio
+        try:
+            return self.audio.read()
+        except (
+            Exception
+        ) as error:  # pyarrow, file system or feature decoding: the row is what the user can mend
+            raise UserError(f"{self.name} cannot be read from its dataset: {error}") from error
+
+    def decode(self, longest: float | None = None) -> tuple[np.ndarray, int]:
+        """The waveform at its own rate, float32 ``(samples,)``, and that rate.
+
+        ``longest`` (seconds): do not decode much more than this.
+
+        Raises:
+            UserError: naming the example, when its audio cannot be read.
+        """
+        audio = self.value()
+        if longest is None or self.unit != "seconds":
+            return decode_audio(audio, self.start, self.stop, unit=self.unit, name=self.name)
+        stop = min(self.stop if self.stop is not None else float("inf"), (self.start or 0.0) + longest)
+        return decode_audio(audio, self.start, stop, name=self.name)
+
+
+class ExampleSet(Sequence):
+    """An immutable sequence of :class:`Example` with a ``description`` of where they come from.
+
+    A slice is again an ``ExampleSet``.
+    """
+
+    def __init__(self, examples: Iterable[Example], description: str = "examples"):
+        self.examples = tuple(examples)
+        self.description = description
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return ExampleSet(self.examples[index], self.description)
+        return self.examples[index]
+
+    def __iter__(self) -> Iterator[Example]:
+        return iter(self.examples)
+
+    def __repr__(self) -> str:
+        return f"ExampleSet({len(self)} examples, {len(self.label_counts())} labels: {self.description})"
+
+    def select(self, indices: Iterable[int], description: str | None = None) -> "ExampleSet":
+        return ExampleSet((self.examples[i] for i in indices), description or self.description)
+
+    def label_counts(self) -> Counter:
+        """Examples per label, unlabelled ones left out."""
+        return Counter(example.label for example in self.examples if example.label is not None)
+
+    def speakers(self) -> set[str]:
+        return {example.speaker for example in self.examples if example.speaker is not None}
+
+
+def listing(names: Iterable[Any], limit: int = 8) -> str:
+    """Names for a message: the first few, and how many more there are."""
+    names = [str(name) for name in names]
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+
+
+def sort_labels(labels: Iterable[str]) -> list[str]:
+    """Distinct labels in order; as numbers when all are, so that class ids survive a round trip."""
+    labels = set(labels)
+    numeric = all(label.isascii() and label.isdigit() for label in labels)
+    return sorted(labels, key=(lambda label: (int(label), label)) if numeric else None)
+
+
+def label_inventory(train: ExampleSet) -> list[str]:
+    """The class names, sorted, taken from the training examples alone.
+
+    Raises:
+        UserError: no examples, unlabelled examples, or a single class.
+    """
+    check_labelled(train)
+    names = sort_labels(train.label_counts())
+    if len(names) < 2:
+        raise UserError(
+            f"{train.description} has one label only ({names[0]}); training needs at least two classes"
+        )
+    return names
+
+
+def check_labelled(examples: ExampleSet) -> None:
+    """Raises:
+    UserError: there are no examples, or some have no label.
+    """
+    if not len(examples):
+        raise UserError(f"{examples.description} holds no examples")
+    missing = [example.name for example in examples if example.label is None]
+    if missing:
+        raise UserError(
+            f"{len(missing)} of {len(examples)} examples of {examples.description} have no label: "
+            f"{listing(missing, 3)}"
+        )
+
+
+def check_known_labels(examples: ExampleSet, names: Sequence[str]) -> None:
+    """Checks that a model with the classes ``names`` can be evaluated on ``examples``.
+
+    Raises:
+        UserError: no examples, unlabelled ones, or labels that are not among ``names``.
+    """
+    check_labelled(examples)
+    counts = examples.label_counts()
+    unknown = sort_labels(set(counts) - set(names))
+    if unknown:
+        there = listing(f"{label} ({counts[label]} examples)" for label in unknown)
+        raise UserError(
+            f"{examples.description} has labels that the training data has not: {there}; "
+            f"known are {listing(names, 30)}"
+        )
+
+
+def warn_on_shared_speakers(train: ExampleSet, evaluation: ExampleSet) -> list[str]:
+    """Warns when speakers are heard in both sets, and returns them sorted.
+
+    A model may recognise a voice instead of a class, so results on known speakers come out too high.
+    """
+    shared = sorted(train.speakers() & evaluation.speakers())
+    if shared:
+        known = set(shared)
+        part = sum(example.speaker in known for example in evaluation) / len(evaluation)
+        logger.warning(
+            "%d of %d speakers of %s are also in %s (%s): %.0f %% of its examples are by known voices, "
+            "so its figures will be too good",
+            len(shared),
+            len(evaluation.speakers()),
+            evaluation.description,
+            train.description,
+            listing(shared, 5),
+            100 * part,
+        )
+    return shared
+
+
+def warn_on_shared_audio(train: ExampleSet, evaluation: ExampleSet) -> list[str]:
+    """Warns when the same utterance (file and segment) is in both sets, and returns the names sorted."""
+    shared = sorted({example.name for example in train} & {example.name for example in evaluation})
+    if shared:
+        logger.warning(
+            "%d utterances of %s are also in %s: %s",
+            len(shared),
+            evaluation.description,
+            train.description,
+            listing(shared, 3),
+        )
+    return shared
+
+
+def split_by_speaker(
+    examples: ExampleSet, fraction: float = 0.1, seed: int = 0
+) -> tuple[ExampleSet, ExampleSet]:
+    """Holds out about ``fraction`` of every label's examples, by whole speakers, as (train, validation).
+
+    Every label keeps at least one speaker in train; a label with a single speaker is not held out, and a
+    warning says so. Where no speaker is known, examples are held out at random within each label, and a
+    warning says so too. The same arguments give the same split.
+
+    Raises:
+        UserError: ``fraction`` outside (0, 1), unlabelled examples, or nothing that could be held out.
+    """
+    if not 0 < fraction < 1:
+        raise UserError(f"the validation fraction must lie between 0 and 1, got {fraction}")
+    check_labelled(examples)
+    unknown = sum(example.speaker is None for example in examples)
+    if unknown == len(examples):
+        logger.warning(
+            "%s names no speakers: validation examples are picked at random within each label, so voices may "
+            "be shared and validation figures too good (name a speaker column if there is one)",
+            examples.description,
+        )
+    elif unknown:
+        logger.warning(
+            "%d of %d examples of %s have no speaker; each is taken as a speaker of its own",
+            unknown,
+            len(examples),
+            examples.description,
+        )
+
+    # A group is a speaker, or one example of unknown speaker. A speaker of several labels counts for the most
+    # frequent one, and moves as a whole.
+    groups: dict[Any, list[int]] = defaultdict(list)
+    for index, example in enumerate(examples):
+        groups[index if example.speaker is None else example.speaker].append(index)
+    by_label: dict[str, list[list[int]]] = defaultdict(list)
+    for members in groups.values():
+        counts = Counter(examples[i].label for i in members)
+        by_label[max(sort_labels(counts), key=counts.get)].append(members)
+
+    left = examples.label_counts()
+    held: set[int] = set()
+
+    def hold_out(group: list[int]) -> bool:
+        loss = Counter(examples[i].label for i in group)
+        if any(left[name] <= count for name, count in loss.items()):  # the last examples of a label stay
+            return False
+        left.subtract(loss)
+        held.update(group)
+        return True
+
+    shuffle = random.Random(seed)
+    for label in sort_labels(by_label):
+        members = by_label[label]
+        shuffle.shuffle(members)
+        target = max(1, round(fraction * sum(map(len, members))))
+        taken = 0
+        for group in members:
+            if taken < target and taken + len(group) <= 1.5 * target and hold_out(group):
+                taken += len(group)
+        if not taken:  # every speaker is larger than that: the smallest one goes
+            any(hold_out(group) for group in sorted(members, key=len))
+    if not held:
+        raise UserError(
+            f"no validation set can be split off {examples.description}: every label has a single speaker; "
+            "give evaluation data"
+        )
+    validation = examples.select(sorted(held), f"validation part of {examples.description}")
+    absent = sort_labels(set(left) - set(validation.label_counts()))
+    if absent:
+        logger.warning(
+            "labels with too few speakers to hold one out are not in the validation set: %s", listing(absent)
+        )
+    rest = (index for index in range(len(examples)) if index not in held)
+    return examples.select(rest, f"training part of {examples.description}"), validation

@@ -1,0 +1,218 @@
+"""Hugging Face data sets: from the hub, ``save_to_disk`` folders, Parquet and Arrow files, or objects.
+
+Audio columns are never decoded by ``datasets``, which needs torchcodec for it: they are cast to
+``Audio(decode=False)`` and their files or bytes read by :func:`whisper_meft.audio.read_audio`.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from ..errors import UserError
+from . import columns
+from .examples import DatasetCell, Example, listing
+from .options import Options
+from .splits import Splits
+
+_FEATURES = "input_features"  # the column of the published preprocessing, with `labels` beside it
+
+_NAMES = (
+    "id",
+    "ID",
+    "utt_id",
+    "utterance_id",
+    "audio_id",
+    "segment_id",
+    "seg_id",
+    "SegmentID",
+    "file_name",
+    "path",
+)
+
+
+def read_huggingface(source: Any, options: Options) -> Splits:
+    """The splits of a data set; its audio stays on disk.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    shown = source if isinstance(source, str) else f"the given {type(source).__name__}"
+    loaded = source
+    if isinstance(source, str):
+        try:
+            loaded = _load(source, options)
+        except UserError:
+            raise
+        except Exception as error:  # a library of many exceptions; all mean that this source cannot be loaded
+            raise UserError(f"{shown} cannot be loaded as a data set: {_reason(source, error)}") from error
+    if isinstance(loaded, datasets.IterableDataset | datasets.IterableDatasetDict):
+        raise UserError(f"{shown} is streamed; training needs its length: load it without streaming=True")
+    if isinstance(loaded, datasets.DatasetDict):
+        return {
+            name: (lambda d=d, name=name: dataset_examples(d, options, f"{shown} ({name})"))
+            for name, d in loaded.items()
+        }
+    if not isinstance(loaded, datasets.Dataset):
+        raise UserError(
+            f"{shown} is a {type(loaded).__name__}, a datasets.Dataset or DatasetDict is accepted"
+        )
+    name = options.split if options.split and "[" in options.split else None
+    return {name: lambda: dataset_examples(loaded, options, shown)}
+
+
+def _load(source: str, options: Options) -> Any:
+    path = Path(source)
+    if path.is_file():
+        if path.suffix.lower() == ".arrow":
+            return datasets.Dataset.from_file(source)
+        return datasets.load_dataset("parquet", data_files=source, split="train", cache_dir=options.cache_dir)
+    if path.is_dir():
+        if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+            return datasets.load_from_disk(source)
+        if not any(path.rglob("*.parquet")) and any(path.glob("*.arrow")):
+            parts = [datasets.Dataset.from_file(os.fspath(p)) for p in sorted(path.glob("*.arrow"))]
+            return datasets.concatenate_datasets(parts)
+        return datasets.load_dataset(source, options.config, cache_dir=options.cache_dir)
+    split = options.split if options.split and "[" in options.split else None
+    return datasets.load_dataset(
+        source,
+        options.config,
+        split=split,
+        cache_dir=options.cache_dir,
+        revision=options.revision,
+        token=options.token,
+    )
+
+
+def _reason(source: str, error: Exception) -> str:
+    chain, link = [], error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    if any("torchcodec" in str(link) for link in chain):
+        return (
+            "it is made of audio files that `datasets` reads with torchcodec only; download it "
+            f"(`hf download --repo-type dataset {source} --local-dir DIR`) and give the folder"
+        )
+    text = " ".join(str(error).split()) or type(error).__name__
+    text = text if len(text) <= 300 else f"{text[:300]}..."
+    return text if os.path.exists(source) else f"{text} (and no local path has this name)"
+
+
+def dataset_examples(dataset: Any, options: Options, where: str) -> list[Example]:
+    """The examples of one ``datasets.Dataset``; rows are read when they are needed.
+
+    Raises:
+        UserError: no audio or label column, or columns of types that mean nothing here.
+    """
+    dataset = dataset.with_format(None)
+    names = dataset.column_names
+    audio = _audio_column(dataset, options, where)
+    find = columns.need_column if options.require_labels else columns.find_column
+    label = find([n for n in names if n != audio], options.label_column, columns.LABEL, where)
+    speaker = columns.find_column(names, options.speaker_column, columns.SPEAKER, where)
+    labels = _label_names(dataset, label, where)
+    speakers = _texts(dataset, speaker)
+    cells = _cells(dataset, audio, options, where)
+    return [
+        Example(cell, label=labels[i], speaker=speakers[i], name=name) for i, (cell, name) in enumerate(cells)
+    ]
+
+
+def _audio_column(dataset: Any, options: Options, where: str) -> str:
+    typed = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Audio)]
+    if options.audio_column is None and typed:
+        return typed[0]
+    if options.audio_column is None and _FEATURES in dataset.column_names:
+        return _FEATURES
+    return columns.need_column(dataset.column_names, options.audio_column, ("audio", *columns.AUDIO), where)
+
+
+def _cells(dataset: Any, audio: str, options: Options, where: str) -> list[tuple[Any, str]]:
+    """(audio, name) of every row."""
+    feature = dataset.features[audio]
+    names = _row_names(dataset, audio, where)
+    if audio == _FEATURES or _is_nested_list(feature):
+        rows = dataset.select_columns([audio]).with_format("numpy")
+        return [(DatasetCell(rows, i, audio, "features"), name) for i, name in enumerate(names)]
+    if isinstance(feature, datasets.Audio):
+        rows = dataset.select_columns([audio]).cast_column(audio, datasets.Audio(decode=False))
+    elif isinstance(feature, dict) and set(feature) & {"bytes", "path", "array"}:
+        rows = dataset.select_columns([audio])
+    elif getattr(feature, "dtype", None) in ("string", "large_string"):
+        root = options.data_root or ""
+        files = _texts(dataset, audio)
+        if None in files:
+            raise UserError(f"{where}: row {files.index(None)} has no audio path in its column {audio!r}")
+        return [(os.path.join(root, file), "") for file in files]
+    else:
+        raise UserError(
+            f"{where}: the column {audio!r} is of type {feature}; audio, paths, {{bytes, path}}, "
+            "{array, sampling_rate} or input_features are accepted"
+        )
+    return [(DatasetCell(rows, i, audio), name) for i, name in enumerate(names)]
+
+
+def _is_nested_list(feature: Any) -> bool:
+    inner = getattr(feature, "feature", None)
+    return isinstance(feature, datasets.Array2D) or getattr(inner, "feature", None) is not None
+
+
+def _row_names(dataset: Any, audio: str, where: str) -> list[str]:
+    """What messages call each row. Paths inside data sets are often bare file names, so the row is added."""
+    feature = dataset.features[audio]
+    texts: list[str | None] = [None] * len(dataset)
+    ids = next((name for name in _NAMES if name in dataset.column_names and name != audio), None)
+    if isinstance(feature, datasets.Audio):
+        # Flattened, the paths can be read without the bytes beside them.
+        flat = dataset.select_columns([audio]).cast_column(audio, datasets.Audio(decode=False)).flatten()
+        if f"{audio}.path" in flat.column_names:
+            texts = _texts(flat, f"{audio}.path")
+    if ids is not None and all(text is None for text in texts):
+        texts = _texts(dataset, ids)
+    return [f"row {i} of {where}" + (f", {text}" if text else "") for i, text in enumerate(texts)]
+
+
+def _column(dataset: Any, name: str) -> list[Any]:
+    """One column as Python values, without touching the others; order and selection of the data set apply."""
+    return dataset.select_columns([name]).with_format("arrow")[:].column(name).to_pylist()
+
+
+def _texts(dataset: Any, name: str | None) -> list[str | None]:
+    if name is None:
+        return [None] * len(dataset)
+    feature = dataset.features[name]
+    if isinstance(feature, datasets.ClassLabel):
+        return _label_names(dataset, name, name)
+    return [
+        None if value is None or not str(value).strip() else str(value).strip()
+        for value in _column(dataset, name)
+    ]
+
+
+def _label_names(dataset: Any, name: str | None, where: str) -> list[str | None]:
+    """Labels as names: a ClassLabel's own, text as it is, integers in digits."""
+    if name is None:
+        return [None] * len(dataset)
+    feature, values = dataset.features[name], _column(dataset, name)
+    if isinstance(feature, datasets.ClassLabel):
+        known = feature.names
+        wrong = [value for value in values if value is not None and not -1 <= value < len(known)]
+        if wrong:
+            raise UserError(
+                f"{where}: label id {wrong[0]} in column {name!r}, which has {len(known)} classes"
+            )
+        return [None if value is None or value < 0 else known[value] for value in values]
+    dtype = str(getattr(feature, "dtype", feature))
+    if dtype in ("string", "large_string"):
+        return [None if value is None or not value.strip() else value.strip() for value in values]
+    if dtype.startswith(("int", "uint", "bool")):
+        return [None if value is None else str(value) for value in values]
+    if dtype.startswith("float") and all(value is None or value == int(value) for value in values):
+        return [None if value is None else str(int(value)) for value in values]
+    raise UserError(
+        f"{where}: the label column {name!r} is of type {dtype}; text, integers or ClassLabel are accepted "
+        f"(columns: {listing(dataset.column_names, 30)})"
+    )

@@ -1,0 +1,25 @@
+"""How a source is to be read: the formats there are, and what the readers are told."""
+
+from dataclasses import dataclass
+
+FORMATS = ("audiofolder", "manifest", "speechbrain", "kaldi", "kespeech", "huggingface")
+
+KESPEECH_PAPER_LABELS = ("Ji-Lu", "Jiang-Huai", "Jiao-Liao", "Lan-Yin", "Southwestern", "Zhongyuan")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What :func:`load_examples` passes to the readers."""
+
+    audio_column: str | None = None
+    label_column: str | None = None
+    speaker_column: str | None = None
+    start_column: str | None = None
+    stop_column: str | None = None
+    data_root: str | None = None
+    config: str | None = None
+    cache_dir: str | None = None
+    revision: str | None = None
+    token: str | bool | None = None
+    split: str | None = None
+    require_labels: bool = True

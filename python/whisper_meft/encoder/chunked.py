@@ -1,0 +1,140 @@
+"""A frozen encoder and what reads it, run over a batch in chunks inside one step.
+
+No method mixes utterances, so a chunk's result is the same as in the whole batch, and so are the gradients,
+to the rounding of a sum in another order. The backbone's transients then cost memory for one chunk alone.
+"""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from meft_kernels import HiddenState
+from meft_kernels.reference.stand_in import device_type
+
+from .frozen import FrozenEncoder
+from .pooling import mean_over_time
+
+# A chunk holds so many elements of the feed-forward block's inner width: on a GPU enough to fill it, on a CPU
+# about one utterance of 30 seconds, which uses the cache best.
+_INNER_ELEMENTS = {"cpu": 2**23}
+
+_DEFAULT_INNER_ELEMENTS = 3 * 2**24
+
+# Backpropagating through a layer keeps about four times as much as running it.
+_BACKWARD_SHARE = 4
+
+# What SHERL's last layer may keep for its backward, in bytes, before it is computed again instead; a layer
+# keeps about so many tensors of the backbone's width.
+_KEPT_BYTES = 2**28
+
+_KEPT_TENSORS = 16
+
+
+def automatic_chunk(encoder: FrozenEncoder, frames: int, device: torch.device) -> int:
+    """Utterances per chunk for clips of so many encoder frames."""
+    inner = encoder.layers[0].fc1.out_features * max(frames, 1)
+    return max(1, _INNER_ELEMENTS.get(device_type(device), _DEFAULT_INNER_ELEMENTS) // inner)
+
+
+def pooled_in_chunks(
+    encoder: FrozenEncoder,
+    side_network: nn.Module,
+    features: Tensor,
+    lengths: Tensor | None,
+    chunk_size: int | None = None,
+    final_norm: bool = False,
+    through_last_layer: bool = False,
+) -> Tensor:
+    """Mean over time of what a side network (or another reader of hidden states) makes of a batch.
+
+    Args:
+        encoder: the backbone. side_network: has ``pooled(hidden_states, lengths)``, or is a SHERL.
+        features: (B, mel bins, frames) log-mel. lengths: (B,) valid encoder frames, or None for all.
+        chunk_size: utterances per chunk; None chooses. Whole batches are compiled, unless it is set.
+        final_norm: read h_L after the encoder's final LayerNorm.
+        through_last_layer: the output of ``side_network`` goes through the frozen last layer (SHERL).
+
+    Returns:
+        (B, D), in the type that ``pooled`` gives.
+
+    Raises:
+        UserError: see :meth:`FrozenEncoder.stream`.
+    """
+    if chunk_size is None and not torch.compiler.is_compiling():
+        chunk_size = automatic_chunk(encoder, (features.shape[-1] + 1) // 2, features.device)
+    fold = getattr(side_network, "fold", None)
+    if fold is not None:  # once for all chunks
+        read = partial(side_network.pooled, folded=fold())
+    elif through_last_layer:
+        read = partial(_through_last_layer, encoder, side_network, features.shape[0])
+    else:
+        read = side_network.pooled
+    if chunk_size is None or features.shape[0] <= chunk_size:
+        return _pooled(encoder, read, features, lengths, final_norm, fold is not None)
+    parts = zip(
+        features.split(chunk_size),
+        [None] * -(-features.shape[0] // chunk_size) if lengths is None else lengths.split(chunk_size),
+    )
+    return torch.cat([_pooled(encoder, read, *part, final_norm, fold is not None) for part in parts])
+
+
+def pooled_states(
+    encoder: FrozenEncoder,
+    side_network: nn.Module,
+    hidden_states: Iterable[Tensor | HiddenState],
+    lengths: Tensor | None = None,
+    through_last_layer: bool = False,
+) -> Tensor:
+    """As :func:`pooled_in_chunks`, of hidden states that are there already, the whole batch at once."""
+    if through_last_layer:
+        return _through_last_layer(encoder, side_network, None, hidden_states, lengths)
+    return side_network.pooled(hidden_states, lengths)
+
+
+def _pooled(
+    encoder: FrozenEncoder,
+    read: Callable[..., Tensor],
+    features: Tensor,
+    lengths: Tensor | None,
+    final_norm: bool,
+    statistics: bool,
+) -> Tensor:
+    return read(encoder.stream(features, lengths, final_norm, statistics), lengths)
+
+
+def _through_last_layer(
+    encoder: FrozenEncoder,
+    side_network: nn.Module,
+    whole_batch: int | None,
+    hidden_states: Iterable[Tensor | HiddenState],
+    lengths: Tensor | None,
+) -> Tensor:
+    """SHERL and the mean over time of the frozen last layer's output. Of a large batch that layer is computed
+    again for the backward, a few utterances at a time: kept, it would outweigh the side network.
+
+    Args:
+        whole_batch: utterances of the step, of which these are some; None: these are all.
+    """
+    deepest, merged = side_network.merge(hidden_states, lengths)
+
+    def last(deepest: Tensor, merged: Tensor, lengths: Tensor | None) -> Tensor:
+        return mean_over_time(encoder.last_layer(side_network.widen(deepest, merged), lengths), lengths)
+
+    batch, frames, width = deepest.shape
+    size = batch
+    if not torch.compiler.is_compiling():
+        kept = (whole_batch or batch) * frames * width * deepest.itemsize * _KEPT_TENSORS
+        if not torch.is_grad_enabled() or kept <= _KEPT_BYTES:
+            return last(deepest, merged, lengths)
+        size = max(1, automatic_chunk(encoder, frames, deepest.device) // _BACKWARD_SHARE)
+    elif not torch.is_grad_enabled():
+        return last(deepest, merged, lengths)
+    parts = []
+    for start in range(0, max(batch, 1), max(size, 1)):
+        part = slice(start, start + size)
+        arguments = (deepest[part], merged[part], None if lengths is None else lengths[part])
+        parts.append(checkpoint(last, *arguments, use_reentrant=False, preserve_rng_state=False))
+    return torch.cat(parts)

@@ -1,0 +1,313 @@
+"""The frozen Whisper encoder as a stream of hidden states."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from meft_kernels import HiddenState
+
+from ..errors import UserError
+from .compiled import compiled_layer
+from .dtypes import parse_dtype
+from .fingerprint import fingerprint
+from .layer import finish_layer, norm_with_statistics, run_with_gradient
+from .quantization import Original, is_quantized, quantize_layers, weights_digest
+
+
+class FrozenEncoder(nn.Module):
+    """Drives the submodules of a Hugging Face ``WhisperEncoder`` without gradients, one layer at a time.
+
+    The modules are shared with the encoder that is passed in, not copied, and keep their names, so the state
+    dict has the encoder's own keys. Frozen means frozen: no parameter requires a gradient, and neither
+    ``train()`` here nor on the encoder it came from turns on dropout or LayerDrop.
+
+    Weights in half precision, and quantised ones, run as they are, also under autocast: inputs are cast to
+    them. Weights in float32 follow autocast.
+
+    Args:
+        whisper_encoder: ``transformers.models.whisper.modeling_whisper.WhisperEncoder``.
+        dtype: number format to hold the weights in (``"bfloat16"`` or ``torch.bfloat16``, ...); ``None``
+            keeps it.
+        quantization: ``"int8"`` or ``"fp8"`` holds the layers' linear weights in 8 bits
+            (:mod:`whisper_meft.encoder.quantization`), in the modules that are shared, where they are: put
+            ``whisper_encoder`` on its device first. They then run as they are, also under autocast.
+        whole_last_layer: the last layer is not quantised, so that a gradient can go through it.
+
+    Attributes:
+        quantization: what was done: None, "int8", "fp8", or "fp8 weights" where the device multiplies in the
+            weights' own type.
+        original: what is still known of weights that were quantised, else None.
+
+    Raises:
+        UserError: not a Whisper encoder, an unknown dtype, or quantisation that is not possible here.
+    """
+
+    def __init__(
+        self,
+        whisper_encoder: nn.Module,
+        dtype: str | torch.dtype | None = None,
+        quantization: str | None = None,
+        whole_last_layer: bool = False,
+    ):
+        super().__init__()
+        for name in ("config", "conv1", "conv2", "embed_positions", "layers", "layer_norm"):
+            if not hasattr(whisper_encoder, name):
+                raise UserError(
+                    "whisper_encoder must be a Hugging Face WhisperEncoder, got "
+                    f"{type(whisper_encoder).__name__}"
+                )
+        self.config = whisper_encoder.config
+        self.conv1 = whisper_encoder.conv1
+        self.conv2 = whisper_encoder.conv2
+        self.embed_positions = whisper_encoder.embed_positions
+        self.layers = whisper_encoder.layers
+        self.layer_norm = whisper_encoder.layer_norm
+        dtype = parse_dtype(dtype)
+        if dtype is not None:
+            self._cast(dtype)
+        self.requires_grad_(False)
+        self.quantization: str | None = None
+        self.original: Original | None = None
+        self._finish: Callable[..., torch.Tensor] = finish_layer
+        if is_quantized(self.layers):
+            raise UserError(
+                "base is quantised already, by a model that was made of it earlier: load it anew for another"
+            )
+        if quantization is not None:
+            self._quantize(quantization, whole_last_layer)
+        self.eval()
+
+    def _cast(self, dtype: torch.dtype) -> None:
+        # New parameters, one by one: Module.to() cannot convert fake tensors in place.
+        for module in self.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.dtype != dtype:
+                    setattr(module, name, nn.Parameter(parameter.detach().to(dtype), requires_grad=False))
+
+    def _quantize(self, kind: str, whole_last_layer: bool) -> None:
+        weight = self.conv1.weight
+        if not (isinstance(weight, FakeTensor) or weight.is_meta):  # which hold nothing to know them by
+            self.original = Original(fingerprint(self), weights_digest(self.backbone_state()))
+        self.quantization = quantize_layers(self.layers[:-1] if whole_last_layer else self.layers, kind)
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def hidden_size(self) -> int:
+        return self.conv2.out_channels
+
+    @property
+    def num_mel_bins(self) -> int:
+        return self.conv1.in_channels
+
+    @property
+    def max_source_positions(self) -> int:
+        """The window in encoder frames (1500 for the published models, 20 ms each)."""
+        return self.embed_positions.num_embeddings
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.conv1.weight.dtype
+
+    def train(self, mode: bool = True) -> "FrozenEncoder":
+        """Stays in evaluation mode whatever is asked for."""
+        return super().train(False)
+
+    def backbone_state(self) -> dict[str, torch.Tensor]:
+        """The backbone's own tensors by the names they have in the Hugging Face encoder."""
+        return self.state_dict()
+
+    def frozen_names(self) -> set[str]:
+        """Which tensors of ``state_dict`` stay as they were loaded, so that they need not be saved."""
+        return set(self.state_dict())
+
+    def compile_layers(self, backend: str | Callable = "inductor") -> None:
+        """Compiles one layer with torch.compile and runs all layers by it, for any number and length of clips
+        (a single clip, and a mask where there was none, are compiled anew). The first batch takes longer.
+
+        Not compiled: the LayerNorm whose statistics side networks share, layers under autocast of float32
+        weights, and SHERL's last layer, which has a gradient.
+
+        Args:
+            backend: of torch.compile.
+
+        Raises:
+            UserError: there is no compiler for the device of the weights.
+        """
+        self._finish = compiled_layer(backend, self.conv1.weight.device)
+
+    def stream(
+        self,
+        input_features: torch.Tensor,
+        lengths: torch.Tensor | None = None,
+        final_norm: bool = False,
+        statistics: bool = False,
+    ) -> Iterator[torch.Tensor | HiddenState]:
+        """Yields h_0 (embedding) to h_L (raw output of the last layer), computing each when it is asked for.
+
+        h_L is taken before the encoder's final LayerNorm; Hugging Face's ``output_hidden_states[-1]`` after
+        it.
+
+        Args:
+            input_features: (B, mel bins, frames) log-mel, any floating dtype, on the encoder's device.
+            lengths: (B,) integers, valid encoder frames of each clip, from 1 to ceil(frames / 2). Without it
+                the frames must fill the window exactly, and padding counts as sound (the published
+                behaviour). With it any number of frames up to the window is computed, and a clip's valid
+                states are those it would have alone, to rounding: the mel is zeroed from frame 2 * length on
+                and the attention never looks there. States past a clip's end mean nothing.
+            final_norm: put the final LayerNorm on h_L, as Hugging Face does.
+            statistics: yield ``meft_kernels.HiddenState`` where the row statistics come for free with the
+                next layer's own LayerNorm.
+
+        Yields:
+            (B, T, hidden size) in the weights' dtype (under autocast of float32 weights: what that gives),
+            without gradient; T = ceil(frames / 2).
+
+        Raises:
+            UserError: wrong shape, dtype or device of an argument, or too many frames.
+        """
+        self._check_features(input_features, lengths)
+        self._to_evaluation()
+        return self._states(input_features, lengths, final_norm, statistics)
+
+    def last_layer(self, hidden_states: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
+        """The last encoder layer and the final LayerNorm, frozen, with gradient to the input.
+
+        Args:
+            hidden_states: (B, T, hidden size), a replacement of h_{L-1}. lengths: as for :meth:`stream`.
+
+        Returns:
+            (B, T, hidden size) in the weights' dtype.
+        """
+        if hidden_states.ndim != 3 or hidden_states.shape[-1] != self.hidden_size:
+            raise UserError(
+                f"hidden_states must have shape (batch, frames, {self.hidden_size}), got "
+                f"{tuple(hidden_states.shape)}"
+            )
+        self._to_evaluation()
+        with self._weights_as_they_are(hidden_states.device):
+            hidden_states = hidden_states.to(self.dtype)
+            mask = self._attention_mask(lengths, hidden_states.shape[1])
+            run = run_with_gradient if self._runs_alone(hidden_states) else self._run
+            return self.layer_norm(run(self.layers[-1], hidden_states, mask))
+
+    # Each step has its own no_grad: one that spanned a yield would leak into the consumer's code.
+    def _states(
+        self,
+        input_features: torch.Tensor,
+        lengths: torch.Tensor | None,
+        final_norm: bool,
+        statistics: bool,
+    ) -> Iterator[torch.Tensor | HiddenState]:
+        device = input_features.device
+        with torch.no_grad(), self._weights_as_they_are(device):
+            states = self._embed(input_features, lengths)
+            mask = self._attention_mask(lengths, states.shape[1])
+        for layer in self.layers:
+            known = normed = None
+            if statistics:
+                with torch.no_grad(), self._weights_as_they_are(device):
+                    if self._runs_alone(states):
+                        normed, known = norm_with_statistics(layer.self_attn_layer_norm, states)
+            yield HiddenState(states, *known) if known else states
+            with torch.no_grad(), self._weights_as_they_are(device):
+                if self._runs_alone(states):
+                    normed = layer.self_attn_layer_norm(states) if normed is None else normed
+                    states, normed = self._finish(layer, states, normed, mask), None
+                else:
+                    states = self._run(layer, states, mask)
+                if final_norm and layer is self.layers[-1]:
+                    states = self.layer_norm(states)
+        yield states
+
+    @staticmethod
+    def _runs_alone(states: torch.Tensor) -> bool:
+        """Whether a layer needs nothing of Hugging Face's code around its modules: under autocast the types
+        of the sums matter, and an empty batch is not for its reshapes."""
+        return states.shape[0] > 0 and not torch.is_autocast_enabled(states.device.type)
+
+    def _to_evaluation(self) -> None:
+        if any(layer.training for layer in self.layers):  # train() was called on the model that shares them
+            self.eval()
+
+    def _embed(self, input_features: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
+        features = input_features.to(self.dtype)
+        if lengths is not None:
+            if features.shape[-1] % 2:  # so that the last frame sees what it would see in a longer batch
+                features = nn.functional.pad(features, (0, 1))
+            past_end = torch.arange(features.shape[-1], device=features.device) >= 2 * lengths[:, None]
+            features = features.masked_fill(past_end[:, None, :], 0)
+        features = nn.functional.gelu(self.conv1(features))
+        features = nn.functional.gelu(self.conv2(features)).permute(0, 2, 1)
+        return features + self.embed_positions.weight[: features.shape[1]]
+
+    def _attention_mask(self, lengths: torch.Tensor | None, frames: int) -> torch.Tensor | None:
+        """Which keys may be looked at, in the form that the attention implementation reads; None for all."""
+        if lengths is None:
+            return None
+        keep = torch.arange(frames, device=lengths.device) < lengths[:, None]
+        implementation = self.config._attn_implementation
+        if implementation == "sdpa":
+            return keep[:, None, None, :]
+        if implementation in ("eager", None):
+            mask = torch.zeros(keep.shape, dtype=self.dtype, device=keep.device)
+            return mask.masked_fill(~keep, torch.finfo(self.dtype).min)[:, None, None, :]
+        if implementation.startswith("flash_attention"):
+            return keep
+        raise UserError(
+            f"attn_implementation {implementation!r} cannot skip padding: use 'sdpa' or 'eager', or "
+            "max_frames='fidelity'"
+        )
+
+    @staticmethod
+    def _run(layer: nn.Module, states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        if not states.shape[0]:  # the layer's reshapes cannot handle an empty batch
+            return states
+        output = layer(states, mask)
+        return (
+            output if isinstance(output, torch.Tensor) else output[0]
+        )  # a tuple in some transformers versions
+
+    def _weights_as_they_are(self, device: torch.device) -> AbstractContextManager:
+        as_they_are = self.quantization or self.dtype in (torch.float16, torch.bfloat16, torch.float64)
+        if as_they_are and device.type != "meta":
+            return torch.autocast(device.type, enabled=False)
+        return nullcontext()
+
+    def _check_features(self, features: torch.Tensor, lengths: torch.Tensor | None) -> None:
+        if not isinstance(features, torch.Tensor) or features.ndim != 3:
+            got = tuple(features.shape) if isinstance(features, torch.Tensor) else type(features).__name__
+            raise UserError(f"input_features must be a tensor of shape (batch, mel bins, frames), got {got}")
+        if not features.is_floating_point():
+            raise UserError(f"input_features must be floating point, got {features.dtype}")
+        if features.shape[1] != self.num_mel_bins:
+            raise UserError(
+                f"input_features must have {self.num_mel_bins} mel bins, the backbone's number, got "
+                f"{features.shape[1]}: use the feature extractor that belongs to the backbone"
+            )
+        weight = self.conv1.weight
+        if features.device != weight.device and weight.device.type != "meta":
+            raise UserError(f"input_features are on {features.device}, the backbone is on {weight.device}")
+        frames, window = features.shape[2], 2 * self.max_source_positions
+        if lengths is None:
+            if frames != window:
+                raise UserError(
+                    f"input_features must have {window} frames, the backbone's whole window, got {frames}: "
+                    "pad them, or compute fewer frames with lengths (max_frames='longest' or a number in "
+                    "the config)"
+                )
+            return
+        if not 1 <= frames <= window:
+            raise UserError(f"input_features must have 1 to {window} frames, got {frames}")
+        if lengths.shape != features.shape[:1] or lengths.dtype not in (torch.int64, torch.int32):
+            raise UserError(
+                f"lengths must be {features.shape[0]} integers, one per clip, got shape "
+                f"{tuple(lengths.shape)} of {lengths.dtype}"
+            )
+        if lengths.device != features.device:
+            raise UserError(f"lengths are on {lengths.device}, input_features are on {features.device}")

@@ -1,0 +1,1 @@
+"""Classifying, scoring and drawing the results."""

@@ -1,0 +1,145 @@
+"""A trained model that classifies: the inference loop of predicting and scoring."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from .. import data
+from ..data.batching import LongestFirst
+from ..data.examples import Example, ExampleSet
+from ..errors import UserError
+from ..model.backbone import quiet_transformers
+from ..model.module import MeftModel
+from ..model.pretrained import load_feature_extractor
+from ..options.inference import InferenceArguments
+
+
+def usable_device(device: str | torch.device | None) -> torch.device:
+    """The device of this name; None is a GPU if there is one.
+
+    Raises:
+        UserError: there is no such device.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(1, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device: cannot use {str(device)!r}: {str(error).splitlines()[0]}") from error
+
+
+class Classifier:
+    """A trained model with its feature extractor, ready to classify examples.
+
+    Args:
+        model: trained model; is put into evaluation mode on ``device``.
+        feature_extractor: the one it was trained with.
+        device: torch device; default a GPU if there is one.
+        batch_size: clips per batch.
+        num_workers: processes that read audio; 0 reads in this one.
+        progress: show progress bars.
+    """
+
+    def __init__(
+        self,
+        model: MeftModel,
+        feature_extractor: Any,
+        device: str | torch.device | None = None,
+        batch_size: int = 8,
+        num_workers: int = 0,
+        progress: bool = True,
+    ):
+        self.device = usable_device(device)
+        self.model = model.to(self.device).eval()
+        self.feature_extractor = feature_extractor
+        self.batch_size, self.num_workers, self.progress = batch_size, num_workers, progress
+        self.max_frames = model.meft_config.max_frames
+        names = model.config.id2label
+        self.labels = [names[index] for index in range(model.config.num_labels)]
+
+    @classmethod
+    def load(
+        cls, model_dir: str | Path, arguments: InferenceArguments, progress: bool = True
+    ) -> "Classifier":
+        """Loads the model in ``model_dir`` (a folder, or a name on the hub).
+
+        Raises:
+            UserError: model, backbone or feature extractor cannot be loaded or do not fit each other.
+        """
+        device = usable_device(arguments.device)
+        with quiet_transformers():
+            model = MeftModel.from_pretrained(
+                model_dir,
+                backbone=arguments.backbone,
+                dtype=arguments.backbone_dtype,
+                quantization=arguments.backbone_quantization,
+                device=device,
+            )
+        if arguments.backbone_compile:
+            model.encoder.compile_layers()
+        if arguments.feature_extractor_name is not None:
+            extractor = load_feature_extractor(arguments.feature_extractor_name)
+        else:
+            extractor = load_feature_extractor(str(model_dir), "model_dir")
+        data.check_feature_extractor(extractor, model.config, model.meft_config.max_frames)
+        return cls(model, extractor, device, arguments.batch_size, arguments.num_workers, progress)
+
+    def check(self, examples: ExampleSet, strict: bool = False) -> tuple[ExampleSet, list[tuple[str, str]]]:
+        """:func:`whisper_meft.data.check_audio` with this classifier's workers and progress bar."""
+        return data.check_audio(examples, strict, num_workers=self.num_workers, progress=self.progress)
+
+    def probabilities(self, examples: ExampleSet) -> np.ndarray:
+        """Class probabilities, float32 (N, K), rows in the order of ``examples``; NaN where the model's
+        output was not finite.
+
+        Raises:
+            UserError: an example cannot be read.
+        """
+        dataset = data.SpeechDataset(examples, self.feature_extractor, None, self.max_frames)
+        collator = data.Collator(self.feature_extractor, self.max_frames)
+        lengths = None if self.max_frames == "fidelity" else dataset.lengths
+        order = list(range(len(dataset)) if lengths is None else LongestFirst(lengths))
+        loader = DataLoader(
+            dataset, self.batch_size, sampler=order, collate_fn=collator, num_workers=self.num_workers
+        )
+        rows = []
+        with torch.inference_mode():
+            for batch in tqdm(loader, desc="classifying", unit="batch", disable=not self.progress):
+                logits = self.model(**{name: value.to(self.device) for name, value in batch.items()}).logits
+                rows.append(logits.float().softmax(dim=-1).cpu().numpy())
+        return np.concatenate(rows)[np.argsort(order)]
+
+
+def predict(
+    classifier: Classifier, files: Sequence[str]
+) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
+    """Classifies audio files; those that cannot be read do not stop the others.
+
+    Returns:
+        one {"file", "label", "probabilities": {label: p}} per readable file, in order; and (file, reason) of
+        the unreadable ones.
+
+    Raises:
+        UserError: not one file is readable.
+    """
+    examples = ExampleSet([Example(audio=file, name=file) for file in files], "the files to classify")
+    # The error of a single file says it all; of several the good ones are answered.
+    good, bad = classifier.check(examples, strict=len(examples) == 1)
+    probabilities = classifier.probabilities(good)
+    rows = []
+    for example, row in zip(good, probabilities):
+        if not np.isfinite(row).all():
+            bad.append((example.name, "the model's output for it is NaN or infinite"))
+            continue
+        named = {label: float(p) for label, p in zip(classifier.labels, row)}
+        rows.append(
+            {"file": example.name, "label": classifier.labels[int(row.argmax())], "probabilities": named}
+        )
+    if not rows:
+        raise UserError(f"no file could be classified; {bad[0][0]}: {bad[0][1]}")
+    return rows, bad

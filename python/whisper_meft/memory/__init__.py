@@ -1,0 +1,1 @@
+"""A training step's memory, counted on tensors that hold nothing."""

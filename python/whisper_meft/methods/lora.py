@@ -1,0 +1,101 @@
+"""LoRA and LoRA+, by peft: their options, and putting peft's layers into an encoder."""
+
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import ClassVar
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from ..encoder.tuned import TunedEncoder
+from ..errors import UserError
+from .checks import check_positive_int, check_positive_number, check_share
+from .low_rank import UpdateConfig
+
+
+@dataclass(kw_only=True)
+class LoRAConfig(UpdateConfig):
+    """LoRA (arXiv 2106.09685) by peft: W + lora_alpha / r * B A, with B zero at the start."""
+
+    method: ClassVar[str] = "lora"
+
+    r: int = field(default=64, metadata={"help": "Rank of the update of each adapted weight."})
+    lora_alpha: float = field(
+        default=512, metadata={"help": "The update is scaled by this number divided by the rank."}
+    )
+    lora_dropout: float = field(
+        default=0.0, metadata={"help": "Share of the update's inputs that are dropped in training."}
+    )
+
+    def validate(self) -> None:
+        super().validate()
+        check_positive_int("r", self.r)
+        check_positive_number("lora_alpha", self.lora_alpha)
+        check_share("lora_dropout", self.lora_dropout)
+
+    def prepare_encoder(self, encoder: TunedEncoder) -> None:
+
+        add_lora(encoder, self)
+
+
+@dataclass(kw_only=True)
+class LoRAPlusConfig(LoRAConfig):
+    """LoRA+ (arXiv 2402.12354): LoRA whose B learns faster than its A; needs
+    :class:`whisper_meft.MeftTrainer`."""
+
+    method: ClassVar[str] = "lora_plus"
+
+    loraplus_lr_ratio: float = field(
+        default=16.0, metadata={"help": "Learning rate of B divided by that of A and of the head."}
+    )
+
+    def validate(self) -> None:
+        super().validate()
+        check_positive_number("loraplus_lr_ratio", self.loraplus_lr_ratio)
+
+
+ADAPTER = "default"  # peft's name for the only one
+
+
+def require_peft(method: str) -> ModuleType:
+    """The peft package.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise UserError(f"method {method} needs the peft package: pip install peft") from error
+    return peft
+
+
+def add_lora(encoder: TunedEncoder, config: "LoRAConfig") -> None:
+    """Puts trained LoRA layers, float32, in the place of ``config.target_modules``."""
+    peft = require_peft(config.method)
+    options = peft.LoraConfig(
+        r=config.r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=list(config.target_modules),
+    )
+    # Made without storage first: peft would give the parameters the frozen weights' number format. Its code
+    # cannot run on fake tensors.
+    with unset_fake_temporarily():
+        peft.inject_adapter_in_model(options, encoder, low_cpu_mem_usage=True)
+    allocate(encoder, torch.float32)
+    for module in encoder.modules():
+        if isinstance(module, peft.tuners.lora.LoraLayer):
+            module.reset_lora_parameters(ADAPTER, True)
+
+
+def allocate(encoder: nn.Module, dtype: torch.dtype) -> None:
+    """Gives the trained parameters of ``encoder`` that have no storage yet uninitialised storage beside the
+    frozen ones."""
+    device = encoder.conv1.weight.device
+    for module in encoder.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad and parameter.is_meta:
+                empty = torch.empty(parameter.shape, dtype=dtype, device=device)
+                setattr(module, name, nn.Parameter(empty))

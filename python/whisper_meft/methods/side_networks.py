@@ -1,0 +1,174 @@
+"""The side networks beside a frozen encoder: LST, UniPT and SHERL."""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import nn
+
+import meft_kernels
+from meft_kernels.reference import SAVED_ACTIVATIONS
+
+from ..errors import UserError
+from .base import MeftConfig
+from .checks import check_positive_int
+
+_LAYERS_HELP = (
+    "Encoder layers to tap: their numbers from 1; 'every:k' for the last layer and every k-th before it; "
+    "'last:n' for the last n. Unset taps all. The embedding is always read, and layers behind the last "
+    "tapped one are not run."
+)
+
+
+def _rule(text: str) -> tuple[str, int]:
+    """``"every:3"`` as ("every", 3)."""
+    word, _, number = text.partition(":")
+    if word not in ("every", "last") or not number.isdecimal() or int(number) < 1:
+        raise UserError(
+            "layers must be None, a list of layer numbers, 'every:k' or 'last:n' with a positive integer, "
+            f"got {text!r}"
+        )
+    return word, int(number)
+
+
+def tapped_layers(layers: list[int] | str | None, num_layers: int) -> list[int] | None:
+    """The layer numbers that ``layers`` of a config stands for, in a backbone of ``num_layers``.
+
+    Raises:
+        UserError: 'every:k' or 'last:n' of more layers than there are.
+    """
+    if not isinstance(layers, str):
+        return layers
+    word, number = _rule(layers)
+    if number > num_layers:
+        raise UserError(f"layers={layers!r} asks for more than the backbone's {num_layers} layers")
+    if word == "last":
+        return list(range(num_layers - number + 1, num_layers + 1))
+    return list(range(num_layers, 0, -number))[::-1]
+
+
+@dataclass(kw_only=True)
+class SideNetworkConfig(MeftConfig):
+    """Options of the methods that put a narrow network beside a frozen encoder."""
+
+    reduction_factor: int = field(
+        default=8,
+        metadata={"help": "Width of the side network: the backbone's width divided by this, rounded down."},
+    )
+    saved_activations: str = field(
+        default="exact",
+        metadata={
+            "help": "How hidden states are kept for the backward: 'exact' as they are, 'fp8' as normalised "
+            "copies of 8 bits, from which the weight gradients are made (half the memory)."
+        },
+    )
+    chunk_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Clips that the backbone and the side network take at a time within a step; the result "
+            "is the same. Unset chooses by the length of the clips and the device."
+        },
+    )
+
+    def validate(self) -> None:
+        super().validate()
+        check_positive_int("reduction_factor", self.reduction_factor)
+        if self.saved_activations not in SAVED_ACTIVATIONS:
+            accepted = " or ".join(map(repr, SAVED_ACTIVATIONS))
+            raise UserError(f"saved_activations must be {accepted}, got {self.saved_activations!r}")
+        if self.chunk_size is not None:
+            check_positive_int("chunk_size", self.chunk_size)
+        layers = getattr(self, "layers", None)
+        if isinstance(layers, str):
+            _rule(layers)
+        elif layers is not None:
+            if not isinstance(layers, (list, tuple)) or not layers:
+                raise UserError(
+                    "layers must be None or a non-empty list of layer numbers, 'every:k' or 'last:n', got "
+                    f"{layers!r}"
+                )
+            for layer in layers:
+                check_positive_int("every entry of layers", layer)
+            if sorted(set(layers)) != list(layers):
+                raise UserError(f"layers must be in increasing order without repeats, got {list(layers)}")
+            self.layers = list(layers)
+
+    def check_backbone(self, hidden_size: int, num_layers: int, max_source_positions: int) -> None:
+        super().check_backbone(hidden_size, num_layers, max_source_positions)
+        if hidden_size // self.reduction_factor < 1:
+            raise UserError(
+                f"reduction_factor must be at most {hidden_size}, the backbone's width, got "
+                f"{self.reduction_factor}"
+            )
+        layers = tapped_layers(getattr(self, "layers", None), num_layers)
+        if layers and layers[-1] > num_layers:
+            raise UserError(f"layers must lie in 1..{num_layers}, the backbone's layers, got {layers}")
+
+
+@dataclass(kw_only=True)
+class LSTConfig(SideNetworkConfig):
+    """Ladder Side-Tuning: a narrow ladder beside the encoder, one gated rung per layer."""
+
+    method: ClassVar[str] = "lst"
+
+    adapter_dim: int = field(default=256, metadata={"help": "Inner width of each rung's adapter."})
+    layers: list[int] | str | None = field(default=None, metadata={"help": _LAYERS_HELP})
+
+    def validate(self) -> None:
+        super().validate()
+        check_positive_int("adapter_dim", self.adapter_dim)
+
+    def build_side_network(self, hidden_size: int, num_layers: int, **place: Any) -> nn.Module:
+        return meft_kernels.LST(
+            hidden_size,
+            num_layers,
+            reduction_factor=self.reduction_factor,
+            adapter_dim=self.adapter_dim,
+            layers=tapped_layers(self.layers, num_layers),
+            saved_activations=self.saved_activations,
+            **place,
+        )
+
+
+@dataclass(kw_only=True)
+class UniPTConfig(SideNetworkConfig):
+    """Universal Parallel Tuning: attention of the last tapped layer over all others, weighted by
+    confidence."""
+
+    method: ClassVar[str] = "unipt"
+    without_gradient: ClassVar[tuple[str, ...]] = (
+        "side_network.gate.bias",
+    )  # a softmax does not see a shift
+
+    layers: list[int] | str | None = field(default=None, metadata={"help": _LAYERS_HELP})
+
+    def build_side_network(self, hidden_size: int, num_layers: int, **place: Any) -> nn.Module:
+        return meft_kernels.UniPT(
+            hidden_size,
+            num_layers,
+            reduction_factor=self.reduction_factor,
+            layers=tapped_layers(self.layers, num_layers),
+            saved_activations=self.saved_activations,
+            **place,
+        )
+
+
+@dataclass(kw_only=True)
+class SHERLConfig(SideNetworkConfig):
+    """SHERL: merges all but the last layer's output into a new input of the last encoder layer."""
+
+    method: ClassVar[str] = "sherl"
+    through_last_layer: ClassVar[bool] = True
+
+    def check_backbone(self, hidden_size: int, num_layers: int, max_source_positions: int) -> None:
+        super().check_backbone(hidden_size, num_layers, max_source_positions)
+        if num_layers < 2:
+            raise UserError(f"sherl needs a backbone of at least 2 layers, got {num_layers}")
+
+    def build_side_network(self, hidden_size: int, num_layers: int, **place: Any) -> nn.Module:
+        return meft_kernels.SHERL(
+            hidden_size,
+            num_layers,
+            reduction_factor=self.reduction_factor,
+            saved_activations=self.saved_activations,
+            **place,
+        )

@@ -1,0 +1,159 @@
+"""Finding, loading and recognising the frozen backbone that a saved side network refers to."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import nn
+from transformers import WhisperForAudioClassification
+from transformers.utils import logging as hf_logging
+
+from ..encoder.fingerprint import own_state
+from ..errors import UserError, one_line
+from ..files import replacing, write_text
+from ..synthetic.shipped import ASSETS
+
+
+def resolve_backbone(name: str | os.PathLike, folder: str | os.PathLike | None = None) -> str:
+    """Where the backbone called ``name`` is.
+
+    Tried in this order: a folder relative to ``folder`` (that of the saved side network), a folder as
+    written, the name of a backbone shipped with this package (such as ``phoneme-tiny``), else a name on the
+    model hub, which is returned as it is.
+    """
+    name = os.path.expanduser(os.fspath(name))
+    if folder is not None and not os.path.isabs(name) and (Path(folder) / name).is_dir():
+        return str((Path(folder) / name).resolve())
+    if os.path.isdir(name):
+        return str(Path(name).resolve())
+    if (ASSETS / name / "config.json").is_file():
+        return str(ASSETS / name)
+    return name
+
+
+def check_source(argument: str, name: str) -> None:
+    """Raises UserError if ``name`` can only mean a local folder and there is no model folder there."""
+    path = Path(name)
+    if path.is_file():
+        raise UserError(f"{argument}: {name} is a file; a folder or the name of a model on the hub is needed")
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"{argument}: {name} holds no config.json, so it is not a model folder")
+        return
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        hint = "; name another folder or hub model with backbone=... (--backbone)"
+        raise UserError(f"{argument}: there is no folder {name}{hint if argument == 'backbone' else ''}")
+
+
+def backbone_reference(name: str | None, folder: str | os.PathLike) -> str | None:
+    """How a model saved in ``folder`` should name its backbone, so that it is found again by
+    :func:`resolve_backbone`: relative when inside ``folder``, the bare name when shipped, else absolute."""
+    if not name or not os.path.isdir(name):
+        return name or None
+    path = Path(name).resolve()
+    if path.parent == ASSETS.resolve():
+        return path.name
+    inside = Path(folder).resolve()
+    return str(path.relative_to(inside)) if path.is_relative_to(inside) else str(path)
+
+
+def load_backbone(
+    name: str | os.PathLike,
+    folder: str | os.PathLike | None = None,
+    dtype: torch.dtype | None = None,
+    attn_implementation: str | None = None,
+    argument: str = "backbone",
+    **hub_options: Any,
+) -> WhisperForAudioClassification:
+    """Loads a Whisper checkpoint's encoder, with its classification head or, where it has none, a new one.
+
+    Args:
+        name: a hub name, a folder, or the name of a shipped backbone; see :func:`resolve_backbone`.
+        folder: what a relative path is relative to.
+        dtype: number format of the weights; ``None`` keeps the checkpoint's.
+        attn_implementation: ``"sdpa"``, ``"eager"`` or ``"flash_attention_2"``; ``None`` is transformers'
+            choice.
+        argument: what messages call ``name``.
+        hub_options: ``token``, ``revision``, ``cache_dir``, ``local_files_only`` and the like.
+
+    Raises:
+        UserError: not found, not a Whisper checkpoint, unreadable, or encoder weights are missing or of
+            another shape.
+    """
+    where = resolve_backbone(name, folder)
+    check_source(argument, where)
+    called = os.fspath(name) if where == os.fspath(name) else f"{os.fspath(name)} (as {where})"
+    options = {"dtype": "auto" if dtype is None else dtype, "output_loading_info": True, **hub_options}
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    try:
+        with quiet_transformers():
+            base, report = WhisperForAudioClassification.from_pretrained(
+                where, ignore_mismatched_sizes=True, **options
+            )
+    except Exception as error:  # whatever a broken folder or an unreachable hub gives
+        raise UserError(
+            f"{argument}: cannot load {called}: {one_line(error)}; name another folder or hub model with "
+            f"{argument}=... (--{argument})"
+        ) from error
+    mismatched = [each[0] if isinstance(each, tuple) else each for each in report["mismatched_keys"]]
+    broken = sorted(key for key in [*report["missing_keys"], *mismatched] if key.startswith("encoder."))
+    if broken:
+        raise UserError(
+            f"{argument}: {called} lacks {len(broken)} encoder tensors (or has them in another shape), the "
+            f"first is {broken[0]}: is it a Whisper checkpoint?"
+        )
+    return base
+
+
+def set_labels(base: WhisperForAudioClassification, labels: Sequence[str]) -> None:
+    """Gives a classifier the classes ``labels``, in index order; its last layer is new where it had another
+    number of them."""
+    base.config.id2label = dict(enumerate(labels))
+    base.config.label2id = {label: index for index, label in enumerate(labels)}
+    old = base.classifier
+    if old.out_features != len(labels):
+        place = {"device": old.weight.device, "dtype": old.weight.dtype}
+        base.classifier = nn.Linear(old.in_features, len(labels), **place)
+        nn.init.normal_(base.classifier.weight, std=0.02)
+        nn.init.zeros_(base.classifier.bias)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No loading report and progress bar: that the head is new and the decoder unused is no news."""
+    verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+def write_backbone(encoder: nn.Module, folder: str | os.PathLike) -> None:
+    """Writes a frozen encoder as an ordinary Hugging Face folder (``config.json``, ``model.safetensors``).
+
+    The folder holds the encoder only, which is all that an audio classifier needs.
+
+    Raises:
+        UserError: the encoder is quantised, or the folder cannot be written.
+    """
+    if getattr(encoder, "quantization", None) is not None:
+        raise UserError(
+            f"a backbone that is quantised to {encoder.quantization} cannot be saved, its weights are "
+            "rounded: leave save_backbone out, and keep the checkpoint that it was loaded from"
+        )
+    tensors = {f"encoder.{k}": v.detach().cpu().contiguous() for k, v in own_state(encoder).items()}
+    with replacing(Path(folder) / "model.safetensors") as temporary:
+        safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt"})
+    config = type(encoder.config).from_dict(encoder.config.to_dict())
+    config.architectures = ["WhisperForAudioClassification"]
+    config.dtype = encoder.dtype
+    write_text(Path(folder) / "config.json", config.to_json_string())

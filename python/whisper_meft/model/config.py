@@ -1,0 +1,27 @@
+"""What is saved of a model beside its weights."""
+
+from transformers.configuration_utils import PreTrainedConfig
+
+
+class MeftModelConfig(PreTrainedConfig):
+    """What ``config.json`` of a saved model holds.
+
+    Attributes:
+        meft: the method's options, see :meth:`whisper_meft.MeftConfig.to_dict`.
+        base_model_name_or_path: the backbone: hub name, absolute folder, or folder relative to this file.
+        base_model_fingerprint: a few of its weights, to recognise it
+            (:func:`whisper_meft.encoder.fingerprint.fingerprint`).
+        hidden_size, num_hidden_layers, num_mel_bins, max_source_positions: the backbone's sizes.
+        classifier_proj_size: width of the projector. Labels are in ``id2label`` and ``label2id`` as usual.
+    """
+
+    model_type = "whisper_meft"
+
+    meft: dict | None = None
+    base_model_name_or_path: str | None = None
+    base_model_fingerprint: str | None = None
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_mel_bins: int = 80
+    max_source_positions: int = 1500
+    classifier_proj_size: int = 256

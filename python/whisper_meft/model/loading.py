@@ -1,0 +1,151 @@
+"""Loading a saved model, and the backbone that it belongs to."""
+
+import copy
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download, snapshot_download
+from torch import nn
+from transformers import PreTrainedModel, WhisperForAudioClassification
+
+from ..encoder.dtypes import parse_dtype
+from ..encoder.fingerprint import same_backbone
+from ..errors import UserError, one_line
+from ..files import read_json
+from ..methods import MeftConfig
+from .backbone import load_backbone, resolve_backbone
+from .config import MeftModelConfig
+from .weights import load_checked, read_weights
+
+_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+_IGNORED_OPTIONS = ("adapter_kwargs", "code_revision", "trust_remote_code", "use_safetensors", "weights_only")
+
+
+def load(
+    cls: type[PreTrainedModel],
+    name_or_path: str | os.PathLike,
+    backbone: str | os.PathLike | nn.Module | None,
+    dtype: str | torch.dtype | None,
+    attn_implementation: str | None,
+    quantization: str | None,
+    device: str | torch.device | None,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """What :meth:`whisper_meft.MeftModel.from_pretrained` does: ``cls`` is the class to make, the rest its
+    arguments.
+
+    Raises:
+        UserError: folder, config, weights or backbone are missing, damaged or do not belong together.
+    """
+    hub_options = {k: kwargs.pop(k) for k in _HUB_OPTIONS if k in kwargs}
+    subfolder = kwargs.pop("subfolder", "") or ""
+    saved_config = kwargs.pop("config", None)
+    for name in [k for k in kwargs if k.startswith("_") or k in _IGNORED_OPTIONS]:
+        kwargs.pop(name)
+    if kwargs:
+        raise UserError(f"from_pretrained got unknown arguments: {', '.join(sorted(kwargs))}")
+
+    folder = _fetch(name_or_path, hub_options) / subfolder
+    config = saved_config if isinstance(saved_config, MeftModelConfig) else read_config(folder)
+    dtype = parse_dtype(None if dtype == "auto" else dtype)
+    # A backbone that is loaded already stays as it is.
+    config = _with_changes(config, dtype, isinstance(backbone, nn.Module), quantization)
+    MeftConfig.from_dict(config.meft)  # so that bad options are reported before anything is loaded
+    tensors = read_weights(folder)
+
+    base, name = _backbone_of(config, folder, backbone, attn_implementation, hub_options)
+    config.base_model_name_or_path = name or None
+    if device is not None:
+        base.encoder.to(device)
+    model = cls(config, base).to(device)
+    model.name_or_path = config.name_or_path = os.fspath(name_or_path)
+    if attn_implementation is not None:
+        model.set_attn_implementation(attn_implementation)
+    load_checked(model, tensors, folder)
+    if config.base_model_fingerprint and not same_backbone(model.encoder, config.base_model_fingerprint):
+        warnings.warn(
+            f"the backbone {name or 'given'} has other weights than the one that {folder} was trained "
+            "with: its scores will be wrong",
+            stacklevel=3,
+        )
+    return model.eval()
+
+
+def _with_changes(
+    config: MeftModelConfig, dtype: torch.dtype | None, as_it_is: bool, quantization: str | None
+) -> MeftModelConfig:
+    """A copy of a saved config with the number format and the quantisation that are asked for."""
+    config = copy.deepcopy(config)
+    if dtype is not None or as_it_is:
+        config.meft = config.meft | {"backbone_dtype": None if dtype is None else str(dtype)}
+    if quantization is not None:
+        config.meft = config.meft | {
+            "backbone_quantization": None if quantization == "none" else quantization
+        }
+    return config
+
+
+def _backbone_of(
+    config: MeftModelConfig,
+    folder: Path,
+    backbone: str | os.PathLike | nn.Module | None,
+    attn_implementation: str | None,
+    hub_options: dict[str, Any],
+) -> tuple[WhisperForAudioClassification, str | None]:
+    """The backbone that is given or else the one that the config names, and its name."""
+    if isinstance(backbone, nn.Module):
+        return backbone, getattr(getattr(backbone, "config", None), "_name_or_path", None)
+    name = config.base_model_name_or_path if backbone is None else os.fspath(backbone)
+    if not name:
+        raise UserError(f"{folder} does not name its backbone: give it with backbone=... (--backbone)")
+    name = resolve_backbone(name, folder if backbone is None else None)
+    # The token and the like go along; the revision is that of the side network, not of the backbone.
+    options = {k: v for k, v in hub_options.items() if k != "revision"}
+    dtype = parse_dtype(config.meft.get("backbone_dtype"))
+    return load_backbone(name, dtype=dtype, attn_implementation=attn_implementation, **options), name
+
+
+def _fetch(name: str | os.PathLike, hub_options: dict[str, Any]) -> Path:
+    """The local folder of a saved model, downloaded first if ``name`` is one of the model hub."""
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise UserError(f"{folder} is a file, the folder of a saved model is needed")
+    name = os.fspath(name)
+    try:
+        # The config first: a wrong name must not download a whole Whisper.
+        read_config(Path(hf_hub_download(name, "config.json", **hub_options)).parent)
+        return Path(
+            snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.bin"], **hub_options)
+        )
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"there is no folder {name}, nor can it be had from the model hub: {one_line(error)}"
+        ) from error
+
+
+def read_config(folder: Path) -> MeftModelConfig:
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} holds no config.json: it was not written by MeftModel.save_pretrained")
+    values = read_json(folder / "config.json")
+    if not isinstance(values, dict) or values.get("model_type") != MeftModelConfig.model_type:
+        kind = values.get("model_type") if isinstance(values, dict) else None
+        raise UserError(
+            f"{folder} holds a {kind or 'foreign'} model, not a side network; a checkpoint of the paper's "
+            "code is turned into one by `whisper-meft convert`"
+        )
+    try:
+        config = MeftModelConfig.from_dict(values)
+    except Exception as error:
+        raise UserError(f"{folder / 'config.json'} cannot be used: {error}") from error
+    if not isinstance(config.meft, dict):
+        raise UserError(
+            f"{folder / 'config.json'} cannot be used: it lacks the options of the method ('meft')"
+        )
+    return config

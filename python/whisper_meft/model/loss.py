@@ -1,0 +1,59 @@
+"""The loss of a classifier, whole or of a part of a batch."""
+
+import torch
+from torch import nn
+
+from ..errors import UserError
+
+
+def classification_loss(
+    logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
+) -> torch.Tensor:
+    """The cross-entropy, a float32 scalar.
+
+    Args:
+        logits: (B, classes). labels: (B,) class numbers; -100 is skipped.
+        num_items_in_batch: what the summed loss is divided by; ``None``: the labels that count.
+
+    Raises:
+        UserError: a wrong shape, dtype or class number.
+    """
+    if not isinstance(labels, torch.Tensor):
+        raise UserError(f"labels must be a tensor of class numbers, got {type(labels).__name__}")
+    if labels.ndim != 1 or labels.shape[0] != logits.shape[0] or labels.is_floating_point():
+        raise UserError(
+            f"labels must be {logits.shape[0]} class numbers, got shape {tuple(labels.shape)} of "
+            f"{labels.dtype}"
+        )
+    # Only where looking at the values costs no wait for a device (fake tensors have no values).
+    if type(labels) is torch.Tensor and labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = [x for x in labels.tolist() if x != -100 and not 0 <= x < logits.shape[1]]
+        if wrong:
+            raise UserError(
+                f"labels must lie in 0..{logits.shape[1] - 1}, the model has {logits.shape[1]} labels, "
+                f"got {wrong[0]}"
+            )
+    labels = labels.to(logits.device, torch.long)
+    if num_items_in_batch is None:
+        return nn.functional.cross_entropy(logits.float(), labels)
+    if isinstance(num_items_in_batch, torch.Tensor):
+        num_items_in_batch = num_items_in_batch.to(logits.device)
+    return nn.functional.cross_entropy(logits.float(), labels, reduction="sum") / num_items_in_batch
+
+
+def with_penalty(
+    loss: torch.Tensor,
+    penalty: torch.Tensor | None,
+    labels: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None,
+) -> torch.Tensor:
+    """The loss and a method's penalty, which counts once for the whole batch, however many parts it comes in.
+
+    Args:
+        loss: of this part. penalty: a scalar or ``None``. labels: (B,) of this part.
+        num_items_in_batch: as in :func:`classification_loss`.
+    """
+    if penalty is None:
+        return loss
+    share = 1 if num_items_in_batch is None else (labels != -100).sum().to(loss) / num_items_in_batch
+    return loss + share * penalty

@@ -1,0 +1,90 @@
+"""Writing what was trained of a model into a folder, and uploading it."""
+
+import copy
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from huggingface_hub import HfApi
+from transformers import PreTrainedModel
+from transformers.utils import logging as hf_logging
+
+from ..encoder.fingerprint import fingerprint
+from ..errors import UserError
+from ..files import replacing, write_text
+from .backbone import backbone_reference, write_backbone
+from .card import model_card
+
+logger = hf_logging.get_logger("whisper_meft")
+
+
+def save(
+    model: PreTrainedModel, folder: Path, state_dict: dict[str, torch.Tensor] | None, save_backbone: bool
+) -> None:
+    """What :meth:`whisper_meft.MeftModel.save_pretrained` does; the config, by which a model is known, comes
+    last.
+
+    Args:
+        model: to save. folder: where, made as needed.
+        state_dict: tensors instead of the model's own. save_backbone: also write the encoder.
+
+    Raises:
+        UserError: the folder cannot be written, or the backbone cannot be saved.
+    """
+    tensors = model.state_dict() if state_dict is None else state_dict
+    saved = model.saved_names()
+    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items() if k in saved}
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    # Where the backbone's own weights train, all of them are saved: which they came from does not matter.
+    config.base_model_fingerprint = None
+    if not model.meft_config.trains_backbone:
+        config.base_model_fingerprint = fingerprint(model.encoder)
+    # The number format that was trained with, so that the scores come out the same after loading.
+    config.meft = model.meft_config.to_dict() | {
+        "backbone_dtype": str(model.encoder.dtype).removeprefix("torch.")
+    }
+    if save_backbone:
+        write_backbone(model.encoder, folder / "backbone")
+        config.base_model_name_or_path = "backbone"
+    else:
+        config.base_model_name_or_path = backbone_reference(model.config.base_model_name_or_path, folder)
+        if not config.base_model_name_or_path:
+            logger.warning_once(
+                "The backbone has no name to find it by: loading this model will need backbone=..., or "
+                "save it with save_backbone=True."
+            )
+    with replacing(folder / "model.safetensors") as temporary:
+        safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt"})
+    if not (folder / "README.md").exists():
+        write_text(folder / "README.md", model_card(config))
+    write_text(folder / "config.json", config.to_json_string())
+
+
+def upload(
+    model: PreTrainedModel,
+    repo_id: str,
+    save_backbone: bool,
+    private: bool | None,
+    token: str | bool | None,
+    **options: Any,
+) -> Any:
+    """What :meth:`whisper_meft.MeftModel.push_to_hub` does; ``options`` are ``HfApi.upload_folder``'s.
+
+    Raises:
+        UserError: the backbone is a local folder, which nobody else could find.
+    """
+    name = model.config.base_model_name_or_path
+    if not save_backbone and (not name or os.path.isdir(name)):
+        raise UserError(
+            f"the backbone ({name or 'no name'}) is not on the model hub, so nobody could load the "
+            "upload: use push_to_hub(..., save_backbone=True)"
+        )
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder, save_backbone=save_backbone)
+        return api.upload_folder(repo_id=repo_id, folder_path=folder, **options)

@@ -1,0 +1,1 @@
+"""Command-line options: the parser and the groups of options that several commands share."""

@@ -1,0 +1,171 @@
+"""Command-line parsing: HfArgumentParser with one-line errors and options from a JSON file.
+
+Imports neither torch nor the Trainer.
+"""
+
+import argparse
+import difflib
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from transformers.hf_argparser import HfArgumentParser
+
+from ..errors import UserError
+from ..files import read_json
+
+
+class UsageError(UserError):
+    """A command line that cannot be understood; the exit status is 2 instead of 1."""
+
+    exit_status = 2
+
+
+_LONG = 60  # characters of a list of choices that still fit beside the option
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Shows one spelling of each option and its default where there is one worth showing."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=34, width=min(shutil.get_terminal_size().columns, 110))
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings:
+            return action.metavar or action.dest
+        name = action.option_strings[0]
+        if action.nargs == 0:
+            return name
+        return f"{name} {self._format_args(action, action.dest.upper())}"
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return getattr(action.type, "__name__", "value").upper().replace("STRING_TO_BOOL", "BOOL")
+
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        if action.choices is not None:
+            choices = ",".join(map(str, action.choices))
+            return "{" + choices + "}" if len(choices) <= _LONG else "NAME"
+        return super()._format_args(action, action.metavar or self._get_default_metavar_for_optional(action))
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        if action.choices is not None and len(",".join(map(str, action.choices))) > _LONG:
+            text += " One of " + ", ".join(map(str, action.choices)) + "."
+        hidden = (None, False, "", argparse.SUPPRESS)
+        shown = action.option_strings and not any(action.default is value for value in hidden)
+        if shown and action.nargs != 0 and "default" not in text:
+            text += " (default: %(default)s)"
+        return text
+
+
+class Parser(HfArgumentParser):
+    """HfArgumentParser for one subcommand: raises UsageError instead of exiting, suggests the nearest option
+    for a misspelt one, and reads options from a JSON file given as the first argument."""
+
+    def __init__(self, command: str, dataclass_types: Sequence[type], usage: str, **kwargs: Any):
+        super().__init__(
+            dataclass_types,
+            prog=f"whisper-meft {command}",
+            usage=f"whisper-meft {command} {usage}",
+            formatter_class=HelpFormatter,
+            allow_abbrev=False,
+            **kwargs,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        # Each option has a dashed twin (--a_b/--a-b); one spelling is enough in a message.
+        message = re.sub(r"(--\w+)((?:/|, )--[\w-]+)+", r"\1", message)
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+    def parse(self, argv: Sequence[str]) -> tuple[Any, ...]:
+        """Parses the arguments of the subcommand into its dataclasses, plus a namespace of the positionals.
+
+        A first argument that ends in .json and is the only positional one is read as a JSON object of
+        options; options after it on the command line win over the file's.
+
+        Raises:
+            UsageError: unknown options, wrong values, missing arguments.
+            UserError: the JSON file cannot be read.
+        """
+        argv = list(argv)
+        if argv and argv[0].endswith(".json") and (len(argv) == 1 or argv[1].startswith("-")):
+            argv = self._expand(Path(argv[0])) + argv[1:]
+        namespace, unknown = self.parse_known_args(argv)
+        if unknown:
+            self._refuse(unknown[0])
+        # HfArgumentParser builds the dataclasses from strings only; hand it what was parsed already.
+        outputs = []
+        values = vars(namespace)
+        for dtype in self.dataclass_types:
+            names = [each for each in dtype.__dataclass_fields__ if dtype.__dataclass_fields__[each].init]
+            chosen = {name: values.pop(name) for name in names}
+            try:
+                outputs.append(dtype(**chosen))
+            except UserError:
+                raise
+            except (ValueError, TypeError, ImportError) as error:
+                self.error(str(error))
+        if values:
+            outputs.append(argparse.Namespace(**values))
+        return tuple(outputs)
+
+    def _refuse(self, unknown: str) -> NoReturn:
+        if not unknown.startswith("-"):
+            self.error(f"unexpected argument {unknown!r}")
+        name = unknown.split("=")[0].replace("-", "_").replace("__", "--", 1)
+        known = [option for action in self._actions for option in action.option_strings[:1]]
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+        self.error(
+            f"unknown option {unknown.split('=')[0]}" + (f", did you mean {close[0]}?" if close else "")
+        )
+
+    def _expand(self, path: Path) -> list[str]:
+        """The options of a JSON file as command-line arguments, so that both are checked in the same way."""
+        options = read_json(path)
+        if not isinstance(options, dict):
+            raise UserError(f"{path} must hold one JSON object of options, got {type(options).__name__}")
+        positionals = [action.dest for action in self._actions if not action.option_strings]
+        dests = {action.dest for action in self._actions}
+        first: dict[str, list[str]] = {}
+        rest: list[str] = []
+        for name, value in options.items():
+            if name not in dests or name == "help":
+                close = difflib.get_close_matches(name, dests, n=1, cutoff=0.7)
+                hint = f", did you mean {close[0]!r}?" if close else ""
+                raise UsageError(f"{path} holds an unknown option {name!r}{hint}")
+            if value is None:
+                continue
+            items = [_as_text(item) for item in (value if isinstance(value, list) else [value])]
+            if name in positionals:
+                first[name] = items
+            elif isinstance(value, list):
+                rest += [f"--{name}", *items]
+            else:
+                # The = keeps values that begin with a dash in one piece.
+                rest.append(f"--{name}={items[0]}")
+        return [item for name in positionals for item in first.get(name, [])] + rest
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    return json.dumps(value)
+
+
+def hide_options(parser: Parser, group_title: str, shown: Sequence[str]) -> list[str]:
+    """Leaves only the options in ``shown`` in the help of one group; returns the names of the others."""
+    hidden = []
+    for group in parser._action_groups:
+        if group.title != group_title:
+            continue
+        for action in group._group_actions:
+            if action.dest not in shown:
+                action.help = argparse.SUPPRESS
+                if action.option_strings[0] not in hidden and not action.option_strings[0].startswith(
+                    "--no_"
+                ):
+                    hidden.append(action.option_strings[0])
+    return hidden

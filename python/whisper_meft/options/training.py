@@ -1,0 +1,328 @@
+"""The options of `whisper-meft train`: data, and TrainingArguments with defaults for this task."""
+
+import math
+import os
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from transformers import TrainingArguments
+
+from .common import DataFormatArguments, MethodArguments, ModelArguments
+from .parser import Parser, UsageError
+
+# The learning rates of the paper's scripts: this for all methods but those named below. For MeZO it is far
+# too high, because its directions have unit variance in every weight: its own paper's rate is used.
+LEARNING_RATE = 1e-4
+
+LEARNING_RATES = {"lst": 5e-4, "mezo": 1e-6}
+
+# What the best checkpoint can be chosen by.
+METRICS = ("accuracy", "mean_class_accuracy", "macro_f1", "loss")
+
+
+@dataclass
+class TrainDataArguments(DataFormatArguments):
+    """What to train and evaluate on."""
+
+    _argument_group_name = "data"
+
+    train_data: str | None = field(
+        default=None,
+        metadata={
+            "help": "training data: a folder with one sub-folder per class, a CSV or TSV file, a Kaldi "
+            "directory, a KeSpeech folder, a saved dataset, or the name of a dataset on the hub"
+        },
+    )
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "same as train_data, for a dataset on the hub"}
+    )
+    train_file: str | None = field(
+        default=None, metadata={"help": "same as train_data, for a CSV or TSV file"}
+    )
+    eval_data: str | None = field(
+        default=None,
+        metadata={
+            "help": "data to choose the best epoch on and to score at the end (default: the validation split "
+            "of train_data if there is one, else speakers set aside from the training data)"
+        },
+    )
+    eval_file: str | None = field(default=None, metadata={"help": "same as eval_data, for a CSV or TSV file"})
+    train_split_name: str | None = field(
+        default=None, metadata={"help": "split to train on (default: train, where there are splits)"}
+    )
+    eval_split_name: str | None = field(
+        default=None, metadata={"help": "split to evaluate on (default: validation, where there are splits)"}
+    )
+    validation_fraction: float = field(
+        default=0.1, metadata={"help": "share of each class to set aside where there is no evaluation data"}
+    )
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "train on at most this many examples, chosen at random"}
+    )
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "evaluate on at most this many examples, chosen at random"}
+    )
+
+    def __post_init__(self):
+        sources = [name for name in ("train_data", "dataset_name", "train_file") if getattr(self, name)]
+        if len(sources) != 1:
+            given = " and ".join(f"--{name}" for name in sources) or "none of them"
+            raise UsageError(f"one of --train_data, --dataset_name and --train_file is needed, got {given}")
+        self.train_data = getattr(self, sources[0])
+        if self.eval_data and self.eval_file:
+            raise UsageError("only one of --eval_data and --eval_file can be given, got both")
+        self.eval_data = self.eval_data or self.eval_file
+        if not 0 < self.validation_fraction < 1:
+            got = self.validation_fraction
+            raise UsageError(f"--validation_fraction must lie between 0 and 1, got {got}")
+        for name in ("max_train_samples", "max_eval_samples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"--{name} must be at least 1, got {value}")
+
+
+@dataclass
+class TrainArguments(TrainingArguments):
+    """transformers.TrainingArguments with defaults for this task."""
+
+    _argument_group_name = "training"
+
+    output_dir: str | None = field(
+        default=None, metadata={"help": "folder for checkpoints, the trained model and the results"}
+    )
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={"help": "start anew where output_dir holds an earlier run: its checkpoints go"},
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={"help": "True to go on from the newest complete checkpoint in output_dir, or its folder"},
+    )
+    num_train_epochs: float = field(default=10.0, metadata={"help": "passes over the training data"})
+    auto_batch: bool = field(
+        default=False,
+        metadata={
+            "help": "where per_device_train_batch_size does not fit the device's memory by the count of "
+            "`whisper-meft memory`, add up smaller parts by gradient accumulation: the gradient is the same"
+        },
+    )
+    bucket_by_length: bool | None = field(
+        default=None,
+        metadata={
+            "help": "train on batches of clips of like length, so that little padding is computed (default: "
+            "where max_frames is not fidelity and all lengths are known)"
+        },
+    )
+    max_frames_per_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "instead of per_device_train_batch_size, the most encoder frames (20 ms each) of a "
+            "training batch, padding included"
+        },
+    )
+    cache_features: str | None = field(
+        default=None,
+        metadata={
+            "help": "run the frozen backbone once and train from its states in this folder, filling it as "
+            "needed (without a name: feature_cache in output_dir); see `whisper-meft cache`",
+            "nargs": "?",
+            "const": "True",
+        },
+    )
+    cache_storage: Literal["exact", "bfloat16", "fp8"] | None = field(
+        default=None,
+        metadata={
+            "help": "how cached states are kept: as computed, in 16 or in 8 bits (default: 16 bits, or what "
+            "is there)"
+        },
+    )
+    learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "initial learning rate (default: 5e-4 for lst, 1e-6 for mezo, else 1e-4)"},
+    )
+    eval_strategy: Literal["no", "steps", "epoch"] | None = field(
+        default=None, metadata={"help": "when to evaluate (default: whenever a checkpoint is saved)"}
+    )
+    save_strategy: Literal["no", "steps", "epoch", "best"] = field(
+        default="epoch", metadata={"help": "when to save a checkpoint"}
+    )
+    save_total_limit: int | None = field(
+        default=2, metadata={"help": "checkpoints to keep; the best one is always among them"}
+    )
+    load_best_model_at_end: bool | None = field(
+        default=None,
+        metadata={"help": "finish with the best checkpoint, not the last (default: if there are both)"},
+    )
+    metric_for_best_model: str | None = field(
+        default="accuracy",
+        metadata={"help": "accuracy, mean_class_accuracy, macro_f1 or loss, on the evaluation data"},
+    )
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "stop after this many evaluations in a row without improvement"}
+    )
+    logging_steps: float = field(
+        default=0.02, metadata={"help": "log every so many steps; below 1 a share of the whole run"}
+    )
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "leave NaN out of logged losses"})
+    report_to: list[str] | None = field(
+        default=None,
+        metadata={"help": "experiment trackers: tensorboard, wandb, trackio ... (default: none)"},
+    )
+    dataloader_num_workers: int | None = field(
+        default=None,
+        metadata={"help": "processes that read audio (default: cores - 2 per process, between 0 and 4)"},
+    )
+    dataloader_persistent_workers: bool | None = field(
+        default=None,
+        metadata={"help": "keep those processes from one epoch to the next (default: where there are any)"},
+    )
+    dataloader_prefetch_factor: int | None = field(
+        default=None,
+        metadata={"help": "batches that each of those processes reads ahead (default: 4)"},
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "leave at False"})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "leave at False: every trained parameter is used in each step"}
+    )
+
+    def __post_init__(self):
+        if not self.output_dir:
+            raise UsageError("--output_dir is needed")
+        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
+            raise UsageError(f"--learning_rate must be above 0 and finite, got {self.learning_rate}")
+        for name in (
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+        ):
+            if getattr(self, name) < 1:
+                raise UsageError(f"--{name} must be at least 1, got {getattr(self, name)}")
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise UsageError(f"--max_steps must be at least 1, or -1 for no limit, got {self.max_steps}")
+        if self.max_steps < 0 and not 0 < self.num_train_epochs < math.inf:
+            raise UsageError(f"--num_train_epochs must be above 0 and finite, got {self.num_train_epochs}")
+        if not 0 <= self.seed < 2**32:
+            raise UsageError(f"--seed must lie between 0 and 2^32 - 1, got {self.seed}")
+        for name in ("save_steps", "eval_steps"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UsageError(f"--{name} must be above 0, got {value}")
+        if self.dataloader_num_workers is not None and self.dataloader_num_workers < 0:
+            raise UsageError(f"--dataloader_num_workers must be 0 or more, got {self.dataloader_num_workers}")
+        for name in ("remove_unused_columns", "prediction_loss_only"):
+            if getattr(self, name):
+                raise UsageError(f"--{name} cannot be True: scores and checks need what it leaves out")
+        if self.max_frames_per_batch is not None:
+            if self.max_frames_per_batch < 1:
+                raise UsageError(
+                    f"--max_frames_per_batch must be at least 1, got {self.max_frames_per_batch}"
+                )
+            if self.auto_batch or self.bucket_by_length is False:
+                other = "--auto_batch True" if self.auto_batch else "--bucket_by_length False"
+                raise UsageError(f"--max_frames_per_batch and {other} cannot be used together")
+        if self.dataloader_drop_last and (self.bucket_by_length or self.max_frames_per_batch):
+            raise UsageError(
+                "--dataloader_drop_last True cannot be used with batches by length: the same clips would "
+                "always be left out"
+            )
+        metric = (self.metric_for_best_model or "accuracy").removeprefix("eval_")
+        if metric not in METRICS:
+            raise UsageError(f"--metric_for_best_model must be one of {', '.join(METRICS)}, got {metric}")
+        if self.eval_strategy is None:
+            self.eval_strategy = "epoch" if self.save_strategy == "best" else self.save_strategy
+            if self.eval_strategy == "steps" and self.eval_steps is None:
+                self.eval_steps = self.save_steps
+        if self.load_best_model_at_end is None:
+            together = self.eval_strategy == self.save_strategy or self.save_strategy == "best"
+            if together and self.eval_strategy == "steps":
+                together = bool(self.eval_steps) and self.save_steps % self.eval_steps == 0
+            self.load_best_model_at_end = together and self.eval_strategy != "no"
+        if self.dataloader_num_workers is None:
+            processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            self.dataloader_num_workers = max(0, min(4, (os.cpu_count() or 1) // processes - 2))
+        if self.dataloader_persistent_workers is None:
+            self.dataloader_persistent_workers = self.dataloader_num_workers > 0
+        if self.dataloader_prefetch_factor is None and self.dataloader_num_workers > 0:
+            self.dataloader_prefetch_factor = 4
+        if self.early_stopping_patience is not None:
+            if self.early_stopping_patience < 1:
+                raise UsageError(
+                    f"--early_stopping_patience must be at least 1, got {self.early_stopping_patience}"
+                )
+            if not self.load_best_model_at_end:
+                raise UsageError("--early_stopping_patience needs evaluation and --load_best_model_at_end")
+        if (self.cache_features or "").lower() in ("false", ""):
+            self.cache_features = None
+        elif self.cache_features.lower() == "true":
+            self.cache_features = os.path.join(self.output_dir, "feature_cache")
+        if self.cache_storage is not None and self.cache_features is None:
+            raise UsageError(f"--cache_storage {self.cache_storage} needs --cache_features")
+        if self.report_to is None:
+            self.report_to = "none"
+        if not torch.cuda.is_available() and not torch.backends.mps.is_available():
+            self.use_cpu = True
+        super().__post_init__()
+
+
+# The TrainingArguments that `whisper-meft train --help` describes; --help_all describes the others too.
+COMMON_TRAINING_OPTIONS = [
+    "output_dir",
+    "overwrite_output_dir",
+    "resume_from_checkpoint",
+    "num_train_epochs",
+    "max_steps",
+    "learning_rate",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "auto_batch",
+    "bucket_by_length",
+    "max_frames_per_batch",
+    "cache_features",
+    "cache_storage",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "bf16",
+    "fp16",
+    "eval_strategy",
+    "eval_steps",
+    "save_strategy",
+    "save_steps",
+    "save_total_limit",
+    "load_best_model_at_end",
+    "metric_for_best_model",
+    "early_stopping_patience",
+    "logging_steps",
+    "report_to",
+    "seed",
+    "use_cpu",
+    "dataloader_num_workers",
+    "disable_tqdm",
+]
+
+
+# All option groups of a training run, in the order that :func:`whisper_meft.training.run.train` takes them.
+GROUPS = (ModelArguments, MethodArguments, TrainDataArguments, TrainArguments)
+
+
+def parsed_options(
+    values: dict[str, Any],
+) -> tuple[ModelArguments, MethodArguments, TrainDataArguments, TrainArguments]:
+    """The option groups of a run whose options are ``values``, read as on the command line of `train`.
+
+    Args:
+        values: options by name; ``None`` leaves an option at its default, a list is one of several values.
+
+    Raises:
+        UsageError: an unknown option, or a value that it cannot have.
+    """
+    argv = []
+    for name, value in values.items():
+        if isinstance(value, list):
+            argv += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            argv.append(f"--{name}={value}")
+    return Parser("train", GROUPS, usage="").parse(argv)

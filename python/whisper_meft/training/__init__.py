@@ -1,0 +1,1 @@
+"""A training run: the stock Trainer with what watches over it."""

@@ -1,0 +1,153 @@
+"""The Trainer of all methods: the stock one with what LoRA+, AdaLoRA and MeZO need, and batches by length."""
+
+import math
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import seed_worker
+
+from ..data.batching import LengthBatches, LongestFirst
+from ..errors import UserError
+from ..methods.mezo import MeZO
+from ..model.module import MeftModel
+from .throughput import Throughput
+
+
+class _EpochOfBatches(TrainerCallback):
+    """Tells the batches which epoch it is, also in the middle of one that is gone on with."""
+
+    def __init__(self, length_batches: LengthBatches):
+        self.length_batches = length_batches
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.length_batches.set_epoch(math.floor((state.epoch or 0) + 1e-6))
+
+
+class MeftTrainer(Trainer):
+    """``transformers.Trainer`` that trains every method as it is meant; arguments as there.
+
+    The side networks and most other methods train the same way with the stock Trainer. LoRA+ needs the
+    optimizer that is made here, AdaLoRA its rank allocation after each step, MeZO its training step.
+
+    Args:
+        model, args, kwargs: as there.
+        length_batches: what training batches are made of, instead of the batch size and a random order.
+            Where it is given, evaluation goes from the longest clip to the shortest, if the evaluation data
+            has a property ``lengths``: predictions and labels then come in that order.
+        throughput: measures the training steps; what it finds goes into the log beside the loss.
+
+    Raises:
+        UserError: a training argument does not go with the method.
+    """
+
+    def __init__(
+        self,
+        model: MeftModel,
+        args: Any = None,
+        length_batches: LengthBatches | None = None,
+        throughput: Throughput | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(model=model, args=args, **kwargs)
+        self.length_batches, self.throughput = length_batches, throughput
+        if throughput is not None:
+            self.add_callback(throughput)
+        if length_batches is not None:
+            self.add_callback(_EpochOfBatches(length_batches))
+        self.method = model.meft_config
+        if self.method.method == "mezo" and self.args.fp16:
+            raise UserError("fp16 cannot be used with mezo, which has no gradients to scale; use bf16")
+        if self.method.method == "adalora":
+            from ..methods.adalora import RankAllocation
+
+            self.add_callback(RankAllocation(model.encoder, self.method))
+
+    def get_train_dataloader(self) -> DataLoader:
+        if self.length_batches is None:
+            return super().get_train_dataloader()
+        arguments = self.args
+        loader = DataLoader(
+            self.train_dataset,
+            batch_sampler=self.length_batches,
+            collate_fn=self.data_collator,
+            num_workers=arguments.dataloader_num_workers,
+            pin_memory=arguments.dataloader_pin_memory,
+            persistent_workers=arguments.dataloader_persistent_workers,
+            prefetch_factor=arguments.dataloader_prefetch_factor,
+            worker_init_fn=partial(
+                seed_worker, num_workers=arguments.dataloader_num_workers, rank=arguments.process_index
+            ),
+        )
+        return self.accelerator.prepare(loader)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        fetch = partial(super().get_batch_samples, *args, **kwargs)
+        return fetch() if self.throughput is None else self.throughput.fetch(fetch)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if self.throughput is not None and "loss" in logs:
+            logs |= self.throughput.take(self.over_processes)
+        super().log(logs, *args, **kwargs)
+
+    def over_processes(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum of a tensor over the processes of the run; all of them must call it."""
+        if self.args.world_size == 1:
+            return values
+        return self.accelerator.reduce(values.to(self.args.device), reduction="sum").cpu()
+
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:
+        lengths = None if self.length_batches is None else getattr(eval_dataset, "lengths", None)
+        return super()._get_eval_sampler(eval_dataset) if lengths is None else LongestFirst(lengths)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        if self.optimizer is None and self.method.method == "mezo":
+            trained = [p for p in self.model.parameters() if p.requires_grad]
+            rate, decay = self.args.learning_rate, self.args.weight_decay
+            self.optimizer = MeZO(trained, rate, self.method.eps, decay, seed=self.args.seed)
+        elif self.optimizer is None and self.method.method == "lora_plus":
+            self.optimizer = self._lora_plus_optimizer()
+        return super().create_optimizer(*args, **kwargs)
+
+    def _lora_plus_optimizer(self) -> torch.optim.Optimizer:
+        from peft.optimizers import create_loraplus_optimizer
+
+        optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        optimizer = create_loraplus_optimizer(
+            self.model.encoder,
+            optimizer_class,
+            lr=options.pop("lr"),
+            loraplus_lr_ratio=self.method.loraplus_lr_ratio,
+            loraplus_weight_decay=self.args.weight_decay,
+            **options,
+        )
+        # The head learns at the plain rate; its biases do not decay, as anywhere.
+        for decays in (True, False):
+            head = [
+                parameter
+                for part in (self.model.projector, self.model.classifier)
+                for name, parameter in part.named_parameters()
+                if (name != "bias") == decays
+            ]
+            decay = self.args.weight_decay if decays else 0.0
+            optimizer.add_param_group({"params": head, "lr": self.args.learning_rate, "weight_decay": decay})
+        return optimizer
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        if self.method.method != "mezo":
+            return super().training_step(model, inputs, num_items_in_batch)
+        inputs = self._prepare_inputs(inputs)
+        share = 1 if num_items_in_batch is not None else self.current_gradient_accumulation_steps
+
+        def loss() -> torch.Tensor:
+            with self.compute_loss_context_manager():
+                value = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+            return value.mean() / share
+
+        model.train()
+        return getattr(self.optimizer, "optimizer", self.optimizer).measure(loss)

@@ -1,0 +1,241 @@
+"""`whisper-meft compare`: what it chooses by, what it leaves behind, going on, and failures."""
+
+import json
+from pathlib import Path
+
+import pytest
+from training_fixtures import make_audio_folder, make_backbone
+from whisper_meft import MeftConfig, UserError
+from whisper_meft.commands.cli import main
+from whisper_meft.commands.compare import make_parser
+from whisper_meft.comparison import costs as compare_costs
+from whisper_meft.comparison import runs as compare
+from whisper_meft.comparison.arguments import options_of
+from whisper_meft.training import run as train
+
+METHODS = ["head", 's2_lora:r=2+target_modules=["fc1","fc2"]']
+COSTS = {
+    "trainable_parameters": 3,
+    "all_parameters": 4,
+    "step_time_ratio": 1.5,
+    "counted_mib": 2.0,
+    "measured_mib": 2.5,
+}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compare")
+    make_backbone(folder / "backbone")
+    make_audio_folder(folder / "corpus" / "train", per_class=10)
+    make_audio_folder(folder / "corpus" / "test", per_class=4, seed=1)
+    return folder
+
+
+def command(work: Path, output: Path, **options) -> list[str]:
+    options = {
+        "methods": ",".join(METHODS),
+        "model_name_or_path": work / "backbone",
+        "train_data": work / "corpus",
+        "output_dir": output,
+        "seeds": 2,
+        "num_train_epochs": 1,
+        **options,
+    }
+    given = [f"--{name}={value}" for name, value in options.items() if value is not None]
+    return ["compare", *given, "--learning_rates", "1e-3", "1e-2"]
+
+
+@pytest.fixture
+def cheap(monkeypatch):
+    """Without measuring time and memory, which has a test of its own. Counts the training runs."""
+    runs = []
+    original = compare.train
+
+    def counted(model, method, data, training, **options):
+        runs.append((method.method, training.learning_rate, training.seed))
+        return original(model, method, data, training, **options)
+
+    monkeypatch.setattr(compare, "measure_costs", lambda *a: dict(COSTS))
+    monkeypatch.setattr(compare, "train", counted)
+    return runs
+
+
+def test_a_comparison_leaves_json_table_and_figures(work, tmp_path, capsys, cheap, monkeypatch):
+    scored = []
+    original = compare.evaluate
+    monkeypatch.setattr(compare, "evaluate", lambda *a: scored.append(len(a[1])) or original(*a))
+    assert main(command(work, tmp_path / "out")) == 0
+    results = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert list(results["methods"]) == METHODS
+    assert results["settings"]["train_examples"] + results["settings"]["validation_examples"] == 30
+    assert scored == [12] * 4  # the test clips: once per method and seed, never for the search
+    for method, row in results["methods"].items():
+        assert row["status"] == "ok" and row["step_time_ratio"] == 1.5
+        assert [run["learning_rate"] for run in row["search"]] == [1e-3, 1e-2]
+        best = max(row["search"], key=lambda run: (run["validation_accuracy"], -run["validation_loss"]))
+        assert row["learning_rate"] == best["learning_rate"]
+        assert [each["seed"] for each in row["seeds"]] == [0, 1]
+        values = [each["test"]["accuracy"] for each in row["seeds"]]
+        assert row["accuracy"]["values"] == values
+        assert row["accuracy"]["mean"] == pytest.approx(sum(values) / 2)
+        assert row["accuracy"]["std"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
+        assert all(each["test"]["count"] == 12 for each in row["seeds"])
+        assert cheap.count((method.partition(":")[0], row["learning_rate"], 1)) == 1
+        assert row["options"]["method"] == method.partition(":")[0]
+    table = (tmp_path / "out" / "compare.md").read_text()
+    assert all(f"| {method} |" in table for method in METHODS) and "1.50 x" in table
+    best = max(row["accuracy"]["mean"] for row in results["methods"].values())
+    assert f"standard error of {100 * (best * (1 - best) / 12) ** 0.5:.1f} points" in table
+    for name in ("accuracy.png", "costs.png"):
+        assert (tmp_path / "out" / name).read_bytes()[:4] == b"\x89PNG"
+    assert not list((tmp_path / "out").rglob("checkpoint-*"))
+    assert len(list((tmp_path / "out").rglob("model.safetensors"))) == 4  # of what was scored
+    printed = capsys.readouterr().out
+    assert "chosen on 6 validation clips, scored on 12 test clips" in printed
+
+    # Once more: everything is there.
+    before = list(cheap)
+    assert main(command(work, tmp_path / "out")) == 0
+    assert cheap == before and len(scored) == 4
+    assert json.loads((tmp_path / "out" / "compare.json").read_text()) == results
+    # Another budget is another comparison.
+    assert main(command(work, tmp_path / "out", methods="head", num_train_epochs=2, seeds=1)) == 0
+    assert len(cheap) == len(before) + 2
+    again = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert (
+        again["methods"]["head"]["search"][0]["steps"] == 2 * results["methods"]["head"]["search"][0]["steps"]
+    )
+
+
+def test_an_interrupted_comparison_goes_on_where_it_was(work, tmp_path, capsys, cheap, monkeypatch):
+    options = {"methods": "head", "num_train_epochs": 2, "seeds": 1}
+    assert main(command(work, tmp_path / "whole", **options)) == 0
+    whole = json.loads((tmp_path / "whole" / "compare.json").read_text())
+
+    def interrupt(self, args, state, control, **kwargs):
+        if args.learning_rate == 1e-2 and state.epoch == 1:
+            raise KeyboardInterrupt
+
+    cheap.clear()
+    monkeypatch.setattr(train.LogLines, "on_epoch_begin", interrupt)
+    assert main(command(work, tmp_path / "out", **options)) == 130
+    assert cheap == [("head", 1e-3, 0), ("head", 1e-2, 0)]
+    assert "interrupted" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.setattr(compare, "measure_costs", lambda *a: dict(COSTS))
+    assert main(command(work, tmp_path / "out", **options)) == 0
+    log = (tmp_path / "out" / "runs" / "head" / "lr0.01-seed0" / "log.txt").read_text()
+    assert "resuming from" in log
+    again = json.loads((tmp_path / "out" / "compare.json").read_text())
+    for results in (whole, again):
+        for run in results["methods"]["head"]["search"]:
+            run["seconds"] = run["train_loss"] = None  # a resumed run's loss is that of its own steps
+    assert again == whole
+
+
+def test_failures_are_rows_with_a_reason(work, tmp_path, capsys, cheap, monkeypatch):
+    counted = compare.train
+
+    def failing(model, method, data, training, **options):
+        if method.method == "s2_lora" or training.learning_rate > 5e-3:
+            raise UserError("the loss is NaN or infinite at step 2")
+        return counted(model, method, data, training, **options)
+
+    monkeypatch.setattr(compare, "train", failing)
+    assert main(command(work, tmp_path / "out", seeds=1)) == 1
+    rows = json.loads((tmp_path / "out" / "compare.json").read_text())["methods"]
+    assert rows[METHODS[1]] == {"status": "failed", "reason": "the loss is NaN or infinite at step 2"}
+    assert rows["head"]["status"] == "ok" and rows["head"]["learning_rate"] == 1e-3
+    assert rows["head"]["search"][1]["failed"] == "the loss is NaN or infinite at step 2"
+    assert rows["head"]["accuracy"]["std"] is None
+    assert f"| {METHODS[1]} | failed: the loss is NaN" in (tmp_path / "out" / "compare.md").read_text()
+    error = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert error == [f"whisper-meft: error: {METHODS[1]} failed, see the table"]
+
+
+def test_the_rate_is_chosen_by_validation_alone(work, tmp_path, monkeypatch):
+    """The better rate on the validation clips wins, also when it is worse on the test clips."""
+    monkeypatch.setattr(compare, "measure_costs", lambda *a: dict(COSTS))
+    arguments = make_parser().parse(command(work, tmp_path / "out", methods="mezo", seeds=1)[1:])[0]
+    comparison = compare.Comparison(arguments)
+    validation = {1e-5: (0.5, 1.0), 1e-4: (0.5, 0.9)}  # a tie in accuracy: the loss decides
+
+    def fake_run(method, rate, seed):
+        accuracy, loss = validation[rate]
+        scores = {"validation_accuracy": accuracy, "validation_loss": loss, "seconds": 0.0}
+        return {"folder": f"lr{rate}", "learning_rate": rate, "seed": seed, **scores}
+
+    test = {1e-5: 0.9, 1e-4: 0.1}
+    monkeypatch.setattr(comparison, "run", fake_run)
+    monkeypatch.setattr(comparison, "_can_score", lambda run: True)
+    monkeypatch.setattr(
+        comparison,
+        "score_on_test",
+        lambda run: {"accuracy": test[run["learning_rate"]], "mean_class_accuracy": 0.0},
+    )
+    row = comparison.compare("mezo", lambda text: None)
+    assert row["learning_rate"] == pytest.approx(1e-4) and row["accuracy"]["mean"] == 0.1
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "message"),
+    [
+        ({"methods": "lst,lora2"}, 2, "--methods must be all or some of "),
+        ({"methods": ","}, 2, "--methods is empty"),
+        ({"methods": "lst:r"}, 2, "options are written lst:option=value+option=value, got 'lst:r'"),
+        ({"methods": "lst:r=3"}, 1, "'r' is not an option of lst"),
+        ({"seeds": 0}, 2, "--seeds must be at least 1, got 0"),
+        ({"output_dir": None}, 2, "--output_dir is needed"),
+        ({"train_data": "{work}/corpus/train"}, 1, "--test_data is needed"),
+        ({"output_dir": "{work}/backbone/config.json"}, 1, "is a file, a folder is needed"),
+        ({"model_name_or_path": "{work}/nowhere"}, 1, "there is no folder"),
+    ],
+)
+def test_mistakes_give_one_line(options, status, message, work, tmp_path, capsys):
+    options = {k: v.format(work=work) if isinstance(v, str) else v for k, v in options.items()}
+    assert main(command(work, tmp_path / "out", **options)) == status
+    error = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert len(error) == 1 and message in error[0]
+
+
+def test_several_processes_are_refused(work, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(command(work, tmp_path / "out")) == 1
+    assert "compare runs in one process" in capsys.readouterr().err
+
+
+def test_ranks_and_widths_follow_the_backbone():
+    for method in MeftConfig.methods():
+        options = options_of(method, 768, 8)
+        assert MeftConfig.from_dict(options) == MeftConfig.from_dict({"method": method})
+    small = {m: options_of(m, 128, 8) for m in ("lora", "adalora", "adapter", "lst")}
+    assert small["lora"] == {"method": "lora", "r": 11, "lora_alpha": 88}
+    assert small["adalora"] == {"method": "adalora", "init_r": 43, "target_r": 11, "lora_alpha": 86}
+    assert small["adapter"] == {"method": "adapter", "adapter_dim": 11}
+    assert small["lst"] == {"method": "lst", "reduction_factor": 8, "adapter_dim": 43}
+    # What is given behind the colon wins, and the scale of an update goes with its rank.
+    assert options_of("lst:reduction_factor=2", 128, 8)["reduction_factor"] == 2
+    assert options_of("lora:r=4", 128, 8) == {"method": "lora", "r": 4, "lora_alpha": 32}
+    given = options_of('lora:r=4+lora_alpha=7+target_modules=["fc1"]', 128, 8)
+    assert given == {"method": "lora", "r": 4, "lora_alpha": 7, "target_modules": ["fc1"]}
+
+
+@pytest.mark.parametrize("method", ["full", "lst", "mezo", "adalora"])
+def test_costs_of_a_step(method, work):
+    import torch
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(work / "backbone")
+    batch = {"input_features": torch.randn(3, 80, 100), "labels": torch.zeros(3, dtype=torch.long)}
+    options = options_of(method, config.d_model, 4)
+    chosen = MeftConfig.from_dict(options)
+    costs = compare_costs.measure_costs(config, chosen, batch, torch.device("cpu"))
+    assert costs["trainable_parameters"] < costs["all_parameters"]
+    assert costs["step_time_ratio"] > 0
+    weights = 4 * costs["all_parameters"] / 2**20
+    assert costs["counted_mib"] > weights
+    # Counting needs no real tensors; run on real ones it finds the same.
+    assert costs["counted_mib"] == pytest.approx(costs["measured_mib"], rel=0.01)
+    if method == "mezo":  # no gradients, no moments: little beyond the weights
+        assert costs["counted_mib"] < weights + 2

@@ -1,0 +1,197 @@
+"""A batch in chunks inside one step: the same results and gradients, and nothing left over afterwards."""
+
+import gc
+
+import pytest
+import torch
+from modelling_fixtures import CONFIGS, LAYERS, WINDOW, batch, randomise, tiny_whisper
+from torch._subclasses.fake_tensor import is_fake
+from torch.utils._python_dispatch import TorchDispatchMode
+from whisper_meft import HeadConfig, MeftConfig, UserError, WeightedSumConfig, get_meft_model
+from whisper_meft.encoder import chunked
+
+from meft_kernels.testing import relative_error
+
+READERS = CONFIGS | {"head": HeadConfig, "weighted_sum": WeightedSumConfig}
+SIDE = pytest.mark.parametrize("method", CONFIGS)
+SIZE = 5
+
+
+def build(method, dtype=torch.float64, **options):
+    model = get_meft_model(tiny_whisper(), READERS[method](**options))
+    return randomise(model).to(dtype)
+
+
+def mask_of(lengths):
+    return (torch.arange(2 * WINDOW) < 2 * torch.tensor(lengths)[:, None]).long()
+
+
+def step(model, **arguments):
+    """Loss, scores and gradients of one step."""
+    features, labels = batch(SIZE)
+    model.zero_grad()
+    output = model(features.to(model.encoder.dtype), labels=labels, **arguments)
+    output.loss.backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    return [output.loss, output.logits], grads
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("method", READERS)
+def test_any_chunk_gives_the_same(method, masked, monkeypatch):
+    options = {"max_frames": "longest"} if masked else {}
+    arguments = {"attention_mask": mask_of([24, 3, 17, 1, 24])} if masked else {}
+
+    monkeypatch.setattr(chunked, "_KEPT_BYTES", 0)
+
+    def errors(dtype, chunk):
+        """Of loss, scores and gradients, against the whole batch in float64."""
+        monkeypatch.setattr(chunked, "automatic_chunk", lambda *_: chunk)
+        scores, grads = step(build(method, dtype, **options), **arguments)
+        grads = {name: grad for name, grad in grads.items() if truth[name].any()}
+        return [relative_error(a, b) for a, b in zip([*scores, *grads.values()], exact)]
+
+    scores, truth = step(build(method, **options), **arguments)
+    exact = [*scores, *(grad for grad in truth.values() if grad.any())]
+    assert len(exact) >= len(truth) + 1  # the one that is exactly zero is that of UniPT's gate bias
+    for chunk in (1, 2, 3, SIZE):
+        assert max(errors(torch.float64, chunk)) < 1e-10
+        # Random weights this large amplify fp32's rounding by thousands, chunks or not.
+        assert max(errors(torch.float32, chunk)) < 1e-3
+
+
+@SIDE
+def test_chunk_size_of_the_config_is_used(method, monkeypatch):
+    model = build(method, chunk_size=2)
+    sizes = []
+    stream = model.encoder.stream
+    monkeypatch.setattr(
+        model.encoder,
+        "stream",
+        lambda features, *rest: sizes.append(len(features)) or stream(features, *rest),
+    )
+    step(model)
+    assert sizes == [2, 2, 1]
+    assert MeftConfig.from_dict(model.config.meft).chunk_size == 2
+
+
+def test_automatic_chunks_follow_length_and_device():
+    encoder = build("lst").encoder
+    inner = encoder.layers[0].fc1.out_features
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    for device, elements in ((cpu, 2**23), (gpu, 3 * 2**24)):
+        chunk = chunked.automatic_chunk(encoder, 1500, device)
+        assert chunk * 1500 * inner <= elements < (chunk + 1) * 1500 * inner
+    assert chunked.automatic_chunk(encoder, 10**9, cpu) == 1
+
+
+@SIDE
+def test_chunks_without_gradients_and_of_an_empty_batch(method):
+    model = build(method, chunk_size=2).eval()
+    features, _ = batch(SIZE)
+    with torch.no_grad():
+        scores = model(features.double()).logits
+        alone = torch.cat([model(part.double()).logits for part in features.split(1)])
+        assert model(features[:0].double()).logits.shape == (0, scores.shape[1])
+    torch.testing.assert_close(scores, alone, rtol=1e-9, atol=1e-12)
+
+
+def test_sherl_computes_its_last_layer_again_only_where_keeping_it_is_dear(monkeypatch):
+    model = build("sherl", chunk_size=2)
+    calls = []
+    last_layer = model.encoder.last_layer
+    monkeypatch.setattr(
+        model.encoder,
+        "last_layer",
+        lambda states, *rest: calls.append(len(states)) or last_layer(states, *rest),
+    )
+    kept_scores, kept = step(model)
+    assert calls == [2, 2, 1]
+    calls.clear()
+    monkeypatch.setattr(chunked, "_KEPT_BYTES", 0)
+    monkeypatch.setattr(chunked, "automatic_chunk", lambda *_: 4)
+    scores, grads = step(model)
+    assert sorted(calls) == [1] * 10  # a fourth of a chunk at a time, each once more for the backward
+    assert all(relative_error(a, b) < 1e-12 for a, b in zip(scores, kept_scores))
+    assert all(relative_error(grads[name], grad) < 1e-10 for name, grad in kept.items())
+
+
+@SIDE
+def test_eight_bit_copies_in_chunks(method):
+    exact_scores, exact = step(build(method, torch.float32, chunk_size=2))
+    scores, grads = step(build(method, torch.float32, chunk_size=2, saved_activations="fp8"))
+    assert all(torch.equal(a, b) for a, b in zip(scores, exact_scores))
+    flat = [torch.cat([g.flatten() for g in found.values()]) for found in (exact, grads)]
+    assert torch.cosine_similarity(*flat, dim=0) > 0.995  # 5 tiny clips; test_saved_activations has more
+    assert not torch.equal(*flat)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"chunk_size": 0}, "chunk_size must be a positive integer, got 0"),
+        ({"chunk_size": "4"}, "chunk_size must be a positive integer, got '4'"),
+        ({"saved_activations": "int8"}, "saved_activations must be 'exact' or 'fp8', got 'int8'"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(UserError, match=message):
+        READERS["lst"](**options)
+
+
+def live_storages():
+    found = {}
+    gc.collect()
+    for thing in gc.get_objects():
+        if type(thing) in (torch.Tensor, torch.nn.Parameter) and not is_fake(thing):
+            storage = thing.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+    return found
+
+
+@SIDE
+@pytest.mark.parametrize("keep", ["exact", "fp8"])
+def test_nothing_of_the_backbone_survives_the_step(method, keep):
+    model = build(method, torch.float32, chunk_size=2, saved_activations=keep)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad])
+    before = live_storages()
+    features, labels = batch(SIZE)
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss = model(features, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+    new = {pointer: size for pointer, size in live_storages().items() if pointer not in before}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    allowed = {t.untyped_storage().data_ptr() for t in (features, labels, loss)}
+    allowed |= {p.grad.untyped_storage().data_ptr() for p in trained}
+    states = [t for state in optimizer.state.values() for t in state.values()]
+    allowed |= {t.untyped_storage().data_ptr() for t in states}
+    assert set(new) <= allowed
+    assert all(p.grad is None for p in model.encoder.parameters())
+    assert {id(p) for p in optimizer.state} == {id(p) for p in trained}
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that any operator returns."""
+
+    size = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **(options or {}))
+        for tensor in result if isinstance(result, (list, tuple)) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.size = max(self.size, tensor.numel())
+        return result
+
+
+@SIDE
+def test_no_transient_is_larger_than_a_chunk(method):
+    features, labels = batch(32)
+    model = build(method, torch.float32, chunk_size=2)
+    with LargestTensor() as largest:
+        model(features, labels=labels).loss.backward()
+    inner = model.encoder.layers[0].fc1.out_features
+    stem = 2 * WINDOW * model.encoder.hidden_size  # the first convolution works at twice the frame rate
+    attention = LAYERS * WINDOW * WINDOW * 4
+    assert largest.size <= max(features.numel(), 2 * stem, 2 * WINDOW * inner, 2 * attention)

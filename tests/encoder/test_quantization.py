@@ -1,0 +1,252 @@
+"""The frozen backbone in 8 bits: near the original, remembered, never saved; refused where it cannot be."""
+
+import json
+import sys
+import warnings
+from importlib.util import find_spec
+from types import SimpleNamespace
+
+import pytest
+import torch
+from modelling_fixtures import CONFIGS, LAYERS, WIDTH, WINDOW, batch, randomise, tiny_whisper
+from safetensors import safe_open
+from training_fixtures import make_audio_folder, make_backbone, train_command
+from transformers import WhisperFeatureExtractor
+from whisper_meft import (
+    FrozenEncoder,
+    HeadConfig,
+    LoRAConfig,
+    LSTConfig,
+    MeftModel,
+    SHERLConfig,
+    data,
+    get_meft_model,
+)
+from whisper_meft.commands import cli
+from whisper_meft.encoder import quantization
+from whisper_meft.encoder.chunked import pooled_in_chunks
+from whisper_meft.encoder.quantization import is_quantized, nbytes
+from whisper_meft.encoder.sizes import whisper_config
+from whisper_meft.errors import UserError
+from whisper_meft.feature_cache.dataset import CachedCollator, CachedDataset
+from whisper_meft.feature_cache.filling import prepare_cache
+from whisper_meft.feature_cache.store import FeatureCache, cache_key
+from whisper_meft.memory.counting import estimate
+from whisper_meft.model.backbone import load_backbone, set_labels
+
+from meft_kernels import HiddenState
+from meft_kernels.reference.common import row_statistics
+
+SIZES = {"encoder_ffn_dim": 64}
+# Of the hidden states, relative to their root mean square: a scale per row of 8 bits, over a few layers.
+NEAR = {"int8": 0.03, "fp8": 0.06}
+needs_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="needs torchao")
+
+
+def model_of(method, kind, seed=1, **options):
+    config = CONFIGS[method](reduction_factor=2, backbone_quantization=kind, **options)
+    torch.manual_seed(seed)
+    return randomise(get_meft_model(tiny_whisper(**SIZES), config))
+
+
+def gradients(model, features, labels, **more):
+    model.zero_grad()
+    model(features, labels=labels, **more).loss.backward()
+    free = model.meft_config.without_gradient
+    named = [(n, p.grad) for n, p in model.named_parameters() if p.requires_grad and n not in free]
+    return torch.cat([grad.flatten() for _, grad in named])
+
+
+@needs_torchao
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", NEAR)
+def test_hidden_states_are_near_the_original_and_in_fewer_bytes(kind, dtype):
+    features, _ = batch()
+    exact = list(FrozenEncoder(tiny_whisper(**SIZES).encoder, dtype).stream(features))
+    encoder = FrozenEncoder(tiny_whisper(**SIZES).encoder, dtype, kind)
+    assert encoder.quantization == {"int8": "int8", "fp8": "fp8 weights"}[kind]
+    before = nbytes(FrozenEncoder(tiny_whisper(**SIZES).encoder, dtype).layers)
+    assert nbytes(encoder.layers) < before * {"float32": 0.4, "bfloat16": 0.75}[dtype]
+    for layer, (state, expected) in enumerate(zip(encoder.stream(features), exact, strict=True)):
+        assert state.dtype == getattr(torch, dtype) and not state.requires_grad
+        error = (state - expected).float().norm() / expected.float().norm()
+        assert (error == 0) if layer == 0 else 0 < error < NEAR[kind], (layer, error)
+
+
+@needs_torchao
+@pytest.mark.parametrize("kind", NEAR)
+@pytest.mark.parametrize("method", CONFIGS)
+def test_every_side_network_trains_on_it(method, kind):
+    features, labels = batch(6)
+    expected = gradients(model_of(method, None), features, labels)
+    found = gradients(model_of(method, kind), features, labels)
+    assert torch.cosine_similarity(found, expected, dim=0) > 0.95  # 0 between two batches
+    assert (found - expected).norm() > 1e-4 * expected.norm()  # it is quantised
+
+
+@needs_torchao
+def test_the_gradient_of_sherl_goes_through_a_last_layer_that_is_whole():
+    model = model_of("sherl", "int8")
+    layers = model.encoder.layers
+    assert [is_quantized(layer) for layer in layers] == [True] * (LAYERS - 1) + [False]
+    states = torch.randn(2, 5, WIDTH, requires_grad=True)
+    model.encoder.last_layer(states).square().sum().backward()
+    assert states.grad.norm() > 0
+    assert not any(p.requires_grad for p in model.encoder.parameters())
+
+
+@needs_torchao
+@pytest.mark.parametrize("kind", NEAR)
+def test_statistics_chunks_autocast_and_neighbours_change_nothing(kind):
+    encoder = FrozenEncoder(tiny_whisper(**SIZES).encoder, None, kind)
+    features, _ = batch(5)
+    frames = [2 * WINDOW, 30, 18, 2 * WINDOW, 8]
+    lengths = torch.tensor(frames) // 2
+    plain = list(encoder.stream(features, lengths))
+    known = list(encoder.stream(features, lengths, statistics=True))
+    for state, other in zip(plain, known, strict=True):
+        assert torch.equal(state, other[0] if isinstance(other, HiddenState) else other)
+    assert all(isinstance(each, HiddenState) for each in known[:-1])
+    for found, expected in zip(known[1][1:], row_statistics(plain[1]), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        for state, other in zip(plain, encoder.stream(features, lengths), strict=True):
+            assert torch.equal(state, other)
+    # Rounding in another order takes some code of an input to its neighbour: no more than quantising does.
+    bound = {"int8": NEAR["int8"] / 2, "fp8": 1e-5}[kind]
+    for i, length in enumerate(lengths.tolist()):
+        alone = list(encoder.stream(features[i : i + 1, :, : frames[i]], lengths[i : i + 1]))
+        for state, other in zip(plain, alone, strict=True):
+            difference = (state[i, :length] - other[0, :length]).norm()
+            assert difference <= bound * other[0, :length].norm()
+    side = model_of("lst", None).side_network
+    whole, parts = (pooled_in_chunks(encoder, side, features, lengths, size) for size in (5, 2))
+    assert (whole - parts).norm() <= bound * whole.norm()
+
+
+@needs_torchao
+@pytest.mark.parametrize("kind", NEAR)
+def test_it_is_remembered_and_can_be_left_out(kind, tmp_path):
+    make_backbone(tmp_path / "backbone")
+    base = load_backbone(tmp_path / "backbone")
+    model = randomise(get_meft_model(base, LSTConfig(reduction_factor=2, backbone_quantization=kind)))
+    model.save_pretrained(tmp_path / "out")
+    features = torch.randn(2, 80, 100)
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        assert not any(name.startswith("encoder.") for name in file.keys())  # noqa: SIM118
+    saved = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert saved["meft"]["backbone_quantization"] == kind
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # such as one that the backbone has other weights
+        loaded = MeftModel.from_pretrained(tmp_path / "out")
+    assert loaded.encoder.quantization == model.encoder.quantization
+    with torch.no_grad():
+        expected = model.eval()(features).logits
+        torch.testing.assert_close(loaded(features).logits, expected)
+        whole = MeftModel.from_pretrained(tmp_path / "out", quantization="none")
+        assert whole.meft_config.backbone_quantization is None and not is_quantized(whole.encoder)
+        assert not torch.equal(whole(features).logits, expected)
+    with pytest.raises(UserError, match="save_backbone out"):
+        model.save_pretrained(tmp_path / "whole", save_backbone=True)
+    assert not (tmp_path / "whole" / "model.safetensors").exists()
+    with pytest.raises(UserError, match="quantised already"):
+        get_meft_model(base, LSTConfig(reduction_factor=2))
+    head = get_meft_model(load_backbone(tmp_path / "backbone"), HeadConfig(backbone_quantization=kind))
+    with pytest.raises(UserError, match="cannot be merged: load the model with quantization='none'"):
+        head.merge_and_unload()
+
+
+@needs_torchao
+def test_a_cache_knows_how_the_backbone_was_quantised(tmp_path):
+    make_backbone(tmp_path / "backbone")
+    audio = make_audio_folder(tmp_path / "audio", 2)
+    examples, _ = data.check_audio(data.load_examples(str(audio)), progress=False)
+    extractor = WhisperFeatureExtractor.from_pretrained(tmp_path / "backbone")
+
+    def make(kind, method=LSTConfig):
+        config = method(reduction_factor=2, max_frames="longest", backbone_quantization=kind)
+        base = load_backbone(tmp_path / "backbone")
+        set_labels(base, list(label2id))
+        return randomise(get_meft_model(base, config))
+
+    label2id = {"high": 0, "low": 1, "middle": 2}
+    model = make("int8")
+    cache = prepare_cache(tmp_path / "c", model, extractor, [examples], "exact", progress=False)
+    online = data.SpeechDataset(examples, extractor, label2id, "longest")
+    online = data.Collator(extractor, "longest")([online[i] for i in range(len(examples))])
+    dataset = CachedDataset(examples, cache, model, label2id)
+    cached = CachedCollator()([dataset[i] for i in range(len(examples))])
+    expected = gradients(model, online.pop("input_features"), online.pop("labels"), **online)
+    found = gradients(model, None, cached.pop("labels"), **cached)
+    assert (found - expected).norm() <= 0.01 * expected.norm()
+    for kind, now in ((None, "None"), ("fp8", "fp8 weights")):
+        with pytest.raises(UserError, match=f"stale: backbone_quantization was int8, now it is {now};"):
+            prepare_cache(tmp_path / "c", make(kind), extractor, [examples], progress=False)
+    # SHERL's whole last layer is behind all that it reads.
+    key = cache_key(make("int8", SHERLConfig).encoder, extractor, "longest")
+    FeatureCache(tmp_path / "c").check(key, (0, 1))
+
+
+@needs_torchao
+@pytest.mark.parametrize("kind", NEAR)
+def test_memory_counts_the_bytes_that_are_held(kind):
+    exact, counted = (
+        estimate("tiny", "lst", 2, dtype="float32", frames=100, device_type="cpu", backbone_quantization=k)
+        for k in (None, kind)
+    )
+    exact, counted = (each.phases["backward"].contributors for each in (exact, counted))
+    base = type(tiny_whisper())._from_config(whisper_config("tiny", num_labels=2, frames=100))
+    encoder = FrozenEncoder(base.encoder, None, kind)
+    assert counted["backbone weights"] == nbytes(encoder) < 0.4 * exact["backbone weights"]
+    assert counted["hidden states"] == exact["hidden states"]
+
+
+def test_what_cannot_be_quantised_is_named(monkeypatch):
+    with pytest.raises(UserError, match="backbone_quantization must be None, int8 or fp8, got 'int4'"):
+        LSTConfig(backbone_quantization="int4")
+    with pytest.raises(UserError, match="must be None for lora, which trains inside the encoder, got 'int8'"):
+        LoRAConfig(backbone_quantization="int8")
+    with pytest.raises(UserError, match="needs backbone_dtype float32, bfloat16 or float16, got float64"):
+        FrozenEncoder(tiny_whisper().encoder, "float64", "int8")
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    with pytest.raises(UserError, match="int8 needs torchao .pip install"):
+        FrozenEncoder(tiny_whisper().encoder, None, "int8")
+
+
+@needs_torchao
+def test_what_torchao_cannot_do_is_named(monkeypatch):
+    narrow = {"d_model": 24, "encoder_ffn_dim": 40}
+    with pytest.raises(UserError, match="widths that are multiples of 16, got 24 and 40"):
+        FrozenEncoder(tiny_whisper(**narrow).encoder, None, "int8")
+    weight = SimpleNamespace(device=torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a card")
+    with pytest.raises(UserError, match="capability 8.9 or newer, a card has 8.0: use int8"):
+        quantization._scheme("fp8", weight)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    assert quantization._scheme("fp8", weight)[0] == "fp8"
+
+
+@needs_torchao
+def test_the_commands_quantise(tmp_path, capsys):
+    backbone, audio = make_backbone(tmp_path / "backbone"), make_audio_folder(tmp_path / "audio", 6)
+    options = {"backbone_quantization": "int8", "num_train_epochs": 3, "max_frames": "longest"}
+    command = train_command(backbone, audio, tmp_path / "out", **options)
+    assert cli.main([*command, "--cache_features"]) == 0
+    assert cli.main(["evaluate", str(tmp_path / "out"), f"--data={audio}"]) == 0
+    wav = str(audio / "low" / "low0.wav")
+    assert cli.main(["predict", str(tmp_path / "out"), wav, "--backbone_quantization=none"]) == 0
+    assert cli.main(["memory", "--model=tiny", "--batch=1", "--backbone_quantization=int8"]) == 0
+    capsys.readouterr()
+    options["backbone_quantization"] = "fp8"
+    resume = train_command(backbone, audio, tmp_path / "out", resume_from_checkpoint=True, **options)
+    assert cli.main(resume) == 1
+    assert "backbone_quantization='int8', but now it is 'fp8'" in capsys.readouterr().err
+    refused = train_command(backbone, audio, tmp_path / "full", method="full", reduction_factor=None)
+    assert cli.main([*refused, "--backbone_quantization=int8"]) == 1
+    assert "must be None for full" in capsys.readouterr().err and not (tmp_path / "full").exists()
+
+
+def test_predicting_on_a_device_that_is_not_there(tmp_path, capsys):
+    assert cli.main(["predict", str(tmp_path), "a.wav", "--device=cuda:77"]) == 1
+    assert "device: cannot use 'cuda:77'" in capsys.readouterr().err

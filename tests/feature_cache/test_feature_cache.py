@@ -1,0 +1,530 @@
+"""The feature cache: what it stores, that it refuses what is stale and repairs what is damaged, and training
+from it."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from training_fixtures import make_audio_folder, make_backbone, train_command
+from transformers import WhisperFeatureExtractor
+from whisper_meft import (
+    HeadConfig,
+    LSTConfig,
+    SHERLConfig,
+    UniPTConfig,
+    WeightedSumConfig,
+    data,
+    get_meft_model,
+)
+from whisper_meft.commands import cli
+from whisper_meft.data import Example, ExampleSet
+from whisper_meft.encoder.cached import decoded
+from whisper_meft.errors import UserError
+from whisper_meft.feature_cache import filling as cached_data
+from whisper_meft.feature_cache.dataset import CachedCollator, CachedDataset
+from whisper_meft.feature_cache.filling import prepare_cache
+from whisper_meft.feature_cache.store import (
+    FeatureCache,
+    cache_key,
+    check_disk,
+    clip_bytes,
+    pack,
+    shuffled_parts,
+    unpack,
+)
+from whisper_meft.model.backbone import load_backbone, set_labels
+
+METHODS = {
+    "lst": LSTConfig(reduction_factor=2),
+    "lst_layers": LSTConfig(reduction_factor=2, layers=[2]),
+    "unipt": UniPTConfig(reduction_factor=2),
+    "sherl": SHERLConfig(reduction_factor=2),
+    "head": HeadConfig(),
+    "weighted_sum": WeightedSumConfig(),
+}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A backbone of 3 layers with a window of 1 s, 12 clips of 3 classes, the extractor and the labels."""
+    folder = tmp_path_factory.mktemp("cache")
+    backbone = make_backbone(folder / "backbone", encoder_layers=3)
+    audio = make_audio_folder(folder / "audio", 4)
+    examples, _ = data.check_audio(data.load_examples(str(audio)), progress=False)
+    extractor = WhisperFeatureExtractor.from_pretrained(backbone)
+    return backbone, audio, examples, extractor, {"high": 0, "low": 1, "middle": 2}
+
+
+def model_of(work, config, max_frames="longest", dtype=None):
+    base = load_backbone(work[0])
+    set_labels(base, list(work[4]))
+    torch.manual_seed(1)
+    config = type(config).from_dict(config.to_dict() | {"max_frames": max_frames, "backbone_dtype": dtype})
+    model = get_meft_model(base, config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape))
+    return model
+
+
+def online_batch(work, max_frames):
+    dataset = data.SpeechDataset(work[2], work[3], work[4], max_frames)
+    return data.Collator(work[3], max_frames)([dataset[i] for i in range(len(dataset))])
+
+
+def cached_batch(work, model, folder, storage):
+    cache = prepare_cache(folder, model, work[3], [work[2]], storage, progress=False)
+    dataset = CachedDataset(work[2], cache, model, work[4])
+    return CachedCollator()([dataset[i] for i in range(len(dataset))])
+
+
+def gradients(model, batch):
+    model.zero_grad()
+    output = model(**batch)
+    output.loss.backward()
+    named = [(n, p.grad) for n, p in model.named_parameters() if p.requires_grad]
+    return output, torch.cat([g.flatten() for n, g in named if n not in model.meft_config.without_gradient])
+
+
+@pytest.mark.parametrize("max_frames", ["fidelity", "longest", 30])
+@pytest.mark.parametrize("method", METHODS)
+def test_cached_states_give_the_same_scores_loss_and_gradients(method, max_frames, work, tmp_path):
+    model = model_of(work, METHODS[method], max_frames)
+    expected, wanted = gradients(model, online_batch(work, max_frames))
+    batch = cached_batch(work, model, tmp_path / "c", "exact")
+    assert "input_features" not in batch
+    output, found = gradients(model, batch)
+    torch.testing.assert_close(output.logits, expected.logits, rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(output.loss, expected.loss, rtol=2e-5, atol=2e-5)
+    assert (found - wanted).norm() <= 1e-4 * wanted.norm()
+    assert expected.logits.std(0).min() > 1e-3  # the clips do differ, or nothing is shown
+
+
+@pytest.mark.parametrize(("storage", "tolerance"), [("bfloat16", 0.01), ("fp8", 0.1)])
+@pytest.mark.parametrize("method", ["lst", "unipt", "sherl", "head"])
+def test_rounded_states_give_nearly_the_same(method, storage, tolerance, work, tmp_path):
+    model = model_of(work, METHODS[method])
+    expected, wanted = gradients(model, online_batch(work, "longest"))
+    batch = cached_batch(work, model, tmp_path / "c", storage)
+    output, found = gradients(model, batch)
+    assert (output.logits - expected.logits).norm() <= tolerance * expected.logits.norm()
+    assert (found - wanted).norm() <= 3 * tolerance * wanted.norm()
+    assert not torch.equal(output.logits, expected.logits)  # they are rounded
+
+
+def test_a_half_precision_backbone_is_kept_as_it_is(work, tmp_path):
+    model = model_of(work, METHODS["lst"], dtype="bfloat16")
+    expected = model(**online_batch(work, "longest"))
+    batch = cached_batch(work, model, tmp_path / "c", None)
+    assert FeatureCache(tmp_path / "c").storage == "exact" and batch["hidden_states"].dtype == torch.bfloat16
+    output = model(**batch)
+    torch.testing.assert_close(output.logits, expected.logits, rtol=2e-2, atol=2e-2)
+
+
+def test_the_backbone_is_not_run_from_a_cache(work, tmp_path, monkeypatch):
+    for name in ("lst", "sherl"):
+        model = model_of(work, METHODS[name])
+        batch = cached_batch(work, model, tmp_path / name, "exact")
+        ran = []
+        # Layers are run by their modules, not always by themselves.
+        for module in (model.encoder.conv1, *(layer.fc1 for layer in model.encoder.layers)):
+            module.register_forward_hook(lambda module, *_, ran=ran: ran.append(module))
+        with torch.no_grad():
+            model(**batch)
+        assert ran == ([] if name == "lst" else [model.encoder.layers[-1].fc1])
+
+
+def test_only_what_is_read_is_stored_and_trimmed(work, tmp_path):
+    model = model_of(work, METHODS["lst_layers"])
+    prepare_cache(tmp_path / "c", model, work[3], [work[2]], "bfloat16", progress=False)
+    cache = FeatureCache(tmp_path / "c")
+    assert cache.layers == (0, 2) and len(cache) == len(work[2])
+    lengths = data.SpeechDataset(work[2], work[3], None, "longest").lengths
+    assert len(set(lengths)) > 3
+    for example, length in zip(work[2], lengths):
+        clip = cache.find(example)
+        states = cache.read(clip, cache.layers).states
+        assert states.shape == (2, length, 32) and states.dtype == torch.bfloat16 and clip.frames == length
+    predicted = sum(clip_bytes(t, 2, 32, "bfloat16", torch.float32) for t in lengths)
+    assert 0.8 * predicted < cache.bytes_on_disk <= predicted
+
+
+def test_a_cache_of_all_layers_serves_a_method_that_reads_some(work, tmp_path):
+    cached_batch(work, model_of(work, METHODS["weighted_sum"]), tmp_path / "c", "exact")
+    for name in ("lst_layers", "sherl", "head", "unipt"):
+        model = model_of(work, METHODS[name])
+        expected = model(**online_batch(work, "longest")).logits
+        output = model(**cached_batch(work, model, tmp_path / "c", None)).logits
+        torch.testing.assert_close(output, expected, rtol=2e-5, atol=2e-5)
+
+
+def test_8_bits_keep_each_clip_to_3_percent_of_its_channels_spread():
+    torch.manual_seed(0)
+    states = [torch.randn(40, 64) * torch.linspace(0.1, 5, 64) + 10 * torch.randn(64) for _ in range(3)]
+    parts = pack(states, 30, "fp8")
+    assert parts["states"].dtype == torch.float8_e4m3fn and parts["states"].shape == (3, 30, 64)
+    clip = unpack(parts)
+    assert clip.scales.shape == (3, 2, 64)
+    for found, state in zip(decoded(clip.states, clip.statistics, clip.scales, torch.float32), states):
+        mean, std = state[:30].mean(-1, keepdim=True), state[:30].std(-1, keepdim=True)
+        normed, error = (state[:30] - mean) / std, (found - state[:30]) / std
+        error = error.square().mean(0).sqrt() / normed.std(0)
+        assert 0 < error.max() < 0.06 and error.mean() < 0.03
+
+
+def test_states_that_are_not_finite_are_not_stored():
+    state = torch.randn(5, 8)
+    state[3, 2] = float("nan")
+    with pytest.raises(UserError, match="NaN or infinite"):
+        pack([torch.randn(5, 8), state], 5, "exact")
+    pack([state], 3, "exact")  # what lies behind the clip's end does not count
+
+
+def key_of(work, **changes):
+    model = model_of(work, METHODS["lst"], **changes)
+    return cache_key(model.encoder, work[3], model.meft_config.max_frames)
+
+
+def test_a_stale_cache_is_refused_and_what_differs_is_named(work, tmp_path):
+    key = key_of(work)
+    FeatureCache.create(tmp_path / "c", key, (0, 2), 32)
+    FeatureCache.create(tmp_path / "c", key, (2,), 32)  # reads less: fine
+    other = model_of(work, METHODS["lst"])
+    with torch.no_grad():
+        other.encoder.layers[1].fc1.bias[3] += 1e-3  # no few samples of the weights would show it
+    extractor = WhisperFeatureExtractor.from_pretrained(work[0], sampling_rate=8000)
+    cases = [
+        (key_of(work, dtype="bfloat16"), (0,), "backbone_dtype was float32, now it is bfloat16"),
+        (key_of(work, max_frames=20), (0,), "max_frames was longest, now it is 20"),
+        (cache_key(other.encoder, work[3], "longest"), (0,), "stale: the backbone's weights are others;"),
+        (
+            cache_key(other.encoder, extractor, "longest"),
+            (0,),
+            "extractor's sampling_rate was 16000, now it is 8000",
+        ),
+        (cache_key(other.encoder, work[3], "longest", "bfloat16"), (0,), "autocast .* was None"),
+        (key, (0, 1, 2), "lacks layers 1 "),
+    ]
+    for changed, layers, message in cases:
+        with pytest.raises(UserError, match=message):
+            FeatureCache.create(tmp_path / "c", changed, layers, 32)
+    with pytest.raises(UserError, match="storage was bfloat16, now it is fp8"):
+        FeatureCache.create(tmp_path / "c", key, (0, 2), 32, "fp8")
+    with pytest.raises(UserError, match="storage must be one of"):
+        FeatureCache.create(tmp_path / "c", key, (0, 2), 32, "int4")
+
+
+def test_folders_that_are_no_cache(work, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="not empty"):
+        FeatureCache.create(tmp_path / "full", key_of(work), (0,), 32)
+    with pytest.raises(UserError, match="holds no feature cache"):
+        FeatureCache(tmp_path / "full")
+    (tmp_path / "full" / "cache.json").write_text("{}")
+    with pytest.raises(UserError, match="does not describe"):
+        FeatureCache(tmp_path / "full")
+
+
+def test_a_changed_file_is_stale_and_a_new_one_is_added(work, tmp_path):
+    audio = make_audio_folder(tmp_path / "audio", 2)
+    examples = data.load_examples(str(audio))
+    model = model_of(work, METHODS["lst"])
+    cache = prepare_cache(tmp_path / "c", model, work[3], [examples[:4]], progress=False)
+    with pytest.raises(UserError, match="lacks 2 of 6 clips .* the first is .*middle0.wav"):
+        CachedDataset(examples, cache, model)
+    cache = prepare_cache(tmp_path / "c", model, work[3], [examples], progress=False)
+    assert len(cache) == 6
+    path = audio / "low" / "low1.wav"
+    os.utime(path, (1, 1))
+    with pytest.raises(UserError, match=r"stale: .*low1.wav has another size, date or segment"):
+        prepare_cache(tmp_path / "c", model, work[3], [examples], progress=False)
+
+
+def test_clips_in_memory_are_told_apart_by_content(work, tmp_path):
+    torch.manual_seed(0)
+    waves = [
+        {"array": np.random.default_rng(i).normal(size=8000) * 0.1, "sampling_rate": 16000} for i in (0, 1)
+    ]
+    examples = ExampleSet([Example(wave, name="same") for wave in waves])
+    model = model_of(work, METHODS["lst"])
+    cache = prepare_cache(tmp_path / "c", model, work[3], [examples], "exact", progress=False)
+    first, second = (cache.read(cache.find(e), (0,)).states for e in examples)
+    assert first.shape == second.shape and not torch.equal(first, second)
+
+
+def test_audio_that_was_checked_when_it_was_cached_is_known(work, tmp_path):
+    audio = make_audio_folder(tmp_path / "audio", 2)
+    raw = data.load_examples(str(audio))
+    examples, _ = data.check_audio(raw, progress=False)
+    model = model_of(work, METHODS["lst"])
+    cache = prepare_cache(tmp_path / "c", model, work[3], [examples[:4]], progress=False)
+    read = []
+
+    def checked(example):
+        found = cache.checked(example)
+        read.extend([example.name] if found is None else [])
+        return found
+
+    broken = audio / "low" / "low1.wav"  # has changed since, as has the first
+    broken.write_bytes(b"")
+    os.utime(audio / "high" / "high0.wav", (1, 1))
+    good, bad = data.check_audio(raw, progress=False, checked=checked)
+    assert [e.seconds for e in good] == [e.seconds for e in examples if e.name != str(broken)]
+    assert [name for name, _ in bad] == [str(broken)]
+    assert read == [examples[0].name, *(e.name for e in examples[3:])]
+    # A cache of an earlier version, that does not know the lengths, still serves.
+    for path in (tmp_path / "c").glob("shard-*.json"):
+        index = json.loads(path.read_text())
+        path.write_text(json.dumps(index | {"clips": [row[:3] for row in index["clips"]]}))
+    old = FeatureCache(tmp_path / "c")
+    assert old.find(examples[1]) is not None and old.checked(examples[1]) is None
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "gone", "index"])
+def test_damaged_shards_are_found_and_computed_again(damage, work, tmp_path, monkeypatch):
+    monkeypatch.setattr(cached_data, "SHARD_BYTES", 20_000)
+    model = model_of(work, METHODS["lst"])
+    whole = cached_batch(work, model, tmp_path / "c", "exact")
+    cache = FeatureCache(tmp_path / "c")
+    shards = sorted((tmp_path / "c").glob("shard-*.safetensors"))
+    assert len(shards) > 3 and not cache.damaged()
+    if damage == "cut":
+        os.truncate(shards[1], shards[1].stat().st_size - 10)
+    elif damage == "flip":
+        content = bytearray(shards[1].read_bytes())
+        content[-5] ^= 1
+        shards[1].write_bytes(content)
+    elif damage == "gone":
+        shards[1].unlink()
+    else:
+        shards[1].with_suffix(".json").write_text('{"clips": [[1')
+    assert FeatureCache(tmp_path / "c").damaged() == [shards[1].stem]
+    said = []
+    prepare_cache(tmp_path / "c", model, work[3], [work[2]], progress=False, say=said.append)
+    assert shards[1].stem in said[0] and not FeatureCache(tmp_path / "c").damaged()
+    assert not shards[1].exists() and len(list((tmp_path / "c").glob("shard-*.json"))) == len(shards)
+    again = cached_batch(work, model, tmp_path / "c", None)
+    torch.testing.assert_close(again["hidden_states"], whole["hidden_states"], rtol=1e-5, atol=1e-5)
+
+
+def test_an_interrupted_fill_keeps_its_shards(work, tmp_path, monkeypatch):
+    monkeypatch.setattr(cached_data, "SHARD_BYTES", 20_000)
+    model = model_of(work, METHODS["lst"])
+    write, left = FeatureCache.write, [2]
+
+    def interrupted(self, clips):
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        write(self, clips)
+
+    monkeypatch.setattr(FeatureCache, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_cache(tmp_path / "c", model, work[3], [work[2]], progress=False)
+    done = len(FeatureCache(tmp_path / "c"))
+    assert 0 < done < len(work[2])
+    counted = []
+
+    def counting(self, clips):
+        counted.append(len(clips))
+        write(self, clips)
+
+    monkeypatch.setattr(FeatureCache, "write", counting)
+    prepare_cache(tmp_path / "c", model, work[3], [work[2]], progress=False)
+    assert sum(counted) == len(work[2]) - done
+
+
+def test_what_killed_processes_left_is_removed_once_it_is_old(work, tmp_path):
+    cache = FeatureCache.create(tmp_path / "c", key_of(work), (0,), 32)
+    paths = [tmp_path / "c" / name for name in (".shard-1-abc.safetensors", "shard-1.safetensors")]
+    for path in paths:
+        path.write_bytes(b"1")
+    cache.remove_orphans()
+    assert all(path.exists() for path in paths)  # somebody may be writing them
+    for path in paths:
+        os.utime(path, (1, 1))
+    cache.remove_orphans()
+    assert not any(path.exists() for path in paths)
+
+
+def test_a_disk_that_is_too_small_is_said_before_anything_is_written(work, tmp_path, monkeypatch):
+    assert "GiB are free" in check_disk(tmp_path / "a" / "b", 1)
+    with pytest.raises(UserError, match="needs .* GiB are free: name a folder on another disk"):
+        check_disk(tmp_path, 2**60)
+    monkeypatch.setattr(
+        "whisper_meft.feature_cache.store.shutil.disk_usage", lambda _: type("Usage", (), {"free": 10})
+    )
+    with pytest.raises(UserError, match="GiB are free"):
+        prepare_cache(tmp_path / "c", model_of(work, METHODS["lst"]), work[3], [work[2]], progress=False)
+    assert not list((tmp_path / "c").glob("shard-*"))
+
+
+def test_parts_hold_everything_once_and_differ_between_processes():
+    sizes = [5, 5, 30, 1, 1, 1, 8, 8, 8] * 8
+    parts = shuffled_parts(sizes, 12)
+    assert sorted(i for part in parts for i in part) == list(range(len(sizes)))
+    assert all(sum(sizes[i] for i in part) <= 12 or len(part) == 1 for part in parts)
+    assert any(shuffled_parts(sizes, 12) != parts for _ in range(3))
+
+
+def test_workers_read_the_cache(work, tmp_path):
+    model = model_of(work, METHODS["lst"])
+    cache = prepare_cache(tmp_path / "c", model, work[3], [work[2]], "fp8", num_workers=1, progress=False)
+    dataset = CachedDataset(work[2], cache, model, work[4])
+    dataset[0]  # opens a shard before the fork
+    collator = pickle.loads(pickle.dumps(CachedCollator()))
+    loader = torch.utils.data.DataLoader(dataset, 5, collate_fn=collator, num_workers=2)
+    copied = pickle.loads(pickle.dumps(dataset))  # what a spawned worker gets
+    for batch, start in zip(loader, (0, 5, 10), strict=True):
+        alone = collator([copied[i] for i in range(start, min(start + 5, 12))])
+        for name, value in alone.items():
+            assert torch.equal(batch[name], value), name
+
+
+def test_wrong_hidden_states_are_named(work, tmp_path):
+    model = model_of(work, METHODS["lst"])
+    states, lengths = torch.randn(2, 4, 10, 32), torch.tensor([10, 4])
+    features = torch.randn(2, 80, 20)
+    cases = [
+        ({}, "one of input_features and hidden_states"),
+        ({"input_features": features, "hidden_states": states}, "and not both"),
+        ({"hidden_states": states[:, :3], "hidden_state_lengths": lengths}, "the layers 0, 1, 2, 3"),
+        ({"hidden_states": states[0], "hidden_state_lengths": lengths}, "floating-point tensor of shape"),
+        ({"hidden_states": states.long(), "hidden_state_lengths": lengths}, "torch.int64"),
+        ({"hidden_states": states, "hidden_state_lengths": lengths[:1]}, "hidden_state_lengths must be 2"),
+        ({"hidden_states": states}, "whole window"),
+        (
+            {
+                "hidden_states": states,
+                "hidden_state_lengths": lengths,
+                "hidden_state_statistics": torch.ones(2, 4, 9, 2),
+            },
+            "hidden_state_statistics must have shape",
+        ),
+        (
+            {
+                "hidden_states": states.to(torch.float8_e4m3fn),
+                "hidden_state_lengths": lengths,
+                "hidden_state_statistics": torch.ones(2, 4, 10, 2),
+            },
+            "hidden_state_scales are needed for hidden_states of 8 bits",
+        ),
+        (
+            {
+                "hidden_states": states,
+                "hidden_state_lengths": lengths,
+                "hidden_state_scales": torch.ones(2, 4, 2, 32),
+            },
+            "hidden_state_scales only go with hidden_states of 8 bits, got torch.float32",
+        ),
+        (
+            {
+                "hidden_states": states.to(torch.float8_e4m3fn),
+                "hidden_state_lengths": lengths,
+                "hidden_state_scales": torch.ones(2, 4, 2, 32),
+            },
+            "and hidden_state_statistics, got no hidden_state_statistics",
+        ),
+    ]
+    for arguments, message in cases:
+        with pytest.raises(UserError, match=message):
+            model(**arguments)
+    from whisper_meft import BitFitConfig
+
+    trained = model_of(work, BitFitConfig())
+    with pytest.raises(UserError, match="bitfit, which trains inside the encoder"):
+        trained(hidden_states=states, hidden_state_lengths=lengths)
+
+
+def test_dither_is_refused(work):
+    extractor = WhisperFeatureExtractor.from_pretrained(work[0], dither=0.1)
+    with pytest.raises(UserError, match="dither"):
+        cache_key(model_of(work, METHODS["lst"]).encoder, extractor, "longest")
+
+
+# --- the command line
+
+
+def losses(folder: Path) -> list[float]:
+    states = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda p: p.stat().st_mtime)
+    history = json.loads(states[-1].read_text())["log_history"]
+    return [entry[k] for entry in history for k in ("loss", "eval_loss") if k in entry]
+
+
+@pytest.mark.parametrize(("method", "max_frames"), [("lst", "longest"), ("sherl", "fidelity")])
+def test_training_from_a_cache_gives_the_same_losses(method, max_frames, work, tmp_path, capsys):
+    options = {"method": method, "max_frames": max_frames, "num_train_epochs": 2, "logging_steps": 1}
+    assert cli.main(train_command(work[0], work[1], tmp_path / "online", **options)) == 0
+    options |= {"cache_features": tmp_path / "cache", "cache_storage": "exact"}
+    assert cli.main(train_command(work[0], work[1], tmp_path / "cached", **options)) == 0
+    said = capsys.readouterr().out
+    assert "clips are missing" in said and "GiB are free" in said
+    expected, found = losses(tmp_path / "online"), losses(tmp_path / "cached")
+    assert len(expected) > 4
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-4, atol=1e-4)
+    results = json.loads((tmp_path / "cached" / "train_results.json").read_text())
+    assert results["feature_cache"] == str(tmp_path / "cache")
+
+
+def test_the_cache_command_then_training_computes_nothing(work, tmp_path, capsys, monkeypatch):
+    cache = ["cache", f"--model_name_or_path={work[0]}", f"--train_data={work[1]}", "--disable_tqdm=True"]
+    cache += ["--max_frames=longest", f"--output_dir={tmp_path / 'c'}"]
+    assert cli.main(cache) == 0
+    first = capsys.readouterr().out
+    assert "are missing, as bfloat16 they take" in first and "12 clips" in first
+    assert cli.main(cache) == 0
+    assert "are missing" not in capsys.readouterr().out
+
+    def refused(*_):
+        raise AssertionError("the backbone was run")
+
+    monkeypatch.setattr(cached_data._Filler, "_compute", refused)
+    monkeypatch.setattr(data.SpeechDataset, "__getitem__", refused)
+    monkeypatch.setattr(Example, "decode", refused)  # nor is the audio checked again
+    options = {"max_frames": "longest", "cache_features": tmp_path / "c", "num_train_epochs": 1}
+    assert cli.main(train_command(work[0], work[1], tmp_path / "out", **options)) == 0
+    assert cli.main([*cache, "--max_frames=20"]) == 1
+    assert "stale: max_frames was longest, now it is 20" in capsys.readouterr().err
+
+
+def test_the_cache_is_in_output_dir_when_no_folder_is_named(work, tmp_path, capsys):
+    command = train_command(work[0], work[1], tmp_path / "out", num_train_epochs=1, max_frames="longest")
+    assert cli.main([*command, "--cache_features"]) == 0
+    assert len(FeatureCache(tmp_path / "out" / "feature_cache")) == 12
+
+
+def test_methods_that_train_the_encoder_are_refused_before_the_data_is_read(work, tmp_path, capsys):
+    command = train_command(
+        work[0], tmp_path / "none", tmp_path / "out", method="bitfit", reduction_factor=None
+    )
+    assert cli.main([*command, f"--cache_features={tmp_path / 'c'}"]) == 1
+    assert "bitfit" in capsys.readouterr().err and not (tmp_path / "c").exists()
+
+
+def test_two_processes_fill_one_cache(work, tmp_path):
+    command = [sys.executable, "-m", "whisper_meft", "cache", f"--model_name_or_path={work[0]}"]
+    command += [f"--train_data={work[1]}", f"--output_dir={tmp_path / 'c'}", "--disable_tqdm=True"]
+    root = Path(__file__).parents[2]
+    environment = os.environ | {"PYTHONPATH": f"{root}:{root / 'python'}", "OMP_NUM_THREADS": "1"}
+    running = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        for _ in "ab"
+    ]
+    for process in running:
+        output = process.communicate(timeout=300)[0].decode()
+        assert process.returncode == 0, output
+    cache = FeatureCache(tmp_path / "c")
+    assert len(cache) == 12 and not cache.damaged()
+    assert {path.name[:6] for path in (tmp_path / "c").iterdir()} == {"cache.", "shard-"}
+    for path in (tmp_path / "c").glob("shard-*.safetensors"):
+        with safe_open(path, "pt") as file:
+            assert len(list(file.keys())) >= 2

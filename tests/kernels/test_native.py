@@ -1,0 +1,298 @@
+"""The C++ CPU kernels: every op on the shared table, threads, odd inputs, and how a build is found."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from meft_kernels import native, ops, use_backend
+from meft_kernels.testing import CASES, assert_as_good_as_torch, outputs_and_gradients, relative_error
+
+ROOT = Path(__file__).parents[2]
+SERVED = [op for op in ops.OP_NAMES if native.LOADED and native.has(op)]
+OP_CASES = [case for case in CASES if case.op in SERVED]
+ONE_EACH = list({case.op: case for case in reversed(OP_CASES)}.values())
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+needs_build = pytest.mark.skipif(not native.LOADED, reason=native.REASON)
+
+
+def by_name(case):
+    return case.name
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess:
+    """Runs Python code in a process of its own, from this checkout."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+# --- values and gradients -----------------------------------------------------------------------------------
+
+
+@needs_build
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", OP_CASES, ids=by_name)
+def test_as_good_as_torch(case, dtype, poisoned_memory):
+    with use_backend("native"):
+        assert_as_good_as_torch(case, dtype)
+
+
+# Odd widths, one frame, one clip, more rows than a block takes.
+ODD = [
+    {"batch": 1, "frames": 1, "width": 17, "side": 5, "adapter_dim": 3, "layers": 2},
+    {"batch": 3, "frames": 129, "width": 33, "side": 31, "adapter_dim": 65, "layers": 5},
+    {"batch": 2, "frames": 700, "width": 40, "side": 16, "adapter_dim": 8, "layers": 2},
+]
+
+
+@needs_build
+@pytest.mark.parametrize("shape", ODD, ids=lambda s: f"B{s['batch']}-T{s['frames']}-D{s['width']}")
+@pytest.mark.parametrize("case", ONE_EACH, ids=lambda case: case.op)
+def test_odd_shapes(case, shape, poisoned_memory):
+    with use_backend("native"):
+        assert_as_good_as_torch(replace(case, **shape), torch.float32)
+
+
+@needs_build
+@pytest.mark.parametrize("width", [768, 1280, 5120])
+def test_long_sums_keep_their_digits(width):
+    """The error is PyTorch's own, not that of a sum of ``width`` terms one after the other."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(size, generator=generator) for size in ((1, 400, width), (16, width)))
+    norm_weight, bias, norm_bias = torch.linspace(0.5, 1.5, width), torch.zeros(16), torch.zeros(width)
+
+    def linear(dtype):
+        normed = torch.nn.functional.layer_norm(x.to(dtype), (width,), norm_weight.to(dtype))
+        return torch.nn.functional.linear(normed, weight.to(dtype))
+
+    def error(out):
+        return (out - linear(torch.float64)).square().mean().sqrt()
+
+    with use_backend("native"):
+        found = ops.norm_linear(x, norm_weight, norm_bias, weight, bias)
+    assert error(found) < 1.25 * error(linear(torch.float32))
+
+
+def _same(one: dict, other: dict) -> None:
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+
+
+def _results(case, inputs: dict, backend: str = "native") -> dict:
+    shape = case.definition()(**inputs).shape
+    upstream = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(torch.float32)
+    with use_backend(backend):
+        return outputs_and_gradients(case.function(), inputs, upstream)
+
+
+@needs_build
+@pytest.mark.parametrize("case", [case for case in OP_CASES if case.op in native.KEEPING], ids=by_name)
+def test_a_kept_projection_changes_no_bit(case, monkeypatch):
+    inputs = case.inputs(torch.float32)
+    kept = _results(case, inputs)
+    monkeypatch.setattr(native, "KEEPING", frozenset())
+    _same(_results(case, inputs), kept)
+
+
+@needs_build
+@pytest.mark.parametrize("op", sorted(native.KEEPING))
+@pytest.mark.parametrize(
+    "dtype, options, backend, expected",
+    [
+        (torch.float32, {}, "native", 1),
+        (torch.float32, {}, "auto", 1),
+        (torch.float32, {}, "reference", 0),
+        (torch.float32, {"saved_activations": "fp8"}, "native", 0),
+        (torch.bfloat16, {}, "native", 0),
+    ],
+    ids=str,
+)
+def test_a_projection_is_kept_in_fp32_alone(op, dtype, options, backend, expected):
+    case = replace(next(case for case in ONE_EACH if case.op == op), batch=2, frames=31, width=50, side=20)
+    values = {n: v.detach() for n, v in case.inputs(dtype).items()}
+    if op == "ladder":
+        function = ops.folded_ladder
+        norm = [values.pop(f"down_{name}") for name in ("norm_weight", "norm_bias", "weight", "bias")]
+        values["weight"], values["bias"] = ops.fold(*norm)
+    else:
+        function = ops.gated_down
+    given = {v.untyped_storage().data_ptr() for v in values.values()}
+    values["weight_1"].requires_grad_()
+    kept = {}
+
+    def pack(tensor):
+        if tensor.shape == (2, 31, 20) and tensor.untyped_storage().data_ptr() not in given:
+            kept[tensor.data_ptr()] = tensor.dtype
+        return tensor
+
+    with use_backend(backend), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = function(**values, **options)
+    assert list(kept.values()) == [torch.float32] * expected
+    assert out.grad_fn is not None
+
+
+@needs_build
+@pytest.mark.parametrize("case", ONE_EACH, ids=lambda case: case.op)
+def test_strided_inputs(case):
+    """A transposed or a cut-out tensor gives what its contiguous copy gives."""
+    inputs = case.inputs(torch.float32)
+
+    def strided(value):
+        if isinstance(value, list):
+            return [strided(item) for item in value]
+        if not isinstance(value, torch.Tensor) or value.ndim < 2:
+            return value
+        wide = torch.full((*value.shape[:-1], value.shape[-1] * 2 + 1), torch.nan)
+        wide[..., 1::2] = value
+        return wide[..., 1::2]
+
+    _same(_results(case, {name: strided(value) for name, value in inputs.items()}), _results(case, inputs))
+
+
+@needs_build
+@pytest.mark.parametrize("case", ONE_EACH, ids=lambda case: case.op)
+def test_threads(case):
+    """For each number of threads the same bits every time, and the same values to rounding for all."""
+    case = replace(case, batch=3, frames=257)
+    inputs = case.inputs(torch.float32)
+    before = torch.get_num_threads()
+    found = {}
+    try:
+        for threads in (1, 2, 7):
+            torch.set_num_threads(threads)
+            found[threads] = _results(case, inputs)
+            _same(_results(case, inputs), found[threads])
+    finally:
+        torch.set_num_threads(before)
+    for threads in (2, 7):
+        for name, value in found[threads].items():
+            torch.testing.assert_close(value, found[1][name], rtol=2e-4, atol=2e-4, msg=f"{threads}: {name}")
+
+
+@needs_build
+def test_empty_and_float64_go_to_the_reference():
+    for case in ONE_EACH:
+        for shape in ({"batch": 0}, {"frames": 0}):
+            if case.op in ("pooled_upsample", "relu_attention") and "frames" in shape:
+                continue
+            inputs = replace(case, **shape, masked=False).inputs(torch.float32)
+            with use_backend("native"):
+                out = case.function()(**inputs)
+            with use_backend("reference"):
+                assert out.shape == case.function()(**inputs).shape
+        inputs = case.inputs(torch.float64)
+        with use_backend("native"):
+            out = case.function()(**inputs)
+        with use_backend("reference"):
+            assert torch.equal(out, case.function()(**inputs))
+
+
+@needs_build
+def test_gradient_of_x_on_request():
+    """Hidden states are frozen in training; whoever asks for their gradient gets it."""
+    for case in ONE_EACH:
+        if not case.frozen or case.op == "row_statistics":
+            continue
+        inputs = case.inputs(torch.float32)
+        upstream = torch.randn(case.definition()(**inputs).shape)
+        leaf = inputs["x"].clone().requires_grad_()
+        with use_backend("native"):
+            (found,) = torch.autograd.grad(case.function()(**{**inputs, "x": leaf}), leaf, upstream)
+        wide = {n: v.double() if isinstance(v, torch.Tensor) else v for n, v in inputs.items()}
+        leaf = wide["x"].requires_grad_()
+        (truth,) = torch.autograd.grad(case.definition()(**wide), leaf, upstream.double())
+        assert relative_error(found, truth) < 1e-5, case.op
+
+
+@needs_build
+def test_after_fork_and_in_loader_workers():
+    """Children of a process that has used the kernels can use them."""
+    code = """
+import torch
+from meft_kernels import ops, use_backend
+torch.set_num_threads(2)
+
+def value():
+    torch.manual_seed(0)
+    x = torch.randn(4, 300, 64)
+    with use_backend("native"):
+        return torch.stack(ops.row_statistics(x)).sum()
+
+class Clips(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+    def __getitem__(self, index):
+        return value()
+
+first = value()
+loader = torch.utils.data.DataLoader(Clips(), num_workers=2, multiprocessing_context="fork")
+for item in loader:
+    assert torch.allclose(item, first), (item, first)
+print("same")
+"""
+    found = run(code)
+    assert found.stdout.strip() == "same", found.stderr
+
+
+# --- which build --------------------------------------------------------------------------------------------
+
+
+@needs_build
+@pytest.mark.parametrize("level", ["default", "avx2"])
+def test_lower_instruction_levels(level):
+    """The builds for older CPUs give what the one for this CPU gives, to rounding."""
+    code = """
+import torch
+from meft_kernels import native, use_backend
+from meft_kernels.testing import assert_as_good_as_torch, CASES
+assert native.LOADED and native.REASON.endswith("LEVEL"), native.REASON
+for case in {case.op: case for case in CASES if native.has(case.op)}.values():
+    for dtype in (torch.float32, torch.bfloat16):
+        with use_backend("native"):
+            assert_as_good_as_torch(case, dtype)
+print("good")
+""".replace("LEVEL", level)
+    if level == "avx2" and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+        pytest.skip("this CPU has no AVX2")
+    found = run(code, ATEN_CPU_CAPABILITY=level)
+    assert found.stdout.strip() == "good", found.stderr
+
+
+def test_no_build_is_said_and_served_by_the_reference(tmp_path, monkeypatch):
+    monkeypatch.setattr(native, "_FOLDER", tmp_path)
+    loaded, reason = native._load()
+    assert not loaded and "not built" in reason
+    monkeypatch.setattr(native, "LOADED", False)
+    monkeypatch.setattr(native, "REASON", reason)
+    with pytest.raises(RuntimeError, match="'native' has no kernels in this installation: .* not built"):
+        with use_backend("native"):
+            pass
+
+
+def test_a_build_for_another_torch_is_left_alone(tmp_path, monkeypatch):
+    (tmp_path / "_native_avx2_torch_1_2_3.so").write_bytes(b"not a library")
+    monkeypatch.setattr(native, "_FOLDER", tmp_path)
+    with pytest.warns(RuntimeWarning, match="built for torch 1.2.3, and this is torch") as warned:
+        loaded, reason = native._load()
+    assert not loaded and len(warned) == 1 and torch.__version__.partition("+")[0] in reason
+
+
+def test_a_damaged_build_is_left_alone(tmp_path, monkeypatch):
+    release = torch.__version__.partition("+")[0].replace(".", "_")
+    (tmp_path / f"_native_{native._level()}_torch_{release}.so").write_bytes(b"not a library")
+    monkeypatch.setattr(native, "_FOLDER", tmp_path)
+    with pytest.warns(RuntimeWarning, match="cannot be loaded"):
+        assert not native._load()[0]
+
+
+def test_status_names_the_backend_of_every_op():
+    status = ops.backend_status()
+    for op in ops.OP_NAMES:
+        assert (status[op][0] == "native") == (op in SERVED and not torch.cuda.is_available())

@@ -1,0 +1,286 @@
+"""The table of block sizes, rows measured on a device, and the static gate that compiles without a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from meft_kernels import static_check, tune, tuning
+
+ROOT = Path(__file__).parents[2]
+GENERAL = tuning.Row("toy_fwd", (1, 100), {"BLOCK": 64}, 4, 2, "general")
+EXACT = replace(GENERAL, family="consumer", blocks={"BLOCK": 32}, reason="small shared memory")
+
+
+def run_tune(*arguments):
+    """The command in a process of its own, with the kernels compiled and not interpreted."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_DEFAULT_FP_FUSION"] = "1"
+    return subprocess.run(
+        [sys.executable, "-m", "meft_kernels.tune", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment,
+    )
+
+
+def test_choose_prefers_the_exact_family(monkeypatch):
+    monkeypatch.setattr(tuning, "TABLE", (GENERAL, EXACT))
+    assert tuning.choose("toy_fwd", 96) is GENERAL
+    assert tuning.choose("toy_fwd", 96, (9, 0)) is GENERAL
+    assert tuning.choose("toy_fwd", 96, (8, 9)) is EXACT
+    assert tuning.choose("toy_fwd", 101) is None
+    assert tuning.choose("other", 96) is None
+    monkeypatch.setattr(tuning, "TABLE", (EXACT, GENERAL))
+    assert tuning.choose("toy_fwd", 96, (9, 0)) is GENERAL
+    monkeypatch.setattr(tuning, "TABLE", (EXACT,))
+    assert tuning.choose("toy_fwd", 96, (9, 0)) is None
+
+
+def test_trial_rows_come_first_and_go_again(monkeypatch):
+    monkeypatch.setattr(tuning, "TABLE", (GENERAL,))
+    with tuning.trial(EXACT), pytest.raises(KeyError):
+        assert tuning.choose("toy_fwd", 96, (8, 6)) is EXACT
+        assert tuning.choose("toy_fwd", 96, (9, 0)) is GENERAL
+        raise KeyError
+    assert tuning.choose("toy_fwd", 96, (8, 6)) is GENERAL
+
+
+@pytest.mark.parametrize(
+    ("capability", "sm"),
+    [((8, 0), 80), ((8, 6), 86), ((8, 7), 86), ((8, 9), 89), ((9, 0), 90), ((10, 3), 100), ((12, 1), 120)],
+)
+def test_architectures(capability, sm):
+    assert tuning.sm_of(capability) == sm
+
+
+def test_device_file(monkeypatch, tmp_path):
+    monkeypatch.setenv("MEFT_KERNELS_TUNING_DIR", str(tmp_path))
+    tuning.device_rows.cache_clear()
+    path = tuning.device_file("NVIDIA GeForce RTX 4090")
+    assert path == tmp_path / "nvidia-geforce-rtx-4090.json"
+    assert tuning.device_rows("NVIDIA GeForce RTX 4090") == ()
+    tuning.device_rows.cache_clear()
+    path.write_text(json.dumps({"rows": [vars(EXACT)]}), encoding="utf-8")
+    assert tuning.device_rows("NVIDIA GeForce RTX 4090") == (EXACT,)
+    tuning.device_rows.cache_clear()
+    for damaged in ("{", "[]", '{"rows": [{"kernel": "x"}]}'):
+        path.write_text(damaged, encoding="utf-8")
+        with pytest.raises(ValueError, match="rtx-4090.json holds no usable block sizes"):
+            tuning.device_rows("NVIDIA GeForce RTX 4090")
+    tuning.device_rows.cache_clear()
+
+
+def test_every_row_has_a_reason_and_a_module():
+    pytest.importorskip("triton")
+    assert tuning.TABLE
+    for row in tuning.TABLE:
+        assert len(row.reason) > 10, row
+        assert row.family in {*tuning.FAMILIES.values(), "any"}
+        assert row.widths[0] <= row.widths[1]
+        assert row.num_warps in (1, 2, 4, 8)
+        assert static_check.module_name(row.kernel)
+
+
+def test_every_row_can_be_searched():
+    """Each kernel of the table has a case that its op accepts, so that no search stops half-way."""
+    for row in {row.kernel: row for row in tuning.TABLE}.values():
+        case = tune.case_for(row, max(16, row.widths[0]), batch=1, frames=2)
+        assert case.function()(**case.inputs(torch.float32)).shape[0] == 1
+
+
+def test_static_gate_rejects():
+    """The rules themselves, on results made up for the purpose."""
+    row = replace(GENERAL, kernel="ladder_fwd")
+    fine = static_check.Compiled(row, "ladder_fwd_kernel", 96, "bf16", 90, 128, 16, 16, 50000, 8, 0, 2)
+    assert static_check._problem(fine) == ""
+    assert "spills 40 bytes" in static_check._problem(replace(fine, spill_loads=24))
+    assert static_check._problem(replace(fine, spill_loads=24, width=384)) == ""
+    assert static_check._problem(replace(fine, spill_loads=24, sm=80)) == ""
+    assert "do not use wgmma" in static_check._problem(replace(fine, wgmma=0, mma=4))
+    assert static_check._problem(replace(fine, wgmma=0, mma=4, row=replace(row, mma="hmma"))) == ""
+    assert "shared memory" in static_check._problem(replace(fine, sm=86, shared=120000))
+
+
+@pytest.mark.parametrize("sm", [90, 86])
+def test_static_gate_on_representative_rows(sm):
+    """Width 96 (whisper-small at reduction factor 8) of every kernel; `tune --check` does the whole table."""
+    pytest.importorskip("triton")
+    result = run_tune("--check", "--sm", str(sm), "--width", "96")
+    assert result.returncode == 0, result.stdout + result.stderr
+    for name in {row.kernel for row in tuning.TABLE if row.widths[0] <= 96 <= row.widths[1]}:
+        assert f"{name}_kernel" in result.stdout
+
+
+def test_rows_of_a_search_become_lines_of_the_table(tmp_path):
+    found = replace(GENERAL, kernel="ladder_fwd", widths=(96, 96), reason="0.5 ms, 0.6 before", mma="hmma")
+    path = tmp_path / "card.json"
+    path.write_text(json.dumps({"device": "Card", "capability": [8, 9], "rows": [vars(found)]}))
+    result = run_tune("--rows", str(path))
+    row = eval(f"[{result.stdout}]", {"Row": tuning.Row})[0]
+    assert row == replace(found, family="consumer", reason="Card: 0.5 ms, 0.6 before")
+    path.write_text("{}")
+    result = run_tune("--rows", str(path))
+    assert result.returncode == 1 and "holds no rows that a search wrote" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_search_tries_the_row_itself_first():
+    row = replace(GENERAL, blocks={"BLOCK_M": 32}, num_warps=4, num_stages=2)
+    found = list(tune.candidates(row))
+    assert found[0] == row and len(found) == len({str(c) for c in found}) == 18
+
+
+CARD = "NVIDIA Card"
+
+
+@pytest.fixture
+def card(monkeypatch, tmp_path):
+    """A made-up GPU with an empty folder for its rows, and a search that finds at once; notes its calls."""
+    pytest.importorskip("triton")
+    calls = []
+
+    def search(row, *_):
+        calls.append(row)
+        return replace(row, reason="found")
+
+    monkeypatch.setenv("MEFT_KERNELS_TUNING_DIR", str(tmp_path / "rows"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: CARD)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(tune, "search", search)
+    tuning.device_rows.cache_clear()
+    yield calls
+    tuning.device_rows.cache_clear()
+
+
+SEARCH = ["--op", "ladder", "--width", "96"]
+
+
+def complaint(capsys):
+    """The one line that a command wrote to standard error."""
+    text = capsys.readouterr().err
+    assert text.startswith("meft_kernels.tune: ") and text.count("\n") == 1, text
+    return text
+
+
+def test_a_search_is_written_and_picked_up(card, tmp_path):
+    assert tune.main(SEARCH) == 0
+    assert [path.name for path in (tmp_path / "rows").iterdir()] == ["nvidia-card.json"]
+    assert tuning.device_rows(CARD) == tuple(replace(row, reason="found") for row in card)
+
+
+@pytest.mark.parametrize("under", ["file", "file/below", "folder"])
+def test_a_file_that_cannot_be_written_is_found_before_the_search(card, under, monkeypatch, tmp_path, capsys):
+    (tmp_path / "file").write_text("a file")
+    (tmp_path / "folder" / "nvidia-card.json").mkdir(parents=True)
+    monkeypatch.setenv("MEFT_KERNELS_TUNING_DIR", str(tmp_path / under))
+    assert tune.main(SEARCH) == 1 and not card
+    message = complaint(capsys)
+    assert f"cannot write {tmp_path / under / 'nvidia-card.json'}: " in message
+    assert "MEFT_KERNELS_TUNING_DIR" in message
+
+
+@pytest.mark.parametrize("damaged", ["{", "[]", '{"rows": [{"kernel": "x"}]}'])
+def test_tuning_again_replaces_a_damaged_file(card, damaged, tmp_path, capsys):
+    path = tuning.device_file(CARD)
+    path.parent.mkdir()
+    path.write_text(damaged)
+    assert tune.main(SEARCH) == 0
+    assert f"replacing {path}, which is now nvidia-card.damaged" in capsys.readouterr().out
+    assert len(tuning.device_rows(CARD)) == len(card) > 0
+    assert path.with_suffix(".damaged").read_text() == damaged
+
+
+def test_a_full_disk_leaves_the_old_rows_and_nothing_beside_them(card, monkeypatch, capsys):
+    resource = pytest.importorskip("resource")
+    assert tune.main(SEARCH) == 0
+    path, before = tuning.device_file(CARD), resource.getrlimit(resource.RLIMIT_FSIZE)
+    content = path.read_bytes()
+
+    def fill(row, *_):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+        return replace(row, widths=(96, 96))
+
+    monkeypatch.setattr(tune, "search", fill)
+    try:
+        status = tune.main(SEARCH)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert status == 1 and f"cannot write {path}: File too large" in complaint(capsys)
+    assert path.read_bytes() == content and list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--batch", "0"], "--batch: must be a positive integer, got '0'"),
+        (["--batch", "-4"], "--batch: must be a positive integer, got '-4'"),
+        (["--frames", "0"], "--frames: must be a positive integer, got '0'"),
+        (["--check", "--width", "0"], "--width: must be a positive integer, got '0'"),
+        (["--check", "--width", "-96"], "--width: must be a positive integer, got '-96'"),
+        (["--seconds", "-1"], "--seconds: must be a number of seconds, 0 or more, got '-1'"),
+        (["--seconds", "nan"], "--seconds: must be a number of seconds, 0 or more, got 'nan'"),
+        (["--op", "nothing"], "--op: invalid choice: 'nothing'"),
+        (["--sm", "7"], "--sm: invalid choice: 7"),
+        (["--nothing"], "unrecognized arguments: --nothing"),
+    ],
+)
+def test_a_command_line_that_makes_no_sense_takes_one_line(card, arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        tune.main(arguments)
+    assert stop.value.code == 2 and not card
+    assert message in complaint(capsys)
+
+
+@pytest.mark.parametrize("mode", [["--check"], ["--dry-run"], []])
+def test_a_width_that_no_row_serves_takes_one_line(card, mode, capsys):
+    assert tune.main([*mode, "--op", "ladder", "--width", "100000"]) == 1 and not card
+    assert "no row of the table serves op ladder at width 100000; the reference does" in complaint(capsys)
+
+
+def test_check_compiles_any_width_that_a_row_serves(card, monkeypatch, capsys):
+    """7 is no width of Whisper's, and the library would use the row there."""
+    asked = []
+
+    def compiled(row, sm, width, dtype):
+        asked.append(row.kernel)
+        yield static_check.Compiled(row, row.kernel, width, dtype, sm)
+
+    monkeypatch.setattr(static_check, "check_row", compiled)
+    assert tune.main(["--check", "--sm", "90", "--width", "7"]) == 0
+    assert sorted(asked) == sorted({r.kernel for r in tuning.TABLE if tuning.choose(r.kernel, 7)})
+    assert f"{len(asked)} kernels compiled, 0 with problems" in capsys.readouterr().out
+
+
+def test_dry_run_prints_each_candidate_as_it_is_compiled(card, monkeypatch, capsys):
+    shown = []
+
+    def compiled(row, sm, width, dtype):
+        shown.append(capsys.readouterr().out)
+        spills = 40 if row.num_warps == 4 else 0
+        yield static_check.Compiled(row, row.kernel, width, dtype, sm, spill_loads=spills)
+
+    monkeypatch.setattr(static_check, "check_row", compiled)
+    assert tune.main(["--dry-run", "--op", "eight_bit", "--width", "384", "--sm", "90"]) == 0
+    assert "eight_bit_channels width 384 sm_90:" in shown[0]
+    assert "8 warps 1 stages  ok" in shown[1] and "4 warps 1 stages  spills 40 bytes" in shown[2]
+    assert all("stages  " in text for text in shown[1:])
+    row = tuning.choose("eight_bit_decode", 384)
+    good = sum(each.num_warps != 4 for each in tune.candidates(row))
+    assert f"  {good} candidates pass" in capsys.readouterr().out
+    assert len(list(tune.passing(row, 90, 384, "bf16"))) == good
+
+
+def test_tune_command_needs_a_gpu_to_search():
+    pytest.importorskip("triton")
+    if not torch.cuda.is_available():
+        result = run_tune(*SEARCH)
+        assert result.returncode == 1 and "a CUDA device is needed" in result.stderr
+        assert result.stderr.count("meft_kernels.tune") == 1 and "Traceback" not in result.stderr
