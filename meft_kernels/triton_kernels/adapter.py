@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import tuning
 from ..reference import adapter as reference
 from ..reference.common import NORM_EPS, matmul, row_blocks
+from ..tune.row import TORCH_TYPES, Row
 from .blocks import (
     adapter_pair,
     adapter_pair_bwd,
@@ -32,7 +32,7 @@ from .blocks import (
     store_sums,
     vector_pair,
 )
-from .host import POINTERS, TORCH_TYPES, aligned, compile_arguments, launch, on_device, row_for, split_product
+from .host import POINTERS, aligned, compile_arguments, launch, on_device, row_for, split_product
 
 # Programs that the weights' gradient is split into; its partial sums take 8 * R * BLOCK_H bytes each.
 _WEIGHT_PROGRAMS = 512
@@ -268,7 +268,7 @@ def adapter_bwd_hidden_kernel(
     tl.store(part_ptr + pid * H + column, tl.sum(dp, 0), mask=column < H)
 
 
-def fitted(row: tuning.Row, dtype: torch.dtype, width: int) -> tuning.Row:
+def fitted(row: Row, dtype: torch.dtype, width: int) -> Row:
     """The row itself, or in fp32 blocks of at most 32 (above side width 128: 16) rows and hidden columns and
     no copies ahead: twice the bytes, and products of a kind that needs more registers."""
     if dtype != torch.float32:
@@ -277,7 +277,7 @@ def fitted(row: tuning.Row, dtype: torch.dtype, width: int) -> tuning.Row:
     return replace(row, blocks={name: min(size, largest) for name, size in row.blocks.items()}, num_stages=1)
 
 
-def options(row: tuning.Row) -> dict:
+def options(row: Row) -> dict:
     """Launch options of a row."""
     return {"num_warps": row.num_warps, "num_stages": row.num_stages}
 
@@ -297,13 +297,13 @@ def packed(
     return weight_1, bias_1.contiguous(), weight_2
 
 
-def row_constants(row: tuning.Row, width: int) -> dict:
+def row_constants(row: Row, width: int) -> dict:
     """The constexpr arguments of a kernel without products at side width ``width``."""
     whole, tail = chunks(width)
     return {"R": width, "R0": whole, "R1": tail, **row.blocks}
 
 
-def constants(row: tuning.Row, width: int, hidden: int) -> dict:
+def constants(row: Row, width: int, hidden: int) -> dict:
     """The constexpr arguments of a kernel with products at side width ``width`` and packed hidden width."""
     return {**row_constants(row, width), "HIDDEN": hidden}
 
@@ -473,7 +473,7 @@ def pointer_types(function, dtype: str, wide: tuple[str, ...] = ()) -> dict[str,
     return found
 
 
-def static_launches(row: tuning.Row, dtype: str, width: int) -> Iterator[tuple]:
+def static_launches(row: Row, dtype: str, width: int) -> Iterator[tuple]:
     """The row's kernel as ``triton.compile`` takes it: UniPT's adapter of a backbone 8 times as wide as its
     side ``width``; the width of ``adapter_bwd_hidden`` is the hidden one."""
     row = fitted(row, TORCH_TYPES[dtype], width)

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import tuning
 from ..reference import eight_bit as reference
+from ..tune.row import Row
 from .host import POINTERS, aligned, compile_arguments, launch, on_device, row_for
 
 # Programs work through STEPS tiles of BLOCK_M rows, one tile of BLOCK_N columns wide. They count column tiles
@@ -159,13 +159,13 @@ def eight_bit_decode_kernel(
         tl.store(out_ptr + offset, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def _grid(row: tuning.Row, rows: int, width: int) -> tuple[int, int]:
+def _grid(row: Row, rows: int, width: int) -> tuple[int, int]:
     """Groups of rows, and programs in all."""
     groups = triton.cdiv(rows, row.blocks["BLOCK_M"] * row.blocks["STEPS"])
     return groups, groups * triton.cdiv(width, row.blocks["BLOCK_N"])
 
 
-def _options(row: tuning.Row) -> dict:
+def _options(row: Row) -> dict:
     return {**row.blocks, "num_warps": row.num_warps, "num_stages": row.num_stages}
 
 
@@ -243,7 +243,7 @@ def decode(
     return out.view(code.shape)
 
 
-def static_launches(row: tuning.Row, dtype: str, width: int) -> Iterator[tuple]:
+def static_launches(row: Row, dtype: str, width: int) -> Iterator[tuple]:
     """The row's kernel as ``triton.compile`` takes it, for rows ``width`` wide; the decoding one of x."""
     kernels = {
         "eight_bit_channels": (eight_bit_channels_kernel, {}),

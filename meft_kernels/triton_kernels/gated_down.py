@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import tuning
 from ..reference import gated_down as reference
 from ..reference.common import matmul
+from ..tune.row import Row
 from .host import POINTERS, aligned, compile_arguments, launch, on_device, row_for, split_product
 
 BLOCK_ROWS = 2**16
@@ -212,7 +212,7 @@ def gated_down_bwd_hidden_kernel(
     tl.store(hidden_part_ptr + tile * R + column, tl.sum(total, 0), mask=column < R)
 
 
-def _launch(kernel, row: tuning.Row, width: int, rows: int, *arguments: Tensor) -> None:
+def _launch(kernel, row: Row, width: int, rows: int, *arguments: Tensor) -> None:
     """Runs a kernel over all tiles of a (rows, width) matrix."""
     programs = triton.cdiv(rows, row.blocks["BLOCK_M"]) * triton.cdiv(width, row.blocks["BLOCK_N"])
     launch(
@@ -226,7 +226,7 @@ def _launch(kernel, row: tuning.Row, width: int, rows: int, *arguments: Tensor) 
     )
 
 
-def _constants(row: tuning.Row, width: int) -> dict:
+def _constants(row: Row, width: int) -> dict:
     return {"R": width, "PRECISION": "ieee", **row.blocks}
 
 
@@ -319,7 +319,7 @@ def backward(
     return [grad_x.view(x.shape) if need_x else grad_x, *grads]
 
 
-def static_launches(row: tuning.Row, dtype: str, width: int) -> Iterator[tuple]:
+def static_launches(row: Row, dtype: str, width: int) -> Iterator[tuple]:
     """The row's kernel: function, signature, constexprs and attributes, as ``triton.compile`` takes them."""
     function = {
         "gated_down_fwd": gated_down_fwd_kernel,

@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import tuning
 from ..reference import gated_up as reference
 from ..reference.common import GATE_TEMPERATURE
+from ..tune.row import Row
 from .host import POINTERS, aligned, compile_arguments, launch, on_device, row_for, split_product
 
 # Rows are frames of all utterances, R the side width, D the backbone's. Programs count column tiles first.
@@ -121,7 +121,7 @@ def gated_up_bwd_kernel(
     tl.store(grad_y_ptr + offset, total.to(grad_y_ptr.dtype.element_ty), mask=inside)
 
 
-def _constants(row: tuning.Row, backbone: int, side: int, **flags: bool) -> dict:
+def _constants(row: Row, backbone: int, side: int, **flags: bool) -> dict:
     return {"D": backbone, "R": side, "PRECISION": "ieee", **flags, **row.blocks}
 
 
@@ -204,7 +204,7 @@ def backward(
     ]
 
 
-def static_launches(row: tuning.Row, dtype: str, width: int) -> Iterator[tuple]:
+def static_launches(row: Row, dtype: str, width: int) -> Iterator[tuple]:
     """The row's kernel, the backward with dh, in front of a backbone 8 times as wide: function, signature,
     constexprs and attributes, as ``triton.compile`` takes them."""
     if row.kernel == "gated_up_fwd":

@@ -16,10 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import tuning
 from ..reference import guidance as reference
 from ..reference.common import GUIDANCE_EPS
-from .host import POINTERS, TORCH_TYPES, aligned, compile_arguments, launch, on_device, row_for
+from ..tune.row import TORCH_TYPES, Row
+from .host import POINTERS, aligned, compile_arguments, launch, on_device, row_for
 
 MAX_SLOTS = 32  # shallow layers, one slot each; more go to the reference
 
@@ -205,7 +205,7 @@ def _slots(layers: int) -> int:
     return max(16, triton.next_power_of_2(layers))  # tl.dot needs 16
 
 
-def _constants(row: tuning.Row, dtype: torch.dtype, width: int, layers: int) -> dict:
+def _constants(row: Row, dtype: torch.dtype, width: int, layers: int) -> dict:
     """The constexpr arguments of a row's kernel for K ``layers``."""
     wide = dtype == torch.float32
     constants = {"D": width, "SLOTS": _slots(layers), "EPS": GUIDANCE_EPS, "PRECISION": "ieee", **row.blocks}
@@ -286,7 +286,7 @@ def backward(grad: Tensor, weight: Tensor, bias: Tensor, features: list[Tensor])
     ]
 
 
-def static_launches(row: tuning.Row, dtype: str, width: int) -> Iterator[tuple]:
+def static_launches(row: Row, dtype: str, width: int) -> Iterator[tuple]:
     """The row's kernel at the layer counts of whisper-small (K = 10) and whisper-large (K = 30): function,
     signature, constexprs and attributes, as ``triton.compile`` takes them."""
     kind = POINTERS[dtype]

@@ -6,24 +6,21 @@ import torch
 import triton
 from torch import Tensor
 
-from .. import tuning
 from ..reference import stand_in
 from ..reference.common import matmul
+from ..tune import choice
+from ..tune.row import TORCH_TYPES, Row
 
-# Triton's and torch's words for the activation types.
-POINTERS = {"fp16": "*fp16", "bf16": "*bf16", "fp32": "*fp32"}
-TORCH_TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-
-
+POINTERS = {name: f"*{name}" for name in TORCH_TYPES}  # to activations, in Triton's words
 GROUP_ROWS = 1024  # of split_product, for results of up to 128 x 128
 
 
-def row_for(kernel: str, x: Tensor, width: int) -> tuning.Row | None:
+def row_for(kernel: str, x: Tensor, width: int) -> Row | None:
     """The table's row for a kernel at a width on the device of x, or None where the reference has to serve:
     in float64, and at widths that no row covers."""
     if x.dtype == torch.float64:
         return None
-    return tuning.choose(kernel, width, stand_in.capability(x.device))
+    return choice.choose(kernel, width, stand_in.capability(x.device))
 
 
 def on_device(x: Tensor) -> AbstractContextManager:

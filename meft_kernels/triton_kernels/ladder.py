@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import tuning
 from ..reference import ladder as reference
 from ..reference.common import GATE_TEMPERATURE, NORM_EPS
+from ..tune.row import TORCH_TYPES, Row
 from .adapter import (
     constants,
     fitted,
@@ -38,7 +38,7 @@ from .blocks import (
     store_sums,
     vector_pair,
 )
-from .host import TORCH_TYPES, aligned, compile_arguments, launch, on_device, row_for
+from .host import aligned, compile_arguments, launch, on_device, row_for
 from .norm_linear import folded_gradients, projected, store_scaled, unfold_pair
 
 
@@ -399,7 +399,7 @@ def _split_gradients(
 _FLOAT = ("raw_ptr", "mean_ptr", "rstd_ptr", "centre_ptr", "down_bias_ptr", "gate_ptr", "mixed_ptr")
 
 
-def static_launches(row: tuning.Row, dtype: str, width: int) -> Iterator[tuple]:
+def static_launches(row: Row, dtype: str, width: int) -> Iterator[tuple]:
     """The row's kernel as ``triton.compile`` takes it, for side width ``width`` and 256 hidden columns."""
     row = fitted(row, TORCH_TYPES[dtype], width)
     function = globals()[f"{row.kernel}_kernel"]

@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import tuning
 from ..reference import norm_linear as reference
 from ..reference.common import matmul, row_blocks, standardize_bwd
+from ..tune.row import Row
 from .blocks import chunks, load_pair, store_pair, store_sums, vector_pair
 from .host import POINTERS, aligned, compile_arguments, launch, on_device, row_for, split_product
 
@@ -122,7 +122,7 @@ def folded_gradients(
     return grad_x, grad_weight
 
 
-def _constants(row: tuning.Row, width: int) -> dict:
+def _constants(row: Row, width: int) -> dict:
     whole, tail = chunks(width)
     return {"R": width, "R0": whole, "R1": tail, **row.blocks}
 
@@ -194,7 +194,7 @@ def backward(
     ]
 
 
-def static_launches(row: tuning.Row, dtype: str, width: int) -> Iterator[tuple]:
+def static_launches(row: Row, dtype: str, width: int) -> Iterator[tuple]:
     """The row's kernel as ``triton.compile`` takes it, for side width ``width`` and fp32 parameters."""
     statistics = {"mean_ptr": "*fp32", "rstd_ptr": "*fp32"}
     if row.kernel == "norm_linear_fwd":

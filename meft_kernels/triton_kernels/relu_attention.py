@@ -21,12 +21,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .. import tuning
 from ..reference import relu_attention as reference
 from ..reference import stand_in
 from ..reference.common import ATTENTION_EPS
+from ..tune.row import TORCH_TYPES, Row
 from .blocks import chunks, store_sums
-from .host import POINTERS, TORCH_TYPES, aligned, compile_arguments, launch, on_device, row_for
+from .host import POINTERS, aligned, compile_arguments, launch, on_device, row_for
 
 FP32_WIDTH = 192  # widest rows of the kernels in fp32
 
@@ -343,13 +343,13 @@ def relu_attention_bwd_features_kernel(
         _store_with_share(grad_features_ptr, y1, gate, grad_ptr, share_ptr, key, keys, frames, R, R0, R1)
 
 
-def _row(kernel: str, x: Tensor) -> tuning.Row | None:
+def _row(kernel: str, x: Tensor) -> Row | None:
     """The row for a kernel, or None where the reference has to serve."""
     row = row_for(f"relu_attention_{kernel}", x, x.shape[-1])
     return None if row is None else _for_type(row, x.dtype, x.shape[-1])
 
 
-def _for_type(row: tuning.Row, dtype: torch.dtype, width: int) -> tuning.Row | None:
+def _for_type(row: Row, dtype: torch.dtype, width: int) -> Row | None:
     """fp32 has no matrix instructions and twice the bytes: larger tiles than 16 x 16 spill kilobytes, and
     wide rows are better off with the vendor library."""
     if dtype != torch.float32:
@@ -358,23 +358,23 @@ def _for_type(row: tuning.Row, dtype: torch.dtype, width: int) -> tuning.Row | N
     return small if width <= FP32_WIDTH else None
 
 
-def _constants(row: tuning.Row, width: int) -> dict:
+def _constants(row: Row, width: int) -> dict:
     first, second = chunks(width)
     constants = {"R": width, "R0": first, "R1": second, **row.blocks}
     divides = row.kernel in ("relu_attention_fwd", "relu_attention_bwd_anchor")
     return {**constants, "EPS": ATTENTION_EPS} if divides else constants
 
 
-def _options(row: tuning.Row) -> dict:
+def _options(row: Row) -> dict:
     return {"num_warps": row.num_warps, "num_stages": row.num_stages}
 
 
-def _uses_descriptors(row: tuning.Row, width: int, dtype: torch.dtype) -> bool:
+def _uses_descriptors(row: Row, width: int, dtype: torch.dtype) -> bool:
     """Whether a row is for a GPU with the copy engine, and rows of x start at multiples of 16 bytes."""
     return row.family == "hopper" and width * dtype.itemsize % 16 == 0
 
 
-def _descriptors(x: Tensor, row: tuning.Row, size: int) -> tuple:
+def _descriptors(x: Tensor, row: Row, size: int) -> tuple:
     """Descriptors of (clips, rows, R) in tiles of ``size`` rows by R0 and by R1 columns; (None, None) where
     the kernel has to load through pointers."""
     width = x.shape[-1]
@@ -384,7 +384,7 @@ def _descriptors(x: Tensor, row: tuning.Row, size: int) -> tuple:
     return first, second
 
 
-def _keys(slab: Tensor, lengths: Tensor | None, row: tuning.Row) -> tuple:
+def _keys(slab: Tensor, lengths: Tensor | None, row: Row) -> tuple:
     """Descriptors of the keys. The copy engine knows the slab's end and no clip's, so that with lengths it
     reads a copy with padding zeroed."""
     layers, batch, frames, width = slab.shape
@@ -394,7 +394,7 @@ def _keys(slab: Tensor, lengths: Tensor | None, row: tuning.Row) -> tuple:
     return _descriptors(slab.view(layers * batch, frames, width), row, row.blocks["BLOCK_N"])
 
 
-def _sums(slab: Tensor, factor: Tensor | None, counts: Tensor | None, row: tuning.Row) -> Tensor:
+def _sums(slab: Tensor, factor: Tensor | None, counts: Tensor | None, row: Row) -> Tensor:
     """Sums over frames of slab or slab * factor, (n, B, T, r) and (B, T, r) -> (n, B, r) fp32."""
     layers, batch, frames, width = slab.shape
     sums = torch.empty(layers, batch, width, dtype=torch.float32, device=slab.device)
@@ -414,7 +414,7 @@ def _sums(slab: Tensor, factor: Tensor | None, counts: Tensor | None, row: tunin
 
 
 def _prepare(
-    anchor: Tensor, weight: Tensor, lengths: Tensor | None, slab: Tensor, row: tuning.Row
+    anchor: Tensor, weight: Tensor, lengths: Tensor | None, slab: Tensor, row: Row
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Valid frames (B,) int32, what divides their sums (B,), softmax gates (B, n), and the means (B, r) and
     (B, n, r) behind them. The bias of the confidences shifts them all and does not count."""
@@ -540,7 +540,7 @@ def backward(
     ]
 
 
-def static_launches(row: tuning.Row, dtype: str, width: int) -> Iterator[tuple]:
+def static_launches(row: Row, dtype: str, width: int) -> Iterator[tuple]:
     """The row's kernel: function, signature, constexprs and attributes, as ``triton.compile`` takes them."""
     row = _for_type(row, TORCH_TYPES[dtype], width)
     if row is None:

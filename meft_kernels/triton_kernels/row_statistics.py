@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import tuning
 from ..reference.common import NORM_EPS
 from ..reference.common import row_statistics as reference
+from ..tune.row import Row
 from .host import POINTERS, aligned, compile_arguments, launch, on_device, row_for
 
 
@@ -36,7 +36,7 @@ def row_statistics_kernel(
     tl.store(rstd_ptr + row, rstd, mask=row < rows)
 
 
-def _constants(row: tuning.Row, width: int) -> dict:
+def _constants(row: Row, width: int) -> dict:
     return {"D": width, "PADDED_D": triton.next_power_of_2(width), "EPS": NORM_EPS, **row.blocks}
 
 
@@ -58,7 +58,7 @@ def forward(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean.view(x.shape[:-1]), rstd.view(x.shape[:-1])
 
 
-def static_launches(row: tuning.Row, dtype: str, width: int) -> Iterator[tuple]:
+def static_launches(row: Row, dtype: str, width: int) -> Iterator[tuple]:
     """The kernel as ``triton.compile`` takes it, for rows ``width`` wide."""
     types = {"x_ptr": POINTERS[dtype], "mean_ptr": "*fp32", "rstd_ptr": "*fp32", "rows": "i32"}
     yield compile_arguments(row_statistics_kernel, types, _constants(row, width))

@@ -62,7 +62,7 @@ def test_real_arguments_are_understood(tmp_path, monkeypatch, capsys):
 
     from benchmarks import run as run_ops
     from benchmarks import train_step
-    from meft_kernels import tune
+    from meft_kernels.tune import __main__ as tune
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     mains = {"benchmarks.train_step": train_step, "benchmarks.run": run_ops, "meft_kernels.tune": tune}

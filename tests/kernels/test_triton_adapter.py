@@ -7,12 +7,12 @@ pytest.importorskip("triton")
 
 from triton_fixtures import DEVICE, assert_as_good_as_reference, run
 
-from meft_kernels import tuning
 from meft_kernels.reference import adapter as reference
 from meft_kernels.reference import common
 from meft_kernels.testing import Case
 from meft_kernels.triton_kernels import adapter as kernel
 from meft_kernels.triton_kernels import host
+from meft_kernels.tune import choice
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 TYPES = [torch.float32, torch.float16]
@@ -31,7 +31,7 @@ def check(case: Case, dtype: torch.dtype, draws: int = 2):
 
 
 def test_both_backwards_are_covered():
-    assert tuning.choose("adapter_bwd", 192) and not tuning.choose("adapter_bwd", LIBRARY_SIDE)
+    assert choice.choose("adapter_bwd", 192) and not choice.choose("adapter_bwd", LIBRARY_SIDE)
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)

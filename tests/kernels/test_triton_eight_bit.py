@@ -11,10 +11,12 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 from triton_fixtures import DEVICE  # noqa: E402
 
-from meft_kernels import ops, reference, self_check, tuning, use_backend  # noqa: E402
+from meft_kernels import ops, reference, self_check, use_backend  # noqa: E402
 from meft_kernels.reference import eight_bit as definition  # noqa: E402
 from meft_kernels.testing import relative_error  # noqa: E402
 from meft_kernels.triton_kernels import eight_bit as kernel  # noqa: E402
+from meft_kernels.tune import choice  # noqa: E402
+from meft_kernels.tune.table import TABLE  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 TYPES = [torch.float32, torch.float16]
@@ -24,8 +26,8 @@ EVERY_CODE = torch.arange(256, dtype=torch.uint8, device=DEVICE)
 @contextmanager
 def small_groups():
     """Groups of 32 rows, so that few rows are many groups; and the interpreter is slow."""
-    rows = (row for row in tuning.TABLE if row.kernel.startswith("eight_bit"))
-    with tuning.trial(*(replace(row, blocks={**row.blocks, "STEPS": 2}) for row in rows)):
+    rows = (row for row in TABLE if row.kernel.startswith("eight_bit"))
+    with choice.trial(*(replace(row, blocks={**row.blocks, "STEPS": 2}) for row in rows)):
         yield
 
 

@@ -7,11 +7,11 @@ pytest.importorskip("triton")
 
 from triton_fixtures import DEVICE, assert_as_good_as_reference, run
 
-from meft_kernels import tuning
 from meft_kernels.reference import gated_down as reference
 from meft_kernels.testing import Case
 from meft_kernels.triton_kernels import gated_down as kernel
 from meft_kernels.triton_kernels import host
+from meft_kernels.tune import choice
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 TYPES = [torch.float32, torch.float16]
@@ -117,5 +117,5 @@ def test_what_no_row_serves_goes_to_the_reference(monkeypatch):
         assert all(torch.equal(got[name], expected[name]) for name in expected)
 
     same(torch.float64)
-    monkeypatch.setattr(tuning, "choose", lambda *_: None)
+    monkeypatch.setattr(choice, "choose", lambda *_: None)
     same(torch.float32)

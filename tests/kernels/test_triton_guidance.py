@@ -9,10 +9,10 @@ pytest.importorskip("triton")
 
 from triton_fixtures import DEVICE, assert_as_good_as_reference, convert, run
 
-from meft_kernels import tuning
 from meft_kernels.reference import guidance as reference
 from meft_kernels.testing import Case
 from meft_kernels.triton_kernels import guidance as kernel
+from meft_kernels.tune import choice
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "few_groups")
 TYPES = [torch.float32, torch.float16]
@@ -21,8 +21,8 @@ TYPES = [torch.float32, torch.float16]
 @pytest.fixture
 def few_groups():
     """Two tiles of frames per program: more than one program in small cases, and less to interpret."""
-    row = tuning.choose("guidance_bwd", 24)
-    with tuning.trial(replace(row, blocks={**row.blocks, "GROUPS": 2})):
+    row = choice.choose("guidance_bwd", 24)
+    with choice.trial(replace(row, blocks={**row.blocks, "GROUPS": 2})):
         yield
 
 
@@ -177,7 +177,7 @@ def test_what_no_row_serves_goes_to_the_reference(monkeypatch):
         expected = run(reference, inputs, grad, names(change))
         got = run(kernel, inputs, grad, names(change))
         assert all(torch.equal(got[name], expected[name]) for name in expected)
-    monkeypatch.setattr(tuning, "choose", lambda *_: None)
+    monkeypatch.setattr(choice, "choose", lambda *_: None)
     inputs, grad = draw(case, torch.float32)
     expected = run(reference, inputs, grad, names(case))
     got = run(kernel, inputs, grad, names(case))

@@ -7,11 +7,12 @@ pytest.importorskip("triton")
 
 from triton_fixtures import DEVICE, assert_as_good_as_reference, run
 
-from meft_kernels import reference, tuning
+from meft_kernels import reference
 from meft_kernels.reference import ladder as definition
 from meft_kernels.testing import Case, relative_error
 from meft_kernels.triton_kernels import adapter
 from meft_kernels.triton_kernels import ladder as kernel
+from meft_kernels.tune import choice
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 TYPES = [torch.float32, torch.float16]
@@ -40,8 +41,8 @@ def check(case: Case, dtype: torch.dtype, draws: int = 2, need_x: bool = True, c
 
 def test_all_backwards_are_covered():
     inner, outer = SPLIT_SIDES
-    assert tuning.choose("ladder_bwd", 96) and not tuning.choose("ladder_bwd", inner)
-    assert tuning.choose("adapter_bwd", inner) and not tuning.choose("adapter_bwd", outer)
+    assert choice.choose("ladder_bwd", 96) and not choice.choose("ladder_bwd", inner)
+    assert choice.choose("adapter_bwd", inner) and not choice.choose("adapter_bwd", outer)
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)

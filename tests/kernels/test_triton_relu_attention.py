@@ -9,10 +9,11 @@ pytest.importorskip("triton")
 
 from triton_fixtures import DEVICE, assert_as_good_as_reference, run
 
-from meft_kernels import tuning
 from meft_kernels.reference import relu_attention as reference
 from meft_kernels.testing import Case
 from meft_kernels.triton_kernels import relu_attention as kernel
+from meft_kernels.tune import choice
+from meft_kernels.tune.table import TABLE
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "small_blocks")
 TYPES = [torch.float32, torch.float16]
@@ -31,10 +32,10 @@ def small_blocks():
     if DEVICE == "cuda":
         yield
         return
-    rows = [tuning.choose(name, 24) for name in KERNELS]
+    rows = [choice.choose(name, 24) for name in KERNELS]
     small = [replace(row, widths=(1, 192), blocks=dict.fromkeys(row.blocks, 16)) for row in rows]
     small[2].blocks["BLOCK_N"] = 32
-    with tuning.trial(*small):
+    with choice.trial(*small):
         yield
 
 
@@ -64,8 +65,8 @@ def test_widths(side, dtype):
 @pytest.mark.parametrize("side", [24, 48, 160])
 def test_loads_through_pointers(side, masked):
     """As in the rows for every family; the others' kernels use descriptors."""
-    rows = [tuning.choose(name, side) for name in KERNELS]
-    with tuning.trial(*(replace(row, family="any") for row in rows)):
+    rows = [choice.choose(name, side) for name in KERNELS]
+    with choice.trial(*(replace(row, family="any") for row in rows)):
         check(Case("relu_attention", batch=2, frames=21, side=side, layers=2, masked=masked), torch.float16)
 
 
@@ -84,9 +85,9 @@ def test_layers(layers):
 @pytest.mark.parametrize("name", KERNELS)
 def test_blocks_of_the_table(name):
     """The table's own block sizes, with tails behind them."""
-    row = tuning.choose(name, 24)
-    with tuning.trial(*(row for row in tuning.TABLE if row.kernel in KERNELS)):
-        assert tuning.choose(name, 24).blocks != row.blocks or DEVICE == "cuda"
+    row = choice.choose(name, 24)
+    with choice.trial(*(row for row in TABLE if row.kernel in KERNELS)):
+        assert choice.choose(name, 24).blocks != row.blocks or DEVICE == "cuda"
         check(Case("relu_attention", batch=1, frames=150, side=24, layers=2, masked=True), torch.float16)
 
 
@@ -224,8 +225,8 @@ def test_what_no_row_serves_goes_to_the_reference(missing, monkeypatch):
     case = Case("relu_attention", frames=10)
     inputs, grad = draw(case, torch.float64 if missing is None else torch.float32)
     if missing is not None:
-        choose = tuning.choose
-        monkeypatch.setattr(tuning, "choose", lambda name, *a: None if name == missing else choose(name, *a))
+        choose = choice.choose
+        monkeypatch.setattr(choice, "choose", lambda name, *a: None if name == missing else choose(name, *a))
     expected = run(reference, inputs, grad, names(case))
     got = run(kernel, inputs, grad, names(case))
     served = ["out"] if missing == "relu_attention_fwd" else names(case)

@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from meft_kernels import static_check, tune, tuning
+from meft_kernels.tune import __main__ as command
+from meft_kernels.tune import choice, device_file, search, static_check
+from meft_kernels.tune.row import FAMILIES, Row, sm_of
+from meft_kernels.tune.table import TABLE
 
 ROOT = Path(__file__).parents[2]
-GENERAL = tuning.Row("toy_fwd", (1, 100), {"BLOCK": 64}, 4, 2, "general")
+GENERAL = Row("toy_fwd", (1, 100), {"BLOCK": 64}, 4, 2, "general")
 EXACT = replace(GENERAL, family="consumer", blocks={"BLOCK": 32}, reason="small shared memory")
 
 
@@ -31,25 +34,25 @@ def run_tune(*arguments):
 
 
 def test_choose_prefers_the_exact_family(monkeypatch):
-    monkeypatch.setattr(tuning, "TABLE", (GENERAL, EXACT))
-    assert tuning.choose("toy_fwd", 96) is GENERAL
-    assert tuning.choose("toy_fwd", 96, (9, 0)) is GENERAL
-    assert tuning.choose("toy_fwd", 96, (8, 9)) is EXACT
-    assert tuning.choose("toy_fwd", 101) is None
-    assert tuning.choose("other", 96) is None
-    monkeypatch.setattr(tuning, "TABLE", (EXACT, GENERAL))
-    assert tuning.choose("toy_fwd", 96, (9, 0)) is GENERAL
-    monkeypatch.setattr(tuning, "TABLE", (EXACT,))
-    assert tuning.choose("toy_fwd", 96, (9, 0)) is None
+    monkeypatch.setattr(choice, "TABLE", (GENERAL, EXACT))
+    assert choice.choose("toy_fwd", 96) is GENERAL
+    assert choice.choose("toy_fwd", 96, (9, 0)) is GENERAL
+    assert choice.choose("toy_fwd", 96, (8, 9)) is EXACT
+    assert choice.choose("toy_fwd", 101) is None
+    assert choice.choose("other", 96) is None
+    monkeypatch.setattr(choice, "TABLE", (EXACT, GENERAL))
+    assert choice.choose("toy_fwd", 96, (9, 0)) is GENERAL
+    monkeypatch.setattr(choice, "TABLE", (EXACT,))
+    assert choice.choose("toy_fwd", 96, (9, 0)) is None
 
 
 def test_trial_rows_come_first_and_go_again(monkeypatch):
-    monkeypatch.setattr(tuning, "TABLE", (GENERAL,))
-    with tuning.trial(EXACT), pytest.raises(KeyError):
-        assert tuning.choose("toy_fwd", 96, (8, 6)) is EXACT
-        assert tuning.choose("toy_fwd", 96, (9, 0)) is GENERAL
+    monkeypatch.setattr(choice, "TABLE", (GENERAL,))
+    with choice.trial(EXACT), pytest.raises(KeyError):
+        assert choice.choose("toy_fwd", 96, (8, 6)) is EXACT
+        assert choice.choose("toy_fwd", 96, (9, 0)) is GENERAL
         raise KeyError
-    assert tuning.choose("toy_fwd", 96, (8, 6)) is GENERAL
+    assert choice.choose("toy_fwd", 96, (8, 6)) is GENERAL
 
 
 @pytest.mark.parametrize(
@@ -57,32 +60,32 @@ def test_trial_rows_come_first_and_go_again(monkeypatch):
     [((8, 0), 80), ((8, 6), 86), ((8, 7), 86), ((8, 9), 89), ((9, 0), 90), ((10, 3), 100), ((12, 1), 120)],
 )
 def test_architectures(capability, sm):
-    assert tuning.sm_of(capability) == sm
+    assert sm_of(capability) == sm
 
 
 def test_device_file(monkeypatch, tmp_path):
     monkeypatch.setenv("MEFT_KERNELS_TUNING_DIR", str(tmp_path))
-    tuning.device_rows.cache_clear()
-    path = tuning.device_file("NVIDIA GeForce RTX 4090")
+    device_file.read.cache_clear()
+    path = device_file.path_of("NVIDIA GeForce RTX 4090")
     assert path == tmp_path / "nvidia-geforce-rtx-4090.json"
-    assert tuning.device_rows("NVIDIA GeForce RTX 4090") == ()
-    tuning.device_rows.cache_clear()
+    assert device_file.read("NVIDIA GeForce RTX 4090") == ()
+    device_file.read.cache_clear()
     path.write_text(json.dumps({"rows": [vars(EXACT)]}), encoding="utf-8")
-    assert tuning.device_rows("NVIDIA GeForce RTX 4090") == (EXACT,)
-    tuning.device_rows.cache_clear()
+    assert device_file.read("NVIDIA GeForce RTX 4090") == (EXACT,)
+    device_file.read.cache_clear()
     for damaged in ("{", "[]", '{"rows": [{"kernel": "x"}]}'):
         path.write_text(damaged, encoding="utf-8")
         with pytest.raises(ValueError, match="rtx-4090.json holds no usable block sizes"):
-            tuning.device_rows("NVIDIA GeForce RTX 4090")
-    tuning.device_rows.cache_clear()
+            device_file.read("NVIDIA GeForce RTX 4090")
+    device_file.read.cache_clear()
 
 
 def test_every_row_has_a_reason_and_a_module():
     pytest.importorskip("triton")
-    assert tuning.TABLE
-    for row in tuning.TABLE:
+    assert TABLE
+    for row in TABLE:
         assert len(row.reason) > 10, row
-        assert row.family in {*tuning.FAMILIES.values(), "any"}
+        assert row.family in {*FAMILIES.values(), "any"}
         assert row.widths[0] <= row.widths[1]
         assert row.num_warps in (1, 2, 4, 8)
         assert static_check.module_name(row.kernel)
@@ -90,8 +93,8 @@ def test_every_row_has_a_reason_and_a_module():
 
 def test_every_row_can_be_searched():
     """Each kernel of the table has a case that its op accepts, so that no search stops half-way."""
-    for row in {row.kernel: row for row in tuning.TABLE}.values():
-        case = tune.case_for(row, max(16, row.widths[0]), batch=1, frames=2)
+    for row in {row.kernel: row for row in TABLE}.values():
+        case = search.case_for(row, max(16, row.widths[0]), batch=1, frames=2)
         assert case.function()(**case.inputs(torch.float32)).shape[0] == 1
 
 
@@ -99,13 +102,13 @@ def test_static_gate_rejects():
     """The rules themselves, on results made up for the purpose."""
     row = replace(GENERAL, kernel="ladder_fwd")
     fine = static_check.Compiled(row, "ladder_fwd_kernel", 96, "bf16", 90, 128, 16, 16, 50000, 8, 0, 2)
-    assert static_check._problem(fine) == ""
-    assert "spills 40 bytes" in static_check._problem(replace(fine, spill_loads=24))
-    assert static_check._problem(replace(fine, spill_loads=24, width=384)) == ""
-    assert static_check._problem(replace(fine, spill_loads=24, sm=80)) == ""
-    assert "do not use wgmma" in static_check._problem(replace(fine, wgmma=0, mma=4))
-    assert static_check._problem(replace(fine, wgmma=0, mma=4, row=replace(row, mma="hmma"))) == ""
-    assert "shared memory" in static_check._problem(replace(fine, sm=86, shared=120000))
+    assert static_check.problem(fine) == ""
+    assert "spills 40 bytes" in static_check.problem(replace(fine, spill_loads=24))
+    assert static_check.problem(replace(fine, spill_loads=24, width=384)) == ""
+    assert static_check.problem(replace(fine, spill_loads=24, sm=80)) == ""
+    assert "do not use wgmma" in static_check.problem(replace(fine, wgmma=0, mma=4))
+    assert static_check.problem(replace(fine, wgmma=0, mma=4, row=replace(row, mma="hmma"))) == ""
+    assert "shared memory" in static_check.problem(replace(fine, sm=86, shared=120000))
 
 
 @pytest.mark.parametrize("sm", [90, 86])
@@ -114,7 +117,7 @@ def test_static_gate_on_representative_rows(sm):
     pytest.importorskip("triton")
     result = run_tune("--check", "--sm", str(sm), "--width", "96")
     assert result.returncode == 0, result.stdout + result.stderr
-    for name in {row.kernel for row in tuning.TABLE if row.widths[0] <= 96 <= row.widths[1]}:
+    for name in {row.kernel for row in TABLE if row.widths[0] <= 96 <= row.widths[1]}:
         assert f"{name}_kernel" in result.stdout
 
 
@@ -123,7 +126,7 @@ def test_rows_of_a_search_become_lines_of_the_table(tmp_path):
     path = tmp_path / "card.json"
     path.write_text(json.dumps({"device": "Card", "capability": [8, 9], "rows": [vars(found)]}))
     result = run_tune("--rows", str(path))
-    row = eval(f"[{result.stdout}]", {"Row": tuning.Row})[0]
+    row = eval(f"[{result.stdout}]", {"Row": Row})[0]
     assert row == replace(found, family="consumer", reason="Card: 0.5 ms, 0.6 before")
     path.write_text("{}")
     result = run_tune("--rows", str(path))
@@ -133,7 +136,7 @@ def test_rows_of_a_search_become_lines_of_the_table(tmp_path):
 
 def test_a_search_tries_the_row_itself_first():
     row = replace(GENERAL, blocks={"BLOCK_M": 32}, num_warps=4, num_stages=2)
-    found = list(tune.candidates(row))
+    found = list(search.candidates(row))
     assert found[0] == row and len(found) == len({str(c) for c in found}) == 18
 
 
@@ -146,7 +149,7 @@ def card(monkeypatch, tmp_path):
     pytest.importorskip("triton")
     calls = []
 
-    def search(row, *_):
+    def fastest(row, *_):
         calls.append(row)
         return replace(row, reason="found")
 
@@ -154,10 +157,10 @@ def card(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: CARD)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    monkeypatch.setattr(tune, "search", search)
-    tuning.device_rows.cache_clear()
+    monkeypatch.setattr(search, "fastest", fastest)
+    device_file.read.cache_clear()
     yield calls
-    tuning.device_rows.cache_clear()
+    device_file.read.cache_clear()
 
 
 SEARCH = ["--op", "ladder", "--width", "96"]
@@ -171,9 +174,9 @@ def complaint(capsys):
 
 
 def test_a_search_is_written_and_picked_up(card, tmp_path):
-    assert tune.main(SEARCH) == 0
+    assert command.main(SEARCH) == 0
     assert [path.name for path in (tmp_path / "rows").iterdir()] == ["nvidia-card.json"]
-    assert tuning.device_rows(CARD) == tuple(replace(row, reason="found") for row in card)
+    assert device_file.read(CARD) == tuple(replace(row, reason="found") for row in card)
 
 
 @pytest.mark.parametrize("under", ["file", "file/below", "folder"])
@@ -181,7 +184,7 @@ def test_a_file_that_cannot_be_written_is_found_before_the_search(card, under, m
     (tmp_path / "file").write_text("a file")
     (tmp_path / "folder" / "nvidia-card.json").mkdir(parents=True)
     monkeypatch.setenv("MEFT_KERNELS_TUNING_DIR", str(tmp_path / under))
-    assert tune.main(SEARCH) == 1 and not card
+    assert command.main(SEARCH) == 1 and not card
     message = complaint(capsys)
     assert f"cannot write {tmp_path / under / 'nvidia-card.json'}: " in message
     assert "MEFT_KERNELS_TUNING_DIR" in message
@@ -189,28 +192,28 @@ def test_a_file_that_cannot_be_written_is_found_before_the_search(card, under, m
 
 @pytest.mark.parametrize("damaged", ["{", "[]", '{"rows": [{"kernel": "x"}]}'])
 def test_tuning_again_replaces_a_damaged_file(card, damaged, tmp_path, capsys):
-    path = tuning.device_file(CARD)
+    path = device_file.path_of(CARD)
     path.parent.mkdir()
     path.write_text(damaged)
-    assert tune.main(SEARCH) == 0
+    assert command.main(SEARCH) == 0
     assert f"replacing {path}, which is now nvidia-card.damaged" in capsys.readouterr().out
-    assert len(tuning.device_rows(CARD)) == len(card) > 0
+    assert len(device_file.read(CARD)) == len(card) > 0
     assert path.with_suffix(".damaged").read_text() == damaged
 
 
 def test_a_full_disk_leaves_the_old_rows_and_nothing_beside_them(card, monkeypatch, capsys):
     resource = pytest.importorskip("resource")
-    assert tune.main(SEARCH) == 0
-    path, before = tuning.device_file(CARD), resource.getrlimit(resource.RLIMIT_FSIZE)
+    assert command.main(SEARCH) == 0
+    path, before = device_file.path_of(CARD), resource.getrlimit(resource.RLIMIT_FSIZE)
     content = path.read_bytes()
 
     def fill(row, *_):
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
         return replace(row, widths=(96, 96))
 
-    monkeypatch.setattr(tune, "search", fill)
+    monkeypatch.setattr(search, "fastest", fill)
     try:
-        status = tune.main(SEARCH)
+        status = command.main(SEARCH)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert status == 1 and f"cannot write {path}: File too large" in complaint(capsys)
@@ -234,14 +237,14 @@ def test_a_full_disk_leaves_the_old_rows_and_nothing_beside_them(card, monkeypat
 )
 def test_a_command_line_that_makes_no_sense_takes_one_line(card, arguments, message, capsys):
     with pytest.raises(SystemExit) as stop:
-        tune.main(arguments)
+        command.main(arguments)
     assert stop.value.code == 2 and not card
     assert message in complaint(capsys)
 
 
 @pytest.mark.parametrize("mode", [["--check"], ["--dry-run"], []])
 def test_a_width_that_no_row_serves_takes_one_line(card, mode, capsys):
-    assert tune.main([*mode, "--op", "ladder", "--width", "100000"]) == 1 and not card
+    assert command.main([*mode, "--op", "ladder", "--width", "100000"]) == 1 and not card
     assert "no row of the table serves op ladder at width 100000; the reference does" in complaint(capsys)
 
 
@@ -254,8 +257,8 @@ def test_check_compiles_any_width_that_a_row_serves(card, monkeypatch, capsys):
         yield static_check.Compiled(row, row.kernel, width, dtype, sm)
 
     monkeypatch.setattr(static_check, "check_row", compiled)
-    assert tune.main(["--check", "--sm", "90", "--width", "7"]) == 0
-    assert sorted(asked) == sorted({r.kernel for r in tuning.TABLE if tuning.choose(r.kernel, 7)})
+    assert command.main(["--check", "--sm", "90", "--width", "7"]) == 0
+    assert sorted(asked) == sorted({r.kernel for r in TABLE if choice.choose(r.kernel, 7)})
     assert f"{len(asked)} kernels compiled, 0 with problems" in capsys.readouterr().out
 
 
@@ -268,14 +271,14 @@ def test_dry_run_prints_each_candidate_as_it_is_compiled(card, monkeypatch, caps
         yield static_check.Compiled(row, row.kernel, width, dtype, sm, spill_loads=spills)
 
     monkeypatch.setattr(static_check, "check_row", compiled)
-    assert tune.main(["--dry-run", "--op", "eight_bit", "--width", "384", "--sm", "90"]) == 0
+    assert command.main(["--dry-run", "--op", "eight_bit", "--width", "384", "--sm", "90"]) == 0
     assert "eight_bit_channels width 384 sm_90:" in shown[0]
     assert "8 warps 1 stages  ok" in shown[1] and "4 warps 1 stages  spills 40 bytes" in shown[2]
     assert all("stages  " in text for text in shown[1:])
-    row = tuning.choose("eight_bit_decode", 384)
-    good = sum(each.num_warps != 4 for each in tune.candidates(row))
+    row = choice.choose("eight_bit_decode", 384)
+    good = sum(each.num_warps != 4 for each in search.candidates(row))
     assert f"  {good} candidates pass" in capsys.readouterr().out
-    assert len(list(tune.passing(row, 90, 384, "bf16"))) == good
+    assert len(list(search.passing(row, 90, 384, "bf16"))) == good
 
 
 def test_tune_command_needs_a_gpu_to_search():

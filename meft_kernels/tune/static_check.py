@@ -1,6 +1,6 @@
 """Compiles the Triton kernels ahead of time, without a GPU, and reads what the compiler made of them.
 
-Each ``triton_kernels`` module gives its launches (``static_launches``); a row of the shape table compiles to
+Each ``triton_kernels`` module gives its launches (``static_launches``); a row of the table compiles to
 registers, spills, shared memory and matrix instructions per architecture.
 """
 
@@ -12,7 +12,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from . import tuning
+from .choice import best_of
+from .row import FAMILIES, SHARED_MEMORY, Row
+from .table import TABLE
 
 # Widths that Whisper's encoders give at reduction factors 2, 4, 8 and 16.
 WIDTHS = (24, 32, 48, 64, 80, 96, 128, 160, 192, 256, 320, 384, 512, 640)
@@ -31,7 +33,7 @@ MODULES = (
 _THREADS = {80: 2048, 86: 1536, 89: 1536, 90: 2048, 100: 2048, 120: 1536}
 _SHARED_PER_SM = {80: 167936, 86: 102400, 89: 102400, 90: 233472, 100: 233472, 120: 102400}
 _REGISTERS_PER_SM = 65536
-_SPILL_LIMIT = 32  # bytes, stores plus loads, on Hopper up to width 192
+SPILL_LIMIT = 32  # bytes, stores plus loads; of the table's rows, on Hopper up to width 192
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Compiled:
         problem: why the row may not ship, or "".
     """
 
-    row: tuning.Row
+    row: Row
     kernel: str
     width: int
     dtype: str
@@ -73,19 +75,19 @@ def module_name(kernel: str) -> str:
     return module
 
 
-def serving_widths(row: tuning.Row, sm: int) -> list[int]:
+def serving_widths(row: Row, sm: int) -> list[int]:
     """The widths at which the table chooses this row on an architecture."""
-    family = tuning.FAMILIES[sm]
+    family = FAMILIES[sm]
     widths = {w for w in (*WIDTHS, *row.widths) if row.widths[0] <= w <= row.widths[1]}
-    return [w for w in sorted(widths) if tuning.best_of(tuning.TABLE, row.kernel, w, family) is row]
+    return [w for w in sorted(widths) if best_of(TABLE, row.kernel, w, family) is row]
 
 
-def check_row(row: tuning.Row, sm: int, width: int, dtype: str = "bf16") -> Iterator[Compiled]:
+def check_row(row: Row, sm: int, width: int, dtype: str = "bf16") -> Iterator[Compiled]:
     """Compiles the kernels of a row at a width; one result per kernel."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    module = importlib.import_module(f".triton_kernels.{module_name(row.kernel)}", __package__)
+    module = importlib.import_module(f"..triton_kernels.{module_name(row.kernel)}", __package__)
     for function, signature, constexprs, attrs in module.static_launches(row, dtype, width):
         name = function.__name__
         what = {"row": row, "kernel": name, "width": width, "dtype": dtype, "sm": sm}
@@ -112,17 +114,18 @@ def check_row(row: tuning.Row, sm: int, width: int, dtype: str = "bf16") -> Iter
             mma=len(re.findall(r"\bmma\.sync", ptx)),
             blocks_per_sm=min(by_shared, by_registers, _THREADS[sm] // threads),
         )
-        yield Compiled(**{**vars(result), "problem": _problem(result)})
+        yield Compiled(**{**vars(result), "problem": problem(result)})
 
 
-def _problem(result: Compiled) -> str:
-    limit = tuning.SHARED_MEMORY[result.sm]
+def problem(result: Compiled) -> str:
+    """Why the row may not ship, or ""."""
+    limit = SHARED_MEMORY[result.sm]
     if result.shared > limit:
         return f"needs {result.shared} bytes of shared memory, sm_{result.sm} has {limit}"
     if result.sm == 90 and result.width <= 192:
         spill = result.spill_stores + result.spill_loads
-        if spill > _SPILL_LIMIT:
-            return f"spills {spill} bytes, at most {_SPILL_LIMIT} are allowed"
+        if spill > SPILL_LIMIT:
+            return f"spills {spill} bytes, at most {SPILL_LIMIT} are allowed"
         if result.dtype != "fp32" and result.row.mma == "wgmma" and result.mma and not result.wgmma:
             return "its products do not use wgmma"
     return ""
@@ -146,7 +149,7 @@ def _assembler_report(ptx: str, sm: int) -> tuple[int, int, int]:
 
 
 def check_table(
-    sms: Iterable[int] = tuple(tuning.SHARED_MEMORY),
+    sms: Iterable[int] = tuple(SHARED_MEMORY),
     kernels: Iterable[str] | None = None,
     widths: Iterable[int] | None = None,
     dtype: str = "bf16",
@@ -160,7 +163,7 @@ def check_table(
         dtype: "bf16", "fp16" or "fp32".
     """
     for sm in sms:
-        for row in tuning.TABLE:
+        for row in TABLE:
             if kernels is not None and row.kernel not in kernels:
                 continue
             for width in serving_widths(row, sm):

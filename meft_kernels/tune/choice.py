@@ -1,0 +1,41 @@
+"""Which row serves a kernel: one on trial, one measured on the device at hand, or the table's."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from . import device_file
+from .row import FAMILIES, Row, sm_of
+from .table import TABLE
+
+
+def choose(kernel: str, width: int, capability: tuple[int, int] | None = None) -> Row | None:
+    """The row that serves a kernel at a width on a device, or None where no block shape fits."""
+    family = FAMILIES[sm_of(capability)]
+    on_device = capability and torch.cuda.is_available()
+    measured = device_file.read(torch.cuda.get_device_name()) if on_device else ()
+    found = (best_of(rows, kernel, width, family) for rows in (_trial, measured, TABLE))
+    return next((row for row in found if row is not None), None)
+
+
+def best_of(rows: Iterable[Row], kernel: str, width: int, family: str) -> Row | None:
+    """The first of ``rows`` for a kernel, width and family, one of the exact family before one for any."""
+    fitting = [row for row in rows if row.kernel == kernel and row.widths[0] <= width <= row.widths[1]]
+    exact = [row for row in fitting if row.family == family]
+    general = [row for row in fitting if row.family == "any"]
+    return next(iter(exact + general), None)
+
+
+_trial: tuple[Row, ...] = ()
+
+
+@contextmanager
+def trial(*rows: Row) -> Iterator[None]:
+    """Puts rows before all others inside the ``with`` block, to time them."""
+    global _trial
+    before, _trial = _trial, rows
+    try:
+        yield
+    finally:
+        _trial = before
