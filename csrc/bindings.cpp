@@ -1,4 +1,4 @@
-// Registers every kernel under its op's name. The schemas are Python's (meft_kernels/schemas.py).
+// Registers every kernel under its op's name. The schemas are Python's (meft_kernels/ops/schemas.py).
 
 #include <torch/library.h>
 

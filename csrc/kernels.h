@@ -1,5 +1,5 @@
 // The C++ kernels of every op, as csrc/bindings.cpp registers them. Names, arguments and order are those of
-// the op's schema in meft_kernels/schemas.py; mathematics and shapes stand in meft_kernels/reference/<op>.py.
+// the op's schema in meft_kernels/ops/schemas.py; mathematics and shapes stand in meft_kernels/reference/<op>.py.
 //
 // Activations are fp32, bf16 or fp16 with at least one element, of any strides; parameters are of any
 // floating type. A backward returns the gradients of the differentiable arguments in order, each in the type

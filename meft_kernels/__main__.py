@@ -1,22 +1,21 @@
 """``python -m meft_kernels``: versions, devices, and the backend of each op with the reason for it."""
 
-import importlib.util
 import platform
 from importlib import metadata
 
 import torch
 
 from . import __version__, ops
+from .ops.backends import HAS_TRITON
 
 
 def report() -> str:
     """The text that the command prints."""
-    has_triton = importlib.util.find_spec("triton") is not None
     rows = [
         ("meft_kernels", __version__),
         ("python", platform.python_version()),
         ("torch", torch.__version__),
-        ("triton", metadata.version("triton") if has_triton else "not installed"),
+        ("triton", metadata.version("triton") if HAS_TRITON else "not installed"),
         ("cpu", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"),
     ]
     if torch.cuda.is_available():

@@ -5,16 +5,13 @@ from collections.abc import Callable
 
 from . import ops
 from .ops import assume_backend
+from .ops.backends import NAMESPACES
 from .reference.stand_in import standing_for
 
 __all__ = ["assume_backend", "host_code", "standing_for"]
 
-_NAMESPACES = {
-    "meft": None,
-    "meft_reference": "reference",
-    "meft_native": "native",
-    "meft_triton": "triton",
-}
+# The backend that an op of ours names by its namespace; None where it leaves the choice open.
+_BACKENDS = {space: None if name == "auto" else name for name, space in NAMESPACES.items()}
 
 
 def host_code(function: object, backend: str, device_type: str) -> Callable | None:
@@ -29,6 +26,6 @@ def host_code(function: object, backend: str, device_type: str) -> Callable | No
         None for operators that are not ours and for kernels that are not Python.
     """
     namespace, _, name = function._schema.name.partition("::")
-    if namespace not in _NAMESPACES:
+    if namespace not in _BACKENDS:
         return None
-    return ops.host_code(name, _NAMESPACES[namespace] or backend, device_type)
+    return ops.host_code(name, _BACKENDS[namespace] or backend, device_type)

@@ -2,18 +2,17 @@
 
 ``setup.py`` builds one library for each level of vector instructions and names it after the torch it was
 built for: C++ has no stable interface between releases of torch, so one for another release is not loaded.
-The kernels are registered under ``torch.ops.meft_csrc``, whose ops ``ops.py`` defines.
+The kernels are registered under ``torch.ops.meft_csrc``, whose ops ``ops.registration`` defines.
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from .reference.stand_in import device_type
-from .schemas import PROJECTION_KEPT
 
 _FOLDER = Path(__file__).parent
 NAMESPACE = "meft_csrc"
@@ -26,18 +25,23 @@ def _level() -> str:
     return level if level in ("avx512", "avx2") else "default"
 
 
+def file_name(level: str, release: str) -> str:
+    """What ``setup.py`` calls the library for a level of instructions and a release of torch."""
+    return f"_native_{level}_torch_{release.replace('.', '_')}.so"
+
+
 def _warned(reason: str) -> str:
     warnings.warn(f"{reason}; the reference takes their place", RuntimeWarning, stacklevel=2)
     return reason
 
 
-def _load() -> tuple[bool, str]:
+def load_from(folder: Path) -> tuple[bool, str]:
     """Loads the library for this torch and this CPU: whether that was possible, and a reason in words."""
     release, level = torch.__version__.partition("+")[0], _level()
-    built = sorted(_FOLDER.glob("_native_*_torch_*.so"))
+    built = sorted(folder.glob(file_name("*", "*")))
     if not built:
         return False, "the C++ kernels were not built with this installation"
-    path = _FOLDER / f"_native_{level}_torch_{release.replace('.', '_')}.so"
+    path = folder / file_name(level, release)
     if path not in built:
         others = sorted({each.stem.partition("_torch_")[2].replace("_", ".") for each in built} - {release})
         if not others:
@@ -52,15 +56,18 @@ def _load() -> tuple[bool, str]:
     return True, f"a C++ kernel, built for {level}"
 
 
-def load() -> tuple[bool, str]:
+def load(keeping: Iterable[str]) -> tuple[bool, str]:
     """Loads the kernels, once the ops of ``NAMESPACE`` are defined.
+
+    Args:
+        keeping: the ops that may have a kernel which hands a projection on to their backward.
 
     Returns:
         Whether they were loaded, and a reason in words.
     """
     global LOADED, REASON, KEEPING
-    LOADED, REASON = _load()
-    KEEPING = frozenset(name for name in PROJECTION_KEPT if has(f"{name}_keeping"))
+    LOADED, REASON = load_from(_FOLDER)
+    KEEPING = frozenset(name for name in keeping if has(f"{name}_keeping"))
     return LOADED, REASON
 
 

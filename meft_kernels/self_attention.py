@@ -6,8 +6,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from . import native, ops
+from .ops.second_derivative import refuses_second_derivative
 from .reference.stand_in import device_type
-from .second_derivative import refuses_second_derivative
 
 
 def self_attention(

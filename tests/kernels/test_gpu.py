@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import meft_kernels
-from meft_kernels import ops, reference, self_check, use_backend
+from meft_kernels import ops, reference, use_backend
+from meft_kernels.ops import self_check
 from meft_kernels.testing import (
     Case,
     assert_as_good_as_torch,
@@ -58,14 +59,14 @@ def test_fp32_at_odd_shapes(op):
 @pytest.mark.parametrize("op", FUSED)
 def test_auto_takes_the_fused_kernels(op, factor, dtype, monkeypatch):
     """Every kernel passes the check that users' first calls run: a warning would say which does not."""
-    monkeypatch.setattr(self_check, "_verdicts", {})
+    monkeypatch.setattr(self_check, "verdicts", {})
     case = real_case(op, 768, factor, frames=100)
     inputs = case.inputs(dtype, "cuda")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         out = case.function()(**inputs)
         outputs_and_gradients(case.function(), inputs, torch.ones_like(out))
-    assert self_check._verdicts and all(self_check._verdicts.values())
+    assert self_check.verdicts and all(self_check.verdicts.values())
 
 
 @pytest.mark.parametrize("op", ["relu_attention"])

@@ -266,8 +266,7 @@ print("good")
 
 
 def test_no_build_is_said_and_served_by_the_reference(tmp_path, monkeypatch):
-    monkeypatch.setattr(native, "_FOLDER", tmp_path)
-    loaded, reason = native._load()
+    loaded, reason = native.load_from(tmp_path)
     assert not loaded and "not built" in reason
     monkeypatch.setattr(native, "LOADED", False)
     monkeypatch.setattr(native, "REASON", reason)
@@ -276,20 +275,19 @@ def test_no_build_is_said_and_served_by_the_reference(tmp_path, monkeypatch):
             pass
 
 
-def test_a_build_for_another_torch_is_left_alone(tmp_path, monkeypatch):
+def test_a_build_for_another_torch_is_left_alone(tmp_path):
     (tmp_path / "_native_avx2_torch_1_2_3.so").write_bytes(b"not a library")
-    monkeypatch.setattr(native, "_FOLDER", tmp_path)
     with pytest.warns(RuntimeWarning, match="built for torch 1.2.3, and this is torch") as warned:
-        loaded, reason = native._load()
+        loaded, reason = native.load_from(tmp_path)
     assert not loaded and len(warned) == 1 and torch.__version__.partition("+")[0] in reason
 
 
-def test_a_damaged_build_is_left_alone(tmp_path, monkeypatch):
-    release = torch.__version__.partition("+")[0].replace(".", "_")
-    (tmp_path / f"_native_{native._level()}_torch_{release}.so").write_bytes(b"not a library")
-    monkeypatch.setattr(native, "_FOLDER", tmp_path)
+def test_a_damaged_build_is_left_alone(tmp_path):
+    for level in ("avx512", "avx2", "default"):
+        name = native.file_name(level, torch.__version__.partition("+")[0])
+        (tmp_path / name).write_bytes(b"not a library")
     with pytest.warns(RuntimeWarning, match="cannot be loaded"):
-        assert not native._load()[0]
+        assert not native.load_from(tmp_path)[0]
 
 
 def test_status_names_the_backend_of_every_op():

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from meft_kernels import native, ops, use_backend
+from meft_kernels.ops import autograd, backends
 from meft_kernels.testing import (
     CASES,
     assert_as_good_as_torch,
@@ -34,10 +35,10 @@ def test_as_good_as_torch(case, dtype, device, poisoned_memory):
 
 def test_yardstick_catches_a_wrong_gradient(monkeypatch):
     case = ONE_EACH[0]
-    broken = ops._make_function(case.op)
+    broken = autograd.make_function(case.op)
     apply = broken.apply
     monkeypatch.setattr(broken, "apply", lambda *arguments: apply(*arguments) * 1.0001)
-    monkeypatch.setitem(ops._FUNCTIONS, case.op, broken)
+    monkeypatch.setitem(autograd.FUNCTIONS, case.op, broken)
     with pytest.raises(AssertionError, match="error"):
         assert_as_good_as_torch(case, torch.float32)
 
@@ -73,7 +74,7 @@ def test_opcheck(case, keeping, monkeypatch):
             kernel = find(*which)
 
             def run(*arguments):
-                captured[which[-1]] = (kernel.default, arguments)
+                captured[which[0]] = (kernel.default, arguments)
                 return kernel(*arguments)
 
             return run
@@ -84,7 +85,7 @@ def test_opcheck(case, keeping, monkeypatch):
     for tensor in flat_tensors(inputs).values():
         tensor.requires_grad_()
     with monkeypatch.context() as patch:
-        patch.setattr(ops, "_kernel", spied(ops._kernel))
+        patch.setattr(backends, "kernel", spied(backends.kernel))
         patch.setattr(native, "kernel", spied(native.kernel))
         case.function()(**inputs).sum().backward()
 
@@ -291,17 +292,17 @@ def test_use_backend():
     with pytest.raises(KeyError):
         with use_backend("reference"):
             raise KeyError
-    assert ops._backend == "auto"
+    assert backends.current() == "auto"
 
 
 def test_triton_is_asked_for_where_it_can_run(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(ops, "_HAS_TRITON", True)
+    monkeypatch.setattr(backends, "HAS_TRITON", True)
     with pytest.raises(RuntimeError, match="'triton' needs a CUDA device"):
         with use_backend("triton"):
             pass
-    monkeypatch.setattr(ops, "_HAS_TRITON", False)
+    monkeypatch.setattr(backends, "HAS_TRITON", False)
     with pytest.raises(RuntimeError, match="'triton' needs the triton package"):
         with use_backend("triton"):
             pass

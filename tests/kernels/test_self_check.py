@@ -5,30 +5,31 @@ import warnings
 import pytest
 import torch
 
-from meft_kernels import ops, reference, self_check
+from meft_kernels import ops, reference
+from meft_kernels.ops import backends, self_check
+from meft_kernels.ops.backends import HAS_TRITON
+from meft_kernels.ops.registration import HOST_CODE, WITHOUT_TRITON
 from meft_kernels.reference import stand_in
 from meft_kernels.testing import Case
-
-HAS_TRITON = ops._HAS_TRITON
 
 
 @pytest.fixture(autouse=True)
 def no_verdicts(monkeypatch):
-    monkeypatch.setattr(self_check, "_verdicts", {})
+    monkeypatch.setattr(self_check, "verdicts", {})
 
 
 def calls_of(case, dtype):
     """(registered name, argument names, arguments) of every kernel call of one forward and backward."""
-    calls, original = [], ops._kernel
+    calls, original = [], backends.kernel
 
-    def spying(backend, name):
+    def spying(name, backend=None):
         def run(*arguments):
             calls.append((name, arguments))
-            return original(backend, name)(*arguments)
+            return original(name, backend)(*arguments)
 
         return run
 
-    ops._kernel = spying
+    backends.kernel = spying
     try:
         inputs = case.inputs(dtype)
         for value in inputs.values():
@@ -39,7 +40,7 @@ def calls_of(case, dtype):
         with ops.use_backend("reference"):  # the C++ kernels hand more on to the backward
             case.function()(**inputs).sum().backward()
     finally:
-        ops._kernel = original
+        backends.kernel = original
     found = []
     for name, arguments in calls:
         schema = getattr(torch.ops.meft, name).default._schema
@@ -50,14 +51,13 @@ def calls_of(case, dtype):
 
 
 def kernels(name):
-    op, plain, fused = ops._HOST_CODE[name]
-    return plain, fused
+    return HOST_CODE[name].plain, HOST_CODE[name].fused
 
 
 CASES = [
     Case(op, batch=3, frames=5, width=48, side=24, adapter_dim=40, layers=3, masked=op == "relu_attention")
     for op in ops.OP_NAMES[1:]
-    if op not in ops._PLAIN
+    if op not in WITHOUT_TRITON
 ]
 
 
@@ -65,8 +65,8 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.op)
 def test_right_kernels_pass(case, poisoned_memory, monkeypatch):
     # The interpreter is slow.
-    monkeypatch.setattr(self_check, "_FRAMES", 70)
-    monkeypatch.setattr(self_check, "_DRAWS", 2)
+    monkeypatch.setattr(self_check, "FRAMES", 70)
+    monkeypatch.setattr(self_check, "DRAWS", 2)
     seen = set()
     for name, names, arguments in calls_of(case, torch.float16):
         plain, fused = kernels(name)
@@ -166,7 +166,7 @@ def test_no_wrong_gradient_slips_through(op, dtype, change):
             grads[index] = change * grads[index]
             return grads
 
-        self_check._verdicts.clear()
+        self_check.verdicts.clear()
         with pytest.warns(UserWarning, match=f"result {index} is off by"):
             assert self_check.choose(name, names, arguments, plain, fused) is plain
 
@@ -218,6 +218,6 @@ def test_arguments_are_not_written_into():
 
 @pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 def test_auto_on_cuda_goes_through_the_check():
-    for name, (op, _, _) in ops._HOST_CODE.items():
+    for name, code in HOST_CODE.items():
         registered = torch._C._dispatch_has_kernel_for_dispatch_key(f"meft::{name}", "CUDA")
-        assert registered == (op not in ops._PLAIN), name
+        assert registered == (code.op not in WITHOUT_TRITON), name

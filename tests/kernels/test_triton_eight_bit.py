@@ -11,7 +11,8 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 from triton_fixtures import DEVICE  # noqa: E402
 
-from meft_kernels import ops, reference, self_check, use_backend  # noqa: E402
+from meft_kernels import ops, reference, use_backend  # noqa: E402
+from meft_kernels.ops import self_check  # noqa: E402
 from meft_kernels.reference import eight_bit as definition  # noqa: E402
 from meft_kernels.testing import relative_error  # noqa: E402
 from meft_kernels.triton_kernels import eight_bit as kernel  # noqa: E402
@@ -280,8 +281,8 @@ def test_kernels_pass_the_check_at_first_use_and_worse_ones_do_not(dtype):
             return worse(*result) if isinstance(result, tuple) else worse(result)
 
         with small_groups():
-            assert self_check._complaint(names, arguments, plain, fused) is None
-            assert "is off by" in self_check._complaint(names, arguments, plain, broken)
+            assert self_check.complaint(names, arguments, plain, fused) is None
+            assert "is off by" in self_check.complaint(names, arguments, plain, broken)
 
 
 def test_ops_of_the_kernels_have_right_fakes():

@@ -1,5 +1,5 @@
 """What every op takes and gives back: its schema, and the shapes of its results (the fake kernels, which
-tracing and fake tensors use). ``ops.py`` registers both."""
+tracing and fake tensors use). ``registration`` registers both."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -7,14 +7,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import reference
+from .. import reference
 
 _PROJECTION = "Tensor weight, Tensor bias, Tensor mean, Tensor rstd"
 _ADAPTER = (
     "Tensor norm_weight, Tensor norm_bias, Tensor weight_1, Tensor bias_1, Tensor weight_2, Tensor bias_2"
 )
 
-# Arguments of each op; the public functions of ``ops`` say what they mean. A backward op takes the upstream
+# Arguments of each op; the public functions say what they mean. A backward op takes the upstream
 # gradient first and, where the leading input may be frozen and large, ``need_x`` last. It returns the
 # gradients of the differentiable arguments in order, a list of tensors one by one.
 ARGUMENTS = {
@@ -30,6 +30,7 @@ ARGUMENTS = {
     "guidance": "Tensor weight, Tensor bias, Tensor[] features",
     "gated_up": "Tensor x, Tensor y, Tensor weight, Tensor bias, Tensor gate",
 }
+OP_NAMES = ("row_statistics", *ARGUMENTS)
 CONSTANT = {"mean", "rstd", "lengths", "relu"}  # arguments that take no gradient
 
 # Ops whose forward computes a projection (..., r) of x, by far the most of it, that their C++ kernels can

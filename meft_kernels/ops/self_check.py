@@ -13,13 +13,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .reference import common, stand_in
+from ..reference import common, stand_in
 
 # Arguments with one row per frame; the others have fixed shapes.
 _ACTIVATIONS = {"grad", "x", "state", "anchor", "y", "features", "code"}
 # More frames than any kernel takes at a time, more rows than any group of partial sums, multiples of neither.
-_CLIPS, _FRAMES = 3, 750
-_DRAWS = 3
+CLIPS, FRAMES = 3, 750
+DRAWS = 3
 # A fused kernel may err so many times as much as the reference at the same type, more where a result has
 # few elements and its error is mostly luck, and beyond that so much of the result's size: a few roundings. In
 # fp32 it is more than that, since one ReLU that tips the other way weighs more than all rounding.
@@ -28,7 +28,7 @@ _FLOOR = {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 1e-4}
 _FLOOR_OF_PARTS = 1e-2  # for the worst row and the worst column
 _FLOOR_OF_CODES = 3e-2  # 8-bit codes: a value on the border of two may become either
 
-_verdicts: dict[tuple, bool] = {}
+verdicts: dict[tuple, bool] = {}
 
 
 def _key(op: str, names: Sequence[str], arguments: Sequence) -> tuple:
@@ -61,17 +61,15 @@ def _trial(names: Sequence[str], arguments: Sequence, seed: int) -> list:
     small, rows = [], None
     for name, argument in zip(names, arguments):
         if isinstance(argument, list):
-            small.append([normal(_CLIPS, _FRAMES, t.shape[-1], like=t) for t in argument])
+            small.append([normal(CLIPS, FRAMES, t.shape[-1], like=t) for t in argument])
         elif name in ("mean", "rstd") and argument is not None:
             small.append(common.row_statistics(rows)[name == "rstd"])
         elif name == "lengths" and argument is not None:
-            small.append(
-                torch.tensor([_FRAMES, 33, _FRAMES // 2][:_CLIPS], dtype=argument.dtype, device=device)
-            )
+            small.append(torch.tensor([FRAMES, 33, FRAMES // 2][:CLIPS], dtype=argument.dtype, device=device))
         elif name == "active":
             small.append(None)  # bits of rows that are not here; the reference serves them in any case
         elif isinstance(argument, Tensor) and name in _ACTIVATIONS:
-            small.append(normal(_CLIPS, _FRAMES, argument.shape[-1], like=argument, mean=0.3))
+            small.append(normal(CLIPS, FRAMES, argument.shape[-1], like=argument, mean=0.3))
             if name in ("x", "code"):
                 rows = small[-1] if name == "x" else small[-1].float()
         elif isinstance(argument, Tensor):
@@ -100,10 +98,10 @@ def _worst(table: Tensor) -> list[Tensor]:
     return [table.norm(), table.norm(dim=1).max(), table.norm(dim=0).max()]
 
 
-def _complaint(names: Sequence[str], arguments: Sequence, plain: Callable, fused: Callable) -> str | None:
+def complaint(names: Sequence[str], arguments: Sequence, plain: Callable, fused: Callable) -> str | None:
     """What is wrong with ``fused``, or None."""
     draws = []
-    for seed in range(_DRAWS):
+    for seed in range(DRAWS):
         trial = _trial(names, arguments, seed)
         kernels = ((plain, _wide(trial)), (plain, trial), (fused, trial))
         draws.append([_results(kernel, given) for kernel, given in kernels])
@@ -142,22 +140,22 @@ def choose(op: str, names: Sequence[str], arguments: Sequence, plain: Callable, 
     if stand_in.active():
         return fused
     key = _key(op, names, arguments)
-    verdict = _verdicts.get(key)
+    verdict = verdicts.get(key)
     if verdict is None:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return plain  # nothing can be compared inside a CUDA graph; the next call outside one can
         with torch.no_grad():
             try:
-                complaint = _complaint(names, arguments, plain, fused)
+                wrong = complaint(names, arguments, plain, fused)
             except Exception as error:  # a compiler or driver may fail in any way
                 said = (str(error).strip().splitlines() or [""])[0]
-                complaint = f"it failed with {type(error).__name__}: {said}"
-        verdict = _verdicts[key] = complaint is None
-        if complaint is not None:
+                wrong = f"it failed with {type(error).__name__}: {said}"
+        verdict = verdicts[key] = wrong is None
+        if wrong is not None:
             device = next(a for a in arguments if isinstance(a, Tensor)).device
             place = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
             warnings.warn(
-                f"the fused kernel of {op} is not used on this device ({place}): {complaint}; the reference "
+                f"the fused kernel of {op} is not used on this device ({place}): {wrong}; the reference "
                 "takes its place",
                 stacklevel=2,
             )

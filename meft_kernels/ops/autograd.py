@@ -1,0 +1,125 @@
+"""The ``torch.autograd.Function`` of every op, and the call of an op with or without it.
+
+Each op saves its inputs for the backward and nothing else: what the forward computed is recomputed. Only the
+C++ kernels keep, of fp32 activations, the projection (..., r) of a hidden state as well: that is most of what
+there is to recompute (``native.keeps_projection``). With ``saved_activations="fp8"`` the leading input x, a
+hidden state, is kept as an 8-bit normalised copy instead.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import native, reference
+from ..reference import SAVED_ACTIVATIONS
+from . import backends, schemas
+from .second_derivative import refuses_second_derivative
+
+
+def _pack(name: str, arguments: Sequence) -> tuple:
+    """Arguments as the op takes them: a list, which comes last, was passed on one tensor at a time."""
+    names = schemas.ARGUMENT_NAMES[name]
+    fixed = len(names) - 1
+    return (*arguments[:fixed], list(arguments[fixed:])) if names[-1] == "features" else tuple(arguments)
+
+
+def make_function(name: str) -> type[torch.autograd.Function]:
+    """The autograd Function of an op; its first arguments are the backend and whether x is kept in 8 bits."""
+    names = schemas.ARGUMENT_NAMES[name]
+    has_flag = names[-1] == "relu"
+    takes_need_x = names[0] == "x"
+    differentiable = [argument not in schemas.CONSTANT for argument in names if argument != "features"]
+
+    class OpFunction(torch.autograd.Function):
+        @staticmethod
+        def forward(backend: str, in_8_bits: bool, *arguments):
+            if backend in ("auto", "native") and not in_8_bits and native.keeps_projection(name, arguments):
+                return native.kernel(f"{name}_keeping")(*arguments)
+            return backends.kernel(name, backend)(*_pack(name, arguments))
+
+        @staticmethod
+        def setup_context(ctx, inputs, output) -> None:
+            ctx.backend, ctx.in_8_bits, *arguments = inputs
+            if has_flag:
+                *arguments, ctx.flag = arguments
+            if ctx.in_8_bits:
+                arguments = _encoded(ctx.backend, names, arguments)
+            ctx.keeping = isinstance(output, tuple)
+            if ctx.keeping:
+                projection = output[1]
+                ctx.mark_non_differentiable(projection)
+                ctx.set_materialize_grads(False)  # not a tensor of zeros for the projection
+                arguments = [*arguments, projection]
+            ctx.save_for_backward(*arguments)
+
+        @staticmethod
+        @refuses_second_derivative
+        def backward(ctx, grad, *_):
+            arguments = ctx.saved_tensors
+            extra = ()
+            kernel = backends.kernel(f"{name}_bwd", ctx.backend)
+            if ctx.keeping:
+                *arguments, projection = arguments
+                extra, kernel = (projection,), native.kernel(f"{name}_keeping_bwd")
+            if ctx.in_8_bits:
+                arguments, extra = _decoded(ctx.backend, names, arguments, grad)
+            if has_flag:
+                arguments = (*arguments, ctx.flag)
+            packed = _pack(name, arguments)
+            if takes_need_x:
+                packed = (*packed, ctx.needs_input_grad[2], *extra)
+            computed = list(kernel(grad, *packed))
+            if takes_need_x and not ctx.needs_input_grad[2]:
+                computed[0] = None
+            grads = [None, None]
+            for is_differentiable in differentiable:
+                grads.append(computed.pop(0) if is_differentiable else None)
+            return (*grads, *computed)
+
+    OpFunction.__name__ = OpFunction.__qualname__ = f"{name.title().replace('_', '')}Function"
+    return OpFunction
+
+
+def _encoded(backend: str, names: list[str], arguments: list) -> list:
+    """Arguments with x as an 8-bit copy, and at the end what the backward needs to make do with it."""
+    x, *rest = arguments
+    given = dict(zip(names, arguments))
+    if "mean" in given:  # the backward takes the normalised x for x: its statistics are 0 and 1
+        code, *channels = backends.kernel("encode", backend)(x, given["mean"], given["rstd"])
+        return [code, *(None if n in ("mean", "rstd") else t for n, t in zip(names[1:], rest)), *channels]
+    mean, rstd = backends.kernel("row_statistics", backend)(x)
+    code, *channels = backends.kernel("encode", backend)(x, mean, rstd)
+    active = reference.gated_down.active_bits(x, given["weight_1"], given["bias_1"])
+    return [code, *rest, *channels, mean, rstd, active]
+
+
+def _decoded(backend: str, names: list[str], saved: Sequence, grad: Tensor) -> tuple[list, tuple]:
+    """The arguments that ``_encoded`` was given, with x from its 8-bit copy, and what the backward takes
+    after them; ``grad`` has the type of x."""
+    code, *rest = saved
+    count = len(names) - 1
+    rest, (scale, shift, *more) = rest[:count], rest[count:]
+    statistics, extra = more[:2], tuple(more[2:])
+    x = backends.kernel("decode", backend)(code, scale, shift, grad.new_empty(0), *statistics)
+    if not statistics:
+        zero = scale.new_zeros(code.shape[:-1])
+        standard = {"mean": zero, "rstd": torch.ones_like(zero)}
+        rest = [standard.get(name, argument) for name, argument in zip(names[1:], rest)]
+    return [x, *rest], extra
+
+
+FUNCTIONS = {name: make_function(name) for name in schemas.ARGUMENTS}
+
+
+def call(name: str, *arguments, saved_activations: str = "exact") -> Tensor:
+    """Runs an op with autograd where a gradient is asked for, else its kernel alone."""
+    if saved_activations not in SAVED_ACTIVATIONS:
+        accepted = " or ".join(map(repr, SAVED_ACTIVATIONS))
+        raise ValueError(f"saved_activations must be {accepted}, got {saved_activations!r}")
+    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
+        # A gradient to x itself would need the exact x.
+        in_8_bits = saved_activations == "fp8" and not arguments[0].requires_grad
+        out = FUNCTIONS[name].apply(backends.current(), in_8_bits, *arguments)
+        return out[0] if isinstance(out, tuple) else out
+    return backends.kernel(name)(*_pack(name, arguments))

@@ -1,0 +1,297 @@
+"""The public function of every op, with what each takes and gives.
+
+Under autocast, fp32 activations are cast on entry; parameters stay fp32 masters and are cast inside.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from . import backends
+from .autograd import call
+
+
+def eight_bit(x: Tensor) -> Tensor:
+    """What a backward reads in place of x with ``saved_activations="fp8"``, without gradient: the normalised
+    rows, in 8 bits and back; see ``reference.eight_bit``.
+
+    Args:
+        x: (..., D).
+
+    Returns:
+        (..., D) in the type of x.
+    """
+    x = x.detach()
+    encoded = backends.kernel("encode")(x, *row_statistics(x))
+    return backends.kernel("decode")(*encoded, x.new_empty(0))
+
+
+def row_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and reciprocal standard deviation of each row, as LayerNorm needs them, without gradient.
+
+    Args:
+        x: (..., D).
+
+    Returns:
+        Two tensors (...), fp32 for half precision and fp32, float64 for float64.
+    """
+    return backends.kernel("row_statistics")(x.detach())
+
+
+def fold(norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """LayerNorm's affine part and centring folded into a projection: one weight and bias for any number of
+    calls of ``folded_linear`` or ``folded_ladder``; see ``reference.norm_linear``.
+
+    Args:
+        norm_weight, norm_bias: (D,). weight: (r, D). bias: (r,).
+
+    Returns:
+        Weight (r, D) and bias (r,), with gradient to all four.
+    """
+    return reference.norm_linear.fold(norm_weight, norm_bias, weight, bias)
+
+
+def norm_linear(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """``Linear(LayerNorm(x))`` that keeps x and never a normalised copy; see ``reference.norm_linear``.
+
+    Args:
+        x: (..., D). norm_weight, norm_bias: (D,). weight: (r, D). bias: (r,).
+
+    Returns:
+        (..., r) in the type of x.
+    """
+    return folded_linear(x, *fold(norm_weight, norm_bias, weight, bias))
+
+
+def folded_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    statistics: tuple[Tensor, Tensor] | None = None,
+    saved_activations: str = "exact",
+) -> Tensor:
+    """``norm_linear`` with parameters that ``fold`` gave.
+
+    Args:
+        x: (..., D). weight: (r, D). bias: (r,).
+        statistics: what ``row_statistics(x)`` would give, where it is known already.
+        saved_activations: ``"exact"`` keeps x for the backward, ``"fp8"`` an 8-bit copy of the normalised x.
+
+    Returns:
+        (..., r) in the type of x.
+
+    Raises:
+        ValueError: another ``saved_activations``.
+    """
+    x, statistics = _activation(x), statistics or row_statistics(x)
+    return call("norm_linear", x, weight, bias, *statistics, saved_activations=saved_activations)
+
+
+def adapter(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight_1: Tensor,
+    bias_1: Tensor,
+    weight_2: Tensor,
+    bias_2: Tensor,
+) -> Tensor:
+    """``Linear_2(gelu(Linear_1(LayerNorm(x))))`` without the residual; see ``reference.adapter``.
+
+    Args:
+        x: (..., r). norm_weight, norm_bias, bias_2: (r,). weight_1: (a, r). bias_1: (a,). weight_2: (r, a).
+
+    Returns:
+        (..., r) in the type of x.
+    """
+    parameters = (norm_weight, norm_bias, weight_1, bias_1, weight_2, bias_2)
+    return call("adapter", _activation(x), *parameters)
+
+
+def ladder(
+    x: Tensor,
+    state: Tensor,
+    down_norm_weight: Tensor,
+    down_norm_bias: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor,
+    gate: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight_1: Tensor,
+    bias_1: Tensor,
+    weight_2: Tensor,
+    bias_2: Tensor,
+) -> Tensor:
+    """One rung of LST: project x, gate it with the state below, adapt; see ``reference.ladder``.
+
+    Args:
+        x: hidden state (..., D). state: side state (..., r), taken in the type of x.
+        down_norm_weight, down_norm_bias: (D,). down_weight: (r, D). down_bias: (r,).
+        gate: (1,), before the sigmoid and its temperature.
+        norm_weight … bias_2: the adapter's, as in ``adapter``.
+
+    Returns:
+        The next side state, (..., r) in the type of x.
+    """
+    folded = fold(down_norm_weight, down_norm_bias, down_weight, down_bias)
+    parameters = (gate, norm_weight, norm_bias, weight_1, bias_1, weight_2, bias_2)
+    return folded_ladder(x, state, *folded, *parameters)
+
+
+def folded_ladder(
+    x: Tensor,
+    state: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    gate: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight_1: Tensor,
+    bias_1: Tensor,
+    weight_2: Tensor,
+    bias_2: Tensor,
+    statistics: tuple[Tensor, Tensor] | None = None,
+    saved_activations: str = "exact",
+) -> Tensor:
+    """``ladder`` with a projection that ``fold`` gave.
+
+    Args:
+        x, state, gate, norm_weight … bias_2: as in ``ladder``. weight: (r, D). bias: (r,).
+        statistics, saved_activations: as in ``folded_linear``.
+
+    Returns:
+        The next side state, (..., r) in the type of x.
+
+    Raises:
+        ValueError: another ``saved_activations``.
+    """
+    x, statistics = _activation(x), statistics or row_statistics(x)
+    parameters = (gate, norm_weight, norm_bias, weight_1, bias_1, weight_2, bias_2)
+    arguments = (x, state.to(x.dtype), weight, bias, *statistics, *parameters)
+    return call("ladder", *arguments, saved_activations=saved_activations)
+
+
+def pooled_upsample(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    out_norm_weight: Tensor,
+    out_norm_bias: Tensor,
+    lengths: Tensor | None = None,
+    relu: bool = False,
+) -> Tensor:
+    """Mean over time of ``LayerNorm(Linear(f(LayerNorm(x))))``, never writing the (B, T, D) tensor inside.
+
+    See ``reference.pooled_upsample``.
+
+    Args:
+        x: (B, T, r). norm_weight, norm_bias: (r,). weight: (D, r).
+        bias, out_norm_weight, out_norm_bias: (D,).
+        lengths: (B,) valid frames, or None for all T.
+        relu: whether f is ReLU (UniPT) or the identity (LST).
+
+    Returns:
+        (B, D) in the type of x.
+    """
+    parameters = (norm_weight, norm_bias, weight, bias, out_norm_weight, out_norm_bias)
+    return call("pooled_upsample", _activation(x), *parameters, lengths, relu)
+
+
+def relu_attention(
+    anchor: Tensor,
+    gate_weight: Tensor,
+    gate_bias: Tensor,
+    features: Sequence[Tensor],
+    lengths: Tensor | None = None,
+) -> Tensor:
+    """UniPT's parallel interaction of all layers with the anchor, without T x T memory; see
+    ``reference.relu_attention``.
+
+    Args:
+        anchor: (B, T, r). gate_weight: (1, r). gate_bias: (1,). features: at least one tensor (B, T, r).
+        lengths: (B,) valid frames, or None for all T.
+
+    Returns:
+        (B, T, r) in the type of anchor.
+
+    Raises:
+        ValueError: no features.
+    """
+    _check_features(features)
+    anchor = _activation(anchor)
+    features = [feature.to(anchor.dtype) for feature in features]
+    return call("relu_attention", anchor, gate_weight, gate_bias, lengths, *features)
+
+
+def gated_down(
+    x: Tensor,
+    weight_1: Tensor,
+    bias_1: Tensor,
+    weight_2: Tensor,
+    bias_2: Tensor,
+    weight_3: Tensor,
+    bias_3: Tensor,
+    saved_activations: str = "exact",
+) -> Tensor:
+    """SHERL's gated down-projection of one hidden state; see ``reference.gated_down``.
+
+    Args:
+        x: (..., D). weight_1: (r, D). weight_2, weight_3: (r, r). bias_1, bias_2, bias_3: (r,).
+        saved_activations: ``"exact"`` keeps x for the backward, ``"fp8"`` an 8-bit normalised copy.
+
+    Returns:
+        (..., r) in the type of x.
+    """
+    parameters = (weight_1, bias_1, weight_2, bias_2, weight_3, bias_3)
+    return call("gated_down", _activation(x), *parameters, saved_activations=saved_activations)
+
+
+def guidance(weight: Tensor, bias: Tensor, features: Sequence[Tensor]) -> Tensor:
+    """SHERL's redundancy-guided merge of shallow layers into the deepest; see ``reference.guidance``.
+
+    Args:
+        weight: (1, r). bias: (1,). features: the shallow layers' and last the deep
+            one, each (..., r), taken in the type of the last.
+
+    Returns:
+        (..., r) in the type of the last feature.
+
+    Raises:
+        ValueError: no features.
+    """
+    _check_features(features)
+    deep = _activation(features[-1])
+    features = [*(feature.to(deep.dtype) for feature in features[:-1]), deep]
+    return call("guidance", weight, bias, *features)
+
+
+def gated_up(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, gate: Tensor) -> Tensor:
+    """``Linear(relu(y)) + tanh(gate / 0.1) * x``, SHERL's input to the last encoder layer; see
+    ``reference.gated_up``.
+
+    Args:
+        x: hidden state (..., D). y: (..., r), taken in the type of x. weight: (D, r). bias: (D,). gate: (1,).
+
+    Returns:
+        (..., D) in the type of x.
+    """
+    x = _activation(x)
+    return call("gated_up", x, y.to(x.dtype), weight, bias, gate)
+
+
+def _activation(x: Tensor) -> Tensor:
+    """Casts fp32 activations to autocast's type where autocast is on."""
+    device = x.device.type
+    if x.dtype == torch.float32 and torch.is_autocast_enabled(device):
+        return x.to(torch.get_autocast_dtype(device))
+    return x
+
+
+def _check_features(features: Sequence[Tensor]) -> None:
+    if not features:
+        raise ValueError("features must hold at least one tensor, got none")

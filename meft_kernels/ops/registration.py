@@ -1,0 +1,124 @@
+"""Registration of every op under ``torch.ops``, in the namespace of each backend, and with it the kernels
+that serve each device.
+
+On CUDA ``auto`` is Triton's kernel, once it has passed its check there (``self_check``), on the CPU the C++
+one, where it was built (``native``), and everywhere else the reference.
+"""
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import native, reference
+from . import schemas, self_check
+from .backends import HAS_TRITON, NAMESPACES
+
+# Without a Triton kernel: the quadratic form is a few small products.
+WITHOUT_TRITON = {"pooled_upsample"}
+
+
+class HostCode(NamedTuple):
+    """The Python code behind a registered op.
+
+    Attributes:
+        op: the stem of its files.
+        plain, fused: the reference's function and the Triton launcher.
+    """
+
+    op: str
+    plain: Callable
+    fused: Callable
+
+
+HOST_CODE: dict[str, HostCode] = {}
+
+
+def _without_autocast(kernel: Callable) -> Callable:
+    """A reference kernel sets its own precisions, whatever autocast says about the operators in it."""
+
+    @functools.wraps(kernel)
+    def run(first: Tensor, *arguments):
+        with torch.autocast(first.device.type, enabled=False):
+            return kernel(first, *arguments)
+
+    return run
+
+
+def _triton_kernel(name: str, function: str) -> Callable:
+    """A function of ``triton_kernels.<name>``, imported, and Triton with it, when it is first called."""
+
+    def run(*arguments):
+        module = importlib.import_module(f"..triton_kernels.{name}", __package__)
+        return getattr(module, function)(*arguments)
+
+    return run
+
+
+def _checked(schema: str, plain: Callable, fused: Callable) -> Callable:
+    """``fused`` on devices where it passes its check against ``plain`` at first use, ``plain`` on others."""
+    name, arguments = schema.split(") ->")[0].split("(", 1)
+    names = [argument.split()[-1].split("=")[0] for argument in arguments.split(", ")]
+
+    def run(*given):
+        return self_check.choose(name, names, given, plain, fused)(*given)
+
+    return run
+
+
+def _reference_kernel(op: str, function: str) -> Callable:
+    kernel = reference.row_statistics if op == "row_statistics" else getattr(getattr(reference, op), function)
+    return _without_autocast(kernel)
+
+
+def _register() -> list[torch.library.Library]:
+    """Defines every op in each namespace: the reference for all devices, and the kernels made for one."""
+    libraries = {
+        name: torch.library.Library(name, "DEF") for name in (native.NAMESPACE, *NAMESPACES.values())
+    }
+    for row in schemas.REGISTERED:
+        for library in libraries.values():
+            library.define(row.schema, tags=(torch.Tag.pt2_compliant_tag,))
+    kernels = libraries[native.NAMESPACE]
+    for row in schemas.REGISTERED_NATIVE:
+        kernels.define(row.schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"{native.NAMESPACE}::{row.name}", row.fake, lib=kernels)
+    native.load(schemas.PROJECTION_KEPT)
+    for row in schemas.REGISTERED:
+        name, plain = row.name, _reference_kernel(row.op, row.function)
+        fused = _without_autocast(_triton_kernel(row.op, row.function))
+        HOST_CODE[name] = HostCode(row.op, plain, fused)
+        for backend, namespace in NAMESPACES.items():
+            library = libraries[namespace]
+            use_fused = backend == "triton" and row.op not in WITHOUT_TRITON
+            library.impl(name, fused if use_fused else plain, "CompositeExplicitAutograd")
+            if backend == "auto" and HAS_TRITON and row.op not in WITHOUT_TRITON:
+                library.impl(name, _checked(row.schema, plain, fused), "CUDA")
+            if backend in ("auto", "native") and native.has(name):
+                library.impl(name, _without_autocast(native.chosen(name, plain)), "CPU")
+            torch.library.register_fake(f"{namespace}::{name}", row.fake, lib=library)
+    return list(libraries.values())
+
+
+_libraries = _register()  # kept alive: an op lives as long as its library
+
+
+def host_code(name: str, backend: str, device_type: str) -> Callable | None:
+    """The Python function that serves an op, for whoever counts what it allocates.
+
+    Args:
+        name: as registered, such as ``"ladder"`` or ``"ladder_bwd"``.
+        backend: see ``use_backend``. device_type: ``"cpu"`` or ``"cuda"``.
+
+    Returns:
+        None where the kernel is not Python.
+    """
+    op, plain, fused = HOST_CODE[name]
+    on_cuda = device_type == "cuda"
+    if backend in ("auto", "native") and not on_cuda:
+        return None if native.has(name) else plain
+    use_fused = backend == "triton" or (backend == "auto" and on_cuda and HAS_TRITON)
+    return fused if use_fused and op not in WITHOUT_TRITON else plain
