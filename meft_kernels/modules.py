@@ -26,6 +26,17 @@ class _Folded:
         the list to each part."""
         return [ops.fold(*norm_linear_params(down)) for down in self.down]
 
+    def pooled(
+        self,
+        hidden_states: Iterable[Tensor | HiddenState],
+        lengths: Tensor | None = None,
+        folded: Sequence[tuple[Tensor, Tensor]] | None = None,
+    ) -> Tensor:
+        """The mean of ``forward`` over each utterance's valid frames, (B, D); arguments as there, and
+        ``folded``: what ``fold`` gave, if it was called before."""
+        state = self.state(hidden_states, lengths, folded)
+        return ops.pooled_upsample(state, *self.pool_params(), lengths, self.relu_before_up)
+
 
 class LST(_Folded, reference.LST):
     __doc__ = reference.LST.__doc__
@@ -47,16 +58,6 @@ class LST(_Folded, reference.LST):
             state = ops.folded_ladder(hidden_state.values, state, *parameters, hidden_state.statistics, keep)
         return state
 
-    def pooled(
-        self,
-        hidden_states: Iterable[Tensor | HiddenState],
-        lengths: Tensor | None = None,
-        folded: Sequence[tuple[Tensor, Tensor]] | None = None,
-    ) -> Tensor:
-        """The mean of ``forward`` over each utterance's valid frames, (B, D); arguments as there, and
-        ``folded``: what ``fold`` gave, if it was called before."""
-        return ops.pooled_upsample(self.state(hidden_states, lengths, folded), *self.pool_params(), lengths)
-
 
 class UniPT(_Folded, reference.UniPT):
     __doc__ = reference.UniPT.__doc__
@@ -76,16 +77,6 @@ class UniPT(_Folded, reference.UniPT):
         self.check_lengths(lengths, anchor)
         merged = ops.relu_attention(anchor, self.gate.weight, self.gate.bias, features, lengths)
         return anchor + ops.adapter(merged, *adapter_params(self.adapter))
-
-    def pooled(
-        self,
-        hidden_states: Iterable[Tensor | HiddenState],
-        lengths: Tensor | None = None,
-        folded: Sequence[tuple[Tensor, Tensor]] | None = None,
-    ) -> Tensor:
-        """As ``LST.pooled``."""
-        state = self.state(hidden_states, lengths, folded)
-        return ops.pooled_upsample(state, *self.pool_params(), lengths, relu=True)
 
 
 class SHERL(reference.SHERL):

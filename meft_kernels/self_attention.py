@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from . import native, ops
-from .ops.second_derivative import refuses_second_derivative
+from .ops.second_derivative import in_transform, refuses_second_derivative
 from .reference.stand_in import device_type
 
 
@@ -55,8 +55,7 @@ def _is_served(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, s
     if mask is not None and (mask.dtype != torch.bool or not _is_of_keys(mask, batch, key.shape[-2])):
         return False
     # Whoever switched PyTorch's fused attention off, or transforms functions, gets what PyTorch has for that.
-    in_transform = torch._C._functorch.peek_interpreter_stack() is not None
-    is_plain = not in_transform and not torch.is_autocast_enabled("cpu")
+    is_plain = not in_transform() and not torch.is_autocast_enabled("cpu")
     return is_plain and torch.backends.cuda.flash_sdp_enabled()
 
 

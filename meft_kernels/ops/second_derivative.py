@@ -7,6 +7,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
+def in_transform() -> bool:
+    """Whether the call is inside a transform of ``torch.func``."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def refuses_second_derivative(backward: Callable) -> Callable:
     """A backward whose gradients raise when they are differentiated themselves.
 
@@ -18,9 +23,8 @@ def refuses_second_derivative(backward: Callable) -> Callable:
 
     def run(ctx, *upstream: Tensor):
         grads = once(ctx, *upstream)
-        # Under a transform of torch.func nothing can be marked.
-        in_transform = torch._C._functorch.peek_interpreter_stack() is not None
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or in_transform:
+        # Under a transform nothing can be marked.
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or in_transform():
             return grads
         present = [grad.detach().requires_grad_() for grad in grads if grad is not None]
         message = "trying to differentiate twice: the ops of meft_kernels have no second derivative"

@@ -26,6 +26,7 @@ from .blocks import (
     gelu_with_slope,
     load_pair,
     load_weights,
+    pair_constants,
     standardize_pair,
     standardize_pair_bwd,
     store_pair,
@@ -277,11 +278,6 @@ def fitted(row: Row, dtype: torch.dtype, width: int) -> Row:
     return replace(row, blocks={name: min(size, largest) for name, size in row.blocks.items()}, num_stages=1)
 
 
-def options(row: Row) -> dict:
-    """Launch options of a row."""
-    return {"num_warps": row.num_warps, "num_stages": row.num_stages}
-
-
 def packed(
     weight_1: Tensor, bias_1: Tensor, weight_2: Tensor, dtype: torch.dtype, block: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -297,15 +293,9 @@ def packed(
     return weight_1, bias_1.contiguous(), weight_2
 
 
-def row_constants(row: Row, width: int) -> dict:
-    """The constexpr arguments of a kernel without products at side width ``width``."""
-    whole, tail = chunks(width)
-    return {"R": width, "R0": whole, "R1": tail, **row.blocks}
-
-
 def constants(row: Row, width: int, hidden: int) -> dict:
     """The constexpr arguments of a kernel with products at side width ``width`` and packed hidden width."""
-    return {**row_constants(row, width), "HIDDEN": hidden}
+    return {**pair_constants(row, width), "HIDDEN": hidden}
 
 
 def weight_gradients(
@@ -325,7 +315,7 @@ def weight_gradients(
     with on_device(grad):
         launch(adapter_bwd_weight_kernel, (columns, splits),
             grad, affine, *weights, parts, bias_parts, affine.shape[0], steps,
-            **constants(row, width, padded_hidden), **options(row),
+            **constants(row, width, padded_hidden), **row.options,
         )  # fmt: skip
     grad_1, grad_2 = parts.sum(0)[:, :hidden, :width]
     return grad_1, bias_parts.sum(0)[:hidden], grad_2.T
@@ -350,7 +340,7 @@ def library_gradients(
         with on_device(grad):
             launch(adapter_bwd_hidden_kernel, grid,
                 raw, grad_raw, bias_1, active, grad_hidden, parts, raw.shape[0],
-                H=hidden, **row.blocks, **options(row),
+                H=hidden, **row.blocks, **row.options,
             )  # fmt: skip
         grad_affine[block] = matmul(grad_hidden, weight_1, dtype)
         grad_1 = split_product(grad_hidden, affine[block], dtype)
@@ -383,7 +373,7 @@ def gradients(
         with on_device(x):
             launch(adapter_bwd_kernel, (programs,),
                 grad, x, norm_weight, norm_bias, *weights, affine, grad_x, parts, count,
-                EPS=NORM_EPS, **constants(row, width, weights[0].shape[0]), **options(row),
+                EPS=NORM_EPS, **constants(row, width, weights[0].shape[0]), **row.options,
             )  # fmt: skip
         inner = weight_gradients(grad, affine, weight_1, bias_1, weight_2)
     else:
@@ -391,7 +381,7 @@ def gradients(
         with on_device(x):
             launch(adapter_bwd_normed_kernel, (triton.cdiv(count, row.blocks["BLOCK_M"]),),
                 x, norm_weight, norm_bias, affine, count,
-                EPS=NORM_EPS, **row_constants(row, width), **options(row),
+                EPS=NORM_EPS, **pair_constants(row, width), **row.options,
             )  # fmt: skip
         grad_affine, *inner = library_gradients(grad, affine, weight_1, bias_1, weight_2)
         row = row_for("adapter_bwd_input", grad, width)
@@ -400,7 +390,7 @@ def gradients(
         with on_device(x):
             launch(adapter_bwd_input_kernel, (programs,),
                 grad, grad_affine, x, norm_weight, grad_x, parts, count,
-                EPS=NORM_EPS, **row_constants(row, width), **options(row),
+                EPS=NORM_EPS, **pair_constants(row, width), **row.options,
             )  # fmt: skip
     grad_norm_weight, grad_norm_bias, grad_bias_2 = parts.sum(0)
     return grad_x, grad_norm_weight, grad_norm_bias, *inner, grad_bias_2
@@ -430,7 +420,7 @@ def forward(
         with on_device(x):
             launch(adapter_fwd_kernel, grid,
                 rows, *norm, *weights, bias_2.contiguous(), out, rows.shape[0],
-                EPS=NORM_EPS, **constants(row, width, weights[0].shape[0]), **options(row),
+                EPS=NORM_EPS, **constants(row, width, weights[0].shape[0]), **row.options,
             )  # fmt: skip
     return out.view(x.shape)
 
@@ -484,7 +474,7 @@ def static_launches(row: Row, dtype: str, width: int) -> Iterator[tuple]:
         return
     block = row.blocks.get("BLOCK_H", 0)
     hidden = triton.cdiv(min(8 * width, 1280), block) * block if block else 0
-    values = constants(row, width, hidden) if block else row_constants(row, width)
+    values = constants(row, width, hidden) if block else pair_constants(row, width)
     if function is not adapter_bwd_weight_kernel:
         values["EPS"] = NORM_EPS
     types = pointer_types(function, dtype, ("grad_affine_ptr",))

@@ -9,6 +9,8 @@ drops it. Rows and columns outside the matrix read as zero.
 import triton
 import triton.language as tl
 
+from ..tune.row import Row
+
 
 def chunks(width: int) -> tuple[int, int]:
     """The powers of two (R0, R1) that hold a row of ``width`` columns, each at least 16, as dots need."""
@@ -18,6 +20,12 @@ def chunks(width: int) -> tuple[int, int]:
         return whole, 0
     tail = max(16, triton.next_power_of_2(rest))
     return (2 * whole, 0) if tail >= whole else (whole, tail)
+
+
+def pair_constants(row: Row, width: int) -> dict:
+    """The constexpr arguments of a kernel on rows of ``width`` columns."""
+    whole, tail = chunks(width)
+    return {"R": width, "R0": whole, "R1": tail, **row.blocks}
 
 
 @triton.jit

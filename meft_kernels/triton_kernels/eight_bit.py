@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..reference import eight_bit as reference
 from ..tune.row import Row
-from .host import POINTERS, aligned, compile_arguments, launch, on_device, row_for
+from .host import POINTERS, aligned, compile_arguments, flat, launch, on_device, row_for
 
 # Programs work through STEPS tiles of BLOCK_M rows, one tile of BLOCK_N columns wide. They count column tiles
 # first, so that programs that run side by side read whole rows.
@@ -166,7 +166,7 @@ def _grid(row: Row, rows: int, width: int) -> tuple[int, int]:
 
 
 def _options(row: Row) -> dict:
-    return {**row.blocks, "num_warps": row.num_warps, "num_stages": row.num_stages}
+    return {**row.blocks, **row.options}
 
 
 def _are_fp32(*tensors: Tensor | None) -> bool:
@@ -181,7 +181,7 @@ def encode(x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tenso
     if first is None or second is None or x.numel() == 0 or not _are_fp32(mean, rstd):
         return reference.encode(x, mean, rstd)
     rows = aligned(x, width)
-    mean, rstd = mean.reshape(-1).contiguous(), rstd.reshape(-1).contiguous()
+    mean, rstd = flat(mean, rstd)
     groups, programs = _grid(first, rows.shape[0], width)
     parts = torch.empty(groups, 3, width, dtype=torch.float32, device=x.device)
     code = torch.empty(rows.shape, dtype=torch.uint8, device=x.device)
@@ -225,7 +225,7 @@ def decode(
     out = torch.empty(rows.shape, dtype=like.dtype, device=code.device)
     statistics = (scale, scale)  # any pointers of the type, when they are not read
     if mean is not None:
-        statistics = mean.reshape(-1).contiguous(), rstd.reshape(-1).contiguous()
+        statistics = flat(mean, rstd)
     with on_device(code):
         launch(
             eight_bit_decode_kernel,

@@ -221,8 +221,7 @@ def _launch(kernel, row: Row, width: int, rows: int, *arguments: Tensor) -> None
         *arguments,
         rows,
         **_constants(row, width),
-        num_warps=row.num_warps,
-        num_stages=row.num_stages,
+        **row.options,
     )
 
 

@@ -155,8 +155,7 @@ def forward(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, gate: Tensor) ->
                 out,
                 rows.shape[0],
                 **_constants(row, backbone, side),
-                num_warps=row.num_warps,
-                num_stages=row.num_stages,
+                **row.options,
             )
     return out.view(x.shape)
 
@@ -192,8 +191,7 @@ def backward(
                 gate_part,
                 rows.shape[0],
                 **_constants(row, backbone, side, NEED_X=need_x),
-                num_warps=row.num_warps,
-                num_stages=row.num_stages,
+                **row.options,
             )
     return [
         grad_x.view(x.shape) if need_x else grad_x,

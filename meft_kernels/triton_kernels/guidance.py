@@ -241,8 +241,7 @@ def forward(weight: Tensor, bias: Tensor, features: list[Tensor]) -> Tensor:
                 out,
                 deep.shape[0],
                 **_constants(row, deep.dtype, width, layers),
-                num_warps=row.num_warps,
-                num_stages=row.num_stages,
+                **row.options,
             )
     return out.view(last.shape)
 
@@ -276,8 +275,7 @@ def backward(grad: Tensor, weight: Tensor, bias: Tensor, features: list[Tensor])
                 bias_parts,
                 deep.shape[0],
                 **_constants(row, deep.dtype, width, layers),
-                num_warps=row.num_warps,
-                num_stages=row.num_stages,
+                **row.options,
             )
     return [
         weight_parts.sum(0)[None].to(weight.dtype),

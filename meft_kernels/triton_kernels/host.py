@@ -42,6 +42,11 @@ def aligned(x: Tensor, width: int) -> Tensor:
     return rows if rows.data_ptr() % 16 == 0 else rows.clone()
 
 
+def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Row statistics (...) as contiguous vectors (N,)."""
+    return tuple(tensor.reshape(-1).contiguous() for tensor in tensors)
+
+
 def split_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """``a.T @ b`` in fp32 for rows a (N, m) and b (N, n): a weight gradient.
 

@@ -22,10 +22,8 @@ from .adapter import (
     fitted,
     gradients,
     norm_gradient_pair,
-    options,
     packed,
     pointer_types,
-    row_constants,
     weight_gradients,
 )
 from .blocks import (
@@ -33,12 +31,13 @@ from .blocks import (
     adapter_pair_bwd,
     affine_pair,
     load_pair,
+    pair_constants,
     standardize_pair,
     store_pair,
     store_sums,
     vector_pair,
 )
-from .host import aligned, compile_arguments, launch, on_device, row_for
+from .host import aligned, compile_arguments, flat, launch, on_device, row_for
 from .norm_linear import folded_gradients, projected, store_scaled, unfold_pair
 
 
@@ -289,10 +288,10 @@ def forward(
         vectors = (gate, norm_weight, norm_bias)
         with on_device(x):
             launch(ladder_fwd_kernel, (triton.cdiv(rows.shape[0], row.blocks["BLOCK_M"]),),
-                raw, mean.reshape(-1).contiguous(), rstd.reshape(-1).contiguous(), centre, bias.contiguous(),
+                raw, *flat(mean, rstd), centre, bias.contiguous(),
                 below, *(t.contiguous() for t in vectors), *weights, bias_2.contiguous(), out, rows.shape[0],
                 EPS=NORM_EPS, TEMPERATURE=GATE_TEMPERATURE,
-                **constants(row, width, weights[0].shape[0]), **options(row),
+                **constants(row, width, weights[0].shape[0]), **row.options,
             )  # fmt: skip
     return out.view(state.shape)
 
@@ -320,7 +319,7 @@ def backward(
     if row_for("ladder_bwd_mixed", x, width) is None or x.numel() == 0:
         return reference.backward(grad, x, state, weight, bias, mean, rstd, *given[2:], need_x)
     rows, below, upstream = aligned(x, x.shape[-1]), aligned(state, width), aligned(grad.to(x.dtype), width)
-    mean, rstd = mean.reshape(-1).contiguous(), rstd.reshape(-1).contiguous()
+    mean, rstd = flat(mean, rstd)
     raw, centre = projected(rows, weight)
     inputs = (raw, mean, rstd, centre, bias.contiguous(), below, gate)
     grad_state, scaled = torch.empty_like(below), torch.empty_like(upstream)
@@ -359,7 +358,7 @@ def _fused_gradients(
         launch(ladder_bwd_kernel, (programs,),
             grad, *inputs, norm_weight.contiguous(), norm_bias.contiguous(), *weights,
             affine, grad_state, scaled, parts, count, EPS=NORM_EPS, TEMPERATURE=GATE_TEMPERATURE,
-            **constants(row, width, weights[0].shape[0]), **options(row),
+            **constants(row, width, weights[0].shape[0]), **row.options,
         )  # fmt: skip
     sums = parts.sum(0)
     inner = weight_gradients(grad, affine, *linear)
@@ -381,8 +380,8 @@ def _split_gradients(
             mixed,
             count,
             TEMPERATURE=GATE_TEMPERATURE,
-            **row_constants(row, width),
-            **options(row),
+            **pair_constants(row, width),
+            **row.options,
         )
     grad_mixed, *adapter_grads = gradients(grad, mixed, *parameters)
     row = row_for("ladder_bwd_split", grad, width)
@@ -391,7 +390,7 @@ def _split_gradients(
     with on_device(grad):
         launch(ladder_bwd_split_kernel, (programs,),
             grad, grad_mixed, *inputs, grad_state, scaled, parts, count,
-            TEMPERATURE=GATE_TEMPERATURE, **row_constants(row, width), **options(row),
+            TEMPERATURE=GATE_TEMPERATURE, **pair_constants(row, width), **row.options,
         )  # fmt: skip
     return parts.sum(0), tuple(adapter_grads)
 
@@ -406,6 +405,6 @@ def static_launches(row: Row, dtype: str, width: int) -> Iterator[tuple]:
     if "BLOCK_H" in row.blocks:
         values = {**constants(row, width, 256), "EPS": NORM_EPS}
     else:
-        values = row_constants(row, width)
+        values = pair_constants(row, width)
     types = pointer_types(function, dtype, (*_FLOAT, "grad_mixed_ptr"))
     yield compile_arguments(function, types, {**values, "TEMPERATURE": GATE_TEMPERATURE})

@@ -14,8 +14,8 @@ from torch import Tensor
 from ..reference import norm_linear as reference
 from ..reference.common import matmul, row_blocks, standardize_bwd
 from ..tune.row import Row
-from .blocks import chunks, load_pair, store_pair, store_sums, vector_pair
-from .host import POINTERS, aligned, compile_arguments, launch, on_device, row_for, split_product
+from .blocks import load_pair, pair_constants, store_pair, store_sums, vector_pair
+from .host import POINTERS, aligned, compile_arguments, flat, launch, on_device, row_for, split_product
 
 
 @triton.jit
@@ -122,11 +122,6 @@ def folded_gradients(
     return grad_x, grad_weight
 
 
-def _constants(row: Row, width: int) -> dict:
-    whole, tail = chunks(width)
-    return {"R": width, "R0": whole, "R1": tail, **row.blocks}
-
-
 def forward(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
     """As ``reference.norm_linear.forward``."""
     width = weight.shape[0]
@@ -137,22 +132,20 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor)
     out = x.new_empty(rows.shape[0], width)
     if rows.shape[0]:
         raw, centre = projected(rows, weight)
-        constants = _constants(row, width)
+        constants = pair_constants(row, width)
         grid = (triton.cdiv(rows.shape[0], constants["BLOCK_M"]),)
-        options = {"num_warps": row.num_warps, "num_stages": row.num_stages}
         with on_device(x):
             launch(
                 norm_linear_fwd_kernel,
                 grid,
                 raw,
-                mean.reshape(-1).contiguous(),
-                rstd.reshape(-1).contiguous(),
+                *flat(mean, rstd),
                 centre,
                 bias.contiguous(),
                 out,
                 rows.shape[0],
                 **constants,
-                **options,
+                **row.options,
             )
     return out.view(*x.shape[:-1], width)
 
@@ -166,12 +159,11 @@ def backward(
     if row is None or x.numel() == 0:
         return reference.backward(grad, x, weight, bias, mean, rstd, need_x)
     rows, upstream = aligned(x, x.shape[-1]), aligned(grad, width)
-    mean, rstd = mean.reshape(-1).contiguous(), rstd.reshape(-1).contiguous()
-    constants = _constants(row, width)
+    mean, rstd = flat(mean, rstd)
+    constants = pair_constants(row, width)
     programs = triton.cdiv(rows.shape[0], constants["BLOCK_M"])
     scaled = x.new_empty(upstream.shape)
     parts = torch.empty(programs, 2, width, dtype=torch.float32, device=x.device)
-    options = {"num_warps": row.num_warps, "num_stages": row.num_stages}
     with on_device(x):
         launch(
             norm_linear_bwd_kernel,
@@ -183,7 +175,7 @@ def backward(
             parts,
             rows.shape[0],
             **constants,
-            **options,
+            **row.options,
         )
     grad_bias, mean_sum = parts.sum(0)
     grad_x, grad_weight = folded_gradients(scaled, mean_sum, rows, weight, mean, rstd, need_x)
@@ -209,4 +201,4 @@ def static_launches(row: Row, dtype: str, width: int) -> Iterator[tuple]:
             "scaled_ptr": POINTERS[dtype],
             "part_ptr": "*fp32",
         }
-    yield compile_arguments(kernel, {**types, "rows": "i32"}, _constants(row, width))
+    yield compile_arguments(kernel, {**types, "rows": "i32"}, pair_constants(row, width))

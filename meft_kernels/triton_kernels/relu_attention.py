@@ -25,7 +25,7 @@ from ..reference import relu_attention as reference
 from ..reference import stand_in
 from ..reference.common import ATTENTION_EPS
 from ..tune.row import TORCH_TYPES, Row
-from .blocks import chunks, store_sums
+from .blocks import chunks, pair_constants, store_sums
 from .host import POINTERS, aligned, compile_arguments, launch, on_device, row_for
 
 FP32_WIDTH = 192  # widest rows of the kernels in fp32
@@ -359,14 +359,9 @@ def _for_type(row: Row, dtype: torch.dtype, width: int) -> Row | None:
 
 
 def _constants(row: Row, width: int) -> dict:
-    first, second = chunks(width)
-    constants = {"R": width, "R0": first, "R1": second, **row.blocks}
+    constants = pair_constants(row, width)
     divides = row.kernel in ("relu_attention_fwd", "relu_attention_bwd_anchor")
     return {**constants, "EPS": ATTENTION_EPS} if divides else constants
-
-
-def _options(row: Row) -> dict:
-    return {"num_warps": row.num_warps, "num_stages": row.num_stages}
 
 
 def _uses_descriptors(row: Row, width: int, dtype: torch.dtype) -> bool:
@@ -408,7 +403,7 @@ def _sums(slab: Tensor, factor: Tensor | None, counts: Tensor | None, row: Row) 
         batch,
         frames,
         **_constants(row, width),
-        **_options(row),
+        **row.options,
     )
     return sums
 
@@ -462,7 +457,7 @@ def forward(
                 batch,
                 frames,
                 **_constants(row, width),
-                **_options(row),
+                **row.options,
             )
     return out
 
@@ -505,7 +500,7 @@ def backward(
             scale,
             *sizes,
             **_constants(anchor_row, width),
-            **_options(anchor_row),
+            **anchor_row.options,
         )
         gate_grads = (delta.sum(-1) + _sums(slab, grad, None, sum_row).sum(-1)).T  # (B, n)
         confidence_grads = gates * (gate_grads - (gates * gate_grads).sum(-1, keepdim=True))
@@ -526,7 +521,7 @@ def backward(
             grad_slab,
             *sizes,
             **_constants(features_row, width),
-            **_options(features_row),
+            **features_row.options,
         )
     anchor_share = (per_frame * feature_means).sum(1) * weight
     valid = torch.arange(frames, device=anchor.device) < counts[:, None]

@@ -52,9 +52,8 @@ def forward(x: Tensor) -> tuple[Tensor, Tensor]:
     if rows.shape[0]:
         constants = _constants(row, width)
         grid = (triton.cdiv(rows.shape[0], constants["BLOCK_M"]),)
-        options = {"num_warps": row.num_warps, "num_stages": row.num_stages}
         with on_device(x):
-            launch(row_statistics_kernel, grid, rows, mean, rstd, rows.shape[0], **constants, **options)
+            launch(row_statistics_kernel, grid, rows, mean, rstd, rows.shape[0], **constants, **row.options)
     return mean.view(x.shape[:-1]), rstd.view(x.shape[:-1])
 
 

@@ -35,6 +35,11 @@ class Row:
     family: str = "any"
     mma: str = "wgmma"
 
+    @property
+    def options(self) -> dict[str, int]:
+        """What a launch takes beside the kernel's arguments."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
 
 def sm_of(capability: tuple[int, int] | None) -> int:
     """The known architecture that serves a CUDA compute capability; ``None`` (no GPU) counts as Hopper."""

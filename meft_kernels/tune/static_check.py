@@ -8,7 +8,7 @@ import importlib
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -93,8 +93,7 @@ def check_row(row: Row, sm: int, width: int, dtype: str = "bf16") -> Iterator[Co
         what = {"row": row, "kernel": name, "width": width, "dtype": dtype, "sm": sm}
         try:
             source = ASTSource(fn=function, signature=signature, constexprs=constexprs, attrs=attrs)
-            options = {"num_warps": row.num_warps, "num_stages": row.num_stages}
-            binary = compile(source, target=GPUTarget("cuda", sm, 32), options=options)
+            binary = compile(source, target=GPUTarget("cuda", sm, 32), options=row.options)
         except Exception as error:  # the compiler has many; each means that the row does not compile
             text = str(error).strip().splitlines() or [type(error).__name__]
             yield Compiled(**what, problem=f"does not compile: {text[0]}")
@@ -146,29 +145,6 @@ def _assembler_report(ptx: str, sm: int) -> tuple[int, int, int]:
     stores = sum(map(int, re.findall(r"(\d+) bytes spill stores", report)))
     loads = sum(map(int, re.findall(r"(\d+) bytes spill loads", report)))
     return registers, stores, loads
-
-
-def check_table(
-    sms: Iterable[int] = tuple(SHARED_MEMORY),
-    kernels: Iterable[str] | None = None,
-    widths: Iterable[int] | None = None,
-    dtype: str = "bf16",
-) -> Iterator[Compiled]:
-    """Compiles the table's rows at the widths they serve.
-
-    Args:
-        sms: architectures, as 80 for sm_80.
-        kernels: names to compile; default all.
-        widths: only these widths; default every width a row serves.
-        dtype: "bf16", "fp16" or "fp32".
-    """
-    for sm in sms:
-        for row in TABLE:
-            if kernels is not None and row.kernel not in kernels:
-                continue
-            for width in serving_widths(row, sm):
-                if widths is None or width in widths:
-                    yield from check_row(row, sm, width, dtype)
 
 
 HEADER = (
