@@ -1,29 +1,20 @@
-"""The README's tables, written from the records of benchmark runs, so that no figure is typed by hand.
-
-A table stands between ``<!-- table: NAME -->`` and ``<!-- end of table -->``; what is between is replaced.
-"""
+"""The documentation's tables, made from the records of runs, so that no figure is typed by hand."""
 
 import re
 from collections.abc import Callable, Iterable
 
-from whisper_meft.errors import UserError
-
 from . import backbones, throughput, train_step
 from .steps import CLASSES
 
-_MARKED = re.compile(
-    r"^(?P<indent> *)<!-- table: (?P<name>\S+) -->\n(?P<old>.*?)^ *<!-- end of table -->$",
-    re.MULTILINE | re.DOTALL,
-)
 
-
-def _rows(found: dict) -> list[dict]:
+def rows_of(found: dict) -> list[dict]:
+    """The measurements of a record."""
     return found["figures"]["rows"] if isinstance(found["figures"], dict) else found["figures"]
 
 
 def _content(found: dict) -> tuple[int, int]:
     """How much a record tells: the number of its valid rows that hold a time, then of all its valid rows."""
-    valid = [row for row in _rows(found) if row.get("status", "ok") == "ok"]
+    valid = [row for row in rows_of(found) if row.get("status", "ok") == "ok"]
     return sum("ratio" in row or "median" in row for row in valid), len(valid)
 
 
@@ -39,7 +30,7 @@ def newest(records: Iterable[dict], name: str) -> list[dict]:
     for found in records:
         if found["name"] == name and found["shapes"].get("model") != "toy":
             shapes = {k: v for k, v in found["shapes"].items() if k != "repeats"}
-            what = sorted({str(row.get("op", "")) for row in _rows(found)})
+            what = sorted({str(row.get("op", "")) for row in rows_of(found)})
             key = found["environment"]["device"], str(sorted(shapes.items())), str(what)
             if key not in kept or _content(found) >= _content(kept[key]):
                 kept.pop(key, None)
@@ -62,10 +53,17 @@ def _when(found: dict) -> str:
     return f"commit {commit}, {where['date'][:10]}: `{command}`"
 
 
-def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A Markdown table; the first column is text, the others are numbers."""
+def setting(found: dict) -> str:
+    """The sizes of a training step in words."""
+    shapes = found["shapes"]
+    dtype = f", {shapes['dtype']}" if found["name"] == "train_step" else ""  # a count has several
+    return f"Whisper-{shapes['model']}, batch {shapes['batch']}, {shapes['frames']} frames{dtype}"
+
+
+def markdown(header: Iterable[str], rows: Iterable[Iterable[str]], text: int = 1) -> str:
+    """A Markdown table; the first ``text`` columns are text, the others are numbers."""
     header = list(header)
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    lines = [header, ["---"] * text + ["---:"] * (len(header) - text), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -270,27 +268,3 @@ TABLES: dict[str, Callable[[list[dict]], list[str]]] = {
     "throughput": speeds,
     "backbones": other_backbones,
 }
-
-
-# --- the README ---------------------------------------------------------------------------------------------
-
-
-def filled(text: str, records: list[dict]) -> str:
-    """``text`` with the content of every marked table written from the records.
-
-    Raises:
-        UserError: an unknown table, or a marker without its end.
-    """
-
-    def table(match: re.Match) -> str:
-        name, indent = match["name"], match["indent"]
-        if name not in TABLES:
-            raise UserError(f"table must be one of {', '.join(TABLES)}, got {name!r}")
-        content = "\n\n".join(TABLES[name](records)) or "(no results yet)"
-        lines = [f"<!-- table: {name} -->", *content.split("\n"), "<!-- end of table -->"]
-        return "\n".join(f"{indent}{line}".rstrip() for line in lines)
-
-    result = _MARKED.sub(table, text)
-    if result.count("<!-- table:") != result.count("<!-- end of table -->"):
-        raise UserError("every <!-- table: NAME --> must be followed by <!-- end of table -->")
-    return result
