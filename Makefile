@@ -1,4 +1,4 @@
-# Two commands: `make demo` and `make test`. Both make .venv from the pinned versions first.
+# Commands: `make demo`, `make test`, `make docs`. Each makes .venv from the pinned versions first.
 # PYTHON picks the interpreter (3.11 or newer) that the environment is made with.
 
 PYTHON ?= python3
@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DELETE_ON_ERROR:
-.PHONY: demo test lint clean
+.PHONY: demo test docs lint clean
 
 demo: $(READY)
 	$(BIN)/whisper-meft demo --output_dir demo_output
@@ -18,6 +18,11 @@ test: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n 2 --dist loadfile --durations=15
+
+# Warnings are errors, dead links inside the site among them; links to other sites are not followed.
+docs: $(READY)
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --fresh-env --quiet docs docs/_build/html
+	@echo "open docs/_build/html/index.html"
 
 lint: $(READY)
 	$(BIN)/ruff check --fix .
@@ -31,8 +36,8 @@ $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	  { echo "Python 3.11 or newer is needed; name one with: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) 'setuptools>=77' wheel ninja torch
-	PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation -e '.[whisper,peft,speech,quantization,test,bench,dev]'
+	PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation -e '.[whisper,peft,speech,quantization,test,bench,docs,dev]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo_output
+	rm -rf $(VENV) build dist *.egg-info demo_output docs/_build

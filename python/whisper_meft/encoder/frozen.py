@@ -165,7 +165,7 @@ class FrozenEncoder(nn.Module):
                 next layer's own LayerNorm.
 
         Yields:
-            (B, T, hidden size) in the weights' dtype (under autocast of float32 weights: what that gives),
+            (B, T, hidden size) in the weights' dtype (for float32 weights under autocast in what that gives),
             without gradient; T = ceil(frames / 2).
 
         Raises:

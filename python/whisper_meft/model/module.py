@@ -108,7 +108,7 @@ class MeftModel(PreTrainedModel):
 
     @property
     def states_read(self) -> tuple[int, ...]:
-        """Indices of the hidden states that the method reads: h_0 is the embedding, h_i layer i's output.
+        """Indices of the hidden states that the method reads; h_0 is the embedding, h_i layer i's output.
 
         Raises:
             UserError: the method trains inside the encoder, so that its states change with every step.
