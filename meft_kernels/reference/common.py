@@ -82,6 +82,13 @@ def standardize_bwd(grad: Tensor, normed: Tensor, rstd: Tensor) -> Tensor:
     return rstd * (grad - mean_grad - normed * (grad * normed).mean(-1, keepdim=True))
 
 
+def softmax_bwd(grad: Tensor, weights: Tensor) -> Tensor:
+    """Gradient of softmax over the last axis from its result: w_i * (g_i - sum_j w_j g_j), as a sum of
+    differences w_j (g_i - g_j), in which nothing cancels where one weight is nearly one."""
+    differences = grad[..., :, None] - grad[..., None, :]
+    return weights * (weights[..., None, :] * differences).sum(-1)
+
+
 def gelu_bwd(grad: Tensor, x: Tensor) -> Tensor:
     """Gradient of the exact GELU: g * (Phi(x) + x * phi(x)), in one pass."""
     return torch.ops.aten.gelu_backward(grad, x)

@@ -87,7 +87,11 @@ def backward(grad: Tensor, weight: Tensor, bias: Tensor, features: list[Tensor])
         deep, g = rows[-1][block].to(wide), grad[block].to(wide)
         alpha, scores, inverse, total, cosine, norms = _weights(shallow, deep, wide_weight, wide_bias)
         grad_alpha = (shallow @ g[..., None]).squeeze(-1)
-        grad_scores = (grad_alpha - (alpha * grad_alpha).sum(-1, keepdim=True)) / total
+        # dalpha_j - sum alpha dalpha as a sum of differences, 1 - sum alpha being epsilon / s: where
+        # one score is nearly all there is, nothing cancels.
+        spread = grad_alpha[:, :, None] - grad_alpha[:, None]  # (N, K, K)
+        grad_scores = (alpha[:, None] * spread).sum(-1) + grad_alpha * (GUIDANCE_EPS / total)
+        grad_scores = grad_scores / total
         grad_logits = grad_scores * inverse * (scores > 0)
         grad_redundancy = -grad_scores * scores * inverse
         pull = (grad_redundancy[:, :, None] + grad_redundancy[:, None]) * (cosine > 0)

@@ -28,6 +28,7 @@ from .common import (
     masked_mean,
     matmul,
     row_blocks,
+    softmax_bwd,
 )
 
 
@@ -138,8 +139,7 @@ def backward(
             gate_grads.append(gate_grad)
             feature_grads.append(_keys(key_grad, valid[clips]) + gate * upstream)
         gate_grads = torch.stack(gate_grads, -1)  # (b, n)
-        total = (gates[clips] * gate_grads).sum(-1, keepdim=True)
-        confidence_grads = gates[clips] * (gate_grads - total)
+        confidence_grads = softmax_bwd(gate_grads, gates[clips])
         means = anchor_mean[clips, None] * feature_means[clips]
         grad_weight += torch.einsum("bn,bnr->r", confidence_grads, means)
         share = valid[clips, :, None]

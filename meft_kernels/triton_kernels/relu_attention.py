@@ -23,7 +23,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..reference import relu_attention as reference
 from ..reference import stand_in
-from ..reference.common import ATTENTION_EPS
+from ..reference.common import ATTENTION_EPS, softmax_bwd
 from ..tune.row import TORCH_TYPES, Row
 from .blocks import chunks, pair_constants, store_sums
 from .host import POINTERS, aligned, compile_arguments, launch, on_device, row_for
@@ -503,7 +503,7 @@ def backward(
             **anchor_row.options,
         )
         gate_grads = (delta.sum(-1) + _sums(slab, grad, None, sum_row).sum(-1)).T  # (B, n)
-        confidence_grads = gates * (gate_grads - (gates * gate_grads).sum(-1, keepdim=True))
+        confidence_grads = softmax_bwd(gate_grads, gates)
         weight = gate_weight.float().squeeze(0)
         per_frame = (confidence_grads / divisor[:, None])[..., None]  # a mean gives each frame an equal share
         shares = per_frame * (weight * anchor_mean)[:, None]

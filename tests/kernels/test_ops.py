@@ -10,6 +10,7 @@ from meft_kernels import native, ops, use_backend
 from meft_kernels.ops import autograd, backends
 from meft_kernels.testing import (
     CASES,
+    Case,
     assert_as_good_as_torch,
     flat_tensors,
     outputs_and_gradients,
@@ -268,6 +269,22 @@ def test_guidance_special_rows():
     assert torch.allclose(out, one + deep, atol=1e-5)
     assert all(torch.isfinite(grad).all() for grad in torch.autograd.grad(out.sum(), features))
     assert torch.equal(ops.guidance(-weight, bias, [one, one, deep]), deep)
+
+
+@pytest.mark.parametrize("name", ["weight", "gate_weight"])
+def test_gradient_of_a_weight_that_is_nearly_one(name):
+    """One frame, where one layer often has nearly all the weight: what is left of a gradient is a difference
+    of numbers that are nearly the same, of which plain fp32 loses up to every digit."""
+    case = Case("guidance" if name == "weight" else "relu_attention", batch=1, frames=1, layers=3)
+    for seed in range(12):
+        inputs = case.inputs(torch.float32, seed=seed)
+        if name == "gate_weight":
+            inputs[name] = 6 * inputs[name]
+        upstream = torch.randn(1, 1, case.side, generator=torch.Generator().manual_seed(seed))
+        truth = outputs_and_gradients(case.definition(), inputs, upstream, torch.float64)[name]
+        with use_backend("reference"):
+            found = outputs_and_gradients(case.function(), inputs, upstream)[name]
+        assert relative_error(found, truth) < 1e-5 if truth.any() else not found.any(), seed
 
 
 @pytest.mark.parametrize("width", [1, 3])
