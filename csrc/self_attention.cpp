@@ -189,7 +189,8 @@ class Forward {
         query_across_(in.block_size() * in.width),
         out_(in.block_size() * in.width),
         maxima_(in.block_size()),
-        sums_(in.block_size()) {}
+        sums_(in.block_size()),
+        tile_sums_(in.block_size()) {}
 
   void run(int64_t clip, int64_t head, const Heads& out, float* logsumexp) {
     const int64_t width = in_.width;
@@ -234,7 +235,9 @@ class Forward {
     for (int64_t tile = 0; tile < padded_; tile += KEYS) {
       const int64_t size = std::min(KEYS, padded_ - tile), present = std::min(size, count_ - tile);
       float* scores = scores_ + tile * block;
+      std::fill_n(static_cast<float*>(tile_sums_), block, 0.0f);
       exponentiate(scores, present, factor);
+      add(tile_sums_, block, sums);
       std::fill(scores + present * block, scores + size * block, 0.0f);
       gemm(width, block, size, transposed_ + tile * width, size, scores, block, out, block, tile > 0);
     }
@@ -270,11 +273,12 @@ class Forward {
     }
   }
 
-  // Four keys together: long sums of fp32 lose digits, and a block's sums are read less often.
+  // Scores of a tile to exponentials, whose sums are added to tile_sums_. Four keys together: long sums of
+  // fp32 lose digits, and a block's sums are read less often.
   void exponentiate(float* scores, int64_t keys, float factor) {
     const int64_t block = block_;
     const float* maxima = maxima_;
-    float* sums = sums_;
+    float* sums = tile_sums_;
     int64_t key = 0;
     for (; key + 4 <= keys; key += 4, scores += 4 * block) {
       float *second = scores + block, *third = second + block, *fourth = third + block;
@@ -301,7 +305,7 @@ class Forward {
   const Inputs& in_;
   int64_t count_ = 0, padded_ = 0;  // keys that are looked at, and with zero rows after them
   int64_t block_ = 0;               // queries of the block at hand, filled up
-  Buffer keys_, transposed_, scores_, query_, query_across_, out_, maxima_, sums_;
+  Buffer keys_, transposed_, scores_, query_, query_across_, out_, maxima_, sums_, tile_sums_;
 };
 
 // --- backward ---------------------------------------------------------------------------------------------

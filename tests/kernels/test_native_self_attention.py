@@ -84,6 +84,17 @@ def test_frames(frames, poisoned_memory):
 
 
 @needs_build
+def test_long_sums_keep_their_digits():
+    """Keys and values with a mean, and weights that are all alike: the error is PyTorch's own, also that of
+    the queries' gradient, in which sums cancel."""
+    *given, upstream = (0.3 + row for row in draw(batch=1, heads=2, queries=1500, head_dim=48, spread=0.3))
+    truth = run(plain, *given, upstream, dtype=torch.float64)
+    own, found = run(torchs, *given, upstream), run(self_attention, *given, upstream)
+    for name in ("out", "query"):
+        assert relative_error(found[name], truth[name]) < 1.5 * relative_error(own[name], truth[name]), name
+
+
+@needs_build
 @pytest.mark.parametrize("head_dim", [1, 3, 8, 17, 33, 64, 80, 128])
 def test_head_dims(head_dim, poisoned_memory):
     assert_good(drawn(head_dim=head_dim, queries=50))
