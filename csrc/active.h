@@ -125,8 +125,7 @@ __attribute__((target("bmi"))) void add_two_rows(const Scores& scores, int64_t r
   };
 #pragma GCC unroll 8
   for (int64_t i = 0; i < VECTORS; ++i) {
-    sums[0][i] = Vec::loadu(out + i * W);
-    sums[1][i] = Vec::loadu(out + (VECTORS + i) * W);
+    sums[0][i] = sums[1][i] = Vec(0.0f);
   }
   const uint64_t first_bits = scores.active[row], second_bits = scores.active[row + 1];
   add(first_bits & ~second_bits, std::integral_constant<int, 0>());
@@ -134,8 +133,8 @@ __attribute__((target("bmi"))) void add_two_rows(const Scores& scores, int64_t r
   add(second_bits & ~first_bits, std::integral_constant<int, 1>());
 #pragma GCC unroll 8
   for (int64_t i = 0; i < VECTORS; ++i) {
-    sums[0][i].store(out + i * W);
-    sums[1][i].store(out + (VECTORS + i) * W);
+    (Vec::loadu(out + i * W) + sums[0][i]).store(out + i * W);
+    (Vec::loadu(out + (VECTORS + i) * W) + sums[1][i]).store(out + (VECTORS + i) * W);
   }
 }
 

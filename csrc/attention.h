@@ -97,21 +97,22 @@ struct Inputs {
         }
       }
     });
+    // In fp64: an error here is one of every frame's.
+    std::vector<double> row(layers);
     for (int64_t clip = 0; clip < batch; ++clip) {
-      float *row = gates.data() + clip * layers, largest = -INFINITY, total = 0;
+      double largest = -INFINITY, total = 0;
       for (int64_t layer = 0; layer < layers; ++layer) {
-        float confidence = bias;
+        row[layer] = bias;
         for (int64_t i = 0; i < width; ++i) {
-          confidence += mean(clip, layers)[i] * mean(clip, layer)[i] * gate_weight()[i];
+          row[layer] += static_cast<double>(mean(clip, layers)[i]) * mean(clip, layer)[i] * gate_weight()[i];
         }
-        row[layer] = confidence;
-        largest = std::max(largest, confidence);
+        largest = std::max(largest, row[layer]);
+      }
+      for (double& value : row) {
+        total += value = std::exp(value - largest);
       }
       for (int64_t layer = 0; layer < layers; ++layer) {
-        total += row[layer] = std::exp(row[layer] - largest);
-      }
-      for (int64_t layer = 0; layer < layers; ++layer) {
-        row[layer] /= total;
+        gates[clip * layers + layer] = static_cast<float>(row[layer] / total);
       }
     }
   }

@@ -39,6 +39,16 @@ def test_frames(frames):
     assert_close(case, case.inputs(torch.float32))
 
 
+def test_long_sums_keep_their_digits():
+    """Sums over a thousand keys err as PyTorch's products do, not as sums of terms one after the other."""
+    case = Case("relu_attention", batch=1, frames=1100, side=80, layers=1)
+    inputs = case.inputs(torch.float32)
+    truth = run(case, inputs, "reference", torch.float64)
+    plain, found = run(case, inputs, "reference"), run(case, inputs)
+    for name in ("out", "anchor"):
+        assert relative_error(found[name], truth[name]) < 1.3 * relative_error(plain[name], truth[name]), name
+
+
 def leaning(case: Case, by: float, seed: int = 5) -> dict:
     """Inputs around zero, features leaning to the anchor's side: scores' mean is about ``by`` standard
     deviations."""
