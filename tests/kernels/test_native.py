@@ -76,7 +76,7 @@ def test_long_sums_keep_their_digits(width):
 
     with use_backend("native"):
         found = ops.norm_linear(x, norm_weight, norm_bias, weight, bias)
-    assert error(found) < 1.25 * error(linear(torch.float32))
+    assert error(found) < 1.1 * error(linear(torch.float32))
 
 
 def _same(one: dict, other: dict) -> None:
