@@ -42,7 +42,7 @@ std::vector<at::Tensor> adapter_bwd(const at::Tensor& grad, const at::Tensor& x,
 
   const int64_t step = block_rows(rows.count(), bottleneck.side), blocks = (rows.count() + step - 1) / step;
   const int64_t shares = share_count(blocks);
-  Partials partials(shares, bottleneck.sums());
+  Partials partials(shares, bottleneck.sums(), blocks);
   for_each_share(shares, blocks, [&](int64_t share, int64_t first, int64_t last) {
     const Bottleneck::Work work(bottleneck, step);
     const Buffer grad_scratch(upstream.scratch(step)), x_scratch(rows.scratch(step));
@@ -56,6 +56,7 @@ std::vector<at::Tensor> adapter_bwd(const at::Tensor& grad, const at::Tensor& x,
       if (need_x) {
         to_x.store(begin, count, written);
       }
+      partials.end_block(share);
     }
   });
   std::vector<at::Tensor> grads{grad_x};

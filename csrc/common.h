@@ -205,25 +205,52 @@ inline void add(const float* values, int64_t count, float* sums, float* lost) {
   }
 }
 
-// Partial sums: one row of fp32 zeros per share, with what the shares gathered added up by `total`.
+// Partial sums: one row of fp32 zeros per share, with what the shares gathered added up by `total`. Every so
+// many blocks a share's sums are put aside and begin anew: long sums of fp32 lose digits.
 class Partials {
  public:
-  Partials(int64_t shares, int64_t size) : sums_(zeros_fp32({shares, size})) {}
+  // `blocks` of all shares, if each is followed by `end_block`.
+  Partials(int64_t shares, int64_t size, int64_t blocks = 0)
+      : sums_(zeros_fp32({shares, size})), gathered_(shares) {
+    if (blocks > shares * kTogether) {
+      aside_ = zeros_fp32({shares, size});
+    }
+  }
 
-  float* of(int64_t share) { return sums_.data_ptr<float>() + share * sums_.size(1); }
+  float* of(int64_t share) { return row(sums_, share); }
+
+  // To be called after each block that a share has added.
+  void end_block(int64_t share) {
+    if (++gathered_[share] % kTogether == 0 && aside_.defined()) {
+      add(of(share), sums_.size(1), row(aside_, share));
+      std::fill_n(of(share), sums_.size(1), 0.0f);
+    }
+  }
 
   // The sum over shares, in their order, (size,); it is kept in the first share's place.
   float* total() {
     float* first = of(0);
     const int64_t shares = sums_.size(0), size = sums_.size(1);
-    for (int64_t share = 1; share < shares; ++share) {
-      add(of(share), size, first);
+    for (int64_t share = 0; share < shares; ++share) {
+      if (share > 0) {
+        add(of(share), size, first);
+      }
+      if (aside_.defined()) {
+        add(row(aside_, share), size, first);
+      }
     }
     return first;
   }
 
  private:
-  at::Tensor sums_;
+  static constexpr int64_t kTogether = 32;  // blocks, of about a hundred rows
+
+  static float* row(const at::Tensor& sums, int64_t share) {
+    return sums.data_ptr<float>() + share * sums.size(1);
+  }
+
+  at::Tensor sums_, aside_;
+  std::vector<int64_t> gathered_;  // [shares], blocks
 };
 
 // A copy of `values`, which hold as many elements as `like`, in its shape and type.
@@ -250,51 +277,55 @@ inline float sum_of_lanes(const Vec& lanes) {
   return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, lanes);
 }
 
-inline float sum_of(const float* row, int64_t width) {
-  Vec even(0.0f), odd(0.0f);
+// The sum over i < width of what `add_vector(sum, i)` adds for kLanes places and `term(i)` is for one. Four
+// sums apart: long sums of fp32 lose digits, and wait for each other.
+template <typename AddVector, typename Term>
+inline float sum_over(int64_t width, const AddVector& add_vector, const Term& term) {
+  constexpr int64_t kApart = 4;
+  Vec apart[kApart] = {Vec(0.0f), Vec(0.0f), Vec(0.0f), Vec(0.0f)};
   int64_t i = 0;
-  for (; i + 2 * kLanes <= width; i += 2 * kLanes) {
-    even = even + Vec::loadu(row + i);
-    odd = odd + Vec::loadu(row + i + kLanes);
+  for (; i + kApart * kLanes <= width; i += kApart * kLanes) {
+    for (int64_t k = 0; k < kApart; ++k) {
+      apart[k] = add_vector(apart[k], i + k * kLanes);
+    }
   }
-  float sum = sum_of_lanes(even + odd);
+  for (; i + kLanes <= width; i += kLanes) {
+    apart[0] = add_vector(apart[0], i);
+  }
+  float sum = sum_of_lanes((apart[0] + apart[1]) + (apart[2] + apart[3]));
   for (; i < width; ++i) {
-    sum += row[i];
+    sum += term(i);
   }
   return sum;
+}
+
+inline float sum_of(const float* row, int64_t width) {
+  return sum_over(
+      width, [&](const Vec& sum, int64_t i) { return sum + Vec::loadu(row + i); },
+      [&](int64_t i) { return row[i]; });
 }
 
 // The sum of a (b - centre).
 inline float dot(const float* a, const float* b, int64_t width, float centre = 0) {
   const Vec centres(centre);
-  Vec even(0.0f), odd(0.0f);
-  int64_t i = 0;
-  for (; i + 2 * kLanes <= width; i += 2 * kLanes) {
-    even = at::vec::fmadd(Vec::loadu(a + i), Vec::loadu(b + i) - centres, even);
-    odd = at::vec::fmadd(Vec::loadu(a + i + kLanes), Vec::loadu(b + i + kLanes) - centres, odd);
-  }
-  float sum = sum_of_lanes(even + odd);
-  for (; i < width; ++i) {
-    sum += a[i] * (b[i] - centre);
-  }
-  return sum;
+  return sum_over(
+      width,
+      [&](const Vec& sum, int64_t i) {
+        return at::vec::fmadd(Vec::loadu(a + i), Vec::loadu(b + i) - centres, sum);
+      },
+      [&](int64_t i) { return a[i] * (b[i] - centre); });
 }
 
 // The sum of squares of a row's distances from `centre`.
 inline float squares_around(const float* row, int64_t width, float centre) {
   const Vec centres(centre);
-  Vec even(0.0f), odd(0.0f);
-  int64_t i = 0;
-  for (; i + 2 * kLanes <= width; i += 2 * kLanes) {
-    const Vec first = Vec::loadu(row + i) - centres, second = Vec::loadu(row + i + kLanes) - centres;
-    even = at::vec::fmadd(first, first, even);
-    odd = at::vec::fmadd(second, second, odd);
-  }
-  float sum = sum_of_lanes(even + odd);
-  for (; i < width; ++i) {
-    sum += (row[i] - centre) * (row[i] - centre);
-  }
-  return sum;
+  return sum_over(
+      width,
+      [&](const Vec& sum, int64_t i) {
+        const Vec distance = Vec::loadu(row + i) - centres;
+        return at::vec::fmadd(distance, distance, sum);
+      },
+      [&](int64_t i) { return (row[i] - centre) * (row[i] - centre); });
 }
 
 // Mean of a row and the reciprocal of its standard deviation, the variance taken around the mean.

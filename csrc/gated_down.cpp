@@ -153,7 +153,7 @@ std::vector<at::Tensor> backward(const at::Tensor& grad, const at::Tensor& x, co
   const int64_t blocks = (rows.count() + step - 1) / step, shares = share_count(blocks);
   // Of each share: dV1, [dV2; dV3], and the three biases.
   const int64_t after_first = side * width, after_second = after_first + 2 * side * side;
-  Partials partials(shares, after_second + 3 * side);
+  Partials partials(shares, after_second + 3 * side, blocks);
   for_each_share(shares, blocks, [&](int64_t share, int64_t first, int64_t last) {
     float* sums = partials.of(share);
     const Buffer x_scratch(rows.scratch(step)), grad_scratch(upstream.scratch(step));
@@ -217,6 +217,7 @@ std::vector<at::Tensor> backward(const at::Tensor& grad, const at::Tensor& x, co
         gemm(count, width, side, grad_hidden, side, of.first.data_ptr<float>(), width, written, width);
         to_x.store(begin, count, written);
       }
+      partials.end_block(share);
     }
   });
 

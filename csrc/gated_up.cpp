@@ -83,7 +83,7 @@ std::vector<at::Tensor> gated_up_bwd(const at::Tensor& grad, const at::Tensor& x
   const int64_t blocks = (rows.count() + step - 1) / step, shares = share_count(blocks);
   // Of each share: dW^T (r, D), the bias' and the gate's.
   const int64_t after_weight = side * width, after_bias = after_weight + width;
-  Partials partials(shares, after_bias + 1);
+  Partials partials(shares, after_bias + 1, blocks);
   for_each_share(shares, blocks, [&](int64_t share, int64_t first, int64_t last) {
     float* sums = partials.of(share);
     double gate_sum = 0;
@@ -123,6 +123,7 @@ std::vector<at::Tensor> gated_up_bwd(const at::Tensor& grad, const at::Tensor& x
         }
         to_x.store(begin, count, written);
       }
+      partials.end_block(share);
     }
     sums[after_bias] = static_cast<float>(gate_sum);
   });

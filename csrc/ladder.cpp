@@ -130,7 +130,7 @@ std::vector<at::Tensor> backward(const at::Tensor& grad, const at::Tensor& x, co
   const int64_t blocks = (rows.count() + step - 1) / step, shares = share_count(blocks);
   // Of each share: the projection's sums, the bottleneck's, and the gate's.
   const int64_t after_projection = projection.sums(), after_bottleneck = after_projection + bottleneck.sums();
-  Partials partials(shares, after_bottleneck + 1);
+  Partials partials(shares, after_bottleneck + 1, blocks);
   for_each_share(shares, blocks, [&](int64_t share, int64_t first, int64_t last) {
     float* sums = partials.of(share);
     double sum_gate = 0;
@@ -170,6 +170,7 @@ std::vector<at::Tensor> backward(const at::Tensor& grad, const at::Tensor& x, co
         to_x.store(begin, count, x_written);
       }
       projection.backward(dv, hidden_state, count, block_mean, block_rstd, down_work, sums);
+      partials.end_block(share);
     }
     sums[after_bottleneck] = static_cast<float>(sum_gate);
   });

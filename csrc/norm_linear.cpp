@@ -45,7 +45,7 @@ std::vector<at::Tensor> norm_linear_bwd(const at::Tensor& grad, const at::Tensor
 
   const int64_t side = projection.side, step = block_rows(rows.count(), projection.side);
   const int64_t blocks = (rows.count() + step - 1) / step, shares = share_count(blocks);
-  Partials partials(shares, projection.sums());
+  Partials partials(shares, projection.sums(), blocks);
   for_each_share(shares, blocks, [&](int64_t share, int64_t first, int64_t last) {
     const Projection::Work work(projection, step);
     const Buffer grad_scratch(upstream.scratch(step)), x_scratch(rows.scratch(step));
@@ -63,6 +63,7 @@ std::vector<at::Tensor> norm_linear_bwd(const at::Tensor& grad, const at::Tensor
       }
       std::copy_n(grad_block, count * side, static_cast<float*>(scaled));
       projection.backward(scaled, hidden_state, count, block_mean, block_rstd, work, partials.of(share));
+      partials.end_block(share);
     }
   });
   float* sums = partials.total();

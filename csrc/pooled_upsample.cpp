@@ -100,6 +100,7 @@ class Features {
   // Adds s n (r,) and s, times a frame's share, of every row.
   void pool(int64_t rows, float share, float* sums) const {
     const int64_t side = form_.side;
+    double total = 0;
     for (int64_t t = 0; t < rows; ++t) {
       const float scale = share * inverse[t];
       const float* row = n + t * side;
@@ -107,8 +108,9 @@ class Features {
       for (int64_t i = 0; i < side; ++i) {
         sums[i] += scale * row[i];
       }
-      sums[side] += scale;
+      total += scale;
     }
+    sums[side] += static_cast<float>(total);
   }
 
   Buffer normed, n, rstd, product, inverse;
@@ -211,7 +213,7 @@ std::vector<at::Tensor> pooled_upsample_bwd(const at::Tensor& grad, const at::Te
   std::fill_n(static_cast<float*>(pools), frames.count() * (side + 1), 0.0f);
   const int64_t shares = share_count(frames.count());
   // Of each share: N2 (r, r), n1 (r,), n0, and the gradients of norm_weight and norm_bias (r,).
-  Partials partials(shares, side * (side + 3) + 1);
+  Partials partials(shares, side * (side + 3) + 1, frames.count());
   for_each_share(shares, frames.count(), [&](int64_t share, int64_t first, int64_t last) {
     Features features(form, wide_weight, wide_bias, relu, frames.step);
     const Buffer x_scratch(rows.scratch(frames.step)), weighted(frames.step * side);
@@ -252,6 +254,7 @@ std::vector<at::Tensor> pooled_upsample_bwd(const at::Tensor& grad, const at::Te
         to_x.store(block.begin, block.count, to);
       }
       add(vectors, 3 * side + 1, second + side * side);
+      partials.end_block(share);
     }
   });
 

@@ -10,7 +10,13 @@ import pytest
 import torch
 
 from meft_kernels import native, ops, use_backend
-from meft_kernels.testing import CASES, assert_as_good_as_torch, outputs_and_gradients, relative_error
+from meft_kernels.testing import (
+    CASES,
+    Case,
+    assert_as_good_as_torch,
+    outputs_and_gradients,
+    relative_error,
+)
 
 ROOT = Path(__file__).parents[2]
 SERVED = [op for op in ops.OP_NAMES if native.LOADED and native.has(op)]
@@ -77,6 +83,21 @@ def test_long_sums_keep_their_digits(width):
     with use_backend("native"):
         found = ops.norm_linear(x, norm_weight, norm_bias, weight, bias)
     assert error(found) < 1.1 * error(linear(torch.float32))
+
+
+@needs_build
+@pytest.mark.parametrize("op", ["norm_linear", "adapter", "ladder", "gated_up"])
+def test_gradients_over_many_rows_keep_their_digits(op):
+    """Sums over 40000 rows err no more than PyTorch's, which takes them in longer pieces."""
+    case = Case(op, batch=2, frames=20000, width=40, side=24, adapter_dim=16)
+    inputs = case.inputs(torch.float32)
+    upstream = torch.randn(case.definition()(**inputs).shape, generator=torch.Generator().manual_seed(0))
+    truth = outputs_and_gradients(case.definition(), inputs, upstream, torch.float64)
+    plain = outputs_and_gradients(case.definition(), inputs, upstream)
+    with use_backend("native"):
+        found = outputs_and_gradients(case.function(), inputs, upstream)
+    for name in {"weight", "weight_2", "down_weight"} & truth.keys():
+        assert relative_error(found[name], truth[name]) < relative_error(plain[name], truth[name]), name
 
 
 def _same(one: dict, other: dict) -> None:
