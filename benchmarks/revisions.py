@@ -1,6 +1,7 @@
 """The ops at another git revision of this repository, measured by a process in a temporary worktree."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -121,12 +122,32 @@ class Remote:
         return self._revision.ask("memory", backend=self._backend)
 
 
-@contextmanager
-def worktree(revision: str) -> Iterator[tuple[Path, str]]:
-    """A folder with ``meft_kernels`` alone as it is at a revision, and the commit; removed afterwards.
+def build(tree: Path) -> None:
+    """Builds the C++ kernels of a checkout in place, which takes minutes.
 
     Raises:
-        UserError: see ``resolve``.
+        UserError: they cannot be built.
+    """
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # for ninja
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    environment = {**os.environ, "PATH": path}
+    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
+    # setup.py goes on without kernels that do not compile, and says why in its last line.
+    if done.returncode or not list((tree / "meft_kernels").glob("_native_*.so")):
+        reason = (done.stderr.strip().splitlines() or ["there are none"])[-1]
+        raise UserError(f"the C++ kernels of --base cannot be built: {reason}")
+
+
+@contextmanager
+def worktree(revision: str, native: bool = False) -> Iterator[tuple[Path, str]]:
+    """A folder with ``meft_kernels`` alone as it is at a revision, and the commit; removed afterwards.
+
+    Args:
+        revision: what git calls it.
+        native: whether its C++ kernels are built.
+
+    Raises:
+        UserError: see ``resolve`` and ``build``.
     """
     commit = resolve(revision)
     folder = Path(tempfile.mkdtemp(prefix="meft-base-"))
@@ -134,6 +155,8 @@ def worktree(revision: str) -> Iterator[tuple[Path, str]]:
     try:
         _git("worktree", "add", "--detach", "--quiet", str(tree), commit)
         try:
+            if native:
+                build(tree)
             packages.mkdir()
             # Nothing else of that tree may be imported: the harness is this tree's.
             (packages / "meft_kernels").symlink_to(tree / "meft_kernels", target_is_directory=True)
@@ -145,13 +168,13 @@ def worktree(revision: str) -> Iterator[tuple[Path, str]]:
 
 
 @contextmanager
-def open_revision(revision: str) -> Iterator[Revision]:
-    """The worker of a revision, ended and removed afterwards.
+def open_revision(revision: str, native: bool = False) -> Iterator[Revision]:
+    """The worker of a revision, ended and removed afterwards; see ``worktree``.
 
     Raises:
-        UserError: see ``resolve``.
+        UserError: see ``resolve`` and ``build``.
     """
-    with worktree(revision) as (packages, commit):
+    with worktree(revision, native) as (packages, commit):
         worker = Revision(revision, commit, packages)
         try:
             yield worker

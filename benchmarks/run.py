@@ -262,7 +262,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--backend", nargs="+", choices=ops.BACKENDS[1:], help="default: all that work here")
     parser.add_argument("--peers", nargs="*", choices=PEERS, help="default: all, see --quick")
-    parser.add_argument("--base", metavar="REV", help="a git revision to measure in the same run")
+    parser.add_argument(
+        "--base", metavar="REV", help="a git revision to measure in the same run; native: it is built first"
+    )
     parser.add_argument("--repeats", type=_positive, help="rounds (default: 30 on CUDA, 7 on a CPU)")
     parser.add_argument("--threads", type=_positive, default=1, help="on a CPU (default: 1)")
     parser.add_argument("--output", type=Path, help="folder of the record (default: benchmarks/results)")
@@ -357,7 +359,10 @@ def _run(options: argparse.Namespace, stack: ExitStack, command: str) -> int:
     if "compiled" in chosen and (reason := peers.why_no_compiler(device)):
         chosen.remove("compiled")
         notes["compiled"] = reason
-    revision = stack.enter_context(revisions.open_revision(options.base)) if options.base else None
+    revision = None
+    if options.base:
+        native = "native" in options.backend
+        revision = stack.enter_context(revisions.open_revision(options.base, native))
     run = Run(
         device=device,
         dtype=dtype,

@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from whisper_meft.errors import UserError
 
-from benchmarks import ceilings, contenders, peers, record, run, timing, worker
+from benchmarks import ceilings, contenders, peers, record, revisions, run, timing, worker
 from meft_kernels import ops, reference
 from meft_kernels.testing import SIDE_NETWORKS, Case, NetworkCase, assert_as_good_as_torch, real_case, small
 
@@ -259,6 +259,22 @@ def test_another_revision_is_measured_in_the_same_run(tmp_path):
     both = {row["peer"]: row for row in rows if row["direction"] == "both"}
     assert both["ops:reference@HEAD"]["peak"] > 0
     assert worktrees() == before
+
+
+def test_another_revision_gets_its_own_kernels(tmp_path):
+    (tmp_path / "meft_kernels").mkdir()
+    script = tmp_path / "setup.py"
+    script.write_text(
+        "import pathlib, sys\n"
+        "if sys.argv[1:] == ['build_ext', '--inplace']:\n"
+        "    pathlib.Path('meft_kernels/_native_default_torch_1_2_3.so').touch()\n"
+    )
+    revisions.build(tmp_path)
+    (built,) = (tmp_path / "meft_kernels").iterdir()
+    built.unlink()
+    script.write_text("import sys\nprint('one\\nno compiler', file=sys.stderr)")
+    with pytest.raises(UserError, match="kernels of --base cannot be built: no compiler"):
+        revisions.build(tmp_path)
 
 
 @pytest.mark.parametrize(
