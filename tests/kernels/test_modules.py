@@ -231,12 +231,13 @@ def test_functional_call_and_func_grad(method):
 @BOTH
 def test_compiles_as_one_graph_and_follows_shapes(method):
     torch._dynamo.reset()
-    side = build(method)
+    side = build(method, num_layers=2)
     compiled = torch.compile(output, fullgraph=True, backend="aot_eager")
     counter = torch._dynamo.utils.counters["stats"]
     before = counter["unique_graphs"]
     for batch, frames in [(2, 9), (3, 11), (4, 7), (5, 13), (7, 6)]:
-        hidden_states, lengths = states(batch, frames), torch.arange(1, batch + 1).clamp(max=frames)
+        hidden_states = states(batch, frames, count=3)
+        lengths = torch.arange(1, batch + 1).clamp(max=frames)
         expected, got = output(side, hidden_states, lengths), compiled(side, hidden_states, lengths)
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
         upstream = torch.randn_like(got)
@@ -254,7 +255,7 @@ def test_compiles_as_one_graph_and_follows_shapes(method):
 @BOTH
 def test_compiles_with_inductor(method):
     torch._dynamo.reset()
-    side, hidden_states = build(method), states()
+    side, hidden_states = build(method, num_layers=2), states(count=3)
     compiled = torch.compile(output, fullgraph=True)
     torch.testing.assert_close(compiled(side, hidden_states), output(side, hidden_states))
 

@@ -7,22 +7,20 @@ import torch
 
 pytest.importorskip("triton")
 
-from triton_fixtures import DEVICE, assert_as_good_as_reference, convert, run
+from triton_fixtures import DEVICE, assert_as_good_as_reference, convert, few_groups, run
 
 from meft_kernels.reference import guidance as reference
 from meft_kernels.testing import Case
 from meft_kernels.triton_kernels import guidance as kernel
 from meft_kernels.tune import choice
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory", "few_groups")
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "_few_groups")
 TYPES = [torch.float32, torch.float16]
 
 
 @pytest.fixture
-def few_groups():
-    """Two tiles of frames per program: more than one program in small cases, and less to interpret."""
-    row = choice.choose("guidance_bwd", 24)
-    with choice.trial(replace(row, blocks={**row.blocks, "GROUPS": 2})):
+def _few_groups():
+    with few_groups():
         yield
 
 

@@ -54,7 +54,8 @@ def test_widths(side, dtype):
 @pytest.mark.parametrize("side", [24, *SPLIT_SIDES])
 @pytest.mark.parametrize("batch, frames", [(1, 1), (1, 12), (1, 64), (2, 37), (1, 100)])
 def test_frames(batch, frames, side):
-    check(Case("ladder", batch=batch, frames=frames, width=33, side=side), torch.float32)
+    case = Case("ladder", batch=batch, frames=frames, width=33, side=side)
+    check(case, torch.float32, draws=1 if side in SPLIT_SIDES else 2)  # wide gradients need fewer
 
 
 @pytest.mark.parametrize("hidden", [1, 64, 200])
@@ -65,7 +66,7 @@ def test_hidden_widths(hidden):
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_several_blocks_of_rows_per_split(dtype, monkeypatch):
     monkeypatch.setattr(adapter, "_WEIGHT_PROGRAMS", 4)
-    check(Case("ladder", batch=1, frames=330, side=48, adapter_dim=70), dtype, draws=1)
+    check(Case("ladder", batch=1, frames=150, side=48, adapter_dim=70), dtype, draws=1)
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)

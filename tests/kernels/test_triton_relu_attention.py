@@ -71,7 +71,7 @@ def test_loads_through_pointers(side, masked):
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize("frames", [1, 12, 32, 53])
+@pytest.mark.parametrize("frames", [1, 12, 32, 37])
 def test_frames(frames, dtype):
     """One frame, less than a block, whole blocks, and tails."""
     check(Case("relu_attention", batch=1, frames=frames, side=24, layers=2), dtype)
@@ -82,12 +82,12 @@ def test_layers(layers):
     check(Case("relu_attention", batch=2, frames=20, side=24, layers=layers, masked=True), torch.float32)
 
 
-@pytest.mark.parametrize("name", KERNELS)
-def test_blocks_of_the_table(name):
+def test_blocks_of_the_table():
     """The table's own block sizes, with tails behind them."""
-    row = choice.choose(name, 24)
+    small = {name: choice.choose(name, 24).blocks for name in KERNELS}
     with choice.trial(*(row for row in TABLE if row.kernel in KERNELS)):
-        assert choice.choose(name, 24).blocks != row.blocks or DEVICE == "cuda"
+        for name, blocks in small.items():
+            assert choice.choose(name, 24).blocks != blocks or DEVICE == "cuda"
         check(Case("relu_attention", batch=1, frames=150, side=24, layers=2, masked=True), torch.float16)
 
 
@@ -103,12 +103,12 @@ def test_lengths_at_the_edges(dtype):
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("special", ["dead query", "all negative", "one positive", "equal rows", "one gate"])
 def test_degenerate_scores(special, dtype):
-    case = Case("relu_attention", batch=1, frames=40, side=24, layers=3)
+    case = Case("relu_attention", batch=1, frames=20, side=24, layers=2)
     pairs = []
     for seed in range(2):
         inputs, grad = draw(case, dtype, seed)
         if special == "dead query":
-            inputs["anchor"][:, 3:20] = 0
+            inputs["anchor"][:, 3:18] = 0
         elif special == "all negative":
             inputs["anchor"] = -inputs["anchor"].abs()
             inputs["features"] = [feature.abs() for feature in inputs["features"]]
@@ -116,7 +116,7 @@ def test_degenerate_scores(special, dtype):
             inputs["anchor"] = inputs["anchor"].abs()
             for index, feature in enumerate(inputs["features"]):
                 feature.copy_(-feature.abs())
-                feature[:, 33 + index].neg_()
+                feature[:, 17 + index].neg_()
         elif special == "equal rows":
             inputs["features"][1][:] = inputs["features"][1][:, :1]
         else:
@@ -137,7 +137,7 @@ def test_dead_queries_pass_nothing_on():
 
 
 def test_bias_does_not_count():
-    case = Case("relu_attention", frames=20)
+    case = Case("relu_attention", batch=1, frames=20, layers=2)
     inputs, grad = draw(case, torch.float32)
     result = run(kernel, inputs, grad, names(case))
     moved = run(kernel, {**inputs, "gate_bias": inputs["gate_bias"] + 3}, grad, names(case))
@@ -148,28 +148,28 @@ def test_bias_does_not_count():
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_padding_reaches_no_valid_frame(dtype):
     """What stands behind a clip's end, NaN included, changes nothing in front of it, bit for bit."""
-    case = Case("relu_attention", batch=2, frames=40, side=24, layers=2, masked=True)
+    case = Case("relu_attention", batch=2, frames=21, side=24, layers=2, masked=True)
     inputs, grad = draw(case, dtype)
-    inputs["lengths"] = torch.tensor([19, 33], device=DEVICE)
-    grad[0, 19:] = grad[1, 33:] = 0
+    inputs["lengths"] = torch.tensor([9, 17], device=DEVICE)
+    grad[0, 9:] = grad[1, 17:] = 0
     expected = run(kernel, inputs, grad, names(case))
     for feature in inputs["features"]:
-        feature[0, 19:] = torch.nan
-        feature[1, 33:] = torch.nan
+        feature[0, 9:] = torch.nan
+        feature[1, 17:] = torch.nan
     result = run(kernel, inputs, grad, names(case))
-    for clip, length in enumerate((19, 33)):
+    for clip, length in enumerate((9, 17)):
         assert torch.equal(result["out"][clip, :length], expected["out"][clip, :length])
-    assert result["out"][0, 19:].isnan().all()
+    assert result["out"][0, 9:].isnan().all()
 
 
 @pytest.mark.parametrize("where", ["anchor", "features"])
 def test_nan_stays(where):
-    case = Case("relu_attention", batch=2, frames=40, side=24, layers=2)
+    case = Case("relu_attention", batch=2, frames=20, side=24, layers=2)
     inputs, grad = draw(case, torch.float32)
     tensor = inputs["anchor"] if where == "anchor" else inputs["features"][0]
-    tensor[0, 35, 3] = torch.nan
+    tensor[0, 18, 3] = torch.nan
     result = run(kernel, inputs, grad, names(case))
-    assert result["out"][0, 35].isnan().all()
+    assert result["out"][0, 18].isnan().all()
     assert torch.isfinite(result["out"][1]).all()
     assert result["gate_weight"].isnan().any()
     assert result["anchor"][0].isnan().any() and result["features[0]"][0].isnan().any()
