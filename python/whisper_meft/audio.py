@@ -129,8 +129,12 @@ def decode_audio(
     unit: Literal["seconds", "samples"] = "seconds",
     source_rate: int | None = None,
     name: str | None = None,
+    channel: int | None = None,
 ) -> tuple[np.ndarray, int]:
-    """:func:`read_audio` before resampling: float32 ``(samples,)`` at the source's rate, and that rate."""
+    """:func:`read_audio` before resampling: float32 ``(samples,)`` at the source's rate, and that rate.
+
+    ``channel`` (from 0) is read alone; by default channels are averaged.
+    """
     name = name or describe_source(source)
     start, stop = _check_segment(start, stop, unit, name)
     if isinstance(source, dict):
@@ -149,11 +153,11 @@ def decode_audio(
             )
 
     if isinstance(source, str | os.PathLike):
-        wave, rate = _decode_file(os.fsdecode(source), start, stop, unit, name)
+        wave, rate = _decode_file(os.fsdecode(source), start, stop, unit, name, channel)
     elif isinstance(source, bytes | bytearray | memoryview):
-        wave, rate = _decode_file(io.BytesIO(source), start, stop, unit, name)
+        wave, rate = _decode_file(io.BytesIO(source), start, stop, unit, name, channel)
     elif callable(getattr(source, "get_all_samples", None)):
-        wave, rate = _cut(*_from_decoder(source, name), start, stop, unit, name)
+        wave, rate = _cut(*_from_decoder(source, name, channel), start, stop, unit, name)
     elif callable(getattr(source, "read", None)):
         try:
             content = source.read()
@@ -163,9 +167,9 @@ def decode_audio(
             raise UserError(
                 f"{name} must be opened in binary mode, its read() gives {type(content).__name__}"
             )
-        wave, rate = _decode_file(io.BytesIO(content), start, stop, unit, name)
+        wave, rate = _decode_file(io.BytesIO(content), start, stop, unit, name, channel)
     else:
-        wave = _mono(source, name)
+        wave = _mono(source, name, channel)
         if source_rate is None:
             raise UserError(f"{name}: a bare array needs its source_rate in Hz")
         wave, rate = _cut(wave, _check_rate(source_rate, name), start, stop, unit, name)
@@ -227,7 +231,7 @@ def _begins_too_late(name: str, first: int, total: int, rate: int) -> UserError:
     )
 
 
-def _mono(array: Any, name: str) -> np.ndarray:
+def _mono(array: Any, name: str, channel: int | None = None) -> np.ndarray:
     """Samples of any kind as float32 ``(samples,)``."""
     if hasattr(array, "detach"):  # a tensor; bfloat16 has no numpy equivalent
         array = array.detach().cpu()
@@ -247,20 +251,36 @@ def _mono(array: Any, name: str) -> np.ndarray:
     elif array.dtype.kind == "i":
         array = array / (np.iinfo(array.dtype).max + 1)
     if array.ndim == 2:
-        array = array.mean(axis=int(np.argmin(array.shape)))
+        array = _one_channel(array if array.shape[1] < array.shape[0] else array.T, channel, name)
+    elif channel:
+        raise _no_such_channel(name, channel, 1)
     with np.errstate(over="ignore"):  # what leaves the range of float32 is reported as infinite
         return np.ascontiguousarray(array, dtype=np.float32)
 
 
-def _from_decoder(decoder: Any, name: str) -> tuple[np.ndarray, int]:
+def _one_channel(block: np.ndarray, channel: int | None, name: str) -> np.ndarray:
+    """``[samples, channels]`` as ``(samples,)``: the mean of the channels, or one of them."""
+    count = block.shape[1]
+    if channel is None:
+        return block[:, 0] if count == 1 else block.mean(axis=1)
+    if not 0 <= channel < count:
+        raise _no_such_channel(name, channel, count)
+    return np.ascontiguousarray(block[:, channel])
+
+
+def _no_such_channel(name: str, channel: int, count: int) -> UserError:
+    return UserError(f"{name} has {count} channel{'s'[: count > 1]}, channel {channel} (from 0) is not there")
+
+
+def _from_decoder(decoder: Any, name: str, channel: int | None) -> tuple[np.ndarray, int]:
     try:
         samples = decoder.get_all_samples()
     except Exception as error:  # the decoder is somebody else's: whatever it raises, the file is the reason
         raise UserError(f"cannot decode {name}: {error}") from error
-    return _mono(samples.data, name), _check_rate(samples.sample_rate, name)
+    return _mono(samples.data, name, channel), _check_rate(samples.sample_rate, name)
 
 
-def _decode_file(file: str | io.BytesIO, start, stop, unit, name) -> tuple[np.ndarray, int]:
+def _decode_file(file: str | io.BytesIO, start, stop, unit, name, channel) -> tuple[np.ndarray, int]:
     # Opening a pipe waits for its writer, maybe for ever.
     if (
         isinstance(file, str)
@@ -286,7 +306,7 @@ def _decode_file(file: str | io.BytesIO, start, stop, unit, name) -> tuple[np.nd
             if not mp3 and first:
                 opened.seek(first)
             wanted = min(last, opened.frames) - first
-            wave = _read_mono(opened, skip + wanted)[skip:]
+            wave = _read_mono(opened, skip + wanted, name, channel)[skip:]
             if len(wave) < wanted and not (mp3 and not _mp3_states_length(file)):
                 raise UserError(
                     f"{name} is truncated or damaged: {len(wave) / rate:.2f} s could be decoded of the "
@@ -299,13 +319,13 @@ def _decode_file(file: str | io.BytesIO, start, stop, unit, name) -> tuple[np.nd
     return wave, rate
 
 
-def _read_mono(opened: soundfile.SoundFile, frames: int) -> np.ndarray:
+def _read_mono(opened: soundfile.SoundFile, frames: int, name: str, channel: int | None) -> np.ndarray:
     blocks = []
     while frames > 0:
         block = opened.read(min(frames, _BLOCK), dtype="float32", always_2d=True)  # [frames, channels]
         if not len(block):
             break
-        blocks.append(block[:, 0] if block.shape[1] == 1 else block.mean(axis=1))
+        blocks.append(_one_channel(block, channel, name))
         frames -= len(block)
     if len(blocks) == 1:
         return blocks[0]

@@ -44,6 +44,7 @@ class Example:
         name: what messages and result files call it; by default the file, and the segment where there is one.
         start, stop: the segment of ``audio``, in ``unit``; ``None`` means its beginning and its end.
         unit: "seconds", or "samples" at the file's own rate.
+        channel: the one that is heard, counted from 0; ``None``: all of them, averaged.
         seconds: its length, where known (:func:`whisper_meft.data.check_audio` finds it).
     """
 
@@ -55,6 +56,7 @@ class Example:
     stop: float | None = None
     unit: Literal["seconds", "samples"] = "seconds"
     seconds: float | None = None
+    channel: int | None = None
 
     def __post_init__(self):
         if self.label is not None and not self.label.isascii():
@@ -65,6 +67,8 @@ class Example:
             if self.start is not None or self.stop is not None:
                 stop = "end" if self.stop is None else f"{self.stop:g}"
                 name += f" [{self.start or 0:g} to {stop} {'s' if self.unit == 'seconds' else self.unit}]"
+            if self.channel is not None:
+                name += f" [channel {self.channel}]"
             object.__setattr__(self, "name", name)
 
     @property
@@ -96,10 +100,11 @@ class Example:
             UserError: naming the example, when its audio cannot be read.
         """
         audio = self.value()
-        if longest is None or self.unit != "seconds":
-            return decode_audio(audio, self.start, self.stop, unit=self.unit, name=self.name)
-        stop = min(self.stop if self.stop is not None else float("inf"), (self.start or 0.0) + longest)
-        return decode_audio(audio, self.start, stop, name=self.name)
+        stop = self.stop
+        if longest is not None and self.unit == "seconds":
+            stop = min(stop if stop is not None else float("inf"), (self.start or 0.0) + longest)
+        how = {} if self.channel is None else {"channel": self.channel}
+        return decode_audio(audio, self.start, stop, unit=self.unit, name=self.name, **how)
 
 
 class ExampleSet(Sequence):
