@@ -9,7 +9,7 @@ import numpy as np
 
 from .. import data
 from ..data.examples import ExampleSet
-from ..data.splits import canonical_split
+from ..data.splits import split_kinds
 from ..errors import UserError
 from ..evaluation.classifier import Classifier
 from ..evaluation.scoring import evaluate, write_scores
@@ -60,13 +60,8 @@ def make_parser() -> Parser:
 
 def load_labelled(arguments: EvaluateArguments) -> ExampleSet:
     """The examples that the arguments describe, before their audio is checked."""
-    splits = data.list_splits(
-        arguments.data,
-        arguments.data_format,
-        dataset_config_name=arguments.dataset_config_name,
-        cache_dir=arguments.dataset_cache_dir,
-    )
-    has_test = "test" in {canonical_split(name) for name in splits}
+    splits = data.list_splits(arguments.data, **arguments.reader_options())
+    has_test = "test" in split_kinds(splits).values()
     split = arguments.split or ("test" if has_test else None)
     examples = data.load_examples(arguments.data, split=split, **arguments.reader_options())
     if arguments.max_eval_samples is not None and arguments.max_eval_samples < len(examples):

@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 
 from .. import data
 from ..data.examples import ExampleSet, check_known_labels, label_inventory, warn_on_shared_speakers
-from ..data.splits import canonical_split
+from ..data.splits import split_kinds
 from ..encoder.dtypes import parse_dtype
 from ..errors import UserError, one_line
 from ..evaluation.classifier import Classifier
@@ -121,13 +121,7 @@ class Comparison:
     def _load_test(self) -> ExampleSet:
         source = self.arguments.test_data or self.source
         options = self.arguments.reader_options()
-        found = data.list_splits(
-            source,
-            self.arguments.data_format,
-            dataset_config_name=self.arguments.dataset_config_name,
-            cache_dir=self.arguments.dataset_cache_dir,
-        )
-        kinds = {canonical_split(name) for name in found}
+        kinds = split_kinds(data.list_splits(source, **options)).values()
         if self.arguments.test_data is None and "test" not in kinds:
             raise UserError(f"--test_data is needed: {source} has no test split")
         test = data.load_examples(source, split="test" if "test" in kinds else None, **options)

@@ -2,16 +2,17 @@
 
 import logging
 import random
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import numpy as np
 
 from ..audio import decode_audio, describe_source
 from ..errors import UserError
+from .names import composed, folded
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +60,10 @@ class Example:
     channel: int | None = None
 
     def __post_init__(self):
-        if self.label is not None and not self.label.isascii():
-            # The same letters may be composed in one file system or spreadsheet and decomposed in another.
-            object.__setattr__(self, "label", unicodedata.normalize("NFC", self.label))
+        # The same letters may be composed in one file system or spreadsheet and decomposed in another.
+        for name in ("label", "speaker"):
+            if isinstance(value := getattr(self, name), str):
+                object.__setattr__(self, name, composed(value))
         if not self.name:
             name = describe_source(self.audio)
             if self.start is not None or self.stop is not None:
@@ -142,6 +144,24 @@ class ExampleSet(Sequence):
         return {example.speaker for example in self.examples if example.speaker is not None}
 
 
+@cache
+def warn_once(text: str) -> None:
+    """Says what was assumed of the data; once, although its splits are read one by one."""
+    logger.warning("%s", text)
+
+
+def say_forms(labels: Iterable[str | None], where: str) -> None:
+    """Says which labels are made one by composing their letters (NFC), as :class:`Example` does."""
+    raw = {label for label in labels if label is not None and not label.isascii()}
+    seen = Counter(map(composed, raw))
+    doubled = sorted(label for label, count in seen.items() if count > 1)
+    if doubled:
+        warn_once(
+            f"{where} has labels whose letters are composed in two ways (NFC, NFD); each is one class: "
+            f"{listing(doubled)}"
+        )
+
+
 def listing(names: Iterable[Any], limit: int = 8) -> str:
     """Names for a message: the first few, and how many more there are."""
     names = [str(name) for name in names]
@@ -196,9 +216,11 @@ def check_known_labels(examples: ExampleSet, names: Sequence[str]) -> None:
     unknown = sort_labels(set(counts) - set(names))
     if unknown:
         there = listing(f"{label} ({counts[label]} examples)" for label in unknown)
+        close = [(a, b) for a in unknown for b in names if folded(a) == folded(b)]
+        hint = f" ({close[0][0]!r} is written {close[0][1]!r} there)" if close else ""
         raise UserError(
             f"{examples.description} has labels that the training data has not: {there}; "
-            f"known are {listing(names, 30)}"
+            f"known are {listing(names, 30)}{hint}"
         )
 
 
@@ -226,7 +248,7 @@ def warn_on_shared_speakers(train: ExampleSet, evaluation: ExampleSet) -> list[s
 
 def warn_on_shared_audio(train: ExampleSet, evaluation: ExampleSet) -> list[str]:
     """Warns when the same utterance (file and segment) is in both sets, and returns the names sorted."""
-    shared = sorted({example.name for example in train} & {example.name for example in evaluation})
+    shared = sorted({composed(example.name) for example in train} & {composed(e.name) for e in evaluation})
     if shared:
         logger.warning(
             "%d utterances of %s are also in %s: %s",

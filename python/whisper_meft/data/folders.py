@@ -5,13 +5,12 @@ from pathlib import Path
 
 from ..audio import READABLE_SUFFIXES, UNREADABLE_SUFFIXES
 from ..errors import UserError
-from .examples import Example, listing
+from .examples import Example, listing, say_forms, warn_once
 from .options import Options
-from .splits import CANONICAL, Splits
+from .splits import Splits, split_level
+from .tables import tables_in
 
 AUDIO_SUFFIXES = READABLE_SUFFIXES | UNREADABLE_SUFFIXES
-
-TABLE_SUFFIXES = (".csv", ".tsv", ".txt")
 
 
 def list_audio_files(folder: str | os.PathLike) -> list[str]:
@@ -44,33 +43,35 @@ def list_audio_files(folder: str | os.PathLike) -> list[str]:
 
 
 def subfolders(path: Path) -> list[Path]:
-    return sorted(
-        p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".") and p.name != "__MACOSX"
-    )
+    """The folders in a folder, sorted; names that begin with a dot are passed over."""
+    with os.scandir(path) as entries:
+        # Only of links it must be asked what they are; a folder may hold a million files.
+        inside = [e.name for e in entries if (os.path.isdir(e.path) if e.is_symlink() else e.is_dir())]
+    return [path / name for name in sorted(inside) if name[0] != "." and name != "__MACOSX"]
 
 
 def read_audio_folder(path: Path, options: Options) -> Splits:
-    folders = subfolders(path)
-    splits = [p for p in folders if p.name.lower() in CANONICAL and subfolders(p)]
-    if not splits:
-        return {None: lambda: _labelled_by_folder(path)}
-    others = [p.name for p in folders if p not in splits and list_audio_files(p)]
-    if others:
-        raise UserError(
-            f"{path} mixes split folders ({listing(p.name for p in splits)}) with other folders of audio "
-            f"({listing(others)}): keep label folders inside the split folders"
-        )
-    return {p.name: (lambda p=p: _labelled_by_folder(p)) for p in splits}
+    """The examples of ``<class>/**``, ``<split>/<class>/**`` or ``<class>/**/<split>/**`` by split.
 
-
-def _labelled_by_folder(path: Path) -> list[Example]:
-    folder = os.fspath(path)
-    examples = []
-    for file in list_audio_files(folder):
-        parts = os.path.relpath(file, folder).split(os.sep)
-        examples.append(Example(file, label=parts[0].strip() if len(parts) > 1 else None))
-    if not examples:
-        tables = [p.name for p in path.iterdir() if p.suffix.lower() in (*TABLE_SUFFIXES, ".json", ".jsonl")]
+    Raises:
+        UserError: it is not certain which of these it is, or there is no audio.
+    """
+    files = [(file, os.path.relpath(file, path).split(os.sep)[:-1]) for file in list_audio_files(path)]
+    if not files:
+        tables = [table.name for table in tables_in(path)]
         hint = f"; it holds {listing(tables, 3)}, if that is a manifest give its path" if tables else ""
         raise UserError(f"no audio files were found under {path}{hint}")
-    return examples
+    if options.columns():
+        warn_once(f"{path} is read by its folders, without the columns {listing(options.columns())}")
+    level = split_level([tuple(folders) for _, folders in files], options.layout, os.fspath(path))
+    found: dict[str | None, list[Example]] = {}
+    for file, folders in files:
+        split = folders[level] if level is not None and len(folders) > level else None
+        classes = folders[1:] if level == 0 else folders
+        found.setdefault(split, []).append(Example(file, label=classes[0].strip() if classes else None))
+    say_forms([name for _, folders in files for name in folders[level == 0 :][:1]], os.fspath(path))
+    if level:
+        warn_once(
+            f"{path}: its folders are taken as classes, and {listing(found)} in them as splits (--layout)"
+        )
+    return {split: (lambda split=split: found[split]) for split in found}

@@ -12,7 +12,7 @@ import datasets
 
 from ..errors import UserError
 from . import columns
-from .examples import DatasetCell, Example, listing
+from .examples import DatasetCell, Example, listing, say_forms
 from .options import Options
 from .splits import Splits
 
@@ -114,6 +114,7 @@ def dataset_examples(dataset: Any, options: Options, where: str) -> list[Example
     label = find([n for n in names if n != audio], options.label_column, columns.LABEL, where)
     speaker = columns.find_column(names, options.speaker_column, columns.SPEAKER, where)
     labels = _label_names(dataset, label, where)
+    say_forms(labels, where)
     speakers = _texts(dataset, speaker)
     cells = _cells(dataset, audio, options, where)
     return [

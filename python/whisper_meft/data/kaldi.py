@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import UserError
-from . import columns
-from .examples import Example, listing
+from . import columns, tables
+from .examples import Example, listing, say_forms
 from .folders import subfolders
 from .options import Options
 from .splits import Splits
@@ -76,6 +76,7 @@ def read_kaldi_folder(path: Path, options: Options) -> list[Example]:
                 f"{path / 'wav.scp'}: {name} lies in a Kaldi archive; list paths of audio files instead"
             )
     labels = _label_file(path, options)
+    say_forms(labels.values(), os.fspath(path))
     speakers = _two_columns(path / "utt2spk") if (path / "utt2spk").is_file() else {}
     root = options.data_root or _root_of(path, next(iter(recordings.values()), ""))
 
@@ -132,7 +133,7 @@ def _label_file(path: Path, options: Options) -> dict[str, str]:
 def _two_columns(path: Path) -> dict[str, str]:
     """Lines of ``<id> <value>``, split at the first white space."""
     table: dict[str, str] = {}
-    for number, line in enumerate(columns.read_text(path).splitlines(), 1):
+    for number, line in enumerate(tables.read_text(path).splitlines(), 1):
         fields = line.split(maxsplit=1)
         if not fields:
             continue

@@ -1,154 +1,250 @@
-"""Manifests: tables of examples, alone or in a folder with one table per split."""
+"""Manifests: tables of examples, alone or several in a folder."""
 
 import os
 import re
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 from ..errors import UserError
-from .columns import (
-    AUDIO,
-    DURATION,
-    LABEL,
-    SPEAKER,
-    SPLIT,
-    START,
-    STOP,
-    check_segment,
-    find_column,
-    logger,
-    need_column,
-    normal,
-    number,
-    read_table,
-)
-from .examples import Example
-from .folders import subfolders
+from .columns import AUDIO, LABEL, SPEAKER, SPLIT, find_column, logger, need_column
+from .examples import Example, listing, say_forms, warn_once
+from .names import normal
 from .options import Options
-from .splits import CANONICAL, Splits, canonical_split
+from .paths import Paths
+from .segments import Channels, Times
+from .splits import Splits, split_level
+from .table_folders import Table, find_tables
+from .tables import read_table
 
 _PLACEHOLDER = re.compile(r"\{(\w+)\}|\$\{(\w+)\}|\$(\w+)")
 
+# Columns that tell any row from any other, and so nothing of what is heard in it.
+_ROW_NAMES = frozenset(
+    ("", "id", "index", "idx", "row", "no", "number", "unnamed_0", "utt_id", "utterance_id")
+)
 
-def manifest_splits(path: Path) -> list[str | None]:
-    """The values of the split column in order of appearance; ``[None]`` without one."""
-    names, rows = read_table(path)
-    column = find_column(names, None, SPLIT, os.fspath(path))
-    if column is None:
-        return [None]
-    index = names.index(column)
-    return list(dict.fromkeys(row[index] or None for _, row in rows)) or [None]
+Rows = Iterable[tuple[int, list[str]]]
 
 
-def read_manifest(path: Path, options: "Options", samples: bool | None) -> list[tuple[str | None, Example]]:
-    """The examples of a manifest with the split that each is in (``None`` without such a column).
+def read_manifest(
+    path: Path, options: Options, samples: bool | None = None
+) -> list[tuple[str | None, Example]]:
+    """The examples of a manifest with the split that each is in (``None`` where it tells of none).
 
-    ``samples`` says whether start and end are samples (SpeechBrain) or seconds; ``None`` finds out: samples
-    where the columns are SpeechBrain's and the end minus the start is far more than the duration.
-
-    Rows given twice are dropped with a warning.
+    ``samples`` says whether start and end are samples (SpeechBrain) or seconds; ``None`` finds out.
 
     Raises:
-        UserError: a malformed table, no audio column, an empty path, bad segments, the same utterance with
-            two labels.
+        UserError: a malformed table, and what :func:`table_examples` raises.
     """
-    given = (
-        options.audio_column,
-        options.label_column,
-        options.speaker_column,
-        options.start_column,
-        options.stop_column,
-    )
-    names, rows = read_table(path, [name for name in given if name])
+    names, rows = read_table(path, options.columns())
     where = os.fspath(path)
-    audio = find_column(names, options.audio_column, AUDIO, where)
-    if audio is None:
-        looks_like_data = any(re.search(r"\.(wav|flac|mp3|ogg|opus)$", name, re.I) for name in names)
-        if looks_like_data:
-            raise UserError(
-                f"{where} has no header line: its first line must name the columns (such as path,label)"
-            )
-        need_column(names, None, AUDIO, where)
-    label = (need_column if options.require_labels else find_column)(
-        names, options.label_column, LABEL, where
-    )
-    speaker = find_column(names, options.speaker_column, SPEAKER, where)
-    start = find_column(names, options.start_column, START, where)
-    stop = find_column(names, options.stop_column, STOP, where)
-    duration = find_column(names, None, DURATION, where)
-    split = find_column(names, None, SPLIT, where)
-    index = {name: i for i, name in enumerate(names)}
-    speechbrain = {"id", "wav", "duration"} <= {normal(name) for name in names}
+    root = options.data_root if options.data_root is not None else os.path.dirname(where)
+    paths = Paths(root, where, search=options.data_root is None)
+    return table_examples(names, rows, options, where, paths, samples)
 
-    def field(row: list[str], name: str | None) -> str:
+
+def table_examples(
+    names: Sequence[str],
+    rows: Rows,
+    options: Options,
+    where: str,
+    paths: Paths,
+    samples: bool | None = None,
+    unit: str = "line",
+) -> list[tuple[str | None, Example]]:
+    """The examples that the rows of a table are, each with its split.
+
+    Args:
+        names: the columns. rows: (number, fields as text).
+        where: what messages call the table. unit: what they call its rows.
+        paths: finds the files.
+        samples: whether start and end are samples; ``None`` finds out (:class:`Times`).
+
+    Rows given twice are dropped with a warning. Where no column says the split, the paths may
+    (``train/a.wav``).
+
+    Raises:
+        UserError: no audio column, an empty path, bad segments, rows of the same audio that differ in their
+            label or in a column that is not known.
+    """
+    audio = _audio_column(names, options, where)
+    find = need_column if options.require_labels else find_column
+    label = find(names, options.label_column, LABEL, where)
+    speaker = find_column(names, options.speaker_column, SPEAKER, where)
+    split = find_column(names, None, SPLIT, where)
+    times = Times(names, options, samples, where)
+    channels = Channels(names, options.channel_column, where)
+    index = {name: i for i, name in enumerate(names)}
+
+    def field(row: Sequence[str], name: str | None) -> str:
         return "" if name is None else row[index[name]]
 
-    root = options.data_root if options.data_root is not None else os.path.dirname(where)
-    found: list[tuple[str | None, Example]] = []
-    seen: dict[tuple, str | None] = {}
-    doubled = 0
+    located = []
     for line, row in rows:
-        at = f"{where}, line {line}"
+        at = f"{where}, {unit} {line}"
         file = field(row, audio)
         if not file:
             raise UserError(f"{at}: the {audio} column is empty")
-        first, last = number(field(row, start), at), number(field(row, stop), at)
-        if (first is not None or last is not None) and samples is None:
-            length = number(field(row, duration), at) if speechbrain and last is not None else None
-            samples = bool(length) and last - (first or 0) > 100 * length
-        if last is None and first is not None and duration is not None and not samples:
-            length = number(field(row, duration), at)
-            last = None if length is None else first + length
-        check_segment(first, last, at)
-        replaced = _PLACEHOLDER.sub(lambda _: root or ".", file) if samples or speechbrain else file
-        file = replaced if replaced != file else os.path.join(root, file)
+        replaced = file
+        if samples or times.speechbrain:
+            replaced = _PLACEHOLDER.sub(lambda _: paths.root or ".", file)
+        located.append((at, row, file, replaced if replaced != file else paths(file, at)))
+    paths.say()
+    if channels.column is not None and located:
+        channels.check((path, field(row, channels.column)) for _, row, _, path in located)
+    parts = _splits_of_paths([file for _, _, file, _ in located], options, where) if split is None else None
+
+    told = _Repeated(names, {label, audio, split, *times.columns, channels.column}, where)
+    found, labels = [], []
+    for i, (at, row, _, path) in enumerate(located):
+        first, last, counted = times.of(row, field, at)
+        channel = channels.of(field(row, channels.column))
+        part = parts[i] if parts else field(row, split) or None
         name = field(row, label) or None
-        part = field(row, split) or None
-        key = (file, first, last, part)
-        if key in seen:
-            if seen[key] != name:
-                raise UserError(f"{at}: {file} is given twice, as {seen[key]!r} and as {name!r}")
-            doubled += 1
+        labels.append(name)
+        if told.again((path, first, last, channel, part), row, name, at):
             continue
-        seen[key] = name
-        unit = "samples" if samples else "seconds"
-        found.append(
-            (part, Example(file, name, field(row, speaker) or None, start=first, stop=last, unit=unit))
+        example = Example(
+            path, name, field(row, speaker) or None, start=first, stop=last, unit=counted, channel=channel
         )
-    if doubled:
-        logger.warning("%s gives %d rows twice; they are used once", where, doubled)
+        found.append((part, example))
+    told.say()
+    say_forms(labels, where)
     return found
 
 
-def find_tables(path: Path) -> dict[str | None, Path]:
-    """The manifests of a folder by split: metadata.csv as in the hub's audio folders, or one per split."""
-    for name in ("metadata.csv", "metadata.tsv"):
-        if (path / name).is_file():
-            return {None: path / name}
-        inside = {
-            p.name: p / name for p in subfolders(path) if p.name.lower() in CANONICAL and (p / name).is_file()
-        }
-        if inside:
-            return inside
-    tables = [p for p in sorted(path.iterdir()) if p.suffix.lower() in (".csv", ".tsv") and p.is_file()]
-    named = {p.stem: p for p in tables if canonical_split(p.stem)}
-    return named if "train" in {canonical_split(stem) for stem in named} else {}
+def _audio_column(names: Sequence[str], options: Options, where: str) -> str:
+    audio = find_column(names, options.audio_column, AUDIO, where)
+    if audio is None and any(re.search(r"\.(wav|flac|mp3|ogg|opus)$", name, re.I) for name in names):
+        raise UserError(
+            f"{where} has no header line: its first line must name the columns (such as path,label)"
+        )
+    return audio if audio is not None else need_column(names, None, AUDIO, where)
+
+
+def _splits_of_paths(files: list[str], options: Options, where: str) -> list[str] | None:
+    """The split of each file where its folders say it, ``None`` where they do not."""
+    paths = [tuple(re.split(r"[/\\]+", file)[:-1]) for file in files]
+    shared = os.path.commonprefix(paths)
+    paths = [path[len(shared) :] for path in paths]
+    try:
+        # Classes are in the table and not in the folders: what lies directly in a split's has one, too.
+        level = split_level([(*path, "") for path in paths], options.layout, where)
+    except UserError as error:
+        if options.layout:
+            raise
+        warn_once(f"{error}; no split is taken from its paths")
+        return None
+    if level is None or any(len(path) <= level for path in paths):
+        return None
+    if not options.layout:
+        there = listing(dict.fromkeys(path[level] for path in paths))
+        warn_once(f"{where}: its splits are taken from the folders in its paths ({there}; --layout)")
+    return [path[level] for path in paths]
+
+
+class _Repeated:
+    """Rows of the same audio: dropped where they say the same, refused where they do not."""
+
+    def __init__(self, names: Sequence[str], known: set[str | None], where: str):
+        self.where = where
+        self._other = [
+            (i, name) for i, name in enumerate(names) if name not in known and normal(name) not in _ROW_NAMES
+        ]
+        self._seen: dict[tuple, tuple[list[str], str | None]] = {}
+        self._open: dict[tuple, tuple] = {}
+        self._doubled = 0
+
+    def again(self, key: tuple, row: list[str], label: str | None, at: str) -> bool:
+        """Whether a row is one that was there before. ``key``: path, start, stop, channel and split.
+
+        Raises:
+            UserError: the two have other labels, or other values in a column that is not known; or two rows
+                of one file begin at different times and neither ends.
+        """
+        path, first, last, channel, part = key
+        if first is not None and last is None:
+            before = self._open.setdefault((path, channel, part), key)
+            if before != key:
+                raise UserError(
+                    f"{at}: {path} is given from {before[1]:g} and from {first:g}, both to its end: no "
+                    "column is known by its name for the end or the duration (--stop_column_name)"
+                )
+        if key not in self._seen:
+            self._seen[key] = row, label
+            return False
+        old, name = self._seen[key]
+        others = [column for i, column in self._other if row[i] != old[i]]
+        hint = (
+            f": the rows differ in {listing(map(repr, others))}, which is not known to say what part of it "
+            "they mean (--start_column_name, --stop_column_name and --channel_column_name name such columns; "
+            "else give the audio once)"
+            if others
+            else ""
+        )
+        if name != label:
+            raise UserError(f"{at}: {path} is given twice, as {name!r} and as {label!r}{hint}")
+        if others:
+            raise UserError(f"{at}: {path} is given twice{hint}")
+        self._doubled += 1
+        return True
+
+    def say(self) -> None:
+        if self._doubled:
+            logger.warning("%s gives %d rows twice; they are used once", self.where, self._doubled)
 
 
 def read_manifests(path: Path, options: Options, samples: bool | None) -> Splits:
-    tables = {None: path} if path.is_file() else find_tables(path)
+    """The splits of one table, or of those in a folder (:func:`find_tables`)."""
+    tables = {None: [Table(path)]} if path.is_file() else find_tables(path, options, asked=True)
+    if options.layout and path.is_dir():  # it is of the tables, and not of the paths in them
+        options = replace(options, layout="class")
     if not tables:
         raise UserError(
-            f"{path} holds no metadata.csv and no table per split (train.csv, test.csv): give the file"
+            f"{path} holds no metadata.csv and no table per split (train.csv, test.csv), nor any table "
+            "with columns of audio and label: give the file"
         )
+
+    def read(split: str | None) -> list[tuple[str | None, Example]]:
+        found, origin = [], {}
+        for table in tables[split]:
+            for part, example in _read(table, options, samples):
+                before = origin.setdefault((example.name, part), table.path)
+                if before != table.path:
+                    raise UserError(
+                        f"{example.name} is in {before} and in {table.path}: give one of the tables"
+                    )
+                found.append((part, example))
+        return found
+
     if list(tables) != [None]:
-        return {
-            split: (lambda t=table: [e for _, e in read_manifest(t, options, samples)])
-            for split, table in tables.items()
-        }
-    table = tables[None]
-    read = cache(lambda: read_manifest(table, options, samples))
+        return {split: (lambda split=split: [example for _, example in read(split)]) for split in tables}
+    pairs = cache(lambda: read(None))
+    splits = dict.fromkeys(split for table in tables[None] for split in table_splits(table.path, options))
     return {
-        split: (lambda split=split: [example for name, example in read() if name == split])
-        for split in manifest_splits(table)
+        split: (lambda split=split: [example for part, example in pairs() if part == split])
+        for split in splits or [None]
     }
+
+
+def _read(table: Table, options: Options, samples: bool | None) -> list[tuple[str | None, Example]]:
+    if table.label is None:
+        return read_manifest(table.path, options, samples)
+    found = read_manifest(table.path, replace(options, require_labels=False), samples)
+    return [(part, replace(example, label=table.label)) for part, example in found]
+
+
+def table_splits(path: Path, options: Options) -> list[str | None]:
+    """The splits of a table in order of appearance, ``None`` for rows of none."""
+    names, rows = read_table(path, options.columns())
+    where = os.fspath(path)
+    split = find_column(names, None, SPLIT, where)
+    column = split or find_column(names, options.audio_column, AUDIO, where)
+    if column is None:
+        return [None]
+    index = names.index(column)
+    values = [row[index] for _, row in rows]
+    parts = values if split else _splits_of_paths(values, options, where)
+    return list(dict.fromkeys(part or None for part in parts or [None]))

@@ -16,6 +16,8 @@ class Options:
     speaker_column: str | None = None
     start_column: str | None = None
     stop_column: str | None = None
+    channel_column: str | None = None
+    layout: str | None = None
     data_root: str | None = None
     config: str | None = None
     cache_dir: str | None = None
@@ -23,3 +25,14 @@ class Options:
     token: str | bool | None = None
     split: str | None = None
     require_labels: bool = True
+
+    def columns(self) -> list[str]:
+        """The names of columns that were given."""
+        given = (
+            self.audio_column,
+            self.label_column,
+            self.speaker_column,
+            self.start_column,
+            self.stop_column,
+        )
+        return [name for name in (*given, self.channel_column) if name is not None]

@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from .examples import Example, ExampleSet, check_labelled, listing
-from .folders import AUDIO_SUFFIXES, TABLE_SUFFIXES, read_audio_folder
+from .examples import Example, ExampleSet, check_labelled, listing, warn_once
+from .folders import AUDIO_SUFFIXES, read_audio_folder
 from .kaldi import kaldi_folders, kespeech_root, read_kaldi, read_kespeech
-from .manifests import find_tables, read_manifests
+from .manifests import read_manifests
+from .names import alike, composed, folded
 from .options import FORMATS, KESPEECH_PAPER_LABELS, Options
-from .splits import Splits, choose_splits
+from .splits import LAYOUTS, Splits, choose_splits
+from .table_folders import check_tables_beside, find_tables
+from .tables import TABLE_SUFFIXES, table_name
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +35,8 @@ def load_examples(
     speaker_column_name: str | None = None,
     start_column_name: str | None = None,
     stop_column_name: str | None = None,
+    channel_column_name: str | None = None,
+    layout: str | None = None,
     data_root: str | os.PathLike | None = None,
     labels: str | Sequence[str] | None = None,
     require_labels: bool = True,
@@ -47,9 +52,11 @@ def load_examples(
             ``DatasetDict``, or an ``ExampleSet``, which is returned as it is.
         data_format: one of :data:`FORMATS`; found out from ``source`` by default.
 
-            * "audiofolder": ``DIR/<label>/**`` or ``DIR/<split>/<label>/**``.
-            * "manifest": CSV or TSV with a header line; columns for path and label, optionally speaker, start
-              and end in seconds, and split. Or a folder with ``metadata.csv``, or with one table per split.
+            * "audiofolder": ``DIR/<label>/**``, ``DIR/<split>/<label>/**`` or ``DIR/<label>/**/<split>/**``.
+            * "manifest": CSV or TSV with a header line, or JSON lines, also gzipped; columns for path and
+              label, optionally speaker, split, channel, start and end or duration (seconds; milliseconds or
+              samples where the name ends in ``_ms`` or ``_samples``). Or a folder with ``metadata.csv``,
+              ``.tsv`` or ``.jsonl``, also one in each folder, or with one table per split.
             * "speechbrain": ``ID,duration,wav,start,end,dialect``, start and end in samples (ADI-17, ADI-20).
             * "kaldi": a folder with ``wav.scp`` and a label file such as ``utt2dialect``, optionally
               ``utt2spk`` and ``segments``; or a folder of such folders, one per split.
@@ -59,8 +66,12 @@ def load_examples(
         split: the split to read: its own name, or "train", "validation" or "test" for everything that such a
             name stands for (``dev_phase1`` and ``dev_phase2`` are "validation"). Needed where there are
             several. A hub name also takes slices such as "train[:10%]".
-        audio_column_name, label_column_name, speaker_column_name, start_column_name, stop_column_name:
-            columns, where the usual names do not find them; ``label_column_name`` is a file for Kaldi.
+        audio_column_name, label_column_name, speaker_column_name, start_column_name, stop_column_name,
+        channel_column_name: columns, where the usual names do not find them; ``label_column_name`` is a file
+            for Kaldi.
+        layout: what the folders of an "audiofolder", or the tables of a folder, are: "class" (no splits),
+            "split/class" or "class/split". By default names such as train and test tell, where they come
+            together; one that is also a language code (``tr``, ``cv``, ``dev``) only beside one that is not.
         data_root: folder that relative paths start from; replaces ``{data_root}`` and ``$data_root`` in
             SpeechBrain manifests. By default the manifest's own folder.
         labels: keep only these labels, or "all". KeSpeech keeps the six of arXiv 2512.02074 by default.
@@ -78,6 +89,8 @@ def load_examples(
         speaker_column=speaker_column_name,
         start_column=start_column_name,
         stop_column=stop_column_name,
+        channel_column=channel_column_name,
+        layout=layout,
         data_root=None if data_root is None else os.fspath(data_root),
         config=dataset_config_name,
         cache_dir=cache_dir,
@@ -86,7 +99,7 @@ def load_examples(
         split=split,
         require_labels=require_labels,
     )
-    source, found = _resolve(source, data_format)
+    source, found = _resolve(source, data_format, options)
     shown = source if isinstance(source, str) else f"the given {type(source).__name__}"
     splits = _read(source, found, options)
     chosen = choose_splits(splits, split, shown)
@@ -96,6 +109,7 @@ def load_examples(
     if labels is None:
         labels = KESPEECH_PAPER_LABELS if found == "kespeech" else "all"
     result = ExampleSet(_keep(examples, labels, description), description)
+    _say_alike(result)
     if require_labels:
         check_labelled(result)
     elif not len(result):
@@ -104,37 +118,44 @@ def load_examples(
 
 
 def list_splits(source: Any, data_format: str | None = None, **options: Any) -> list[str]:
-    """The split names of a source, empty where it has none. ``options`` are those of :func:`load_examples`
-    that say where the data is (``dataset_config_name``, ``cache_dir``, ``revision``, ``token``)."""
+    """The split names of a source, empty where it has none. ``options``: those of :func:`load_examples`."""
     if isinstance(source, ExampleSet):
         return []
-    options = {"config" if key == "dataset_config_name" else key: value for key, value in options.items()}
-    source, found = _resolve(source, data_format)
-    splits = _read(source, found, Options(**options, require_labels=False))
-    return [name for name in splits if name is not None]
+    ours = {"dataset_config_name": "config"}
+    named = {ours.get(name, name.removesuffix("_name")): value for name, value in options.items()}
+    named.pop("labels", None)
+    given = Options(**{**named, "require_labels": False})
+    source, found = _resolve(source, data_format, given)
+    return [name for name in _read(source, found, given) if name is not None]
 
 
-def _resolve(source: Any, data_format: str | None) -> tuple[Any, str]:
+def _resolve(source: Any, data_format: str | None, options: Options) -> tuple[Any, str]:
     """The source as a string or dataset object, and its format."""
     if data_format is not None and data_format not in FORMATS:
         raise UserError(f"data_format must be one of {', '.join(FORMATS)}, got {data_format!r}")
+    if options.layout is not None and options.layout not in LAYOUTS:
+        raise UserError(f"layout must be one of {', '.join(LAYOUTS)}, got {options.layout!r}")
     if not isinstance(source, str | os.PathLike):
         if not hasattr(source, "column_names"):
             raise UserError(
                 "data must be a path, the name of a data set on the hub, a datasets.Dataset or an ExampleSet,"
                 f" got {type(source).__name__}"
             )
-        return source, "huggingface"
-    source = os.fspath(source)
-    return source, data_format or _detect(source)
+        found = "huggingface"
+    else:
+        source = os.fspath(source)
+        found = data_format or _detect(source, options)
+    if options.layout is not None and found not in ("audiofolder", "manifest", "speechbrain"):
+        raise UserError(f'layout says what folders of audio or tables are; the format here is "{found}"')
+    return source, found
 
 
-def _detect(source: str) -> str:
+def _detect(source: str, options: Options) -> str:
     path = Path(source)
     if not source or not path.exists():
         # "name" or "owner/name"; not a mistyped path into a folder that is there.
         hub_name = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source) and path.parts[0] not in os.listdir()
-        if hub_name and path.suffix.lower() not in (*TABLE_SUFFIXES, ".parquet", ".arrow"):
+        if hub_name and table_name(path)[1] not in (*TABLE_SUFFIXES, ".parquet", ".arrow"):
             return "huggingface"
         raise UserError(
             f"no data at {source!r}: it does not exist, and it is not the name of a data set on the hub"
@@ -147,8 +168,6 @@ def _detect(source: str) -> str:
             raise UserError(f"{source} is a single audio file: give a folder of labelled audio or a manifest")
         if path.name == "wav.scp":
             raise UserError(f"{source}: give the folder that holds wav.scp, {path.parent}")
-        if suffix in (".json", ".jsonl"):
-            raise UserError(f"{source} is a JSON file: a manifest must be a CSV or TSV table")
         return "manifest"
     if (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
         return "huggingface"
@@ -158,8 +177,10 @@ def _detect(source: str) -> str:
         return "kaldi"
     if any(path.glob("*.parquet")) or any(path.glob("*/*.parquet")) or any(path.glob("*.arrow")):
         return "huggingface"
-    if find_tables(path):
+    if find_tables(path, options):
         return "manifest"
+    if options.layout is None:
+        check_tables_beside(path, options)
     return "audiofolder"
 
 
@@ -183,15 +204,36 @@ def _read(source: Any, data_format: str, options: Options) -> Splits:
 def _keep(examples: list[Example], labels: str | Sequence[str], description: str) -> list[Example]:
     if labels == "all":
         return examples
-    wanted = {labels} if isinstance(labels, str) else set(labels)
+    wanted = {composed(label) for label in ([labels] if isinstance(labels, str) else labels)}
     kept = [example for example in examples if example.label in wanted]
+    there = {str(example.label) for example in examples}
     if not kept:
-        there = sorted({str(example.label) for example in examples})
+        hint = _written_otherwise(wanted, there)
         raise UserError(
-            f"{description} has none of the labels {listing(sorted(wanted))}: it has {listing(there)}"
+            f"{description} has none of the labels {listing(sorted(wanted))}: it has "
+            f"{listing(sorted(there))}{hint}"
         )
+    hint = _written_otherwise(wanted - there, there)
+    if hint:
+        raise UserError(f"{description} has not all of the labels {listing(sorted(wanted))}{hint}")
     if len(kept) < len(examples):
         logger.info(
             "%s: %d of %d examples have one of the labels wanted", description, len(kept), len(examples)
         )
     return kept
+
+
+def _written_otherwise(wanted: set[str], there: set[str]) -> str:
+    """A hint at labels that are there in another case or width."""
+    close = [(a, b) for a in sorted(wanted) for b in sorted(there) if a != b and folded(a) == folded(b)]
+    return f"; {close[0][0]!r} is written {close[0][1]!r} there" if close else ""
+
+
+def _say_alike(examples: ExampleSet) -> None:
+    groups = alike(examples.label_counts())
+    if groups:
+        shown = listing(" and ".join(map(repr, group)) for group in groups)
+        warn_once(
+            f"{examples.description} has labels that differ only in case or width, each a class of its own: "
+            f"{shown}"
+        )

@@ -203,6 +203,18 @@ class DataFormatArguments:
     stop_column_name: str | None = field(
         default=None, metadata={"help": "column with the end of the segment (default: detected)"}
     )
+    channel_column_name: str | None = field(
+        default=None,
+        metadata={"help": "column with the channel to hear (default: detected; without one, their mean)"},
+    )
+    layout: Literal["class", "split/class", "class/split"] | None = field(
+        default=None,
+        metadata={
+            "help": "what folders of audio (or tables in a folder) are, from the outside in; class has no "
+            "splits (default: names such as train and test are splits where they come together; tr, cv, val, "
+            "dev, trn and tst, which are languages too, only beside another such as train)"
+        },
+    )
     data_root: str | None = field(
         default=None,
         metadata={"help": "folder that relative audio paths start from (default: the manifest's)"},
@@ -222,7 +234,7 @@ class DataFormatArguments:
         """These options as keyword arguments of :func:`whisper_meft.data.load_examples`."""
         names = (
             "data_format dataset_config_name audio_column_name label_column_name speaker_column_name "
-            "start_column_name stop_column_name data_root"
+            "start_column_name stop_column_name channel_column_name layout data_root"
         )
         options = {name: getattr(self, name) for name in names.split()}
         labels = self.labels[0] if self.labels == ["all"] else self.labels

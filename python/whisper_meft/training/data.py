@@ -14,7 +14,7 @@ from ..data.examples import (
     warn_on_shared_audio,
     warn_on_shared_speakers,
 )
-from ..data.splits import canonical_split
+from ..data.splits import canonical_split, split_kinds
 from ..feature_cache.store import FeatureCache
 from ..options.common import DataFormatArguments
 from ..options.training import TrainDataArguments
@@ -67,11 +67,11 @@ def load_data(
     training = _at_most(training, arguments.max_train_samples, seed)
     evaluation, is_test, origin = None, False, ""
     if arguments.eval_data is not None:
-        kinds = {canonical_split(name) for name in _splits(arguments, arguments.eval_data)}
+        kinds = split_kinds(_splits(arguments, arguments.eval_data)).values()
         split = arguments.eval_split_name or next((k for k in ("validation", "test") if k in kinds), None)
         evaluation = _load(arguments, arguments.eval_data, split)
         is_test = "test" in (canonical_split(split or ""), canonical_split(Path(arguments.eval_data).stem))
-    elif arguments.eval_split_name or "validation" in {canonical_split(name) for name in splits}:
+    elif arguments.eval_split_name or "validation" in split_kinds(splits).values():
         split = arguments.eval_split_name or "validation"
         evaluation = _load(arguments, source, split)
         is_test = canonical_split(split) == "test"
@@ -108,12 +108,7 @@ def load_data(
 
 
 def _splits(arguments: TrainDataArguments, source: str) -> list[str]:
-    return data.list_splits(
-        source,
-        arguments.data_format,
-        dataset_config_name=arguments.dataset_config_name,
-        cache_dir=arguments.dataset_cache_dir,
-    )
+    return data.list_splits(source, **arguments.reader_options())
 
 
 def _load(arguments: DataFormatArguments, source: str, split: str | None) -> ExampleSet:

@@ -1,0 +1,33 @@
+"""Names in any script: when two of them are the same."""
+
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterable
+
+
+def composed(text: str) -> str:
+    """``text`` with its letters composed (NFC); file systems and spreadsheets differ in that unseen."""
+    return text if text.isascii() else unicodedata.normalize("NFC", text)
+
+
+def folded(text: str) -> str:
+    """``text`` without what is a matter of writing: case, width, composed or not (NFKC and casefold)."""
+    if text.isascii():
+        return text.strip().lower()
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()).strip()
+
+
+def normal(name: str) -> str:
+    """A column name as it is compared: :func:`folded`, with "_" for what is no letter, mark or digit."""
+    text = folded(name)
+    kinds = [(each, unicodedata.category(each)) for each in text]
+    words = "".join(each if kind[0] in "LMN" else " " for each, kind in kinds if kind != "Cf").split()
+    return "_".join(words) or text
+
+
+def alike(names: Iterable[str]) -> list[list[str]]:
+    """Those of the distinct ``names`` that are the same but for case, width or form, in groups."""
+    groups = defaultdict(list)
+    for name in sorted(set(names)):
+        groups[folded(name)].append(name)
+    return [group for group in groups.values() if len(group) > 1]

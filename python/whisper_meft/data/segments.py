@@ -1,0 +1,161 @@
+"""The columns of a table that cut its rows out of files: start, end or duration, and channel."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import soundfile
+
+from ..errors import UserError
+from .columns import (
+    CHANNEL,
+    DURATION,
+    FRAMES,
+    SAMPLES,
+    START,
+    STOP,
+    check_segment,
+    find_column,
+    number,
+    time_column,
+)
+from .examples import listing, warn_once
+from .names import folded, normal
+from .options import Options
+
+_SIDES = {"l": 0, "left": 0, "a": 0, "r": 1, "right": 1, "b": 1}
+
+Field = Callable[[Sequence[str], str | None], str]
+
+
+class Times:
+    """Start and end of a row, from whichever columns say them.
+
+    Args:
+        names: the columns of the table.
+        samples: whether columns without a unit count in samples; ``None`` finds out where they are
+            SpeechBrain's: they do where the end minus the start is far more than the duration.
+    """
+
+    def __init__(self, names: Sequence[str], options: Options, samples: bool | None, where: str):
+        start = find_column(names, options.start_column, (), where) or _time(names, START)
+        onset = start is not None and time_column(start)[0] == "onset"
+        stop = find_column(names, options.stop_column, (), where)
+        stop = stop or _time(names, (*STOP, "offset") if onset else STOP, like=start)
+        self.columns = (start, stop, _time(names, DURATION, like=start))
+        self.units = [None if name is None else time_column(name)[1] for name in self.columns]
+        self.samples = samples
+        self.speechbrain = {"id", "wav", "duration"} <= {normal(name) for name in names}
+        vague = [n for n, unit in zip(self.columns[:2], self.units) if unit == FRAMES]
+        if vague:
+            raise UserError(
+                f"{where}: the column {vague[0]!r} counts in frames of a length that is not known: seconds, "
+                "milliseconds (_ms) or samples (_samples) are accepted"
+            )
+
+    def of(self, row: Sequence[str], field: Field, at: str) -> tuple[float | None, float | None, str]:
+        """(start, stop, unit), ``None`` for the beginning and the end of the file.
+
+        Raises:
+            UserError: no number, an empty segment, or samples beside seconds.
+        """
+        first, last = (number(field(row, name), at) for name in self.columns[:2])
+        if first is None and last is None:
+            return None, None, "seconds"
+        length = self.columns[2]
+        if self.samples is None and self.speechbrain and last is not None:
+            seconds = number(field(row, length), at)
+            self.samples = bool(seconds) and last - (first or 0) > 100 * seconds
+        plain = SAMPLES if self.samples else 1.0
+        units = [plain if unit is None else unit for unit in self.units]
+        used = {unit for unit, value in zip(units, (first, last)) if value is not None}
+        if last is None and length is not None and not self.samples:
+            lasting = number(field(row, length), at)
+            if lasting is not None and units[2] != FRAMES:
+                used.add(units[2])
+                last = first * _scale(units[0]) + lasting * _scale(units[2])
+        elif last is not None:
+            last = last * _scale(units[1])
+        first = None if first is None else first * _scale(units[0])
+        if SAMPLES in used and len(used) > 1:
+            raise UserError(f"{at}: start, end and duration must all be in samples or all be times")
+        check_segment(first, last, at)
+        return first, last, "samples" if SAMPLES in used else "seconds"
+
+
+def _scale(unit: Any) -> float:
+    return 1.0 if isinstance(unit, str) else unit
+
+
+def _time(names: Sequence[str], bases: Sequence[str], like: str | None = None) -> str | None:
+    """The column of times among ``names`` that is best known: in the unit of ``like``, then in seconds."""
+    unit = time_column(like)[1] if like is not None else None
+    ranked = []
+    for i, name in enumerate(names):
+        base, own = time_column(name)
+        if base in bases:
+            ranked.append((bases.index(base), own != unit, isinstance(own, str), i, name))
+    return min(ranked)[-1] if ranked else None
+
+
+class Channels:
+    """The channel of a row, counted from 0, where a column says it and the files have several.
+
+    Args:
+        names: the columns of the table.
+        given: the one that was named, if one was.
+        where: the table, for messages.
+    """
+
+    def __init__(self, names: Sequence[str], given: str | None, where: str):
+        self.column = find_column(names, given, CHANNEL, where)
+        self.given = given is not None
+        self.where = where
+        self._first = 0
+
+    def check(self, rows: Iterable[tuple[str, str]]) -> None:
+        """Finds out from (path, channel as it is written) of every row what the column means.
+
+        Raises:
+            UserError: it was asked for, and holds something else than channels.
+        """
+        of_file: dict[str, set[str]] = defaultdict(set)
+        for path, value in rows:
+            of_file[path].add(value)
+        values = set().union(*of_file.values()) - {""}
+        odd = sorted(v for v in values if not v.isdecimal() and folded(v) not in _SIDES)
+        if odd and self.given:
+            raise UserError(
+                f"{self.where}: a channel is a number, left or right, A or B; its column {self.column} has "
+                f"{listing(odd, 3)}"
+            )
+        if odd or not values:
+            self.column = None  # how or by what it was recorded
+            return
+        told_apart = any(len(found - {""}) > 1 for found in of_file.values())
+        first = next(iter(of_file))
+        if not told_apart and not self.given and _has_one_channel(first):
+            if values - {"0", "1"}:
+                warn_once(f"{self.where}: its column {self.column} is not used, as {first} has one channel")
+            self.column = None
+            return
+        numbers = {int(value) for value in values if value.isdecimal()}
+        self._first = 1 if numbers and 0 not in numbers else 0
+        if numbers:
+            warn_once(
+                f"{self.where}: the channels in its column {self.column} are taken to count from "
+                f"{self._first}"
+            )
+
+    def of(self, value: str) -> int | None:
+        """A channel as it is written as a number from 0; ``None`` where all are to be averaged."""
+        if self.column is None or not value:
+            return None
+        return int(value) - self._first if value.isdecimal() else _SIDES[folded(value)]
+
+
+def _has_one_channel(path: str) -> bool:
+    try:
+        return soundfile.info(path).channels == 1
+    except (soundfile.SoundFileError, RuntimeError, OSError, TypeError):
+        return False
