@@ -3,12 +3,14 @@
 import bz2
 import gzip
 import json
+import os
 import zipfile
 
 import numpy as np
 import pytest
 import soundfile
 from data_fixtures import RATE, found, table, write
+from datasets import Audio, ClassLabel, Dataset
 from whisper_meft.data import list_splits, load_examples
 from whisper_meft.errors import UserError
 
@@ -289,6 +291,35 @@ def test_rows_that_differ_in_an_unknown_column_are_refused_by_its_name(stereo):
     assert parts(path, **options) == [("a", 0, 0.5, "seconds"), ("b", 0.5, 1, "seconds")]
     table(path, "id,path,label", "1,x.wav,a", "2,x.wav,a")
     assert len(load_examples(path)) == 1
+
+
+def test_rows_of_a_data_set_that_share_a_file(stereo):
+    content = {"path": ["x.wav"] * 2, "label": [1, 0], "offset": [0.0, 0.25], "duration": [0.25, 0.5]}
+    data = Dataset.from_dict(content).cast_column("label", ClassLabel(names=["b", "a"]))
+    expected = [("a", 0, 0.25, "seconds"), ("b", 0.25, 0.75, "seconds")]
+    assert parts(data, data_root=stereo) == expected
+    audio = Dataset.from_dict({**content, "path": [os.path.join(stereo, "x.wav")] * 2})
+    audio = audio.cast_column("path", Audio(decode=False))
+    assert [part[1:] for part in parts(audio)] == [part[1:] for part in expected]
+    unknown = audio.remove_columns(["duration"]).rename_column("offset", "from")
+    with pytest.raises(UserError, match="row 1: .*given twice, as '1' and as '0': the rows differ in 'from'"):
+        load_examples(unknown)
+
+
+def test_named_columns_cut_audio_that_is_in_a_data_set(stereo):
+    content = (stereo / "x.wav").read_bytes()
+    cuts = {"t_ms": [0, 250], "to_ms": [250, 750]}
+    audio = [{"bytes": content, "path": None}] * 2
+    data = Dataset.from_dict({"audio": audio, "label": ["a", "b"], **cuts})
+    assert parts(data) == [("a", None, None, "seconds"), ("b", None, None, "seconds")]
+    cut = parts(data, start_column_name="t_ms", stop_column_name="to_ms")
+    assert cut == [("a", 0, 0.25, "seconds"), ("b", 0.25, 0.75, "seconds")]
+
+
+def test_features_cannot_be_cut():
+    data = Dataset.from_dict({"input_features": [np.zeros((80, 4))], "labels": ["a"], "t": [1.0]})
+    with pytest.raises(UserError, match="features cannot be cut, t cannot be used"):
+        load_examples(data, start_column_name="t")
 
 
 # --- paths of Windows ---

@@ -5,6 +5,7 @@ Audio columns are never decoded by ``datasets``, which needs torchcodec for it: 
 """
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ import datasets
 from ..errors import UserError
 from . import columns
 from .examples import DatasetCell, Example, listing, say_forms
+from .manifests import table_examples
 from .options import Options
+from .paths import Paths
+from .segments import Channels, Times
 from .splits import Splits
 
 _FEATURES = "input_features"  # the column of the published preprocessing, with `labels` beside it
@@ -110,6 +114,8 @@ def dataset_examples(dataset: Any, options: Options, where: str) -> list[Example
     dataset = dataset.with_format(None)
     names = dataset.column_names
     audio = _audio_column(dataset, options, where)
+    if (files := _files(dataset, audio)) is not None:
+        return _examples_of_files(dataset, audio, files, options, where)
     find = columns.need_column if options.require_labels else columns.find_column
     label = find([n for n in names if n != audio], options.label_column, columns.LABEL, where)
     speaker = columns.find_column(names, options.speaker_column, columns.SPEAKER, where)
@@ -117,9 +123,75 @@ def dataset_examples(dataset: Any, options: Options, where: str) -> list[Example
     say_forms(labels, where)
     speakers = _texts(dataset, speaker)
     cells = _cells(dataset, audio, options, where)
+    cuts = _cuts(dataset, audio, options, where)
     return [
-        Example(cell, label=labels[i], speaker=speakers[i], name=name) for i, (cell, name) in enumerate(cells)
+        Example(cell, label=labels[i], speaker=speakers[i], name=name, **cut)
+        for i, ((cell, name), cut) in enumerate(zip(cells, cuts))
     ]
+
+
+def _files(dataset: Any, audio: str) -> list[str] | None:
+    """The paths of a column of paths, or of one of audio where rows share a file; ``None`` for others."""
+    feature = dataset.features[audio]
+    if getattr(feature, "dtype", None) in ("string", "large_string"):
+        return _texts(dataset, audio)
+    if not isinstance(feature, datasets.Audio) or not len(dataset):
+        return None
+    flat = dataset.select_columns([audio]).cast_column(audio, datasets.Audio(decode=False)).flatten()
+    stored, path = f"{audio}.bytes", f"{audio}.path"
+    if path not in flat.column_names or (
+        stored in flat.column_names and flat.data.column(stored).null_count < len(flat.data)
+    ):
+        return None
+    files = _texts(flat, path)
+    return files if len(set(files)) < len(files) else None
+
+
+def _examples_of_files(
+    dataset: Any, audio: str, files: list[str | None], options: Options, where: str
+) -> list[Example]:
+    """The rows as those of a table of paths, whose columns may say which part of a file is meant."""
+    if None in files:
+        raise UserError(f"{where}: row {files.index(None)} has no audio path in its column {audio!r}")
+    plain = ("string", "large_string", "int", "uint", "float", "double", "bool")
+    names = [
+        name
+        for name, feature in dataset.features.items()
+        if name == audio or str(getattr(feature, "dtype", "")).startswith(plain)
+    ]
+    find = columns.need_column if options.require_labels else columns.find_column
+    label = find([n for n in dataset.column_names if n != audio], options.label_column, columns.LABEL, where)
+    values = {audio: files, **{name: _texts(dataset, name) for name in names if name not in (audio, label)}}
+    if label is not None:
+        values[label] = _label_names(dataset, label, where)
+    rows = enumerate([field or "" for field in row] for row in zip(*values.values()))
+    given = replace(options, audio_column=audio, label_column=label, layout="class")
+    paths = Paths(options.data_root or "", where)
+    return [example for _, example in table_examples([*values], rows, given, where, paths, unit="row")]
+
+
+def _cuts(dataset: Any, audio: str, options: Options, where: str) -> list[dict[str, Any]]:
+    """Segments and channels of audio that is in the data set, where their columns were named."""
+    given = options.start_column, options.stop_column, options.channel_column
+    if not any(given):
+        return [{}] * len(dataset)
+    if audio == _FEATURES or _is_nested_list(dataset.features[audio]):
+        raise UserError(f"{where}: features cannot be cut, {listing(filter(None, given))} cannot be used")
+    names = [columns.find_column(dataset.column_names, name, (), where) for name in given if name is not None]
+    rows = list(zip(*(_texts(dataset, name) for name in names)))
+    times = Times(names, options, None, where)
+    channels = Channels(names, options.channel_column, where)
+
+    def field(row: tuple, name: str | None) -> str:
+        return "" if name is None else row[names.index(name)] or ""
+
+    channels.check((str(i), field(row, channels.column)) for i, row in enumerate(rows))
+    cuts = []
+    for i, row in enumerate(rows):
+        start, stop, unit = times.of(row, field, f"{where}, row {i}")
+        channel = channels.of(field(row, channels.column))
+        cuts.append({"start": start, "stop": stop, "unit": unit, "channel": channel})
+    return cuts
 
 
 def _audio_column(dataset: Any, options: Options, where: str) -> str:
@@ -142,12 +214,6 @@ def _cells(dataset: Any, audio: str, options: Options, where: str) -> list[tuple
         rows = dataset.select_columns([audio]).cast_column(audio, datasets.Audio(decode=False))
     elif isinstance(feature, dict) and set(feature) & {"bytes", "path", "array"}:
         rows = dataset.select_columns([audio])
-    elif getattr(feature, "dtype", None) in ("string", "large_string"):
-        root = options.data_root or ""
-        files = _texts(dataset, audio)
-        if None in files:
-            raise UserError(f"{where}: row {files.index(None)} has no audio path in its column {audio!r}")
-        return [(os.path.join(root, file), "") for file in files]
     else:
         raise UserError(
             f"{where}: the column {audio!r} is of type {feature}; audio, paths, {{bytes, path}}, "
