@@ -124,6 +124,9 @@ def test_paths_composed_in_another_way_are_found(tmp_path, caplog):
     examples = load_examples(path)
     assert found(examples[:1]) == [(3, "a", None)]
     assert "1 paths have their letters composed in another way than their files (NFC, NFD)" in caplog.text
+    table(tmp_path / "k" / "wav.scp", f"u1 {tmp_path}/Ö/é.wav")
+    table(tmp_path / "k" / "utt2lang", "u1 a")
+    assert found(load_examples(tmp_path / "k")) == [(3, "a", None)]
     table(path, "path,label", "Ö/é.wav,a", f"{decomposed('Ö/é.wav')},b")
     with pytest.raises(UserError, match="is given twice, as 'a' and as 'b'"):
         load_examples(path)

@@ -322,6 +322,15 @@ def test_features_cannot_be_cut():
         load_examples(data, start_column_name="t")
 
 
+def test_kaldi_recordings_that_share_a_file(stereo):
+    table(stereo / "k" / "wav.scp", f"r1 {stereo}/x.wav", f"r2 {stereo}/x.wav")
+    table(stereo / "k" / "utt2lang", "r1 a", "r2 b")
+    with pytest.raises(UserError, match="r1, r2 are the same file, and no reco2file_and_channel says"):
+        load_examples(stereo / "k")
+    table(stereo / "k" / "reco2file_and_channel", "r1 x A", "r2 x B")
+    assert [(e.label, e.channel) for e in load_examples(stereo / "k")] == [("a", 0), ("b", 1)]
+
+
 # --- paths of Windows ---
 
 
@@ -330,6 +339,10 @@ def test_paths_of_windows_get_a_hint(stereo, file):
     path = table(stereo / "m.csv", "path,label", "y.wav,a", f"{file},b")
     with pytest.raises(UserError, match="line 3: .* is a path of Windows: write it with / .*--data_root"):
         load_examples(path)
+    table(stereo / "k" / "wav.scp", f"u1 {file}")
+    table(stereo / "k" / "utt2lang", "u1 a")
+    with pytest.raises(UserError, match="u1: .* is a path of Windows"):
+        load_examples(stereo / "k")
 
 
 def test_relative_paths_of_windows_that_are_there(speakers, caplog):

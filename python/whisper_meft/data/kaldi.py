@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,8 @@ from . import columns, tables
 from .examples import Example, listing, say_forms
 from .folders import subfolders
 from .options import Options
+from .paths import Paths
+from .segments import Channels
 from .splits import Splits
 
 # Kaldi files that may hold the class, the most specific first.
@@ -76,14 +79,18 @@ def read_kaldi_folder(path: Path, options: Options) -> list[Example]:
                 f"{path / 'wav.scp'}: {name} lies in a Kaldi archive; list paths of audio files instead"
             )
     labels = _label_file(path, options)
-    say_forms(labels.values(), os.fspath(path))
     speakers = _two_columns(path / "utt2spk") if (path / "utt2spk").is_file() else {}
-    root = options.data_root or _root_of(path, next(iter(recordings.values()), ""))
-
+    say_forms(labels.values(), os.fspath(path))
+    paths = Paths(
+        options.data_root or _root_of(path, next(iter(recordings.values()), "")), os.fspath(path / "wav.scp")
+    )
+    files = {name: paths(value, f"{paths.where}, {name}") for name, value in recordings.items()}
+    paths.say()
+    channels = _channels(path, files)
     if not (path / "segments").is_file():
         return [
-            Example(os.path.join(root, value), label=labels.get(name), speaker=speakers.get(name))
-            for name, value in recordings.items()
+            Example(file, label=labels.get(name), speaker=speakers.get(name), channel=channels.get(name))
+            for name, file in files.items()
         ]
     examples = []
     for name, value in _two_columns(path / "segments").items():
@@ -102,14 +109,33 @@ def read_kaldi_folder(path: Path, options: Options) -> list[Example]:
         columns.check_segment(start, stop, where)
         examples.append(
             Example(
-                os.path.join(root, recordings[fields[0]]),
+                files[fields[0]],
                 label=labels.get(name),
                 speaker=speakers.get(name),
                 start=start,
                 stop=stop,
+                channel=channels.get(fields[0]),
             )
         )
     return examples
+
+
+def _channels(path: Path, files: dict[str, str]) -> dict[str, int | None]:
+    """The channels of recordings that are several in one file, as ``reco2file_and_channel`` has them."""
+    several = Counter(files.values())
+    shared = [name for name, file in files.items() if several[file] > 1]
+    if not shared:
+        return {}
+    where = path / "reco2file_and_channel"
+    if not where.is_file():
+        raise UserError(
+            f"{path / 'wav.scp'}: {listing(shared, 3)} are the same file, and no {where.name} says by which "
+            "channel they are told apart: give each recording once, and its parts in segments"
+        )
+    written = {name: value.split()[-1] for name, value in _two_columns(where).items() if name in files}
+    channels = Channels(["channel"], "channel", os.fspath(where))
+    channels.check((files[name], value) for name, value in written.items())
+    return {name: channels.of(value) for name, value in written.items()}
 
 
 def _label_file(path: Path, options: Options) -> dict[str, str]:
