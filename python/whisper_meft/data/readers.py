@@ -66,9 +66,10 @@ def load_examples(
         split: the split to read: its own name, or "train", "validation" or "test" for everything that such a
             name stands for (``dev_phase1`` and ``dev_phase2`` are "validation"). Needed where there are
             several. A hub name also takes slices such as "train[:10%]".
-        audio_column_name, label_column_name, speaker_column_name, start_column_name, stop_column_name,
-        channel_column_name: columns, where the usual names do not find them; ``label_column_name`` is a file
-            for Kaldi.
+        audio_column_name, label_column_name, speaker_column_name: columns, where the usual names do not find
+            them; ``label_column_name`` is a file for Kaldi.
+        start_column_name, stop_column_name, channel_column_name: likewise, for the part of a file that is
+            meant.
         layout: what the folders of an "audiofolder", or the tables of a folder, are: "class" (no splits),
             "split/class" or "class/split". By default names such as train and test tell, where they come
             together; one that is also a language code (``tr``, ``cv``, ``dev``) only beside one that is not.
