@@ -15,7 +15,7 @@ from ..options.parser import Parser, UsageError
 from ..options.training import TrainDataArguments
 from ..training.console import say
 from ..training.data import load_data
-from ..training.run import load_sizes_and_extractor, method_config
+from ..training.settings import load_sizes_and_extractor, method_config
 
 
 @dataclass

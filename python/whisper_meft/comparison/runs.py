@@ -35,7 +35,8 @@ from ..options.training import TrainDataArguments, parsed_options
 from ..synthetic.shipped import shipped_backbone
 from ..training.checkpoints import list_checkpoints
 from ..training.data import load_data
-from ..training.run import prepare_output_dir, train
+from ..training.output_folder import prepare_output_dir
+from ..training.run import train
 from .arguments import RATE_FACTOR, CompareArguments, options_of, parse_method
 from .costs import measure_costs
 

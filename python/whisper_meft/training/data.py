@@ -36,6 +36,11 @@ class RunData:
     left_out: list[tuple[str, str]]
     note: str
 
+    @property
+    def labels(self) -> list[str]:
+        """The classes, in the order of their indices."""
+        return label_inventory(self.training)
+
 
 def load_data(
     arguments: TrainDataArguments,

@@ -1,0 +1,87 @@
+"""What a run is told, settled before any data is read: the method's options and the backbone they are for."""
+
+from dataclasses import dataclass
+
+from transformers import WhisperConfig, WhisperFeatureExtractor
+
+from .. import data
+from ..errors import UserError
+from ..methods import MeftConfig
+from ..model.pretrained import load_config, load_feature_extractor, resolve_dtype
+from ..options.common import MethodArguments, ModelArguments
+from ..options.training import LEARNING_RATE, LEARNING_RATES, TrainArguments
+
+
+@dataclass
+class Settings:
+    """A run's options, checked against each other and against the backbone.
+
+    Attributes:
+        model, training: the option groups.
+        config: the method.
+        dtype: number format of the frozen weights.
+        backbone: the encoder's config.
+        extractor: the backbone's feature extractor.
+    """
+
+    model: ModelArguments
+    training: TrainArguments
+    config: MeftConfig
+    dtype: str
+    backbone: WhisperConfig
+    extractor: WhisperFeatureExtractor
+
+
+def settle(model: ModelArguments, method: MethodArguments, training: TrainArguments) -> Settings:
+    """Settles what the options leave open; sets ``training.learning_rate`` where none is given.
+
+    What is quick to check is checked here: a wrong name should not cost a pass over the data.
+
+    Raises:
+        UserError: options contradict each other, or the backbone cannot be used.
+    """
+    dtype = model.backbone_dtype
+    if dtype == "auto" and MeftConfig.methods()[method.method].trains_backbone:
+        dtype = "float32"
+    dtype = resolve_dtype(dtype, training.use_cpu)
+    config = method_config(method, dtype, model.backbone_quantization)
+    if training.learning_rate is None:
+        training.learning_rate = LEARNING_RATES.get(config.method, LEARNING_RATE)
+    if training.cache_features and not config.frozen_encoder:
+        raise UserError(
+            f"cache_features: {config.method} trains inside the encoder, so its hidden states cannot be kept"
+        )
+    if model.backbone_compile and not config.frozen_encoder:
+        raise UserError(
+            f"backbone_compile: {config.method} trains inside the encoder; use --torch_compile True instead"
+        )
+    return Settings(model, training, config, dtype, *load_sizes_and_extractor(model, config))
+
+
+def method_config(
+    arguments: MethodArguments, backbone_dtype: str, backbone_quantization: str | None = None
+) -> MeftConfig:
+    """The method's configuration; an option that the method does not have is an error."""
+    backbone = {"backbone_dtype": backbone_dtype, "backbone_quantization": backbone_quantization}
+    return MeftConfig.from_dict({**arguments.chosen(), **backbone})
+
+
+def load_sizes_and_extractor(
+    arguments: ModelArguments, config: MeftConfig
+) -> tuple[WhisperConfig, WhisperFeatureExtractor]:
+    """The backbone's config and its feature extractor, checked against each other and the method's options.
+
+    Raises:
+        UserError: one of them cannot be loaded, or they do not fit each other.
+    """
+    sizes = load_config(arguments)
+    extractor = load_feature_extractor(
+        arguments.feature_extractor_name or arguments.model_name_or_path,
+        "feature_extractor_name" if arguments.feature_extractor_name else "model_name_or_path",
+        revision=arguments.model_revision,
+        cache_dir=arguments.cache_dir,
+        token=arguments.token,
+    )
+    data.check_feature_extractor(extractor, sizes, config.max_frames)
+    config.check_backbone(sizes.d_model, sizes.encoder_layers, sizes.max_source_positions)
+    return sizes, extractor
