@@ -248,7 +248,10 @@ def test_a_damaged_newest_checkpoint_is_found_out(name, damage, interrupted, tmp
     said = []
     assert checkpoints.newest_complete(tmp_path / "out", said.append) == tmp_path / "out" / "checkpoint-4"
     assert len(said) == 1 and name in said[0] and "checkpoint-6" in said[0]
+    # It is out of the way, but nothing of it is lost: nobody knows that it is not wanted.
     assert not (tmp_path / "out" / "checkpoint-6").exists()
+    aside = tmp_path / "out" / "aside-checkpoint-6"
+    assert {each.name for each in aside.iterdir()} >= set(FILES) - {name}
 
 
 def test_whole_checkpoints_are_not_suspected(interrupted):

@@ -1,7 +1,10 @@
 """The Trainer of all methods: the stock one with what LoRA+, AdaLoRA and MeZO need, and batches by length."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +17,7 @@ from ..data.batching import LengthBatches, LongestFirst
 from ..errors import UserError
 from ..methods.mezo import MeZO
 from ..model.module import MeftModel
+from . import checkpoints
 from .throughput import Throughput
 
 
@@ -135,6 +139,35 @@ class MeftTrainer(Trainer):
             decay = self.args.weight_decay if decays else 0.0
             optimizer.add_param_group({"params": head, "lr": self.args.learning_rate, "weight_decay": decay})
         return optimizer
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As there; a crash on the way can be told by the marker in the folder, or by nothing being there."""
+        output_dir = Path(self._get_output_dir(trial=trial))
+        folder = output_dir / f"checkpoint-{self.state.global_step}"
+        main, wait = self.args.should_save, self.accelerator.wait_for_everyone
+        with self._own_rotation() as limit:
+            with checkpoints.being_written(folder, main, wait):
+                super()._save_checkpoint(model, trial)
+            if main:
+                checkpoints.rotate(output_dir, limit, [folder, self.state.best_model_checkpoint])
+
+    def _finalize_training(self, trial: Any, *args: Any, **kwargs: Any) -> Any:
+        with self._own_rotation() as limit:
+            outcome = super()._finalize_training(trial, *args, **kwargs)
+            best = self.state.best_model_checkpoint
+            if limit == 1 and best is not None and self.args.should_save:
+                checkpoints.rotate(Path(self._get_output_dir(trial=trial)), limit, [best])
+        return outcome
+
+    @contextmanager
+    def _own_rotation(self) -> Iterator[int | None]:
+        """Keeps the stock Trainer from removing checkpoints, which leaves half of one if a crash comes then,
+        and before the new one is known to be whole; gives the number to keep."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            yield limit
+        finally:
+            self.args.save_total_limit = limit
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
