@@ -375,6 +375,22 @@ def test_an_exploding_loss_stops_training_before_it_reaches_a_checkpoint(work, t
         assert all(bool(torch.isfinite(tensor).all()) for tensor in weights(checkpoint).values())
 
 
+def test_a_model_that_the_last_step_ruined_is_not_saved(work, tmp_path, capsys, monkeypatch):
+    original = train.MeftTrainer.training_step
+
+    def ruin(self, model, *arguments):
+        loss = original(self, model, *arguments)
+        if self.state.global_step == 1:  # the second step, and the last
+            self.model.classifier.weight.grad.fill_(float("inf"))
+        return loss
+
+    monkeypatch.setattr(train.MeftTrainer, "training_step", ruin)
+    out, options = tmp_path / "out", {"save_strategy": "no", "eval_strategy": "no", "max_grad_norm": 0}
+    assert run(work, out, **options, max_steps=2) == 1
+    assert "became NaN or infinite at step 2, try a lower learning_rate" in capsys.readouterr().err
+    assert not (out / "model.safetensors").exists()
+
+
 class Toy(torch.nn.Module):
     def __init__(self):
         super().__init__()

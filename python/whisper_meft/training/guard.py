@@ -52,7 +52,8 @@ class FiniteGuard(TrainerCallback):
     It hooks the model: the position of each example is taken out of the inputs before the model sees them,
     and features and loss are checked after each forward pass. On the CPU the check is at once, so no gradient
     of a bad loss ever reaches the parameters. On an accelerator the verdict is copied without waiting and
-    read one step later, but always before anything is saved; before a save the parameters are checked too.
+    read one step later, but always before anything is saved; before a save and at the end the parameters are
+    checked too.
 
     Args:
         model: the model that is trained; hooks are removed by `close`.
@@ -145,6 +146,7 @@ class FiniteGuard(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self._resolve()
+        self._check_parameters(state.global_step)  # they are saved next
 
     def _check_parameters(self, step: int) -> None:
         trained = [(name, value) for name, value in self.model.named_parameters() if value.requires_grad]
