@@ -74,9 +74,8 @@ def test_a_run_at_its_last_step_is_not_trained_further(work, tmp_path, capsys):
     )
     assert main(command) == 0
     before = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert main([*command, "--resume_from_checkpoint", "True"]) == 1
-    err = capsys.readouterr().err
-    assert "checkpoint-2 is at the last step (max_steps 2) already" in err
+    assert main([*command, "--resume_from_checkpoint", "True"]) == 0
+    assert "is finished, at step 2, and left as it is" in capsys.readouterr().out
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == before
     assert (
         "checkpoint-2" in before

@@ -1,4 +1,4 @@
-"""Ctrl-C during training."""
+"""Ctrl-C and SIGTERM: what is taken as a request, and what ends a process at once."""
 
 import os
 import signal
@@ -9,38 +9,62 @@ from whisper_meft.training.interrupts import Interrupts
 
 @pytest.fixture(autouse=True)
 def _listening():
-    """Python's own handler, which is missing where a shell started the tests in the background."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Python's own handlers, which are missing where a shell started the tests in the background."""
+    before = {
+        signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler),
+        signal.SIGTERM: signal.signal(signal.SIGTERM, signal.SIG_DFL),
+    }
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 class Swallows:
-    """An object in whose destructor the signal arrives."""
+    """An object in whose destructor the signal arrives: what is raised there is lost."""
 
     def __del__(self):
         os.kill(os.getpid(), signal.SIGINT)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_an_interrupt_that_a_destructor_swallows_ends_the_step():
-    interrupts = Interrupts()
-    with interrupts:
-        interrupts.on_step_end(None, None, None)
+def test_a_request_during_training_is_kept_until_the_step_ends(capfd):
+    with Interrupts() as interrupts:
+        interrupts.on_train_begin(None, None, None)
+        assert interrupts.asked is None
         Swallows()
+        assert interrupts.asked == signal.SIGINT
+        assert "stopping after this step" in capfd.readouterr().err
         with pytest.raises(KeyboardInterrupt):
-            interrupts.on_step_end(None, None, None)
+            interrupts.leave()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_second_ctrl_c_ends_it_at_once_and_a_second_sigterm_does_not():
+    with Interrupts() as interrupts:
+        interrupts.on_train_begin(None, None, None)
+        for _ in range(2):  # a cluster may send it to a process and to its parent, who hands it on
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert interrupts.asked == signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_outside_training_either_ends_it_at_once(capfd):
+    with Interrupts() as interrupts:
+        with pytest.raises(SystemExit) as ended:
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert ended.value.code == 143 and "stopped by SIGTERM" in capfd.readouterr().err
+        interrupts.on_train_begin(None, None, None)
+        interrupts.on_train_end(None, None, None)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_whoever_listens_already_goes_on_listening():
     def handler(*_):
         pass
 
-    before = signal.signal(signal.SIGINT, handler)
-    try:
-        with Interrupts():
-            assert signal.getsignal(signal.SIGINT) is handler
+    signal.signal(signal.SIGINT, handler)
+    with Interrupts():
         assert signal.getsignal(signal.SIGINT) is handler
-    finally:
-        signal.signal(signal.SIGINT, before)
+    assert signal.getsignal(signal.SIGINT) is handler

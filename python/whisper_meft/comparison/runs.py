@@ -35,7 +35,7 @@ from ..options.training import TrainDataArguments, parsed_options
 from ..synthetic.shipped import shipped_backbone
 from ..training.checkpoints import list_checkpoints
 from ..training.data import load_data
-from ..training.output_folder import prepare_output_dir
+from ..training.output_folder import clear_earlier_run, prepare_output_dir
 from ..training.run import train
 from .arguments import RATE_FACTOR, CompareArguments, options_of, parse_method
 from .costs import measure_costs
@@ -184,6 +184,8 @@ class Comparison:
             for name in ("result.json", "test.json"):
                 (folder / name).unlink(missing_ok=True)
         prepare_output_dir(parsed[3])
+        if not same:
+            clear_earlier_run(folder)
         write_json(begun, settings)
         parsed[3].overwrite_output_dir, parsed[3].resume_from_checkpoint = False, "True"
         started = time.perf_counter()

@@ -93,7 +93,10 @@ class TrainArguments(TrainingArguments):
     )
     overwrite_output_dir: bool = field(
         default=False,
-        metadata={"help": "start anew where output_dir holds an earlier run: its checkpoints go"},
+        metadata={
+            "help": "start anew where output_dir holds an earlier run, whose checkpoints and results go when "
+            "this one saves for the first time"
+        },
     )
     resume_from_checkpoint: str | None = field(
         default=None,
@@ -263,6 +266,8 @@ class TrainArguments(TrainingArguments):
         if not torch.cuda.is_available() and not torch.backends.mps.is_available():
             self.use_cpu = True
         super().__post_init__()
+        # Every run does these by itself: see training/interrupts.py and resuming.py.
+        self.enable_jit_checkpoint = self.restore_callback_states_from_checkpoint = False
 
 
 # The TrainingArguments that `whisper-meft train --help` describes; --help_all describes the others too.

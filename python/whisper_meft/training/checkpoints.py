@@ -237,15 +237,6 @@ def require_complete(checkpoint: Path, processes: int = 1) -> Path:
     return checkpoint
 
 
-def check_steps_left(checkpoint: Path, max_steps: int) -> None:
-    """Raises UserError if a checkpoint is at the last step already: the Trainer would do one step more."""
-    if 0 < max_steps <= (checkpoint_step(checkpoint) or 0):
-        raise UserError(
-            f"resume_from_checkpoint: {checkpoint} is at the last step (max_steps {max_steps}) already; "
-            "evaluate and predict take it as a model, a larger --max_steps goes on from it"
-        )
-
-
 def check_same_model(checkpoint: Path, config: PreTrainedConfig) -> None:
     """Raises UserError if a checkpoint was written with another method, other sizes or other labels
     than those of ``config``, a ``MeftModelConfig``."""

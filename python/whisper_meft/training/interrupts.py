@@ -1,38 +1,76 @@
-"""Ctrl-C that is not lost during training."""
+"""Ctrl-C and SIGTERM during training: the step is finished, and a checkpoint written."""
 
+import os
 import signal
 import threading
 from typing import Any
 
 from transformers import TrainerCallback
 
+from .console import main_process
+
+
+class Stopped(Exception):
+    """Training was stopped on request, at a step from which it can go on."""
+
 
 class Interrupts(TrainerCallback):
-    """Raises KeyboardInterrupt at the end of a step if the one that SIGINT raised came to nothing: Python
-    prints and drops it where it falls into a destructor or a callback from C.
+    """Takes SIGINT and SIGTERM as a request to stop after the step, which :class:`.trainer.MeftTrainer` does.
 
-    Also a context manager, which listens while it is entered, in the main thread and where nobody else does.
+    A second SIGINT stops at once, as does either of them outside training. Listens while it is entered, in
+    the main thread and where nobody else does.
+
+    Attributes:
+        asked: the signal that came, or None.
+        epoch_over: whether the last step of an epoch lies behind, and what belongs to its end is done.
     """
 
     def __init__(self):
-        self.asked = False
-        self._previous: Any = None
+        self.asked: int | None = None
+        self.epoch_over = False
+        self._training = False
+        self._previous: dict[int, Any] = {}
+        self._process = os.getpid()
 
     def __enter__(self) -> "Interrupts":
-        in_main = threading.current_thread() is threading.main_thread()
-        if in_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            self._previous = signal.signal(signal.SIGINT, self._note)
+        usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in usual.items():
+                if signal.getsignal(number) is handler:
+                    self._previous[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
-            self._previous = None
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
 
-    def _note(self, *_) -> None:
-        self.asked = True
+    def _note(self, number: int, frame: Any) -> None:
+        if os.getpid() != self._process:
+            return  # one that reads data: it ends with this one
+        again, self.asked = self.asked is not None, number
+        if not self._training or (again and number == signal.SIGINT):
+            if main_process() and number == signal.SIGTERM:
+                os.write(2, b"\nstopped by SIGTERM; where there is a checkpoint, resuming goes on from it\n")
+            self.leave()
+        if main_process() and not again:
+            # Not print, which may be at work in the code that the signal interrupted.
+            os.write(2, b"\nstopping after this step, with a checkpoint; Ctrl-C stops at once\n")
+
+    def leave(self) -> None:
+        """Ends the process as the signal would: by KeyboardInterrupt, or by SystemExit with status 143."""
+        if self.asked == signal.SIGTERM:
+            raise SystemExit(128 + signal.SIGTERM)
         raise KeyboardInterrupt
 
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.asked:
-            raise KeyboardInterrupt
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._training = True
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.epoch_over = False
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self.epoch_over = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._training = False

@@ -1,6 +1,8 @@
 """The folder of a run: what it may hold before the run begins, and what is left in it."""
 
-import shutil
+import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from ..errors import UserError
@@ -8,6 +10,7 @@ from ..files import check_writable
 from ..options.training import TrainArguments
 from . import checkpoints
 from .console import main_process, say
+from .lock import LOCK
 
 # What a finished run leaves beside its checkpoints.
 RESULT_FILES = [
@@ -23,41 +26,171 @@ RESULT_FILES = [
     "learning_curve.png",
 ]
 
+# What a run, or `evaluate` of a checkpoint, leaves in a checkpoint folder.
+_IN_CHECKPOINT = re.compile(
+    r"^(config\.json|model\.safetensors|README\.md|preprocessor_config\.json|training_args\.bin|"
+    r"trainer_state\.json|(optimizer|scheduler|scaler)\.pt|rng_state(_\d+)?\.pth|evaluation|"
+    rf"{re.escape(checkpoints.MARKER)})$|^\."
+)
+
+# Files that are being written, see whisper_meft.files.
+_TEMPORARY = re.compile(
+    rf"^\.({'|'.join({re.escape(Path(name).stem) for name in RESULT_FILES})})-[a-z0-9_]{{8}}\.\w+$"
+)
+
+
+def check_output_dir(folder: Path, inputs: Mapping[str, str | None]) -> None:
+    """Checks that a run can write into its folder, and that it writes over nothing that it reads.
+
+    Args:
+        folder: of the run. inputs: what it reads, by the name of the option that says so.
+
+    Raises:
+        UserError: it cannot, or it would.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output_dir: {folder} is a file, a folder is needed")
+    if main_process():
+        check_writable(folder / RESULT_FILES[0])
+        for name, value in inputs.items():
+            _check_apart(folder, name, value)
+
 
 def prepare_output_dir(arguments: TrainArguments) -> Path | None:
     """Checks the output folder against what is asked for and finds the checkpoint to resume from, if any.
 
+    Nothing of an earlier run is removed, see :func:`make_room`; what a crash left is.
+
     Raises:
-        UserError: the folder holds something and neither resuming nor overwriting was asked for, or the named
-            checkpoint cannot be resumed from.
+        UserError: the folder holds something and neither resuming nor overwriting was asked for, or something
+            that no run wrote and this one would write over; the named checkpoint cannot be resumed from.
     """
     folder = Path(arguments.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"output_dir: {folder} is a file, a folder is needed")
-    wanted = (arguments.resume_from_checkpoint or "").strip()
-    processes = arguments.world_size
     # One process at a time, the main one first: it may remove half-written checkpoints.
     with arguments.main_process_first(local=False, desc="looking for checkpoints"):
         if main_process():
-            check_writable(folder / RESULT_FILES[0])
-        if wanted.lower() in ("true", "latest"):
-            found = checkpoints.newest_complete(folder, say, processes)
-            if found is None:
-                say(f"{folder} holds no complete checkpoint: training starts from the beginning")
-            return found
-        if wanted.lower() not in ("", "false"):
-            return checkpoints.require_complete(Path(wanted), processes)
-        if not folder.is_dir() or not any(folder.iterdir()):
-            return None
-        if not arguments.overwrite_output_dir:
-            # Only the main process looks: it has not written anything yet when the others come here.
+            _sweep_temporaries(folder)
+        return _checkpoint_to_resume(folder, arguments)
+
+
+def _checkpoint_to_resume(folder: Path, arguments: TrainArguments) -> Path | None:
+    wanted, processes = (arguments.resume_from_checkpoint or "").strip(), arguments.world_size
+    if goes_on(arguments):
+        _check_ours(folder)
+        found = checkpoints.newest_complete(folder, say, processes)
+        if found is None and not (folder / "train_results.json").is_file():
+            say(f"{folder} holds no complete checkpoint: training starts from the beginning")
+        return found
+    named = None
+    if wanted.lower() not in ("", "false"):
+        named = checkpoints.require_complete(Path(wanted), processes)
+        if named.resolve().parent == folder.resolve():
+            return named
+    # Only the main process looks: it has not written anything yet when the others come here.
+    if _is_empty(folder):
+        return named
+    if not arguments.overwrite_output_dir:
+        raise UserError(
+            f"output_dir: {folder} is not empty; name another folder, or go on with the run in it by "
+            "--resume_from_checkpoint True, or start anew with --overwrite_output_dir True"
+        )
+    _check_ours(folder)
+    return named
+
+
+def clear_earlier_run(folder: Path) -> None:
+    """Removes checkpoints and results of an earlier run, and nothing else."""
+    for checkpoint in checkpoints.list_checkpoints(folder):
+        checkpoints.remove(checkpoint)
+    for name in RESULT_FILES:
+        if name != "README.md" or _is_model_card(folder / name):
+            (folder / name).unlink(missing_ok=True)
+
+
+def make_room(arguments: TrainArguments, resume_from: Path | None) -> None:
+    """What is done when a run is about to save for the first time, and not before: an earlier run that it
+    overwrites goes, and checkpoints later than the one it resumes from, another course, are set aside."""
+    folder = Path(arguments.output_dir)
+    if resume_from is not None and resume_from.resolve().parent == folder.resolve():
+        for checkpoint in checkpoints.list_checkpoints(folder):
+            if checkpoints.checkpoint_step(checkpoint) > checkpoints.checkpoint_step(resume_from):
+                aside = checkpoints.set_aside(checkpoint)
+                say(f"{checkpoint} is later than {resume_from.name}, gone back to; it is now {aside}")
+    elif arguments.overwrite_output_dir and not goes_on(arguments):
+        clear_earlier_run(folder)
+
+
+def goes_on(arguments: TrainArguments) -> bool:
+    """Whether the run in the folder is to be gone on with, from its newest checkpoint if there is one."""
+    return (arguments.resume_from_checkpoint or "").strip().lower() in ("true", "latest")
+
+
+def _is_empty(folder: Path) -> bool:
+    return not folder.is_dir() or all(each.name == LOCK for each in folder.iterdir())
+
+
+def _sweep_temporaries(folder: Path) -> None:
+    """Removes the files that a kill left half-written."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if _TEMPORARY.match(path.name) and path.is_file():
+            path.unlink()
+
+
+def _check_apart(folder: Path, name: str, value: str | None) -> None:
+    """Refuses a folder that a run reads, or where it reads what it writes over."""
+    try:
+        if not value or not Path(value).exists():
+            return  # a name on the hub
+    except OSError:
+        return
+    source, here = Path(value).resolve(), folder.resolve()
+    if source == here:
+        raise UserError(f"output_dir: {folder} is {name}, and would be written over; name another folder")
+    if here in source.parents:
+        first = source.relative_to(here).parts[0]
+        if first in RESULT_FILES or checkpoints.checkpoint_step(here / first) is not None:
             raise UserError(
-                f"output_dir: {folder} is not empty; name another folder, or go on with the run in it by "
-                "--resume_from_checkpoint True, or start anew with --overwrite_output_dir True"
+                f"output_dir: {name} is {value}, which this run would write over; name another folder"
             )
-        if main_process():
-            for checkpoint in checkpoints.list_checkpoints(folder):
-                shutil.rmtree(checkpoint)
-            for name in RESULT_FILES:
-                (folder / name).unlink(missing_ok=True)
-    return None
+    if source in here.parents and not _is_empty(folder) and not _signs_of_a_run(folder):
+        raise UserError(f"output_dir: {folder} is a part of {name}, {value}; name another folder")
+
+
+def _signs_of_a_run(folder: Path) -> bool:
+    return (
+        (folder / "train_results.json").is_file()
+        or _is_our_config(folder / "config.json")
+        or bool(checkpoints.list_checkpoints(folder))
+    )
+
+
+def _check_ours(folder: Path) -> None:
+    """Refuses a folder that holds something else where a run writes."""
+    config = folder / "config.json"
+    present = [name for name in RESULT_FILES if (folder / name).exists()]
+    strange = [] if _signs_of_a_run(folder) else present
+    if config.exists() and not _is_our_config(config):
+        strange = ["config.json"]
+    for checkpoint in checkpoints.list_checkpoints(folder):
+        if not checkpoint.is_symlink():
+            names = sorted(each.name for each in checkpoint.iterdir())
+            strange += [f"{checkpoint.name}/{name}" for name in names if not _IN_CHECKPOINT.match(name)]
+    if strange:
+        raise UserError(
+            f"output_dir: {folder} holds {strange[0]}, which no training run wrote and which would be "
+            "lost; name another folder"
+        )
+
+
+def _is_our_config(path: Path) -> bool:
+    try:
+        return "meft" in json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def _is_model_card(path: Path) -> bool:
+    try:
+        return '\nlibrary_name: "whisper_meft"' in f"\n{path.read_text(encoding='utf-8')}"
+    except (OSError, ValueError):
+        return False

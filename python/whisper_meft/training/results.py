@@ -1,7 +1,7 @@
 """What a run ends with: its scores, its numbers, and the files that hold them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +98,12 @@ def summarise(
         "train_data": examples.training.description,
         "epochs": state.epoch,
         "steps": state.global_step,
+        "planned_steps": trainer.total_steps(),
+        "batches": asdict(trainer.batches),
+        "early_stopping_patience": settings.training.early_stopping_patience,
+        "resumed_from_step": trainer.first_step,  # time and speed are those of the steps since then
         "learning_rate": settings.training.learning_rate,
-        "train_loss": outcome.training_loss,
+        "train_loss": outcome.training_loss if (loss := trainer.mean_loss()) is None else loss,
         "train_runtime_seconds": outcome.metrics.get("train_runtime"),
         "train_samples_per_second": outcome.metrics.get("train_samples_per_second"),
         "throughput": rates,
@@ -121,11 +125,14 @@ def write_results(
     examples: RunData,
     history: list[dict[str, Any]],
 ) -> None:
-    """Writes a finished run's numbers and figures into ``folder``."""
-    write_json(folder / "train_results.json", summary)
+    """Writes a finished run's numbers and figures into ``folder``; train_results.json comes last."""
     plots.plot_learning_curve(history, folder / "learning_curve.png", summary["method"]["method"].upper())
-    if scores is None:
-        return
+    if scores is not None:
+        _write_scores(folder, scores, loss, examples)
+    write_json(folder / "train_results.json", summary)
+
+
+def _write_scores(folder: Path, scores: Scores, loss: float | None, examples: RunData) -> None:
     write_json(
         folder / "eval_results.json",
         {"data": examples.evaluation.description, "note": examples.note, "loss": loss, **scores.as_dict()},

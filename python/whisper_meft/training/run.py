@@ -6,13 +6,14 @@ through it.
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import Dataset
-from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, set_seed
+from transformers import PrinterCallback, ProgressCallback, TrainerState, set_seed
 from transformers.trainer_utils import TrainOutput
 
 from .. import data
@@ -33,21 +34,26 @@ from .data import RunData, load_data
 from .fitting import fit_batch, out_of_memory
 from .gradients import GradientReport
 from .guard import FiniteGuard, Indexed, IndexedCollator, NonFiniteError
-from .interrupts import Interrupts
+from .interrupts import Interrupts, Stopped
+from .lock import locked
 from .log_lines import LogLines, ProgressBar
-from .output_folder import prepare_output_dir
+from .output_folder import check_output_dir, goes_on, make_room, prepare_output_dir
 from .results import TrainResult, make_compute_metrics, report, score_evaluation, summarise, write_results
+from .resuming import EarlyStopping, check_same_batches, finished_results, is_at_end
 from .settings import Settings, settle
 from .throughput import Throughput, as_text
 from .trainer import MeftTrainer
 
 
-def _not_about_mtime(record: logging.LogRecord) -> bool:
-    # The Trainer warns when checkpoints follow each other within a second; it then sorts them by step.
-    return "mtime may not be reliable" not in record.getMessage()
+def _concerns_us(record: logging.LogRecord) -> bool:
+    # The Trainer warns when checkpoints follow each other within a second, though it then sorts them by step;
+    # and where a share of a run (logging_steps) is not the count in a checkpoint: what is asked for now
+    # counts, and what must stay as it was is refused.
+    text = record.getMessage()
+    return "mtime may not be reliable" not in text and "The following arguments do not match" not in text
 
 
-logging.getLogger("transformers.trainer_utils").addFilter(_not_about_mtime)
+logging.getLogger("transformers.trainer_utils").addFilter(_concerns_us)
 
 
 def train(
@@ -71,34 +77,38 @@ def train(
 
     Raises:
         UserError: anything about the input that cannot be used, by name; NaN or infinity during training;
-            trained parameters that never moved.
+            trained parameters that never moved; another run is writing into the folder.
+        SystemExit: SIGTERM came; the status is 143.
     """
     output_dir = Path(training_arguments.output_dir)
-    resume_from = prepare_output_dir(training_arguments)
-    if resume_from is not None:
-        checkpoints.check_steps_left(resume_from, training_arguments.max_steps)
-    settings = settle(model_arguments, method_arguments, training_arguments)
-    set_seed(training_arguments.seed)  # a new head draws its start values
-    base = load_whisper(model_arguments, settings.dtype)
-    examples = examples or read_examples(data_arguments, training_arguments)
-    settle_batch(settings, examples)
-    set_seed(training_arguments.seed)
-    model = build_model(base, settings, examples.labels)
-    collator, training_set, evaluation_set = build_datasets(model, settings, examples, make_dataset)
-    describe(model, settings, examples)
-    trainer, watch = build_trainer(model, settings, examples, collator, training_set, evaluation_set)
-    outcome = run_training(trainer, watch, settings, resume_from)
-    trainer.save_model()
-    scores, evaluation_loss = score_evaluation(trainer, examples.labels)
-    watch.guard.close()
-    summary = summarise(settings, examples, trainer, outcome, watch.rates(trainer), watch.report.report())
-    history = trainer.state.log_history
-    if main_process():
-        write_results(output_dir, summary, scores, evaluation_loss, examples, history)
-    report(output_dir, scores, examples)
-    if training_arguments.push_to_hub:
-        trainer.push_to_hub()
-    return TrainResult(model.eval(), settings.extractor, scores, summary, history)
+    check_output_dir(output_dir, _inputs(model_arguments, data_arguments))
+    with Interrupts() as interrupts, locked(output_dir, main_process()):
+        resume_from = prepare_output_dir(training_arguments)
+        settings = settle(model_arguments, method_arguments, training_arguments)
+        set_seed(training_arguments.seed)  # a new head draws its start values
+        base = load_whisper(model_arguments, settings.dtype)
+        examples = examples or read_examples(data_arguments, training_arguments)
+        settle_batch(settings, examples)
+        set_seed(training_arguments.seed)
+        model = build_model(base, settings, examples.labels)
+        datasets = build_datasets(model, settings, examples, make_dataset)
+        describe(model, settings, examples)
+        trainer, watch = build_trainer(model, settings, examples, *datasets, interrupts, resume_from)
+        check_resumed(trainer, resume_from)
+        if earlier := earlier_result(trainer, settings, examples, resume_from):
+            return earlier
+        outcome = run_training(trainer, watch, settings, resume_from)
+        return conclude(trainer, watch, settings, examples, outcome)
+
+
+def _inputs(model: ModelArguments, data_arguments: TrainDataArguments) -> dict[str, str | None]:
+    """What a run reads, by the names of the options."""
+    return {
+        "model_name_or_path": model.model_name_or_path,
+        "feature_extractor_name": model.feature_extractor_name,
+        "train_data": data_arguments.train_data,
+        "eval_data": data_arguments.eval_data,
+    }
 
 
 def read_examples(data_arguments: TrainDataArguments, arguments: TrainArguments) -> RunData:
@@ -220,6 +230,8 @@ def build_trainer(
     collator: Any,
     training_set: Dataset,
     evaluation_set: Dataset | None,
+    interrupts: Interrupts,
+    resume_from: Path | None,
 ) -> tuple[MeftTrainer, Watch]:
     """The Trainer of the run, and what watches over it."""
     arguments = settings.training
@@ -230,17 +242,19 @@ def build_trainer(
             [example.name for example in examples.evaluation or ()],
         ),
         GradientReport(model),
-        Interrupts(),
+        interrupts,
         Throughput(_seconds(settings, examples)),
     )
-    callbacks: list[Any] = [watch.guard, watch.report, watch.interrupts]
+    callbacks: list[Any] = [watch.guard, watch.report]
     if arguments.early_stopping_patience is not None:
-        callbacks.append(EarlyStoppingCallback(arguments.early_stopping_patience))
+        callbacks.append(EarlyStopping(arguments.early_stopping_patience))
     trainer = MeftTrainer(
         model=model,
         args=arguments,
         length_batches=_length_batches(settings, training_set),
         throughput=watch.throughput,
+        interrupts=interrupts,
+        before_first_save=partial(make_room, arguments, resume_from),
         train_dataset=Indexed(training_set),
         eval_dataset=None if evaluation_set is None else Indexed(evaluation_set),
         data_collator=IndexedCollator(collator),
@@ -253,6 +267,8 @@ def build_trainer(
     trainer.add_callback(LogLines)
     if not arguments.disable_tqdm:
         trainer.add_callback(ProgressBar)
+    trainer.record.batches = asdict(trainer.batches)
+    trainer.first_step = 0 if resume_from is None else checkpoints.checkpoint_step(resume_from)
     return trainer, watch
 
 
@@ -274,34 +290,116 @@ def _length_batches(settings: Settings, training_set: Dataset) -> LengthBatches 
     return found
 
 
+def check_resumed(trainer: MeftTrainer, resume_from: Path | None) -> None:
+    """Raises UserError if a checkpoint is of another model, or counts other steps, than the run."""
+    if resume_from is not None:
+        checkpoints.check_same_model(resume_from, trainer.model.config)
+        check_same_batches(resume_from, trainer.batches)
+
+
+def earlier_result(
+    trainer: MeftTrainer, settings: Settings, examples: RunData, resume_from: Path | None
+) -> TrainResult | None:
+    """What a finished run has left, where it is resumed; None where something is left to do."""
+    arguments = settings.training
+    ending = (trainer.total_steps(), arguments.early_stopping_patience)
+    # A checkpoint that is named is gone back to, also in a finished run.
+    named = not goes_on(arguments)
+    if named and (resume_from is None or not is_at_end(resume_from, *ending)):
+        return None
+    folder, evaluated = Path(arguments.output_dir), examples.evaluation is not None
+    results = finished_results(folder, evaluated, trainer.batches, *ending, trainer.first_step)
+    if results is None:
+        return None
+    checkpoints.check_same_model(folder, trainer.model.config)
+    say(
+        f"the run in {folder} is finished, at step {results['steps']}, and left as it is; a larger "
+        "--num_train_epochs or --max_steps goes on with it"
+    )
+    trainer.load(folder)
+    scores, _ = score_evaluation(trainer, examples.labels)
+    report(folder, scores, examples)
+    history = (
+        []
+        if resume_from is None
+        else TrainerState.load_from_json(str(resume_from / "trainer_state.json")).log_history
+    )
+    return TrainResult(trainer.model.eval(), settings.extractor, scores, results, history)
+
+
 def run_training(
     trainer: MeftTrainer, watch: Watch, settings: Settings, resume_from: Path | None
 ) -> TrainOutput:
-    """Trains, and says how it went.
+    """Trains, and says how it went; only takes over what is there if training was over at the checkpoint.
 
     Raises:
-        UserError: the checkpoint is of another model, NaN or infinity turned up, the device's memory was too
-            small, or trained parameters never moved.
+        UserError: NaN or infinity turned up, the device's memory was too small, or trained parameters never
+            moved.
+        KeyboardInterrupt, SystemExit: SIGINT or SIGTERM came.
     """
-    output_dir = Path(settings.training.output_dir)
+    ending = (trainer.total_steps(), settings.training.early_stopping_patience)
+    if resume_from is not None and is_at_end(resume_from, *ending):
+        say(f"training was over at {resume_from}; its results are written now")
+        trainer.take_over(resume_from)
+        return TrainOutput(trainer.state.global_step, None, {})
     if resume_from is not None:
-        checkpoints.check_same_model(resume_from, trainer.model.config)
         say(f"resuming from {resume_from}")
+    outcome = _train_until_stopped(trainer, watch, settings, resume_from)
+    watch.report.check(settings.training.learning_rate)
+    say(watch.report.describe())
+    if rates := watch.rates(trainer):
+        say(f"training: {as_text(rates)}")
+    return outcome
+
+
+def _train_until_stopped(
+    trainer: MeftTrainer, watch: Watch, settings: Settings, resume_from: Path | None
+) -> TrainOutput:
+    output_dir = Path(settings.training.output_dir)
     try:
-        with watch.interrupts:
-            outcome = trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+        return trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
     except NonFiniteError as error:
         good = checkpoints.list_checkpoints(output_dir)
         kept = f"the last good one is {good[0]}" if good else "there is none yet"
         raise NonFiniteError(f"{error}; checkpoints are as they were, {kept}") from error
     except torch.OutOfMemoryError as error:
         raise out_of_memory(*_fitting(settings, trainer.model.config.num_labels)) from error
-    except KeyboardInterrupt:
-        if checkpoints.list_checkpoints(output_dir):
-            say(f"\nstopped; go on with --resume_from_checkpoint True --output_dir {output_dir}")
+    except Stopped:
+        _say_stopped(trainer, output_dir)
+        watch.interrupts.leave()
+    except (KeyboardInterrupt, SystemExit):
+        _say_stopped(trainer, output_dir)
         raise
-    watch.report.check(settings.training.learning_rate)
-    say(watch.report.describe())
-    if rates := watch.rates(trainer):
-        say(f"training: {as_text(rates)}")
-    return outcome
+    except RuntimeError as error:
+        # A signal to the whole group of processes ends those that read data, and that may be noticed first.
+        if watch.interrupts.asked is None or "DataLoader worker" not in str(error):
+            raise
+        _say_stopped(trainer, output_dir)
+        watch.interrupts.leave()
+
+
+def _say_stopped(trainer: MeftTrainer, output_dir: Path) -> None:
+    where = f"\nstopped at step {trainer.state.global_step} of {trainer.state.max_steps}"
+    newest = next(iter(checkpoints.list_checkpoints(output_dir)), None)
+    if newest is None or checkpoints.holds_model_only(newest):
+        say(f"{where}; there is no checkpoint to go on from")
+    else:
+        say(f"{where}; go on with --resume_from_checkpoint True --output_dir {output_dir}")
+
+
+def conclude(
+    trainer: MeftTrainer, watch: Watch, settings: Settings, examples: RunData, outcome: TrainOutput
+) -> TrainResult:
+    """Saves and scores the trained model, and writes the results."""
+    folder, history = Path(settings.training.output_dir), trainer.state.log_history
+    trainer.prepare_to_save()
+    trainer.save_model()
+    scores, loss = score_evaluation(trainer, examples.labels)
+    watch.guard.close()
+    summary = summarise(settings, examples, trainer, outcome, watch.rates(trainer), watch.report.report())
+    if main_process():
+        write_results(folder, summary, scores, loss, examples, history)
+    report(folder, scores, examples)
+    if settings.training.push_to_hub:
+        trainer.push_to_hub()
+    return TrainResult(trainer.model.eval(), settings.extractor, scores, summary, history)

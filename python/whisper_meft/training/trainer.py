@@ -1,16 +1,17 @@
 """The Trainer of all methods: the stock one with what LoRA+, AdaLoRA and MeZO need, and batches by length."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import seed_worker
 
 from ..data.batching import LengthBatches, LongestFirst
@@ -18,6 +19,8 @@ from ..errors import UserError
 from ..methods.mezo import MeZO
 from ..model.module import MeftModel
 from . import checkpoints
+from .interrupts import Interrupts, Stopped
+from .resuming import Batches, RunRecord
 from .throughput import Throughput
 
 
@@ -43,6 +46,8 @@ class MeftTrainer(Trainer):
             Where it is given, evaluation goes from the longest clip to the shortest, if the evaluation data
             has a property ``lengths``: predictions and labels then come in that order.
         throughput: measures the training steps; what it finds goes into the log beside the loss.
+        interrupts: asks for a stop, which comes after a step, with a checkpoint, as :class:`Stopped`.
+        before_first_save: called in the main process before the first checkpoint is written.
 
     Raises:
         UserError: a training argument does not go with the method.
@@ -54,10 +59,20 @@ class MeftTrainer(Trainer):
         args: Any = None,
         length_batches: LengthBatches | None = None,
         throughput: Throughput | None = None,
+        interrupts: Interrupts | None = None,
+        before_first_save: Callable[[], None] | None = None,
         **kwargs: Any,
     ):
         super().__init__(model=model, args=args, **kwargs)
         self.length_batches, self.throughput = length_batches, throughput
+        self.interrupts, self._before_first_save = interrupts, before_first_save
+        self.record = RunRecord()
+        self.add_callback(self.record)
+        # Those that the record's sum does not have yet.
+        self._losses = torch.zeros((), device=self.args.device)
+        self.first_step, self._saved_step = 0, None
+        if interrupts is not None:
+            self.add_callback(interrupts)
         if throughput is not None:
             self.add_callback(throughput)
         if length_batches is not None:
@@ -142,14 +157,105 @@ class MeftTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As there; a crash on the way can be told by the marker in the folder, or by nothing being there."""
+        self.prepare_to_save()
+        self._add_up_losses()
+        for each in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(each, ExportableState):  # the Trainer fails where a resumed run had no such one
+                self.state.stateful_callbacks.setdefault(type(each).__name__, each.state())
         output_dir = Path(self._get_output_dir(trial=trial))
         folder = output_dir / f"checkpoint-{self.state.global_step}"
         main, wait = self.args.should_save, self.accelerator.wait_for_everyone
         with self._own_rotation() as limit:
             with checkpoints.being_written(folder, main, wait):
                 super()._save_checkpoint(model, trial)
+            self._saved_step = self.state.global_step
             if main:
                 checkpoints.rotate(output_dir, limit, [folder, self.state.best_model_checkpoint])
+
+    def prepare_to_save(self) -> None:
+        """Makes room for what the run writes, once."""
+        if self._before_first_save is not None and self.args.should_save:
+            self._before_first_save()
+        self._before_first_save = None
+
+    def _add_up_losses(self) -> None:
+        """Brings the record's sum of losses up to date; all processes must call it."""
+        losses = self.over_processes(self._losses.detach().cpu()) / self.args.world_size
+        if self.record.loss_sum is not None:
+            self.record.loss_sum += float(losses)
+        self._losses = torch.zeros_like(self._losses)
+
+    def mean_loss(self) -> float | None:
+        """The mean loss of all steps of the run, also of those before it was resumed; None where these are
+        not known. All processes must call it."""
+        self._add_up_losses()
+        if self.record.loss_sum is None:
+            return None
+        return self.record.loss_sum / max(self.state.global_step, 1)
+
+    @cached_property
+    def batches(self) -> Batches:
+        """Which clips come in which step."""
+        with torch.random.fork_rng(devices=[]):  # a loader draws a seed
+            loader = self.get_train_dataloader()
+        by_length = self.length_batches is not None
+        return Batches.of(self.args, len(self.train_dataset), len(loader), by_length)
+
+    def total_steps(self) -> int:
+        """How many the whole run has, if nothing stops it early."""
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        return math.ceil(self.args.num_train_epochs * self.batches.steps_per_epoch)
+
+    def take_over(self, checkpoint: Path) -> None:
+        """Takes over a checkpoint at which training was over: its state, and the model to be left.
+
+        Raises:
+            UserError: the best checkpoint, which is to be left, is not there any more.
+        """
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        self.state = self.callback_handler.state = state
+        self.record.loss_sum = RunRecord.loss_sum_of(state)
+        if self.args.load_best_model_at_end and state.best_global_step:
+            best = checkpoint.with_name(f"checkpoint-{state.best_global_step}")
+            if checkpoints.problem_with(best) is not None:
+                raise UserError(
+                    f"resume_from_checkpoint: training was over at {checkpoint}, but the best checkpoint, "
+                    f"{best}, is not there any more; --load_best_model_at_end False takes the last"
+                )
+            checkpoint, state.best_model_checkpoint = best, str(best)
+        self.load(checkpoint)
+
+    def load(self, folder: Path) -> None:
+        """Loads what was trained from a folder into the model."""
+        self._load_from_checkpoint(str(folder))
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        # Another number format than before has nothing to scale.
+        if getattr(self.accelerator, "scaler", None) is not None:
+            super()._load_scaler(checkpoint)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        control = self.control
+        due = control.should_log or control.should_save or control.should_evaluate
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        if self.interrupts is not None and self._stop_is_asked_for(due):
+            self._stop()
+
+    def _stop_is_asked_for(self, due: bool) -> bool:
+        asked = self.interrupts.asked is not None
+        if self.args.world_size > 1:
+            # All must stop after the same step. They agree where they wait for each other anyway.
+            asked = due and bool(self.over_processes(torch.tensor([float(asked)])))
+        if not asked or self.control.should_training_stop:
+            return False
+        # What belongs to the end of an epoch comes first, so that the resumed run need not know of it.
+        return self.interrupts.epoch_over or not float(self.state.epoch).is_integer()
+
+    def _stop(self) -> None:
+        if self._saved_step != self.state.global_step and not self.args.save_only_model:
+            self._save_checkpoint(self.model, trial=None)
+        raise Stopped
 
     def _finalize_training(self, trial: Any, *args: Any, **kwargs: Any) -> Any:
         with self._own_rotation() as limit:
@@ -171,6 +277,13 @@ class MeftTrainer(Trainer):
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        loss = self._training_step(model, inputs, num_items_in_batch)
+        self._losses += loss.detach()
+        return loss
+
+    def _training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any
     ) -> torch.Tensor:
         if self.method.method != "mezo":
             return super().training_step(model, inputs, num_items_in_batch)

@@ -1,0 +1,155 @@
+"""Going on from a checkpoint: what must be as it was, what is carried over, whether anything is left."""
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
+from transformers.trainer_callback import ExportableState
+
+from ..errors import UserError
+from ..files import read_json
+from ..options.training import TrainArguments
+
+
+@dataclass
+class Batches:
+    """What decides which clips come in which step: progress is counted in steps.
+
+    Attributes:
+        train_examples, steps_per_epoch: counts.
+        clips_per_step: of all processes together; None where batches are made by frames.
+        processes: how many train side by side.
+        by_length: whether the batches are made by :class:`whisper_meft.data.batching.LengthBatches`.
+        others: the options of these names.
+    """
+
+    seed: int
+    data_seed: int | None
+    train_examples: int
+    steps_per_epoch: int
+    clips_per_step: int | None
+    max_frames_per_batch: int | None
+    per_device_train_batch_size: int
+    gradient_accumulation_steps: int
+    processes: int
+    by_length: bool
+
+    @classmethod
+    def of(cls, arguments: TrainArguments, examples: int, batches: int, by_length: bool) -> "Batches":
+        """Of a run with these arguments, ``examples`` clips in ``batches`` batches an epoch and process."""
+        accumulated = arguments.gradient_accumulation_steps
+        budget = getattr(arguments, "max_frames_per_batch", None)
+        clips = arguments.train_batch_size * accumulated * arguments.world_size
+        return cls(
+            seed=arguments.seed,
+            data_seed=arguments.data_seed,
+            train_examples=examples,
+            steps_per_epoch=max(math.ceil(batches / accumulated), 1),
+            clips_per_step=clips if budget is None else None,
+            max_frames_per_batch=budget,
+            per_device_train_batch_size=arguments.per_device_train_batch_size,
+            gradient_accumulation_steps=accumulated,
+            processes=arguments.world_size,
+            by_length=by_length,
+        )
+
+    def changes_since(self, before: dict[str, Any], step: int) -> list[str]:
+        """The names of what has changed so that a run cannot go on at ``step``, as ``before`` counts it."""
+        changed = [name for name, value in asdict(self).items() if name in before and before[name] != value]
+        dealt = ("per_device_train_batch_size", "gradient_accumulation_steps", "processes", "by_length")
+        if set(changed) - set(dealt):
+            return changed
+        # The same number of clips in a step, dealt out otherwise: that does not matter between epochs, nor
+        # where one process takes them in the same random order.
+        alone = self.processes == 1 and not self.by_length and "processes" not in changed
+        if step % self.steps_per_epoch == 0 or (alone and "by_length" not in changed):
+            return []
+        return changed
+
+
+class RunRecord(TrainerCallback, ExportableState):
+    """What a checkpoint says about its run beside the Trainer's own state.
+
+    Attributes:
+        batches: a :class:`Batches` as a dictionary.
+        loss_sum: of all steps' losses since the run's beginning, or None where that is not known.
+    """
+
+    def __init__(self, batches: dict[str, Any] | None = None):
+        self.batches = batches
+        self.loss_sum: float | None = 0.0
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"batches": self.batches, "loss_sum": self.loss_sum}}
+
+    @classmethod
+    def loss_sum_of(cls, state: TrainerState) -> float | None:
+        """The sum that was saved with a state."""
+        before = _attributes(state.stateful_callbacks, cls.__name__)
+        return before.get("loss_sum", 0.0 if state.global_step == 0 else None)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.loss_sum = self.loss_sum_of(state)
+        # The Trainer goes on with the intervals of the checkpoint, also where others are asked for now.
+        state.compute_steps(args, state.max_steps)
+
+
+class EarlyStopping(EarlyStoppingCallback):
+    """``transformers.EarlyStoppingCallback`` that goes on counting where a resumed run was."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        before = _attributes(state.stateful_callbacks, type(self).__name__)
+        self.early_stopping_patience_counter = before.get("early_stopping_patience_counter", 0)
+
+
+def _attributes(callbacks: dict[str, Any], name: str) -> dict[str, Any]:
+    entry = callbacks.get(name) or {}
+    return (entry[0] if isinstance(entry, list) else entry).get("attributes", {})
+
+
+def check_same_batches(checkpoint: Path, now: Batches) -> None:
+    """Raises UserError if the steps of a checkpoint are not those that ``now`` counts."""
+    state = read_json(checkpoint / "trainer_state.json")
+    step, epoch = state["global_step"], state.get("epoch")
+    before = _attributes(state.get("stateful_callbacks") or {}, "RunRecord").get("batches")
+    if before is None:  # of another Trainer
+        before = {"steps_per_epoch": round(step / epoch)} if epoch else {}
+    changed = now.changes_since(before, step)
+    if changed:
+        named = ", ".join(f"{name} {before[name]} (now {getattr(now, name)})" for name in changed)
+        raise UserError(
+            f"resume_from_checkpoint: {checkpoint} was trained with {named}; progress is counted in steps, "
+            "so clips would be left out or come twice: give what it was, or start anew in another output_dir"
+        )
+
+
+def is_at_end(checkpoint: Path, total_steps: int, patience: int | None) -> bool:
+    """Whether training was over at a checkpoint: at the last step, or stopped early with this patience."""
+    state = read_json(checkpoint / "trainer_state.json")
+    waited = _attributes(state.get("stateful_callbacks") or {}, "EarlyStopping")
+    early = patience is not None and waited.get("early_stopping_patience_counter", 0) >= patience
+    return early or state["global_step"] >= total_steps
+
+
+def finished_results(
+    folder: Path, evaluated: bool, batches: Batches, total_steps: int, patience: int | None, step: int
+) -> dict[str, Any] | None:
+    """The train_results.json of a run that has nothing left to do; None if something is.
+
+    Args:
+        folder: of the run. evaluated: whether it leaves evaluation results. batches: of its steps.
+        total_steps, patience: what is asked for now. step: of the newest checkpoint, 0 without one.
+    """
+    names = ["config.json", "model.safetensors", "preprocessor_config.json", "train_results.json"]
+    names += ["eval_results.json", "evaluation.txt"] if evaluated else []
+    if not all((folder / name).is_file() for name in names):
+        return None
+    results = read_json(folder / "train_results.json")
+    done = results.get("steps") or 0
+    if batches.changes_since(results.get("batches") or {}, done):
+        return None
+    same = results.get("planned_steps") == total_steps and results.get("early_stopping_patience") == patience
+    return results if done >= step and (done >= total_steps or same) else None
