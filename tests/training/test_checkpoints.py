@@ -110,3 +110,6 @@ def test_old_checkpoints_go_but_not_the_ones_that_are_kept(tmp_path):
     checkpoints.rotate(tmp_path, 1, [tmp_path / "checkpoint-100", tmp_path / "checkpoint-2", None])
     assert steps(tmp_path) == [100, 2]
     assert {each.name for each in tmp_path.iterdir()} == {"checkpoint-100", "checkpoint-2"}
+    (tmp_path / "checkpoint-2" / "my notes.txt").touch()
+    checkpoints.rotate(tmp_path, 1, [tmp_path / "checkpoint-100"])
+    assert steps(tmp_path) == [100, 2]

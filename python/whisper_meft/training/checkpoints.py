@@ -23,6 +23,12 @@ from ..files import read_json
 MARKER = "checkpoint-is-incomplete.txt"
 
 _NAME = re.compile(r"^checkpoint-(\d+)$")
+# What a run, or `evaluate` of a checkpoint, leaves in its folder.
+_CONTENT = re.compile(
+    r"^(config\.json|model\.safetensors|README\.md|preprocessor_config\.json|training_args\.bin|"
+    r"trainer_state\.json|(optimizer|scheduler|scaler)\.pt|rng_state(_\d+)?\.pth|evaluation|"
+    rf"global_step\d+|latest|zero_to_fp32\.py|{re.escape(MARKER)})$|^\."
+)
 _REMOVED = re.compile(r"^\.checkpoint-\d+-removed$")
 
 
@@ -65,6 +71,11 @@ def half_written(checkpoint: Path) -> bool:
     return (checkpoint / MARKER).exists() or not any(checkpoint.iterdir())
 
 
+def not_ours(checkpoint: Path) -> list[str]:
+    """The names in a checkpoint folder that no training run wrote."""
+    return sorted(each.name for each in checkpoint.iterdir() if not _CONTENT.match(each.name))
+
+
 def remove(checkpoint: Path) -> None:
     """Removes a checkpoint folder so that nobody ever sees half of it; of a link only the link."""
     if checkpoint.is_symlink():
@@ -103,15 +114,16 @@ def sweep(output_dir: Path, say: Callable[[str], None]) -> None:
 
 
 def rotate(output_dir: Path, limit: int | None, kept: list[str | Path | None]) -> None:
-    """Removes the oldest checkpoints until at most ``limit`` are left, but none of ``kept``; no limit is None
-    or 0."""
+    """Removes the oldest checkpoints until at most ``limit`` are left, but none of ``kept`` and none that
+    holds something that no run wrote; no limit is None or 0."""
     if not limit or limit < 0:
         return
     present = list_checkpoints(output_dir)
     steps = {checkpoint_step(Path(each)) for each in kept if each is not None}
     spare = [each for each in reversed(present) if checkpoint_step(each) not in steps]
     for checkpoint in spare[: max(len(present) - limit, 0)]:
-        remove(checkpoint)
+        if checkpoint.is_symlink() or not not_ours(checkpoint):
+            remove(checkpoint)
 
 
 def holds_model_only(checkpoint: Path) -> bool:

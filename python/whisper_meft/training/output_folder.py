@@ -26,13 +26,6 @@ RESULT_FILES = [
     "learning_curve.png",
 ]
 
-# What a run, or `evaluate` of a checkpoint, leaves in a checkpoint folder.
-_IN_CHECKPOINT = re.compile(
-    r"^(config\.json|model\.safetensors|README\.md|preprocessor_config\.json|training_args\.bin|"
-    r"trainer_state\.json|(optimizer|scheduler|scaler)\.pt|rng_state(_\d+)?\.pth|evaluation|"
-    rf"{re.escape(checkpoints.MARKER)})$|^\."
-)
-
 # Files that are being written, see whisper_meft.files.
 _TEMPORARY = re.compile(
     rf"^\.({'|'.join({re.escape(Path(name).stem) for name in RESULT_FILES})})-[a-z0-9_]{{8}}\.\w+$"
@@ -76,11 +69,8 @@ def prepare_output_dir(arguments: TrainArguments) -> Path | None:
 def _checkpoint_to_resume(folder: Path, arguments: TrainArguments) -> Path | None:
     wanted, processes = (arguments.resume_from_checkpoint or "").strip(), arguments.world_size
     if goes_on(arguments):
-        _check_ours(folder)
-        found = checkpoints.newest_complete(folder, say, processes)
-        if found is None and not (folder / "train_results.json").is_file():
-            say(f"{folder} holds no complete checkpoint: training starts from the beginning")
-        return found
+        _check_ours(folder, resuming=True)
+        return checkpoints.newest_complete(folder, say, processes)
     named = None
     if wanted.lower() not in ("", "false"):
         named = checkpoints.require_complete(Path(wanted), processes)
@@ -94,7 +84,7 @@ def _checkpoint_to_resume(folder: Path, arguments: TrainArguments) -> Path | Non
             f"output_dir: {folder} is not empty; name another folder, or go on with the run in it by "
             "--resume_from_checkpoint True, or start anew with --overwrite_output_dir True"
         )
-    _check_ours(folder)
+    _check_ours(folder, resuming=False)
     return named
 
 
@@ -164,17 +154,16 @@ def _signs_of_a_run(folder: Path) -> bool:
     )
 
 
-def _check_ours(folder: Path) -> None:
-    """Refuses a folder that holds something else where a run writes."""
+def _check_ours(folder: Path, resuming: bool) -> None:
+    """Refuses a folder that holds something else where a run writes or, unless it goes on, removes."""
     config = folder / "config.json"
     present = [name for name in RESULT_FILES if (folder / name).exists()]
     strange = [] if _signs_of_a_run(folder) else present
     if config.exists() and not _is_our_config(config):
         strange = ["config.json"]
     for checkpoint in checkpoints.list_checkpoints(folder):
-        if not checkpoint.is_symlink():
-            names = sorted(each.name for each in checkpoint.iterdir())
-            strange += [f"{checkpoint.name}/{name}" for name in names if not _IN_CHECKPOINT.match(name)]
+        if not resuming and not checkpoint.is_symlink():
+            strange += [f"{checkpoint.name}/{name}" for name in checkpoints.not_ours(checkpoint)]
     if strange:
         raise UserError(
             f"output_dir: {folder} holds {strange[0]}, which no training run wrote and which would be "

@@ -344,6 +344,9 @@ def run_training(
         return TrainOutput(trainer.state.global_step, None, {})
     if resume_from is not None:
         say(f"resuming from {resume_from}")
+    elif goes_on(settings.training):
+        folder = settings.training.output_dir
+        say(f"{folder} holds no complete checkpoint: training starts from the beginning")
     outcome = _train_until_stopped(trainer, watch, settings, resume_from)
     watch.report.check(settings.training.learning_rate)
     say(watch.report.describe())
