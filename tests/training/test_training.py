@@ -17,9 +17,11 @@ from training_fixtures import TONES, make_audio_folder, make_backbone, make_mani
 from transformers import TrainerControl, TrainerState
 from whisper_meft import data
 from whisper_meft.commands.cli import main
+from whisper_meft.commands.train import make_parser
 from whisper_meft.training import checkpoints
 from whisper_meft.training import run as train
 from whisper_meft.training.guard import FiniteGuard, NonFiniteError
+from whisper_meft.training.settings import settle
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'python'}", "OMP_NUM_THREADS": "1"}
@@ -64,6 +66,25 @@ def test_a_run_learns_and_leaves_model_results_and_figures(method, work, tmp_pat
     assert again["confusion_matrix"] == evaluation["confusion_matrix"]
     # Only the side network and the head are stored.
     assert not any(key.startswith("encoder.") for key in load_file(tmp_path / "out" / "model.safetensors"))
+
+
+def test_the_parts_of_a_run_work_alone(work, tmp_path):
+    arguments = train_command(work / "backbone", work / "train", tmp_path / "out", learning_rate=None)
+    model_arguments, method, sources, training = make_parser().parse(arguments[1:])
+    settings = settle(model_arguments, method, training)
+    assert (settings.config.method, settings.dtype, training.learning_rate) == ("lst", "float32", 5e-4)
+    examples = train.read_examples(sources, training)
+    assert examples.labels == ["high", "low", "middle"]
+    train.settle_batch(settings, examples)
+    base = train.load_whisper(model_arguments, settings.dtype)
+    model = train.build_model(base, settings, examples.labels)
+    collator, training_set, evaluation_set = train.build_datasets(
+        model, settings, examples, data.SpeechDataset
+    )
+    assert (len(training_set), len(evaluation_set)) == (len(examples.training), len(examples.evaluation))
+    batch = collator([training_set[0], training_set[1]])
+    assert model(**batch)["logits"].shape == (2, 3)
+    assert not (tmp_path / "out").exists()
 
 
 def test_learning_rates_are_the_papers_when_none_is_given(work, tmp_path):

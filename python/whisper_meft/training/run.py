@@ -95,10 +95,12 @@ def train(
         describe(model, settings, examples)
         trainer, watch = build_trainer(model, settings, examples, *datasets, interrupts, resume_from)
         check_resumed(trainer, resume_from)
-        if earlier := earlier_result(trainer, settings, examples, resume_from):
-            return earlier
-        outcome = run_training(trainer, watch, settings, resume_from)
-        return conclude(trainer, watch, settings, examples, outcome)
+        result = earlier_result(trainer, settings, examples, resume_from)
+        if result is None:
+            outcome = run_training(trainer, watch, settings, resume_from)
+            result = conclude(trainer, watch, settings, examples, outcome)
+        watch.guard.close()
+        return result
 
 
 def _inputs(model: ModelArguments, data_arguments: TrainDataArguments) -> dict[str, str | None]:
@@ -398,7 +400,6 @@ def conclude(
     trainer.prepare_to_save()
     trainer.save_model()
     scores, loss = score_evaluation(trainer, examples.labels)
-    watch.guard.close()
     summary = summarise(settings, examples, trainer, outcome, watch.rates(trainer), watch.report.report())
     if main_process():
         write_results(folder, summary, scores, loss, examples, history)
