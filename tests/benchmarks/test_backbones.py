@@ -16,7 +16,7 @@ def test_kinds_are_what_they_are_called(monkeypatch):
     encoders = {
         kind: backbones.encoder_of(tiny_whisper(encoder_ffn_dim=64), kind) for kind in backbones.KINDS
     }
-    assert encoders["bfloat16"].dtype == torch.bfloat16 and encoders["int8"].quantization == "int8"
+    assert encoders["bfloat16"].dtype == torch.bfloat16 and encoders["int8"].quantization[:4] == "int8"
     assert encoders["fp8"].quantization == "fp8 weights" and encoders["float32"].quantization is None
     assert compiled == [encoders["float32, compiled"], encoders["int8, compiled"]]
 

@@ -25,7 +25,7 @@ from whisper_meft import (
 from whisper_meft.commands import cli
 from whisper_meft.encoder import quantization
 from whisper_meft.encoder.chunked import pooled_in_chunks
-from whisper_meft.encoder.quantization import is_quantized, nbytes
+from whisper_meft.encoder.quantization import is_quantized, multiplies_int8_exactly, nbytes
 from whisper_meft.encoder.sizes import whisper_config
 from whisper_meft.errors import UserError
 from whisper_meft.feature_cache.dataset import CachedCollator, CachedDataset
@@ -40,6 +40,8 @@ from meft_kernels.reference.common import row_statistics
 SIZES = {"encoder_ffn_dim": 64}
 # Of the hidden states, relative to their root mean square: a scale per row of 8 bits, over a few layers.
 NEAR = {"int8": 0.03, "fp8": 0.06}
+# What each kind is on this CPU.
+SCHEMES = {"int8": "int8" if multiplies_int8_exactly() else "int8 weights", "fp8": "fp8 weights"}
 needs_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="needs torchao")
 
 
@@ -64,13 +66,37 @@ def test_hidden_states_are_near_the_original_and_in_fewer_bytes(kind, dtype):
     features, _ = batch()
     exact = list(FrozenEncoder(tiny_whisper(**SIZES).encoder, dtype).stream(features))
     encoder = FrozenEncoder(tiny_whisper(**SIZES).encoder, dtype, kind)
-    assert encoder.quantization == {"int8": "int8", "fp8": "fp8 weights"}[kind]
+    assert encoder.quantization == SCHEMES[kind]
     before = nbytes(FrozenEncoder(tiny_whisper(**SIZES).encoder, dtype).layers)
     assert nbytes(encoder.layers) < before * {"float32": 0.4, "bfloat16": 0.75}[dtype]
     for layer, (state, expected) in enumerate(zip(encoder.stream(features), exact, strict=True)):
         assert state.dtype == getattr(torch, dtype) and not state.requires_grad
         error = (state - expected).float().norm() / expected.float().norm()
         assert (error == 0) if layer == 0 else 0 < error < NEAR[kind], (layer, error)
+
+
+def saturating(rows, columns):
+    """Products of int8 matrices as on a CPU without VNNI: one is shifted to be unsigned, and sums of two
+    products are 16 bits."""
+    shifted = (rows.int() + 128).unflatten(1, (-1, 2))[..., None]
+    pairs = (shifted * columns.int().unflatten(0, (-1, 2))).sum(2)
+    return pairs.clamp(-(2**15), 2**15 - 1).sum(1, dtype=torch.int32) - 128 * columns.int().sum(0)
+
+
+@needs_torchao
+def test_weights_alone_are_quantised_where_products_of_int8_saturate(monkeypatch):
+    features, _ = batch()
+    exact = list(FrozenEncoder(tiny_whisper(**SIZES).encoder).stream(features))
+    monkeypatch.setattr(torch, "_int_mm", saturating)
+    multiplies_int8_exactly.cache_clear()
+    try:
+        encoder = FrozenEncoder(tiny_whisper(**SIZES).encoder, None, "int8")
+    finally:
+        multiplies_int8_exactly.cache_clear()
+    assert encoder.quantization == "int8 weights"
+    assert nbytes(encoder.layers) < 0.4 * nbytes(FrozenEncoder(tiny_whisper(**SIZES).encoder).layers)
+    for state, expected in zip(encoder.stream(features), exact, strict=True):
+        assert (state - expected).norm() < NEAR["int8"] * expected.norm()
 
 
 @needs_torchao
@@ -180,7 +206,8 @@ def test_a_cache_knows_how_the_backbone_was_quantised(tmp_path):
     found = gradients(model, None, cached.pop("labels"), **cached)
     assert (found - expected).norm() <= 0.01 * expected.norm()
     for kind, now in ((None, "None"), ("fp8", "fp8 weights")):
-        with pytest.raises(UserError, match=f"stale: backbone_quantization was int8, now it is {now};"):
+        stale = f"stale: backbone_quantization was {SCHEMES['int8']}, now it is {now};"
+        with pytest.raises(UserError, match=stale):
             prepare_cache(tmp_path / "c", make(kind), extractor, [examples], progress=False)
     # SHERL's whole last layer is behind all that it reads.
     key = cache_key(make("int8", SHERLConfig).encoder, extractor, "longest")

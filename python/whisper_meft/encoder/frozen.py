@@ -37,8 +37,8 @@ class FrozenEncoder(nn.Module):
         whole_last_layer: the last layer is not quantised, so that a gradient can go through it.
 
     Attributes:
-        quantization: what was done: None, "int8", "fp8", or "fp8 weights" where the device multiplies in the
-            weights' own type.
+        quantization: what was done: None, "int8", "fp8", or "int8 weights" or "fp8 weights" where the device
+            multiplies in the weights' own type.
         original: what is still known of weights that were quantised, else None.
 
     Raises:
