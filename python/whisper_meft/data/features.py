@@ -4,8 +4,10 @@ import math
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..errors import UserError
+from ..padding import frames_with_sound
 from .examples import Example
 
 MaxFrames = str | int  # "fidelity", "longest" or a number of encoder frames
@@ -99,12 +101,9 @@ def log_mel(wave: np.ndarray, feature_extractor: Any, full_window: bool = False)
 def true_frames(features: np.ndarray) -> int:
     """Frames of ``(mel bins, frames)`` log-mel before its padding, at least 1.
 
-    Padded silence is one constant over all bins and frames. Silence recorded at the end of a clip can look
-    the same and is then taken for padding; the last window's overlap makes the result up to 2 frames long.
+    As :func:`whisper_meft.padding.frames_with_sound`, of one clip.
     """
-    constant = (features == features[:1, -1:]).all(axis=0)  # [frames]
-    sound = np.flatnonzero(~constant)
-    return int(sound[-1]) + 1 if len(sound) else 1
+    return int(frames_with_sound(torch.from_numpy(features)[None])[0])
 
 
 def finite_features(example: Example) -> np.ndarray:

@@ -22,6 +22,7 @@ from ..encoder.chunked import pooled_in_chunks
 from ..encoder.frozen import FrozenEncoder
 from ..errors import UserError
 from ..methods import MeftConfig
+from ..padding import frames_of_mask, frames_with_sound
 from .backbone import resolve_backbone
 from .config import MeftModelConfig
 from .loading import load
@@ -141,9 +142,10 @@ class MeftModel(PreTrainedModel):
 
         Args:
             input_features: (B, mel bins, frames) log-mel from the backbone's feature extractor.
-            attention_mask: (B, frames) 1 for sound, then 0 for padding, as
+            attention_mask: (B, frames) or (B, samples), 1 for sound, then 0 for padding, as
                 ``WhisperFeatureExtractor(return_attention_mask=True)`` gives. Only read when the config's
-                ``max_frames`` is not ``"fidelity"``; without it every frame counts as sound.
+                ``max_frames`` is not ``"fidelity"``; without it the padding is what
+                :func:`whisper_meft.padding.frames_with_sound` finds.
             labels: (B,) class numbers; -100 is skipped.
             return_dict: ``False`` gives a tuple.
             num_items_in_batch: what the summed loss is divided by, from Trainer; without it the batch size.
@@ -169,6 +171,15 @@ class MeftModel(PreTrainedModel):
             )
         if (input_features is None) == (hidden_states is None):
             raise UserError("one of input_features and hidden_states is needed, and not both")
+        _check_tensors(
+            input_features=input_features,
+            attention_mask=attention_mask,
+            labels=labels,
+            hidden_states=hidden_states,
+            hidden_state_lengths=hidden_state_lengths,
+            hidden_state_statistics=hidden_state_statistics,
+            hidden_state_scales=hidden_state_scales,
+        )
         if hidden_states is not None:
             lengths = None if options.max_frames == "fidelity" else hidden_state_lengths
             given = (self.states_read, hidden_states, lengths, hidden_state_statistics, hidden_state_scales)
@@ -200,26 +211,17 @@ class MeftModel(PreTrainedModel):
         max_frames = self.meft_config.max_frames
         if max_frames == "fidelity" or not isinstance(features, torch.Tensor) or features.ndim != 3:
             return features, None  # the encoder reports a wrong shape
-        expected = (features.shape[0], features.shape[2])
-        if not isinstance(attention_mask, torch.Tensor | None):
-            raise UserError(f"attention_mask must be a tensor or None, got {type(attention_mask).__name__}")
-        if attention_mask is not None and tuple(attention_mask.shape) != expected:
-            raise UserError(
-                f"attention_mask must have shape {expected}, the batch and frames of input_features, got "
-                f"{tuple(attention_mask.shape)}"
-            )
-        if attention_mask is None and features.shape[2] == 2 * self.encoder.max_source_positions:
-            logger.warning_once(
-                f"max_frames={max_frames!r} without attention_mask: padding counts as sound. Make features "
-                "with return_attention_mask=True."
-            )
+        # The encoder counts pairs of frames: what lies behind the clip's end in the last pair is cut here.
+        if attention_mask is None:
+            frames = frames_with_sound(features)
+        else:
+            frames = frames_of_mask(attention_mask, features)
         if isinstance(max_frames, int):
             features = features[..., : 2 * max_frames]
-        frames = (features.shape[2] + 1) // 2
-        if attention_mask is None:
-            return features, torch.full((features.shape[0],), frames, device=features.device)
+        past_end = torch.arange(features.shape[2], device=features.device) >= frames[:, None]
+        features = features.masked_fill(past_end[:, None, :], 0)
         # A clip without sound counts as one frame, so that means and softmaxes stay finite.
-        return features, ((attention_mask.long().sum(-1) + 1) // 2).clamp(1, max(frames, 1))
+        return features, ((frames + 1) // 2).clamp(1, max((features.shape[2] + 1) // 2, 1))
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Numbers of trainable and of all parameters."""
@@ -391,6 +393,17 @@ def get_meft_model(base: WhisperForAudioClassification, config: MeftConfig) -> M
             getattr(model, part).weight.copy_(getattr(base, part).weight)
             getattr(model, part).bias.copy_(getattr(base, part).bias)
     return model.train()
+
+
+def _check_tensors(**arguments: Any) -> None:
+    """Raises UserError, by name, for one of forward's arguments that is neither a tensor nor None."""
+    for name, value in arguments.items():
+        if value is not None and not isinstance(value, torch.Tensor):
+            kind = type(value)
+            raise UserError(
+                f"{name} must be a torch.Tensor, got {kind.__module__.partition('.')[0]}'s {kind.__name__}: "
+                "turn arrays and lists into tensors first (return_tensors='pt' of the feature extractor)"
+            )
 
 
 def check_sizes(config: PreTrainedConfig, encoder: FrozenEncoder) -> None:

@@ -64,6 +64,27 @@ def save(
     write_text(folder / "config.json", config.to_json_string())
 
 
+def extractor_to_save(extractor: Any, max_frames: int | str) -> Any:
+    """A copy of a feature extractor with the settings by which transformers' ``pipeline`` answers as
+    ``whisper-meft predict`` does; as it is where padding counts as sound.
+
+    Args:
+        extractor: a ``WhisperFeatureExtractor``. max_frames: the method's option. A number that is whole
+            seconds becomes the extractor's window; with others clips longer than that differ a little, since
+            the loudness of a whole clip sets the floor of its log-mel.
+    """
+    if max_frames == "fidelity" or not hasattr(extractor, "return_attention_mask"):
+        return extractor
+    extractor = copy.deepcopy(extractor)
+    extractor.return_attention_mask = True
+    samples = 0 if max_frames == "longest" else 2 * max_frames * extractor.hop_length
+    if samples and samples % extractor.sampling_rate == 0:
+        extractor.chunk_length = min(samples // extractor.sampling_rate, extractor.chunk_length)
+        extractor.n_samples = extractor.chunk_length * extractor.sampling_rate
+        extractor.nb_max_frames = extractor.n_samples // extractor.hop_length
+    return extractor
+
+
 def upload(
     model: PreTrainedModel,
     repo_id: str,

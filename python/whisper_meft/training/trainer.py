@@ -18,6 +18,7 @@ from ..data.batching import LengthBatches, LongestFirst
 from ..errors import UserError
 from ..methods.mezo import MeZO
 from ..model.module import MeftModel
+from ..model.saving import extractor_to_save
 from . import checkpoints
 from .interrupts import Interrupts, Stopped
 from .resuming import Batches, RunRecord
@@ -63,6 +64,9 @@ class MeftTrainer(Trainer):
         before_first_save: Callable[[], None] | None = None,
         **kwargs: Any,
     ):
+        if kwargs.get("processing_class") is not None:
+            extractor = kwargs["processing_class"]
+            kwargs["processing_class"] = extractor_to_save(extractor, model.meft_config.max_frames)
         super().__init__(model=model, args=args, **kwargs)
         self.length_batches, self.throughput = length_batches, throughput
         self.interrupts, self._before_first_save = interrupts, before_first_save
