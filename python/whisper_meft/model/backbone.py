@@ -1,5 +1,6 @@
 """Finding, loading and recognising the frozen backbone that a saved side network refers to."""
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,11 @@ from ..encoder.fingerprint import own_state
 from ..errors import UserError, one_line
 from ..files import replacing, write_text
 from ..synthetic.shipped import ASSETS
+from .weights import some_of
+
+logger = logging.getLogger(__name__)
+
+HEAD = ("projector.", "classifier.")
 
 
 def resolve_backbone(name: str | os.PathLike, folder: str | os.PathLike | None = None) -> str:
@@ -107,20 +113,50 @@ def load_backbone(
             f"{argument}: {called} lacks {len(broken)} encoder tensors (or has them in another shape), the "
             f"first is {broken[0]}: is it a Whisper checkpoint?"
         )
+    base.head_is_new = any(key.startswith(HEAD) for key in [*report["missing_keys"], *mismatched])
     return base
 
 
 def set_labels(base: WhisperForAudioClassification, labels: Sequence[str]) -> None:
-    """Gives a classifier the classes ``labels``, in index order; its last layer is new where it had another
-    number of them."""
+    """Gives a classifier the classes ``labels``, in index order.
+
+    A head that was trained keeps the rows of these classes, by their names. If it lacks one of them, its last
+    layer is new, and a warning says so.
+    """
+    names = [str(base.config.id2label.get(row, row)) for row in range(base.classifier.out_features)]
     base.config.id2label = dict(enumerate(labels))
     base.config.label2id = {label: index for index, label in enumerate(labels)}
-    old = base.classifier
-    if old.out_features != len(labels):
-        place = {"device": old.weight.device, "dtype": old.weight.dtype}
-        base.classifier = nn.Linear(old.in_features, len(labels), **place)
-        nn.init.normal_(base.classifier.weight, std=0.02)
-        nn.init.zeros_(base.classifier.bias)
+    if _head_is_new(base, names):
+        if len(names) != len(labels):
+            base.classifier = _new_classifier(base.classifier, len(labels))
+        return
+    rows = {name: row for row, name in enumerate(names)}
+    if len(rows) == len(names) and rows.keys() >= set(labels):
+        kept = base.classifier
+        base.classifier = nn.Linear(kept.in_features, len(labels)).to(kept.weight)
+        with torch.no_grad():
+            base.classifier.weight.copy_(kept.weight[[rows[label] for label in labels]])
+            base.classifier.bias.copy_(kept.bias[[rows[label] for label in labels]])
+        return
+    logger.warning(
+        "the backbone is a classifier of other classes (%s): the data's %d classes get a new last layer",
+        some_of(names),
+        len(labels),
+    )
+    base.classifier = _new_classifier(base.classifier, len(labels))
+
+
+def _head_is_new(base: WhisperForAudioClassification, names: Sequence[str]) -> bool:
+    """Whether the head holds start values: as :func:`load_backbone` saw, else where no class has a name."""
+    known = getattr(base, "head_is_new", None)
+    return all(name == f"LABEL_{row}" for row, name in enumerate(names)) if known is None else known
+
+
+def _new_classifier(old: nn.Linear, classes: int) -> nn.Linear:
+    classifier = nn.Linear(old.in_features, classes, device=old.weight.device, dtype=old.weight.dtype)
+    nn.init.normal_(classifier.weight, std=0.02)
+    nn.init.zeros_(classifier.bias)
+    return classifier
 
 
 @contextmanager

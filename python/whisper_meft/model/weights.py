@@ -1,7 +1,7 @@
 """Reading checkpoint tensors from untrusted or damaged files."""
 
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import safetensors.torch
@@ -81,8 +81,8 @@ def check_names(
     missing = sorted(set(expected) - set(found))
     unknown = sorted(set(found) - set(expected))
     problems = [
-        f"{_some(missing)} missing" if missing else "",
-        f"{_some(unknown)} unknown" if unknown else "",
+        f"{some_of(missing)} missing" if missing else "",
+        f"{some_of(unknown)} unknown" if unknown else "",
     ]
     for name in sorted(set(expected) & set(found)):
         if found[name].shape != expected[name].shape:
@@ -95,7 +95,8 @@ def check_names(
         raise UserError(f"the weights in {where} do not fit the model: {'; '.join(problems)}")
 
 
-def _some(names: list[str], most: int = 5) -> str:
+def some_of(names: Sequence[str], most: int = 5) -> str:
+    """The first of several names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
