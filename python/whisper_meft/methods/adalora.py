@@ -18,7 +18,7 @@ from .low_rank import UpdateConfig
 @dataclass(kw_only=True)
 class AdaLoRAConfig(UpdateConfig):
     """AdaLoRA (arXiv 2303.10512) by peft: an update in the form of a singular value decomposition whose ranks
-    are allocated by importance while it trains; needs :class:`whisper_meft.MeftTrainer`."""
+    are allocated by importance while a Trainer trains it."""
 
     method: ClassVar[str] = "adalora"
 
@@ -57,12 +57,13 @@ class AdaLoRAConfig(UpdateConfig):
         check_number_from_0("orth_reg_weight", self.orth_reg_weight)
 
     def prepare_encoder(self, encoder: TunedEncoder) -> None:
-
         add_adalora(encoder, self)
 
-    def penalty(self, encoder: nn.Module) -> torch.Tensor:
+    def penalty(self, encoder: nn.Module) -> torch.Tensor | None:
+        return self.orth_reg_weight * orthogonality_penalty(encoder) if self.orth_reg_weight else None
 
-        return self.orth_reg_weight * orthogonality_penalty(encoder)
+    def trainer_callback(self, encoder: nn.Module) -> TrainerCallback:
+        return RankAllocation(encoder, self)
 
 
 _AVERAGES = ("exp_avg_ipt", "exp_avg_unc")  # peft's names of the moving averages

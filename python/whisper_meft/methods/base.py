@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from transformers import TrainerCallback
 
 from ..encoder.dtypes import parse_dtype
 from ..encoder.frozen import FrozenEncoder
@@ -141,6 +142,11 @@ class MeftConfig:
 
     def penalty(self, encoder: nn.Module) -> torch.Tensor | None:
         """What the method adds to the loss in training, a scalar, or None."""
+        return None
+
+    def trainer_callback(self, encoder: nn.Module) -> TrainerCallback | None:
+        """What the method does in training beside its loss, for an ``encoder`` that it has prepared, or
+        None. Its ``on_train_begin`` and ``on_optimizer_step`` are called as in a Trainer."""
         return None
 
     def to_dict(self) -> dict[str, Any]:

@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from transformers import TrainerCallback
 
 from ..encoder.tuned import TunedEncoder
 from ..errors import UserError
@@ -35,14 +36,13 @@ class LoRAConfig(UpdateConfig):
         check_share("lora_dropout", self.lora_dropout)
 
     def prepare_encoder(self, encoder: TunedEncoder) -> None:
-
         add_lora(encoder, self)
 
 
 @dataclass(kw_only=True)
 class LoRAPlusConfig(LoRAConfig):
-    """LoRA+ (arXiv 2402.12354): LoRA whose B learns faster than its A; needs
-    :class:`whisper_meft.MeftTrainer`."""
+    """LoRA+ (arXiv 2402.12354): LoRA whose B learns faster than its A, in any Trainer; a loop of your own
+    needs peft's ``create_loraplus_optimizer``."""
 
     method: ClassVar[str] = "lora_plus"
 
@@ -53,6 +53,46 @@ class LoRAPlusConfig(LoRAConfig):
     def validate(self) -> None:
         super().validate()
         check_positive_number("loraplus_lr_ratio", self.loraplus_lr_ratio)
+
+    def trainer_callback(self, encoder: nn.Module) -> TrainerCallback:
+        return FasterB(encoder, self.loraplus_lr_ratio)
+
+
+class FasterB(TrainerCallback):
+    """Multiplies what each optimizer step does to B of LoRA, which is the same as a learning rate that many
+    times as high, for optimizers whose step is proportional to it (weight decay included). One that has rates
+    of its own for B is left alone.
+
+    Args:
+        encoder: with LoRA layers. ratio: of the rates.
+    """
+
+    def __init__(self, encoder: nn.Module, ratio: float):
+        self.encoder, self.ratio = encoder, ratio
+        self.hooks: list[Any] = []
+
+    def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
+        rates = {id(p): g.get("initial_lr", g["lr"]) for g in optimizer.param_groups for p in g["params"]}
+        named = [(name, p) for name, p in self.encoder.named_parameters() if id(p) in rates]
+        slow = {rates[id(p)] for name, p in named if "lora_A" in name}
+        factors = [p for name, p in named if "lora_B" in name and rates[id(p)] in slow]
+        before: list[torch.Tensor] = []
+
+        def keep(*_: Any) -> None:
+            before[:] = [factor.detach().clone() for factor in factors]
+
+        @torch.no_grad()
+        def extend(*_: Any) -> None:
+            for factor, start in zip(factors, before):
+                factor.copy_(torch.lerp(start, factor, self.ratio))
+            before.clear()
+
+        self.hooks = [optimizer.register_step_pre_hook(keep), optimizer.register_step_post_hook(extend)]
+
+    def on_train_end(self, args, state, control, **kwargs):
+        for hook in self.hooks:
+            hook.remove()
 
 
 ADAPTER = "default"  # peft's name for the only one

@@ -43,12 +43,10 @@ class S2LoRAConfig(UpdateConfig):
         check_number_from_0("l1_weight", self.l1_weight)
 
     def prepare_encoder(self, encoder: TunedEncoder) -> None:
-
         add_s2_lora(encoder, self.target_modules, self.r, self.lora_alpha / self.r, torch.float32)
 
-    def penalty(self, encoder: nn.Module) -> torch.Tensor:
-
-        return self.l1_weight * l1_penalty(encoder)
+    def penalty(self, encoder: nn.Module) -> torch.Tensor | None:
+        return self.l1_weight * l1_penalty(encoder) if self.l1_weight else None
 
 
 class SharedFactors(nn.Module):

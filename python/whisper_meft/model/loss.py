@@ -41,6 +41,20 @@ def classification_loss(
     return nn.functional.cross_entropy(logits.float(), labels, reduction="sum") / num_items_in_batch
 
 
+def refuse_backward(logits: torch.Tensor, method: str) -> None:
+    """Makes the backward pass of a loss that is computed from ``logits`` raise UserError: it would lack the
+    method's penalty. Looking at the scores alone is not refused."""
+
+    def refuse(gradient: torch.Tensor) -> None:
+        raise UserError(
+            f"{method} adds a penalty to the loss, which a loss computed outside the model lacks (label "
+            "smoothing, compute_loss_func, a loop of your own): train with whisper_meft.MeftTrainer, or give "
+            "labels to the model, or add model.penalty() to your loss and set model.penalty_elsewhere = True"
+        )
+
+    logits.register_hook(refuse)
+
+
 def with_penalty(
     loss: torch.Tensor,
     penalty: torch.Tensor | None,

@@ -25,8 +25,9 @@ from ..methods import MeftConfig
 from ..padding import frames_of_mask, frames_with_sound
 from .backbone import resolve_backbone
 from .config import MeftModelConfig
+from .in_any_trainer import serve_in_every_trainer
 from .loading import load
-from .loss import classification_loss, with_penalty
+from .loss import classification_loss, refuse_backward, with_penalty
 from .merging import merged_classifier
 from .saving import save, upload
 
@@ -82,6 +83,10 @@ class MeftModel(PreTrainedModel):
             nn.init.normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
         self.post_init()
+        if type(self.meft_config).trainer_callback is not MeftConfig.trainer_callback:
+            serve_in_every_trainer()
+        # Whether whoever trains the model adds `penalty()` to the loss, where it computes one itself.
+        self.penalty_elsewhere = False
         # Trainer compares with the exact names when it loads a checkpoint, and then reports none missing.
         self._keys_to_ignore_on_save = {f"encoder.{name}" for name in self.encoder.frozen_names()}
         # Every process loads the backbone itself; torch's DistributedDataParallel need not send it around.
@@ -198,11 +203,21 @@ class MeftModel(PreTrainedModel):
             logits = self.classifier(self.projector(pooled.to(self.projector.weight.dtype)))
             loss = None if labels is None else classification_loss(logits, labels, num_items_in_batch)
             if loss is not None and self.training:
-                penalty = self.meft_config.penalty(self.encoder)
-                loss = with_penalty(loss, penalty, labels, num_items_in_batch)
+                loss = with_penalty(loss, self.penalty(), labels, num_items_in_batch)
+        trains = self.training and logits.requires_grad and not torch.compiler.is_compiling()
+        if loss is None and trains and not self.penalty_elsewhere and self.penalty() is not None:
+            refuse_backward(logits, options.method)
         if return_dict is False:
             return (logits,) if loss is None else (loss, logits)
         return SequenceClassifierOutput(loss=loss, logits=logits)
+
+    def penalty(self) -> torch.Tensor | None:
+        """What the method adds to the loss in training, a scalar, or None.
+
+        The loss that :meth:`forward` returns holds it. Where you compute another from the scores, add it
+        there and say so by ``penalty_elsewhere = True``.
+        """
+        return self.meft_config.penalty(self.encoder)
 
     def _frames_to_compute(
         self, features: torch.Tensor, attention_mask: torch.Tensor | None

@@ -1,4 +1,4 @@
-"""The Trainer of all methods: the stock one with what LoRA+, AdaLoRA and MeZO need, and batches by length."""
+"""The Trainer of all methods: the stock one with what LoRA+ and MeZO need, and batches by length."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -17,6 +17,7 @@ from transformers.trainer_utils import seed_worker
 from ..data.batching import LengthBatches, LongestFirst
 from ..errors import UserError
 from ..methods.mezo import MeZO
+from ..model.loss import with_penalty
 from ..model.module import MeftModel
 from ..model.saving import extractor_to_save
 from . import checkpoints
@@ -38,8 +39,9 @@ class _EpochOfBatches(TrainerCallback):
 class MeftTrainer(Trainer):
     """``transformers.Trainer`` that trains every method as it is meant; arguments as there.
 
-    The side networks and most other methods train the same way with the stock Trainer. LoRA+ needs the
-    optimizer that is made here, AdaLoRA its rank allocation after each step, MeZO its training step.
+    All methods but MeZO, which needs the training step that is made here, train the same way with the stock
+    Trainer. There, a loss that the Trainer computes (label smoothing, ``compute_loss_func``) is refused for
+    the methods with a penalty, AdaLoRA and S2-LoRA; here it holds the penalty.
 
     Args:
         model, args, kwargs: as there.
@@ -84,10 +86,27 @@ class MeftTrainer(Trainer):
         self.method = model.meft_config
         if self.method.method == "mezo" and self.args.fp16:
             raise UserError("fp16 cannot be used with mezo, which has no gradients to scale; use bf16")
-        if self.method.method == "adalora":
-            from ..methods.adalora import RankAllocation
+        # A loss that the Trainer computes from the scores lacks the method's penalty.
+        if self.label_smoother is not None:
+            self.label_smoother = self._with_penalty(self.label_smoother)
+        if self.compute_loss_func is not None:
+            self.compute_loss_func = self._with_penalty(self.compute_loss_func)
 
-            self.add_callback(RankAllocation(model.encoder, self.method))
+    def _with_penalty(self, compute: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def computed(outputs: Any, labels: Any, num_items_in_batch: Any = None, **more: Any) -> torch.Tensor:
+            loss = compute(outputs, labels, num_items_in_batch=num_items_in_batch, **more)
+            counts = num_items_in_batch if labels is not None else None
+            return with_penalty(loss, self.model.penalty(), labels, counts) if self.model.training else loss
+
+        return computed
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        before = self.model.penalty_elsewhere
+        self.model.penalty_elsewhere |= self.label_smoother is not None or self.compute_loss_func is not None
+        try:
+            return super().compute_loss(*args, **kwargs)
+        finally:
+            self.model.penalty_elsewhere = before
 
     def get_train_dataloader(self) -> DataLoader:
         if self.length_batches is None:
@@ -292,11 +311,13 @@ class MeftTrainer(Trainer):
         if self.method.method != "mezo":
             return super().training_step(model, inputs, num_items_in_batch)
         inputs = self._prepare_inputs(inputs)
-        share = 1 if num_items_in_batch is not None else self.current_gradient_accumulation_steps
+        whole = num_items_in_batch is not None or self.compute_loss_func is not None
+        share = 1 if whole else self.current_gradient_accumulation_steps
 
         def loss() -> torch.Tensor:
             with self.compute_loss_context_manager():
-                value = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+                # A copy: where the Trainer computes the loss it takes the labels out.
+                value = self.compute_loss(model, dict(inputs), num_items_in_batch=num_items_in_batch)
             return value.mean() / share
 
         model.train()
