@@ -1,4 +1,6 @@
-"""The exception for mistakes that a user can mend."""
+"""The exception for mistakes that a user can mend, and text that a terminal can be given."""
+
+import re
 
 
 class UserError(ValueError):
@@ -6,7 +8,48 @@ class UserError(ValueError):
     what is accepted. The command line prints it as one line and exits with a non-zero status."""
 
 
+# What a terminal acts on instead of showing it: control characters, line ends, changes of direction.
+_ACTING = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\U000e0000-\U000e007f]")
+
+
+def printable(text: object, keep: str = "") -> str:
+    """A label, a file name or other text from outside as one line that shows what it holds and does nothing.
+
+    Control characters, line ends and changes of the writing direction become escapes, as Python writes them
+    (``\\n``, ``\\x1b``). Everything that is printed, drawn or written into a page goes through here; JSON and
+    CSV files hold the true value.
+
+    Args:
+        text: what to show. keep: characters that stay as they are.
+    """
+
+    def escaped(match: re.Match) -> str:
+        character = match.group()
+        return character if character in keep else character.encode("unicode_escape").decode("ascii")
+
+    return _ACTING.sub(escaped, str(text))
+
+
+def markdown(text: object) -> str:
+    """:func:`printable` text that is shown as it is on a Markdown page: no formatting, no HTML."""
+    text = re.sub(r"([\\`*_\[\]|~$#])", r"\\\1", printable(text))
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
 _LONGEST = 600  # characters of a foreign message; what libraries say past that is advice to programmers
+
+# How libraries say things whose cause a user cannot see from it: a mark in their message, what it means.
+_MEANINGS = (
+    (
+        re.compile(r"inline_container\.cc.*(unexpected pos|write failed)|PytorchStreamWriter failed writing"),
+        "the disk is full, or over its quota, while a file was being written",
+    ),
+    (
+        # torch's own message advises to switch the protection off.
+        re.compile(r"weights_only|Weights only load failed"),
+        "the file holds more than tensors, which could run code when it is loaded, or it is damaged",
+    ),
+)
 
 
 def one_line(error: BaseException) -> str:
@@ -18,9 +61,12 @@ def one_line(error: BaseException) -> str:
     text = str(error).strip()
     if text.startswith("Caught ") and "DataLoader worker" in text:
         text = text.splitlines()[-1].partition(": ")[2]
-    text = " ".join(text.split())
+    text = printable(" ".join(text.split()))
     if isinstance(error, UserError):
         return text
+    for mark, meaning in _MEANINGS:
+        if mark.search(text):
+            return meaning
     if len(text) > _LONGEST:
         text = text[:_LONGEST].rsplit(" ", 1)[0] + " ..."
     name = type(error).__name__

@@ -7,12 +7,14 @@ WHISPER_MEFT_DEBUG=1 to see tracebacks.
 import importlib
 import logging
 import os
+import re
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from typing import Any, TextIO
 
-from ..errors import one_line
+from ..errors import one_line, printable
 
 # Subcommand -> (module of this folder with a function run(argv) -> exit status, one line of help).
 COMMANDS = {
@@ -48,7 +50,27 @@ def _complain(message: str) -> None:
             bar.close()
     rank = os.environ.get("RANK", "0")
     where = "" if rank == "0" else f"[process {rank}] "
-    print(f"whisper-meft: {where}{message}", file=sys.stderr, flush=True)
+    print(f"whisper-meft: {where}{printable(message)}", file=sys.stderr, flush=True)
+
+
+class Terminal:
+    """A stream that shows control characters instead of sending them: text from files and data can then not
+    act on a terminal, whoever prints it. Line ends pass, and what progress bars move the cursor by."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        moves = re.fullmatch(r"(\n|\r|\x1b\[A)*", text)
+        self._stream.write(text if moves else printable(text, keep="\n\r\t"))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 @contextmanager
@@ -61,7 +83,7 @@ def _one_line_warnings() -> Iterator[None]:
                 # Through tqdm, which redraws a running progress bar below the line.
                 from tqdm import tqdm
 
-                text = " ".join(record.getMessage().split())
+                text = printable(" ".join(record.getMessage().split()))
                 tqdm.write(f"whisper-meft: {record.levelname.lower()}: {text}", file=sys.stderr)
 
     logger, handler = logging.getLogger("whisper_meft"), Handler()
@@ -117,7 +139,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             _complain(f"error: unknown {kind} {argv[0]!r}, accepted are {', '.join(COMMANDS)}")
             return 2
         module = importlib.import_module(f".{COMMANDS[argv[0]][0]}", __package__)
-        with _one_line_warnings():
+        streams = redirect_stdout(Terminal(sys.stdout)), redirect_stderr(Terminal(sys.stderr))
+        with streams[0], streams[1], _one_line_warnings():
             return module.run(argv[1:])
     except KeyboardInterrupt:
         if debug:

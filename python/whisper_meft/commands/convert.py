@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from ..errors import UserError
+from ..errors import UserError, printable
 from ..options.parser import Parser, UsageError
 
 
@@ -70,6 +70,6 @@ def run(argv: Sequence[str]) -> int:
     sizes = f"reduction factor {config.reduction_factor}"
     if hasattr(config, "adapter_dim"):
         sizes += f", adapter width {config.adapter_dim}"
-    labels = ", ".join(model.config.id2label[index] for index in range(model.config.num_labels))
+    labels = ", ".join(printable(model.config.id2label[index]) for index in range(model.config.num_labels))
     print(f"wrote {destination}: {config.method.upper()}, {sizes}, classes {labels}")
     return 0

@@ -10,7 +10,7 @@ import numpy as np
 from .. import data
 from ..data.examples import ExampleSet
 from ..data.splits import split_kinds
-from ..errors import UserError
+from ..errors import UserError, printable
 from ..evaluation.classifier import Classifier
 from ..evaluation.scoring import evaluate, write_scores
 from ..files import check_writable
@@ -85,7 +85,8 @@ def run(argv: Sequence[str]) -> int:
     scores, _ = evaluate(classifier, examples)
     left_out = [{"file": name, "reason": reason} for name, reason in bad]
     write_scores(scores, folder, examples.description, model=str(where.model_dir), left_out=left_out)
-    print(f"{where.model_dir} on {examples.description}\n{scores.as_text()}\nresults are in {folder}")
+    scored = f"{printable(where.model_dir)} on {printable(examples.description)}"
+    print(f"{scored}\n{scores.as_text()}\nresults are in {folder}")
     if bad:
         print(data.describe_bad(bad, total), file=sys.stderr)
     return 0

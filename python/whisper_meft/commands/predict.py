@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import data
-from ..errors import UserError
+from ..errors import UserError, printable
 from ..evaluation.classifier import Classifier, predict
 from ..files import check_writable, write_json, write_text
 from ..options.inference import InferenceArguments
@@ -57,12 +57,12 @@ def find_audio(sources: Sequence[str]) -> list[str]:
 
 def as_table(rows: Iterable[dict[str, Any]]) -> str:
     """Predictions as a text table: file, label, its probability, and the runner-up."""
-    rows = list(rows)
+    rows = [row | {key: printable(row[key]) for key in ("file", "label")} for row in rows]
     widths = [max([len(row[key]) for row in rows] + [len(key)]) for key in ("file", "label")]
     lines = [f"{'file':<{widths[0]}}  {'label':<{widths[1]}}  probability  next"]
     for row in rows:
         ranked = sorted(row["probabilities"].items(), key=lambda item: -item[1])
-        runner_up = f"{ranked[1][0]} {ranked[1][1]:.1%}" if len(ranked) > 1 else ""
+        runner_up = f"{printable(ranked[1][0])} {ranked[1][1]:.1%}" if len(ranked) > 1 else ""
         lines.append(
             f"{row['file']:<{widths[0]}}  {row['label']:<{widths[1]}}  {ranked[0][1]:>11.1%}  {runner_up}"
         )
@@ -110,5 +110,5 @@ def run(argv: Sequence[str]) -> int:
     else:
         write_text(output.output, as_csv(rows, classifier.labels))
     for name, reason in bad:
-        print(f"whisper-meft: cannot read {name}: {reason}", file=sys.stderr)
+        print(f"whisper-meft: cannot read {printable(name)}: {printable(reason)}", file=sys.stderr)
     return 1 if bad else 0

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from ..errors import markdown
 from ..evaluation.plots import BLUE, ORANGE, drawing
 from ..files import write_json, write_text
 
@@ -38,7 +39,7 @@ def table(results: dict[str, Any]) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     for method, row in rows.items():
         if row["status"] == "failed":
-            reason = row["reason"].replace("|", "\\|")
+            reason = markdown(row["reason"])
             lines.append(f"| {method} | failed: {reason} |" + " |" * (len(head) - 2))
     return "\n".join(lines)
 
@@ -61,7 +62,7 @@ def page(results: dict[str, Any]) -> str:
             "",
             f"- Data: {settings['train_examples']} training, {settings['validation_examples']} validation "
             f"and {settings['test_examples']} test clips of {len(settings['labels'])} classes (chance "
-            f"{chance:.0%}); backbone `{Path(settings['backbone']).name}`.",
+            f"{chance:.0%}); backbone {markdown(Path(settings['backbone']).name)}.",
             f"- Budget of each run: {settings['num_train_epochs']:g} epochs in batches of "
             f"{settings['batch_size']}. Learning rate out of "
             f"{', '.join(f'{rate:g}' for rate in settings['learning_rates'])} (mezo: a hundredth of each) "

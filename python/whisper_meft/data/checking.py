@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from tqdm.auto import tqdm
 
-from ..errors import UserError
+from ..errors import UserError, printable
 from .examples import Example, ExampleSet
 from .features import finite_features
 
@@ -72,4 +72,4 @@ def check_audio(
 def describe_bad(bad: Sequence[tuple[str, str]], total: int) -> str:
     """What :func:`check_audio` set aside, one line per file."""
     lines = [f"{len(bad)} of {total} examples were left out because their audio cannot be used:"]
-    return "\n".join(lines + [f"  {name}: {reason}" for name, reason in bad])
+    return "\n".join(lines + [f"  {printable(name)}: {printable(reason)}" for name, reason in bad])

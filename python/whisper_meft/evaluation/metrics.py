@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import UserError
+from ..errors import UserError, printable
 
 
 def confusion_matrix(reference: np.ndarray, predicted: np.ndarray, num_classes: int) -> np.ndarray:
@@ -79,17 +79,18 @@ class Scores:
 
     def as_text(self) -> str:
         """The scores as a few lines of text for a terminal, confusion matrix included."""
-        width = max(len(label) for label in self.labels)
+        labels = [printable(label) for label in self.labels]
+        width = max(map(len, labels))
         lines = [
             f"accuracy             {self.accuracy:7.2%}   ({self.count} examples)",
             f"mean class accuracy  {self.mean_class_accuracy:7.2%}",
             f"macro-F1             {self.macro_f1:7.4f}",
             "accuracy per class",
         ]
-        for label, value, support in zip(self.labels, self.per_class_accuracy, self.confusion.sum(axis=1)):
+        for label, value, support in zip(labels, self.per_class_accuracy, self.confusion.sum(axis=1)):
             shown = "no examples" if np.isnan(value) else f"{value:7.2%}   ({support} examples)"
             lines.append(f"  {label:<{width}}  {shown}")
-        return "\n".join([*lines, "confusion matrix", confusion_text(self.confusion, self.labels)])
+        return "\n".join([*lines, "confusion matrix", confusion_text(self.confusion, labels)])
 
 
 def score(reference: np.ndarray, predicted: np.ndarray, labels: Sequence[str]) -> Scores:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import printable
 from ..files import replacing
 
 # Two entries of the Okabe-Ito palette, told apart under the common kinds of colour blindness.
@@ -55,6 +56,7 @@ def plot_confusion(
     confusion = np.asarray(confusion)
     support = confusion.sum(axis=1, keepdims=True)
     share = np.divide(confusion, support, out=np.zeros(confusion.shape), where=support > 0)
+    labels = [printable(label) for label in labels]
     size = len(labels)
     longest = max(len(label) for label in labels)
     width, height = 2.6 + 0.09 * longest + 0.62 * size, 2.0 + 0.07 * longest + 0.55 * size
@@ -75,7 +77,7 @@ def plot_confusion(
         axes.set_yticks(range(size), labels, parse_math=False)
         axes.set_xlabel("predicted")
         axes.set_ylabel("reference")
-        axes.set_title(title, fontsize=11)
+        axes.set_title(printable(title), fontsize=11, parse_math=False)
         bar = figure.colorbar(image, ax=axes)
         bar.set_label("share of the reference class")
 

@@ -5,6 +5,8 @@ import os
 
 from transformers.configuration_utils import PreTrainedConfig
 
+from ..errors import markdown
+
 
 def model_card(config: PreTrainedConfig) -> str:
     """The text of a ``README.md`` for a saved model.
@@ -17,7 +19,7 @@ def model_card(config: PreTrainedConfig) -> str:
     if base and base != "backbone" and not os.path.isabs(base):
         head["base_model"] = base
     known = base and not os.path.isabs(base)
-    where = "" if not known else " in `backbone/`" if base == "backbone" else f", `{base}`"
+    where = "" if not known else " in `backbone/`" if base == "backbone" else f", {markdown(base)}"
     if "reduction_factor" in config.meft:
         title = f"{method.upper()} side network"
         what = (
@@ -30,7 +32,7 @@ def model_card(config: PreTrainedConfig) -> str:
     lines = ["---", *(f"{k}: {json.dumps(v)}" for k, v in head.items()), "tags:", "- audio-classification"]
     lines += ["- whisper", f"- {method}", "---", "", f"# {title}", "", what, ""]
     lines += [
-        f"Labels: {', '.join(str(v) for v in config.id2label.values())}.",
+        f"Labels: {', '.join(markdown(v) for v in config.id2label.values())}.",
         "",
         "```python",
         "from whisper_meft import MeftModel",

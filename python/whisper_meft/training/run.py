@@ -19,7 +19,7 @@ from transformers.trainer_utils import TrainOutput
 from .. import data
 from ..data.batching import LengthBatches, batches_by_length
 from ..data.examples import ExampleSet
-from ..errors import UserError
+from ..errors import UserError, printable
 from ..feature_cache.dataset import CachedCollator, CachedDataset
 from ..feature_cache.filling import prepare_cache
 from ..feature_cache.store import FeatureCache
@@ -206,9 +206,9 @@ def describe(model: MeftModel, settings: Settings, examples: RunData) -> None:
     share = f"{trainable:,} of {total:,} parameters train ({trainable / total:.2%})"
     say(f"{method} on {backbone}: {share}")
     say(f"training on {len(examples.training)} examples of {len(labels)} classes")
-    say("  " + ", ".join(f"{label}: {counts[label]}" for label in labels))
+    say("  " + ", ".join(f"{printable(label)}: {counts[label]}" for label in labels))
     if examples.evaluation is not None:
-        say(f"evaluating on {len(examples.evaluation)} examples; {examples.note}")
+        say(f"evaluating on {len(examples.evaluation)} examples; {printable(examples.note)}")
 
 
 @dataclass
