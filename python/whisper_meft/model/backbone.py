@@ -14,14 +14,13 @@ from transformers import WhisperForAudioClassification
 from transformers.utils import logging as hf_logging
 
 from ..encoder.fingerprint import own_state
-from ..errors import UserError, one_line
+from ..errors import UserError, one_line, printable
 from ..files import replacing, write_text
 from ..synthetic.shipped import ASSETS
+from .declared import HEAD, check_model_folder
 from .weights import some_of
 
 logger = logging.getLogger(__name__)
-
-HEAD = ("projector.", "classifier.")
 
 
 def resolve_backbone(name: str | os.PathLike, folder: str | os.PathLike | None = None) -> str:
@@ -92,6 +91,11 @@ def load_backbone(
     """
     where = resolve_backbone(name, folder)
     check_source(argument, where)
+    if os.path.isdir(where):
+        try:
+            check_model_folder(where)
+        except UserError as error:
+            raise UserError(f"{argument}: {error}") from error
     called = os.fspath(name) if where == os.fspath(name) else f"{os.fspath(name)} (as {where})"
     options = {"dtype": "auto" if dtype is None else dtype, "output_loading_info": True, **hub_options}
     if attn_implementation is not None:
@@ -140,7 +144,7 @@ def set_labels(base: WhisperForAudioClassification, labels: Sequence[str]) -> No
         return
     logger.warning(
         "the backbone is a classifier of other classes (%s): the data's %d classes get a new last layer",
-        some_of(names),
+        some_of([printable(name) for name in names]),
         len(labels),
     )
     base.classifier = _new_classifier(base.classifier, len(labels))

@@ -18,7 +18,8 @@ from ..files import read_json
 from ..methods import MeftConfig
 from .backbone import load_backbone, resolve_backbone
 from .config import MeftModelConfig
-from .weights import load_checked, read_weights
+from .declared import check_declared_sizes
+from .weights import check_names, load_checked, read_weights
 
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 _IGNORED_OPTIONS = ("adapter_kwargs", "code_revision", "trust_remote_code", "use_safetensors", "weights_only")
@@ -60,6 +61,7 @@ def load(
     config.base_model_name_or_path = name or None
     if device is not None:
         base.encoder.to(device)
+    _check_shapes(cls, config, base, tensors, folder)
     model = cls(config, base).to(device)
     model.name_or_path = config.name_or_path = os.fspath(name_or_path)
     if attn_implementation is not None:
@@ -72,6 +74,22 @@ def load(
             stacklevel=3,
         )
     return model.eval()
+
+
+def _check_shapes(
+    cls: type[PreTrainedModel],
+    config: MeftModelConfig,
+    base: WhisperForAudioClassification,
+    tensors: dict[str, torch.Tensor],
+    folder: Path,
+) -> None:
+    """Compares the tensors with what the config describes before memory is taken for that."""
+    config = copy.deepcopy(config)
+    config.meft = config.meft | {"backbone_quantization": None}
+    with torch.device("meta"):
+        skeleton = cls(config, WhisperForAudioClassification(base.config))
+    saved = skeleton.saved_names()
+    check_names(tensors, {name: t for name, t in skeleton.state_dict().items() if name in saved}, folder)
 
 
 def _with_changes(
@@ -140,6 +158,7 @@ def read_config(folder: Path) -> MeftModelConfig:
             f"{folder} holds a {kind or 'foreign'} model, not a side network; a checkpoint of the paper's "
             "code is turned into one by `whisper-meft convert`"
         )
+    check_declared_sizes(values, {}, folder)
     try:
         config = MeftModelConfig.from_dict(values)
     except Exception as error:

@@ -11,6 +11,7 @@ from transformers import AutoConfig, WhisperFeatureExtractor, WhisperForAudioCla
 from ..errors import UserError, one_line
 from ..options.common import ModelArguments
 from .backbone import check_source, load_backbone, resolve_backbone
+from .declared import check_model_folder
 
 
 def resolve_dtype(name: str, use_cpu: bool = False) -> str:
@@ -44,6 +45,11 @@ def load_config(arguments: ModelArguments) -> Any:
         raise UserError(
             f"model_name_or_path: {name} is a side network trained by this library, its backbone is needed"
         )
+    if local_config.is_file():
+        try:
+            check_model_folder(name)
+        except UserError as error:
+            raise UserError(f"model_name_or_path: {error}") from error
     config = _from_hub(
         "model_name_or_path",
         name,

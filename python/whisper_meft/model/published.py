@@ -20,6 +20,7 @@ from ..methods import MeftConfig
 from ..methods.side_networks import LSTConfig, SHERLConfig, UniPTConfig, tapped_layers
 from .backbone import load_backbone
 from .config import MeftModelConfig
+from .declared import check_declared_sizes
 from .module import MeftModel, check_sizes, get_meft_model
 from .weights import check_names, load_checked, read_weights
 
@@ -113,6 +114,7 @@ def convert(
     _check_folders(src, dst)
     whisper_config = _whisper_config(src)
     tensors = read_weights(src)
+    check_declared_sizes(whisper_config.to_dict(), {name: t.shape for name, t in tensors.items()}, src)
     config = _side_config(tensors, src, method)
     if whisper_config.use_weighted_layer_sum:
         if config.method != "lst":  # the published LST computes the weighted sum and then discards it
@@ -216,6 +218,7 @@ def _whisper_config(src: Path) -> WhisperConfig:
         raise UserError(f"{src} is a saved model of this library already; --to_published goes the other way")
     if kind != "whisper":
         raise UserError(f"{src / 'config.json'} describes a {kind or 'foreign'} model, whisper is needed")
+    check_declared_sizes(values, {}, src)
     try:
         return WhisperConfig.from_dict(values)
     except Exception as error:

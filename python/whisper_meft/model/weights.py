@@ -11,7 +11,7 @@ from torch import nn
 from ..errors import UserError, one_line
 from ..files import read_json
 
-_NAMES = (
+WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
@@ -29,25 +29,32 @@ def read_weights(folder: str | Path) -> dict[str, torch.Tensor]:
     Raises:
         UserError: no such file, or one that cannot be read, by name.
     """
+    tensors: dict[str, torch.Tensor] = {}
+    for file in weight_files(folder):
+        tensors.update(_read_file(file))
+    return tensors
+
+
+def weight_files(folder: str | Path) -> list[Path]:
+    """The files that hold the weights in a checkpoint folder, see :func:`read_weights`.
+
+    Raises:
+        UserError: there are none, or an index that names them cannot be used.
+    """
     folder = Path(folder)
-    found = next((folder / name for name in _NAMES if (folder / name).is_file()), None)
+    found = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
     if found is None:
-        raise UserError(f"{folder} holds no weights: none of {', '.join(_NAMES)} is there")
+        raise UserError(f"{folder} holds no weights: none of {', '.join(WEIGHT_FILES)} is there")
     if found.suffix != ".json":
-        return _read_file(found)
+        return [found]
     index = read_json(found)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise UserError(f"{found} has no usable weight_map")
-    tensors: dict[str, torch.Tensor] = {}
-    for shard in sorted(set(weight_map.values())):
+    for shard in weight_map.values():
         if Path(shard).name != shard:
             raise UserError(f"{found} names the shard {shard!r}, which is not in the same folder")
-        tensors.update(_read_file(folder / shard))
-    lacking = sorted(set(weight_map) - set(tensors))
-    if lacking:
-        raise UserError(f"{found} names {lacking[0]}, which its file does not hold")
-    return tensors
+    return [folder / shard for shard in sorted(set(weight_map.values()))]
 
 
 def _read_file(path: Path) -> dict[str, torch.Tensor]:
@@ -56,17 +63,17 @@ def _read_file(path: Path) -> dict[str, torch.Tensor]:
             return safetensors.torch.load_file(path, device="cpu")
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        # torch's own message advises to switch the protection off.
-        raise UserError(
-            f"cannot read {path}: it holds more than tensors, which could run code when it is loaded, or it "
-            "is damaged"
-        ) from error
+        raise UserError(f"cannot read {path}: {one_line(error)}") from error
     except Exception as error:  # every library has its own exceptions for a damaged file
         raise UserError(
             f"cannot read {path}, it is damaged, incomplete or not a weights file: {one_line(error)}"
         ) from error
     if not isinstance(tensors, Mapping) or not all(isinstance(v, torch.Tensor) for v in tensors.values()):
         raise UserError(f"cannot use {path}: it holds something else than tensors by name")
+    # A view that repeats its values would take its claimed size as soon as it is copied.
+    repeating = [n for n, t in tensors.items() if t.numel() * t.element_size() > t.untyped_storage().nbytes()]
+    if repeating:
+        raise UserError(f"cannot use {path}: it does not hold all values of {repeating[0]}")
     return dict(tensors)
 
 
@@ -90,6 +97,9 @@ def check_names(
                 f"{name} has shape {tuple(found[name].shape)} instead of {tuple(expected[name].shape)}"
             )
             break
+    integers = [n for n in sorted(set(expected) & set(found)) if not found[n].is_floating_point()]
+    if integers:
+        problems.append(f"{integers[0]} holds {found[integers[0]].dtype} values instead of floating point")
     problems = [p for p in problems if p]
     if problems:
         raise UserError(f"the weights in {where} do not fit the model: {'; '.join(problems)}")
