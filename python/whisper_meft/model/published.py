@@ -4,6 +4,7 @@ The published classes are one Whisper classifier with the side network's tensors
 one file. The table of names is the whole difference; the values are the same.
 """
 
+import json
 import os
 import warnings
 from pathlib import Path
@@ -15,14 +16,15 @@ from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForAudio
 from ..encoder.fingerprint import fingerprint, same_backbone
 from ..encoder.frozen import FrozenEncoder
 from ..errors import UserError, one_line
-from ..files import read_json, replacing, write_text
+from ..files import read_json, replacing, write_json, write_text
 from ..methods import MeftConfig
 from ..methods.side_networks import LSTConfig, SHERLConfig, UniPTConfig, tapped_layers
-from .backbone import load_backbone
+from .backbone import load_backbone, resolve_backbone
 from .config import MeftModelConfig
 from .declared import check_declared_sizes
 from .module import MeftModel, check_sizes, get_meft_model
 from .weights import check_names, load_checked, read_weights
+from .whole_folder import whole_folder
 
 # A tensor that every checkpoint of the method has, of shape [side width, backbone width].
 _MARKS = {
@@ -112,6 +114,8 @@ def convert(
     """
     src, dst = Path(src), Path(dst)
     _check_folders(src, dst)
+    if backbone is not None:
+        _check_apart(dst, resolve_backbone(backbone), "the backbone")
     whisper_config = _whisper_config(src)
     tensors = read_weights(src)
     check_declared_sizes(whisper_config.to_dict(), {name: t.shape for name, t in tensors.items()}, src)
@@ -146,8 +150,9 @@ def convert(
     state = model.state_dict()
     check_names(tensors, {published: state[ours] for ours, published in names.items()}, src)
     load_checked(model, {ours: tensors[published] for ours, published in names.items()}, src)
-    model.save_pretrained(dst, save_backbone=backbone is None)
-    _write_feature_extractor(src, dst, whisper_config)
+    with whole_folder(dst) as folder:
+        model.save_pretrained(folder, save_backbone=backbone is None)
+        _write_feature_extractor(src, folder, whisper_config)
     return model.eval()
 
 
@@ -195,11 +200,13 @@ def to_published(
     whisper_config.use_weighted_layer_sum = False
     whisper_config.classifier_proj_size = model.config.classifier_proj_size
     whisper_config.id2label, whisper_config.label2id = model.config.id2label, model.config.label2id
-    with replacing(dst / "model.safetensors") as temporary:
-        safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt"})
-    write_text(dst / "config.json", whisper_config.to_json_string())
-    if Path(src).is_dir():
-        _write_feature_extractor(Path(src), dst, whisper_config)
+    _check_apart(dst, model.config.base_model_name_or_path, "the backbone of the model")
+    with whole_folder(dst) as folder:
+        with replacing(folder / "model.safetensors") as temporary:
+            safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt"})
+        write_text(folder / "config.json", whisper_config.to_json_string())
+        if Path(src).is_dir():
+            _write_feature_extractor(Path(src), folder, whisper_config)
 
 
 def _check_folders(src: Path, dst: Path) -> None:
@@ -209,6 +216,16 @@ def _check_folders(src: Path, dst: Path) -> None:
         raise UserError(f"cannot write into {dst}: it is a file, a folder is needed")
     if dst.exists() and dst.samefile(src):
         raise UserError(f"source and destination are both {src}: the checkpoint would be overwritten")
+    _check_apart(dst, src, "the source")
+
+
+def _check_apart(dst: Path, name: str | os.PathLike | None, what: str) -> None:
+    """Raises UserError if replacing the folder ``dst`` would take away the folder ``name``, or a part."""
+    if not name or not os.path.isdir(name) or not dst.exists():
+        return
+    kept, replaced = Path(name).resolve(), dst.resolve()
+    if kept.is_relative_to(replaced) or replaced.is_relative_to(kept):
+        raise UserError(f"{what} is {name}, writing {dst} would overwrite it: name another folder to write")
 
 
 def _whisper_config(src: Path) -> WhisperConfig:
@@ -280,13 +297,14 @@ def _with_head(named: WhisperForAudioClassification, config: WhisperConfig) -> W
 
 
 def _write_feature_extractor(src: Path, dst: Path, config: WhisperConfig) -> None:
-    """Copies the feature extractor's settings, or writes Whisper's own: the published scripts save none."""
+    """Copies the feature extractor's settings, or writes Whisper's own: the published scripts save none.
+    Either way the window is the backbone's, with padding as sound: see ``saving.extractor_to_save``."""
     saved = src / "preprocessor_config.json"
-    if saved.is_file():
-        write_text(dst / saved.name, saved.read_text(encoding="utf-8"))
-        return
     seconds = config.max_source_positions / 50
-    extractor = WhisperFeatureExtractor(
-        feature_size=config.num_mel_bins, chunk_length=int(seconds) if seconds.is_integer() else seconds
-    )
-    write_text(dst / saved.name, extractor.to_json_string())
+    seconds = int(seconds) if seconds.is_integer() else seconds
+    extractor = WhisperFeatureExtractor(feature_size=config.num_mel_bins, chunk_length=seconds)
+    values = read_json(saved) if saved.is_file() else {}
+    if values.get("return_attention_mask"):
+        for name in ("return_attention_mask", "chunk_length", "n_samples", "nb_max_frames"):
+            values[name] = getattr(extractor, name)
+    write_json(dst / saved.name, values or json.loads(extractor.to_json_string()))
