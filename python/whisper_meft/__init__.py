@@ -1,11 +1,14 @@
 """Memory-efficient fine-tuning of Whisper encoders for Hugging Face users.
 
-The names below are loaded when they are first used, so that importing the package is cheap.
+The names below are loaded when they are first used, so that importing the package is cheap. It makes
+transformers' Auto classes and ``pipeline`` know saved models.
 """
 
 import logging
 from importlib import import_module
 from typing import Any
+
+from .auto_classes import register_when_loaded
 
 
 def _about_something_here(record: logging.LogRecord) -> bool:
@@ -65,6 +68,8 @@ __all__ = [
     "WeightedSumConfig",
     "get_meft_model",
 ]
+
+register_when_loaded()
 
 
 def __getattr__(name: str) -> Any:

@@ -440,6 +440,6 @@ def check_sizes(config: PreTrainedConfig, encoder: FrozenEncoder) -> None:
         raise UserError(f"the backbone does not fit the side network: {', '.join(wrong)}")
 
 
-AutoConfig.register(MeftModelConfig.model_type, MeftModelConfig)
-
-AutoModelForAudioClassification.register(MeftModelConfig, MeftModel)
+# `import whisper_meft` has made these names known (auto_classes.py); here are the classes, by the public way.
+AutoConfig.register(MeftModelConfig.model_type, MeftModelConfig, exist_ok=True)
+AutoModelForAudioClassification.register(MeftModelConfig, MeftModel, exist_ok=True)
