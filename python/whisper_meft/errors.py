@@ -38,18 +38,24 @@ def markdown(text: object) -> str:
 
 _LONGEST = 600  # characters of a foreign message; what libraries say past that is advice to programmers
 
+_FULL_DISK = re.compile(
+    r"inline_container\.cc.*(unexpected pos|write failed)|PytorchStreamWriter failed writing", re.DOTALL
+)
+
 # How libraries say things whose cause a user cannot see from it: a mark in their message, what it means.
 _MEANINGS = (
-    (
-        re.compile(r"inline_container\.cc.*(unexpected pos|write failed)|PytorchStreamWriter failed writing"),
-        "the disk is full, or over its quota, while a file was being written",
-    ),
+    (_FULL_DISK, "the disk is full, or over its quota"),
     (
         # torch's own message advises to switch the protection off.
         re.compile(r"weights_only|Weights only load failed"),
         "the file holds more than tensors, which could run code when it is loaded, or it is damaged",
     ),
 )
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether an error of torch.save says that it could not write, which it does in its own words."""
+    return _FULL_DISK.search(str(error)) is not None
 
 
 def one_line(error: BaseException) -> str:

@@ -1,5 +1,7 @@
 """A method is itself in every Trainer and with every loss, or says that it cannot be."""
 
+import re
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -94,3 +96,12 @@ def test_a_loss_that_would_lack_the_penalty_is_refused(method, tmp_path):
         method, **dict.fromkeys(PENALISED[method].keys() & {"l1_weight", "orth_reg_weight"}, 0.0)
     )
     cross_entropy(without(features).logits, labels).backward()
+
+
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+    original = torch.save
+    monkeypatch.setattr(torch, "save", lambda value, *_, **__: original(value, "/dev/full"))
+    model = model_of("head")
+    message = f"cannot write the checkpoint of step 2 in {tmp_path}: the disk is full, or over its quota"
+    with pytest.raises(UserError, match=re.escape(message)):
+        trainer_of(model, tmp_path, max_steps=2, save_strategy="steps", save_steps=2).train()

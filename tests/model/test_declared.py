@@ -1,6 +1,7 @@
 """Sizes in a config are compared with the weights before anything is made of them."""
 
 import json
+import pickle
 import resource
 import struct
 
@@ -122,3 +123,23 @@ def test_headers_that_are_none(content, tmp_path):
         return
     with pytest.raises(UserError, match="cannot read .*x.safetensors, it is damaged"):
         header_shapes(tmp_path / "x.safetensors")
+
+
+class Runs:
+    def __reduce__(self):
+        return print, ("code ran",)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_pickle_is_refused_without_advice_to_run_it(whole, tmp_path, capsys):
+    folder = make_backbone(tmp_path / "base")
+    (folder / "model.safetensors").unlink()
+    if whole:
+        (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Runs()))
+    else:
+        torch.save({"encoder.conv1.weight": Runs()}, folder / "pytorch_model.bin")
+    with pytest.raises(
+        UserError, match="holds more than tensors, which could run code .* or it is damaged"
+    ) as e:
+        load_backbone(folder)
+    assert "weights_only" not in str(e.value) and "code ran" not in capsys.readouterr().out

@@ -15,7 +15,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import seed_worker
 
 from ..data.batching import LengthBatches, LongestFirst
-from ..errors import UserError
+from ..errors import UserError, is_full_disk, one_line
 from ..methods.mezo import MeZO
 from ..model.loss import with_penalty
 from ..model.module import MeftModel
@@ -99,6 +99,15 @@ class MeftTrainer(Trainer):
             return with_penalty(loss, self.model.penalty(), labels, counts) if self.model.training else loss
 
         return computed
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except (OSError, RuntimeError) as error:  # torch.save gives the second for a full disk
+            if isinstance(error, OSError) or is_full_disk(error):
+                where = f"the checkpoint of step {self.state.global_step} in {self.args.output_dir}"
+                raise UserError(f"cannot write {where}: {one_line(error)}") from error
+            raise
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         before = self.model.penalty_elsewhere
