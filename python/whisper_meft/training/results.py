@@ -10,7 +10,7 @@ from transformers import EvalPrediction, WhisperFeatureExtractor
 from transformers.trainer_utils import TrainOutput
 
 from .. import data
-from ..errors import UserError
+from ..errors import UserError, printable
 from ..evaluation import plots
 from ..evaluation.metrics import Scores, score
 from ..files import write_json, write_text
@@ -146,7 +146,8 @@ def _write_scores(folder: Path, scores: Scores, loss: float | None, examples: Ru
 def report(folder: Path, scores: Scores | None, examples: RunData) -> None:
     """Prints how the run went."""
     if scores is not None:
-        say(f"\nevaluation on {examples.evaluation.description}\n{scores.as_text()}\nnote: {examples.note}")
+        scored, note = printable(examples.evaluation.description), printable(examples.note)
+        say(f"\nevaluation on {scored}\n{scores.as_text()}\nnote: {note}")
     say(f"\nmodel and results are in {folder}")
     if examples.left_out:
         count = len(examples.training) + len(examples.evaluation or ()) + len(examples.left_out)

@@ -100,9 +100,9 @@ class MeftTrainer(Trainer):
 
         return computed
 
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+    def _write_checkpoint(self, model: nn.Module, trial: Any) -> None:
         try:
-            super()._save_checkpoint(*args, **kwargs)
+            super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError) as error:  # torch.save gives the second for a full disk
             if isinstance(error, OSError) or is_full_disk(error):
                 where = f"the checkpoint of step {self.state.global_step} in {self.args.output_dir}"
@@ -199,7 +199,7 @@ class MeftTrainer(Trainer):
         main, wait = self.args.should_save, self.accelerator.wait_for_everyone
         with self._own_rotation() as limit:
             with checkpoints.being_written(folder, main, wait):
-                super()._save_checkpoint(model, trial)
+                self._write_checkpoint(model, trial)
             self._saved_step = self.state.global_step
             if main:
                 checkpoints.rotate(output_dir, limit, [folder, self.state.best_model_checkpoint])
