@@ -4,8 +4,8 @@
 as they come, products in int32. ``fp8``: the same in float8_e4m3 on a GPU that multiplies it; on a CPU the
 weights alone, which are widened for each product. So are int8's on a CPU without VNNI, where sums of two
 8-bit products saturate in 16 bits. Convolutions, positions, LayerNorms and attention stay as they are. An
-input's scale is its own frame's, so clips do not depend on their neighbours, but where rounding takes an 8-bit
-code to the next.
+input's scale is its own frame's, so clips do not depend on their neighbours, but where rounding takes an
+8-bit code to the next.
 """
 
 import functools
@@ -97,8 +97,8 @@ def quantize_layers(layers: nn.ModuleList, kind: str) -> str:
         layers: of a frozen Whisper encoder, in float32, bfloat16 or float16. kind: "int8" or "fp8".
 
     Returns:
-        What was done: ``kind``, or "int8 weights" or "fp8 weights" where products are made in the type that the
-        weights had.
+        What was done: ``kind``, or "int8 weights" or "fp8 weights" where products are made in the type
+        that the weights had.
 
     Raises:
         UserError: torchao is missing or does not go with this torch; the device cannot; float64 weights, or
