@@ -200,7 +200,7 @@ def test_a_segment_of_a_long_file_is_read_without_the_rest(tmp_path, monkeypatch
 def test_long_audio_is_put_together_from_blocks(tmp_path, monkeypatch):
     path = write(tmp_path / "a.wav", np.stack([noise(10_000, 1), noise(10_000, 2)], axis=1))
     whole = read_audio(path)
-    monkeypatch.setattr("whisper_meft.audio._BLOCK", 999)
+    monkeypatch.setattr("whisper_meft.audio.decoding.BLOCK", 999)
     assert len(whole) == 10_000 and np.array_equal(read_audio(path), whole)
     assert np.array_equal(read_audio(path, start=0.1, stop=0.3), whole[1_600:4_800])
 

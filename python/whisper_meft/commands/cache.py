@@ -77,7 +77,8 @@ def run(argv: Sequence[str]) -> int:
     show = not options.disable_tqdm
     if models.backbone_compile:
         model.encoder.compile_layers()
-    examples = load_data(sources, True, False, options.seed, options.num_workers, show, options.output_dir)
+    how = (options.num_workers, show, options.output_dir, extractor)
+    examples = load_data(sources, True, False, options.seed, *how)
     sets = [part for part in (examples.training, examples.evaluation) if part is not None]
     how = (options.storage, options.autocast, options.num_workers, show, say)
     cache = prepare_cache(options.output_dir, model, extractor, sets, *how)

@@ -83,7 +83,8 @@ class Comparison:
             validation_fraction=arguments.validation_fraction,
             **{each.name: getattr(arguments, each.name) for each in fields(DataFormatArguments)},
         )
-        self.examples = load_data(self.data_arguments, True, True, arguments.seed, progress=False)
+        how = {"progress": False, "feature_extractor": self.extractor}
+        self.examples = load_data(self.data_arguments, True, True, arguments.seed, **how)
         self.labels = label_inventory(self.examples.training)
         self.test = self._load_test()
         self.settings = {
@@ -126,7 +127,9 @@ class Comparison:
         if self.arguments.test_data is None and "test" not in kinds:
             raise UserError(f"--test_data is needed: {source} has no test split")
         test = data.load_examples(source, split="test" if "test" in kinds else None, **options)
-        test, _ = data.check_audio(test, self.arguments.strict, progress=False)
+        test, _ = data.check_audio(
+            test, self.arguments.strict, progress=False, feature_extractor=self.extractor
+        )
         check_known_labels(test, self.labels)
         warn_on_shared_speakers(self.examples.training, test)
         return test

@@ -3,12 +3,15 @@
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 from tqdm.auto import tqdm
 
 from ..errors import UserError, printable
 from .examples import Example, ExampleSet
-from .features import finite_features
+from .features import read_features
+
+_WINDOW = 30.0  # seconds that are resampled as well
 
 
 def check_audio(
@@ -17,6 +20,7 @@ def check_audio(
     num_workers: int = 0,
     progress: bool = True,
     checked: Callable[[Example], Example | None] | None = None,
+    feature_extractor: Any = None,
 ) -> tuple[ExampleSet, list[tuple[str, str]]]:
     """Decodes every example once, before training, and sets the unusable ones aside.
 
@@ -26,6 +30,8 @@ def check_audio(
         num_workers: threads (libsndfile decodes outside Python's lock); 0 and 1 mean none.
         progress: show a progress bar.
         checked: gives an example with its length, if it is known to be usable without being decoded.
+        feature_extractor: what the examples will be made into features by; 16 kHz and any number of mel bins
+            by default.
 
     Returns:
         the usable examples, each with its length in ``seconds``, and (name, reason) of the others.
@@ -36,15 +42,18 @@ def check_audio(
     if not len(examples):
         raise UserError(f"{examples.description} holds no examples")
 
+    rate = getattr(feature_extractor, "sampling_rate", 16_000)
+
     def inspect(example: Example) -> Example | UserError:
         try:
             if checked is not None and (known := checked(example)) is not None:
                 return known
             if example.has_features:
-                finite_features(example)
+                read_features(example, getattr(feature_extractor, "feature_size", None))
                 return example
-            wave, rate = example.decode()
-            return replace(example, seconds=len(wave) / rate)
+            # What training and predicting call, over the whole clip: they raise nothing that this does not.
+            _, seconds = example.read(rate, longest=_WINDOW, whole=True)
+            return replace(example, seconds=seconds)
         except UserError as error:
             return error
 

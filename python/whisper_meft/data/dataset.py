@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..audio import resample
 from ..errors import UserError
 from .examples import Example, ExampleSet, check_known_labels
-from .features import MaxFrames, finite_features, log_mel, true_frames, window_of
+from .features import MaxFrames, log_mel, read_features, true_frames, window_of
 
 logger = logging.getLogger(__name__)
 
@@ -93,8 +92,7 @@ class SpeechDataset(torch.utils.data.Dataset):
     def _log_mel(self, example: Example) -> tuple[np.ndarray, int]:
         extractor = self.feature_extractor
         # A little more than the window: enough to see that a clip is longer, and for resampling its edge.
-        wave, rate = example.decode(longest=self._seconds + 0.1)
-        wave = resample(wave, rate, extractor.sampling_rate, example.name)
+        wave, _ = example.read(extractor.sampling_rate, longest=self._seconds + 0.1)
         window = self._window * extractor.hop_length
         if len(wave) > window:
             self._say_cut(example)
@@ -103,12 +101,7 @@ class SpeechDataset(torch.utils.data.Dataset):
         return mel, math.ceil(len(wave) / extractor.hop_length)
 
     def _features(self, example: Example) -> tuple[np.ndarray, int]:
-        features = finite_features(example)
-        bins = self.feature_extractor.feature_size
-        if len(features) != bins:
-            raise UserError(
-                f"{example.name}: input_features has shape {features.shape}, {bins} mel bins are expected"
-            )
+        features = read_features(example, self.feature_extractor.feature_size)
         frames = true_frames(features)
         if frames > self._window:
             self._say_cut(example)

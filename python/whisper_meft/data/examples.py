@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..audio import decode_audio, describe_source
+from ..audio import decode_audio, describe_source, read_window
 from ..errors import UserError
 from .names import composed, folded
 
@@ -31,7 +31,22 @@ class DatasetCell:
     kind: Literal["audio", "features"] = "audio"
 
     def read(self) -> Any:
-        return self.dataset[self.index][self.column]
+        value = self.dataset[self.index][self.column]
+        if isinstance(value, dict):
+            for key in ("array", "raw"):
+                if isinstance(value.get(key), list):
+                    # A list of Python integers no longer says how many bits were stored.
+                    value[key] = np.asarray(value[key], _stored_type(self.dataset.features[self.column], key))
+        return value
+
+
+def _stored_type(feature: Any, key: str) -> str | None:
+    """The number type that a column's ``key`` is stored in, None where that cannot be told."""
+    feature = feature.get(key) if isinstance(feature, dict) else None
+    while hasattr(feature, "feature"):
+        feature = feature.feature
+    dtype = str(getattr(feature, "dtype", ""))
+    return dtype if dtype.startswith(("int", "uint", "float")) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,20 +108,37 @@ class Example:
         ) as error:  # pyarrow, file system or feature decoding: the row is what the user can mend
             raise UserError(f"{self.name} cannot be read from its dataset: {error}") from error
 
-    def decode(self, longest: float | None = None) -> tuple[np.ndarray, int]:
+    def decode(self) -> tuple[np.ndarray, int]:
         """The waveform at its own rate, float32 ``(samples,)``, and that rate.
-
-        ``longest`` (seconds): do not decode much more than this.
 
         Raises:
             UserError: naming the example, when its audio cannot be read.
         """
-        audio = self.value()
-        stop = self.stop
-        if longest is not None and self.unit == "seconds":
-            stop = min(stop if stop is not None else float("inf"), (self.start or 0.0) + longest)
-        how = {} if self.channel is None else {"channel": self.channel}
-        return decode_audio(audio, self.start, stop, unit=self.unit, name=self.name, **how)
+        how = {"unit": self.unit, "name": self.name, "channel": self.channel}
+        return decode_audio(self.value(), self.start, self.stop, **how)
+
+    def read(
+        self, sampling_rate: int, longest: float | None = None, whole: bool = False
+    ) -> tuple[np.ndarray, float]:
+        """The waveform at ``sampling_rate``, float32 ``(samples,)``, and how many seconds were decoded.
+
+        ``longest`` (seconds): give no more than this. ``whole``: decode and check what follows as well, so
+        that the length is that of the whole clip. Whoever checks a clip and whoever uses it both call this.
+
+        Raises:
+            UserError: naming the example, when its audio cannot be read.
+        """
+        return read_window(
+            self.value(),
+            sampling_rate,
+            self.start,
+            self.stop,
+            unit=self.unit,
+            name=self.name,
+            channel=self.channel,
+            longest=longest,
+            whole=whole,
+        )
 
 
 class ExampleSet(Sequence):

@@ -106,17 +106,27 @@ def true_frames(features: np.ndarray) -> int:
     return int(frames_with_sound(torch.from_numpy(features)[None])[0])
 
 
-def finite_features(example: Example) -> np.ndarray:
-    """Precomputed log-mel of an example, float32 ``(mel bins, frames)``."""
+def read_features(example: Example, bins: int | None = None) -> np.ndarray:
+    """Precomputed log-mel of an example, float32 ``(mel bins, frames)``, finite.
+
+    Raises:
+        UserError: it is not that, or its mel bins are not ``bins``.
+    """
     try:
         features = np.asarray(example.value(), dtype=np.float32)
-    except (TypeError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
+    except UserError:
+        raise
+    except (TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{example.name}: input_features is not an array of numbers: {error}") from error
+    except MemoryError as error:
+        raise UserError(f"{example.name} needs more memory than there is") from error
     if features.ndim != 2 or not features.size:
         raise UserError(
             f"{example.name}: input_features must be (mel bins, frames), got shape {features.shape}"
+        )
+    if bins is not None and len(features) != bins:
+        raise UserError(
+            f"{example.name}: input_features has shape {features.shape}, {bins} mel bins are expected"
         )
     if not np.isfinite(features).all():
         raise UserError(f"{example.name}: input_features holds values that are not finite (NaN or infinite)")

@@ -91,7 +91,8 @@ class Classifier:
 
     def check(self, examples: ExampleSet, strict: bool = False) -> tuple[ExampleSet, list[tuple[str, str]]]:
         """:func:`whisper_meft.data.check_audio` with this classifier's workers and progress bar."""
-        return data.check_audio(examples, strict, num_workers=self.num_workers, progress=self.progress)
+        extractor = self.feature_extractor
+        return data.check_audio(examples, strict, self.num_workers, self.progress, None, extractor)
 
     def probabilities(self, examples: ExampleSet) -> np.ndarray:
         """Class probabilities, float32 (N, K), rows in the order of ``examples``; NaN where the model's

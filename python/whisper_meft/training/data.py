@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -50,6 +51,7 @@ def load_data(
     num_workers: int = 0,
     progress: bool = True,
     cache_folder: str | None = None,
+    feature_extractor: Any = None,
 ) -> RunData:
     """Reads and checks the examples, setting speakers aside for validation where no other data is there.
 
@@ -62,6 +64,7 @@ def load_data(
         progress: show progress bars.
         cache_folder: of a feature cache, where there may be one yet: audio whose states it holds was decoded
             when they were made, and is not decoded again.
+        feature_extractor: of the model; the examples must be what it can be given.
 
     Raises:
         UserError: the data cannot be found or used.
@@ -82,7 +85,8 @@ def load_data(
         is_test = canonical_split(split) == "test"
     show = progress and main_process()
     cached = cache_folder is not None and (Path(cache_folder) / "cache.json").is_file()
-    how = (arguments.strict, num_workers, show, FeatureCache(cache_folder).checked if cached else None)
+    known = FeatureCache(cache_folder).checked if cached else None
+    how = (arguments.strict, num_workers, show, known, feature_extractor)
     training, left_out = data.check_audio(training, *how)
     if evaluation is not None:
         evaluation = _at_most(evaluation, arguments.max_eval_samples, seed)

@@ -87,7 +87,7 @@ def train(
         settings = settle(model_arguments, method_arguments, training_arguments)
         set_seed(training_arguments.seed)  # a new head draws its start values
         base = load_whisper(model_arguments, settings.dtype)
-        examples = examples or read_examples(data_arguments, training_arguments)
+        examples = examples or read_examples(data_arguments, training_arguments, settings.extractor)
         settle_batch(settings, examples)
         set_seed(training_arguments.seed)
         model = build_model(base, settings, examples.labels)
@@ -113,7 +113,9 @@ def _inputs(model: ModelArguments, data_arguments: TrainDataArguments) -> dict[s
     }
 
 
-def read_examples(data_arguments: TrainDataArguments, arguments: TrainArguments) -> RunData:
+def read_examples(
+    data_arguments: TrainDataArguments, arguments: TrainArguments, extractor: Any = None
+) -> RunData:
     """The run's examples; audio that a feature cache holds already is not decoded again."""
     return load_data(
         data_arguments,
@@ -123,6 +125,7 @@ def read_examples(data_arguments: TrainDataArguments, arguments: TrainArguments)
         num_workers=arguments.dataloader_num_workers,
         progress=not arguments.disable_tqdm,
         cache_folder=arguments.cache_features,
+        feature_extractor=extractor,
     )
 
 

@@ -1,0 +1,102 @@
+"""The part of a recording that is wanted."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from ..errors import UserError
+
+_RATES = (1_000, 1_000_000)  # Hz; a rate outside these is a damaged header
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """From ``start`` to ``stop`` in ``unit``, and of that at most ``longest`` seconds; half open.
+    ``channel`` (from 0) is heard alone; None averages all."""
+
+    start: float
+    stop: float
+    unit: str
+    longest: float = math.inf
+    channel: int | None = None
+
+    def within(self, longest: float) -> "Segment":
+        """The first ``longest`` seconds of it."""
+        return replace(self, longest=longest)
+
+    def frames(self, rate: int, name: str) -> tuple[int, float]:
+        """The segment in samples at ``rate``; the second is ``inf`` where it reaches to the end.
+
+        Raises:
+            UserError: there is no sample in it.
+        """
+        scale = rate if self.unit == "seconds" else 1
+        first = round(self.start * scale)
+        last = self.stop if self.stop == math.inf else round(self.stop * scale)
+        if last <= first:
+            raise UserError(
+                f"{name}: the segment from {self.start:g} to {self.stop:g} {self.unit} holds no sample at "
+                f"{rate} Hz"
+            )
+        if self.longest != math.inf:
+            last = min(last, first + max(1, round(self.longest * rate)))
+        return first, last
+
+
+def make_segment(
+    start: Any, stop: Any, unit: Any, channel: int | None, longest: float | None, name: str
+) -> Segment:
+    """Raises UserError where these are no segment."""
+    if unit not in ("seconds", "samples"):
+        raise UserError(f'unit must be "seconds" or "samples", got {unit!r}')
+    try:
+        first = 0.0 if start is None else float(start)
+        last = math.inf if stop is None else float(stop)
+    except (TypeError, ValueError):
+        raise UserError(f"{name}: start and stop must be numbers, got {start!r} and {stop!r}") from None
+    if not 0 <= first < math.inf or math.isnan(last):
+        raise UserError(f"{name}: start must be 0 or more and stop a number, got {start!r} and {stop!r}")
+    if last <= first:
+        raise UserError(f"{name}: the segment from {first:g} to {last:g} {unit} is empty")
+    return Segment(first, last, unit, math.inf if longest is None else longest, channel)
+
+
+def check_rate(rate: Any, name: str) -> int:
+    """``rate`` as an integer number of Hz that a recording can have.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        value = int(rate)
+        if value != rate or not _RATES[0] <= value <= _RATES[1]:
+            raise ValueError
+    except (TypeError, ValueError, OverflowError):
+        raise UserError(
+            f"{name} has a sampling rate of {rate!r} Hz; {_RATES[0]} to {_RATES[1]} are accepted"
+        ) from None
+    return value
+
+
+def one_channel(block: np.ndarray, channel: int | None, name: str) -> np.ndarray:
+    """``[samples, channels]`` as ``(samples,)``: the mean of the channels, or one of them.
+
+    Raises:
+        UserError: it has no such channel.
+    """
+    count = block.shape[1]
+    if channel is None:
+        return block[:, 0] if count == 1 else block.mean(axis=1)
+    if not 0 <= channel < count:
+        raise UserError(
+            f"{name} has {count} channel{'s'[: count > 1]}, channel {channel} (from 0) is not there"
+        )
+    return np.ascontiguousarray(block[:, channel])
+
+
+def begins_too_late(name: str, first: int, total: int, rate: int) -> UserError:
+    return UserError(
+        f"{name}: the segment begins at {first / rate:.2f} s, the audio ends at {total / rate:.2f} s"
+    )
