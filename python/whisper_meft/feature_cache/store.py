@@ -30,6 +30,7 @@ from meft_kernels import HiddenState
 from meft_kernels.reference.common import row_statistics
 from meft_kernels.reference.eight_bit import encode
 
+from ..audio import VERSION as READING
 from ..data.examples import Example
 from ..encoder.frozen import FrozenEncoder
 from ..encoder.quantization import weights_digest
@@ -49,6 +50,7 @@ _MARGIN_BYTES = 64 * 2**20  # to be left free on the disk
 
 _KEY_NAMES = {
     "format": "the format of the cache",
+    "reading": "the version of how audio is read",
     "backbone": "the backbone's weights",
     "backbone_dtype": "backbone_dtype",
     "backbone_quantization": "backbone_quantization",
@@ -81,6 +83,7 @@ def cache_key(
     options = {k: v for k, v in feature_extractor.to_dict().items() if k not in ignored}
     return {
         "format": FORMAT,
+        "reading": READING,
         "backbone": encoder.original.digest if encoder.original else weights_digest(encoder.backbone_state()),
         "backbone_dtype": str(encoder.dtype).removeprefix("torch."),
         "backbone_quantization": encoder.quantization,
