@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from ..errors import UserError
+from . import flac
 from .notes import say_once
 from .pieces import Pieces
 
@@ -75,8 +76,7 @@ def complete(file: BinaryIO, name: str) -> Pieces | None:
     elif head[:4] == b"OggS":
         _complete_ogg(file, name, size)
     elif head[:4] == b"fLaC":
-        if _has(file, 1, b"fLaC\0\0\0\x22"):
-            raise _joined_error(name)
+        return _complete_flac(file, name)
     elif head[:7] == b"NIST_1A":
         _complete_sphere(file, name, size)
     return None
@@ -190,6 +190,21 @@ def _has(file: BinaryIO, position: int, what: bytes) -> bool:
             return True
         kept = block[1 - len(what) :]
     return False
+
+
+def _complete_flac(file: BinaryIO, name: str) -> Pieces | None:
+    if _has(file, 1, b"fLaC\0\0\0\x22"):
+        raise _joined_error(name)
+    stated, there = flac.stated_length(file), flac.true_length(file)
+    if there is None or there == stated:
+        return None
+    if there < stated:
+        raise UserError(
+            f"{name} is truncated: its header promises {stated} samples, they end at {there} or before"
+        )
+    if stated:
+        say_once(name, f"states a length of {stated} samples; the {there} samples that are there are read")
+    return flac.with_length(file, there)
 
 
 def _complete_ogg(file: BinaryIO, name: str, size: int) -> None:

@@ -16,6 +16,8 @@ from .segments import Segment, begins_too_late, check_rate, one_channel
 
 BLOCK = 1 << 20  # samples decoded at a time, whatever a header promises
 
+_UNKNOWN = 1 << 50  # frames that libsndfile says where a header leaves the length open
+
 _CONVERT = "convert it first, for example with `ffmpeg -i IN -ar 16000 -ac 1 OUT.wav`"
 
 _SIGNATURES = (
@@ -41,21 +43,23 @@ def file_blocks(file: str | bytes, segment: Segment, name: str) -> Iterator[tupl
     # Opening a pipe waits for its writer, maybe for ever.
     if isinstance(file, str) and os.path.exists(file) and not (os.path.isfile(file) or os.path.isdir(file)):
         raise UserError(f"{name} is a pipe or a device, a regular file is needed")
+    pieces, silence = None, 0
     try:
         opened = _open(file)
     except (soundfile.SoundFileError, RuntimeError, OSError, TypeError) as error:
-        raise UserError(f"{name} {_explain(file, error, name)}") from error
-    pieces, silence = None, 0
+        pieces, silence = _rescued(file, error, name)
+        opened = soundfile.SoundFile(pieces)
     try:
         rate = check_rate(opened.samplerate, name)
         first, last = segment.frames(rate, name)
-        if opened.format == "MP3":
-            pieces, silence = _to_its_end(file, opened.frames, last, name)
-        elif last > opened.frames:
-            pieces = _completed(file, name)
-        if pieces is not None:
-            opened.close()
-            opened = soundfile.SoundFile(pieces)
+        if pieces is None:
+            if opened.format == "MP3":
+                pieces, silence = _to_its_end(file, opened.frames, last, name)
+            elif last > opened.frames or opened.frames > _UNKNOWN:
+                pieces = _completed(file, name)
+            if pieces is not None:
+                opened.close()
+                opened = soundfile.SoundFile(pieces)
         total = opened.frames + silence if opened.frames else 0
         if not total:
             raise UserError(f"{name} holds no samples")
@@ -144,6 +148,23 @@ def _to_its_end(file: str | bytes, frames: int, last: float, name: str) -> tuple
     finally:
         if pieces is None:
             binary.close()
+
+
+def _rescued(file: str | bytes, error: Exception, name: str) -> tuple[Pieces, int]:
+    """An MP3 that libsndfile does not open because its tag states less than the encoder's padding.
+
+    Raises:
+        UserError: that is not the reason.
+    """
+    pieces, silence = None, 0
+    if isinstance(error, soundfile.SoundFileError) and (isinstance(file, bytes) or os.path.isfile(file)):
+        with open_binary(file) as opened:
+            head = opened.read(4)
+        if head[:3] == b"ID3" or mpeg.parse_header(head) is not None:
+            pieces, silence = _to_its_end(file, 0, math.inf, name)
+    if pieces is None:
+        raise UserError(f"{name} {_explain(file, error, name)}") from error
+    return pieces, silence
 
 
 def _explain(file: str | bytes, error: Exception, name: str) -> str:

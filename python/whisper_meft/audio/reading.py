@@ -10,7 +10,8 @@ import soxr
 
 from ..errors import UserError, one_line
 from .decoding import BLOCK, file_blocks
-from .samples import LOUDEST, as_samples
+from .notes import say_once
+from .samples import LOUD, LOUDEST, as_samples
 from .segments import Segment, begins_too_late, check_rate, make_segment
 
 VERSION = 2  # of what a source is read as: what was computed of an earlier one may be of another sound
@@ -155,8 +156,13 @@ def _checked_blocks(
                 raise UserError(f"{name} holds samples that are not finite (NaN or infinite)")
             if peak > LOUDEST:
                 raise UserError(
-                    f"{name} holds samples up to {peak:.5g}: floats must lie in -1 to 1 (16-bit integers "
-                    "that were written as floats must be divided by 32768)"
+                    f"{name} holds samples up to {peak:.3g}: that is not audio, which lies in -1 to 1"
+                )
+            if peak > LOUD:
+                say_once(
+                    name,
+                    "holds floats far outside -1 to 1, which are used as they are: integers that were "
+                    "written as floats must be divided by their full scale (32768 for 16 bits) first",
                 )
             yield block, rate
     except (UserError, MemoryError):
@@ -181,8 +187,12 @@ def _blocks(source: Any, segment: Segment, source_rate: Any, name: str) -> Itera
         yield from _array_blocks(array, rate, segment, name)
     elif callable(getattr(source, "read", None)):
         try:
+            # Every epoch reads the same bytes again.
+            begin = source.tell() if source.seekable() else None
             content = source.read()
-        except (OSError, ValueError) as error:
+            if begin is not None:
+                source.seek(begin)
+        except (OSError, ValueError, AttributeError) as error:
             raise UserError(f"cannot read {name}: {error}") from error
         if not isinstance(content, bytes):
             raise UserError(

@@ -8,7 +8,9 @@ import numpy as np
 from ..errors import UserError
 from .segments import one_channel
 
-LOUDEST = 256.0  # floats beyond this (48 dB over full scale) are integers or another quantity, not audio
+LOUD = 256.0  # floats beyond this, 48 dB over full scale, are integers or another quantity
+
+LOUDEST = 1e10  # integers written as floats reach 2^31; squares of much more leave the range of float32
 
 _DIVIDE = "give them in the type that they were recorded in (int16, say), or as floats in -1 to 1"
 
@@ -49,7 +51,7 @@ def as_samples(array: Any, name: str) -> Samples:
     """Samples of any kind, with the scale that their integers were stored in.
 
     8- and 16-bit integers are scaled by their width. Wider ones (Python lists and most columns of tables are
-    int64) are 16-bit samples where all lie in -2^15 to 2^15 - 1, and 32-bit samples where some lie outside
+    int64) are 16-bit samples where all lie in -2^15 to 2^15, and 32-bit samples where some lie outside
     -2^23 to 2^23 - 1 or all have their lowest 8 bits unused; what lies between may be 24-bit samples or quiet
     32-bit ones. Whole numbers written as floats are taken in the same way.
 
@@ -89,7 +91,7 @@ def _full_scale(array: np.ndarray, name: str) -> float:
     values = f"{array.dtype} samples from {least} to {most}"
     if least < -(2**31) or most >= 2**31:
         raise UserError(f"{name} holds {values}, which no recording has: {_DIVIDE}")
-    if least >= -(2**15) and most < 2**15:
+    if least >= -(2**15) and most <= 2**15:  # rounding x 32768 gives 2^15 too
         # Bytes around 128 are unsigned 8-bit audio; as 16 bits they would be a click and silence.
         if least >= 0 and most < 256 and float(array.mean()) > 64:
             raise UserError(f"{name} holds {values}: unsigned bytes must be given as uint8")

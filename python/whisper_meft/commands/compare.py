@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .. import data
 from ..comparison import report as compare_report
 from ..comparison.arguments import CompareArguments
 from ..comparison.runs import Comparison
@@ -50,6 +51,10 @@ def _run(arguments: CompareArguments) -> int:
         f"validation clips, scored on {len(comparison.test)} test clips",
         flush=True,
     )
+    if comparison.left_out:
+        parts = (comparison.examples.training, comparison.examples.evaluation, comparison.test)
+        total = len(comparison.left_out) + sum(map(len, parts))
+        print(data.describe_bad(comparison.left_out, total), flush=True)
     rows: dict[str, Any] = {}
     results = {"settings": {**comparison.settings, "seeds": arguments.seeds}, "methods": rows}
     results["settings"]["learning_rates"] = arguments.learning_rates

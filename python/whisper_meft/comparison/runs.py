@@ -127,9 +127,10 @@ class Comparison:
         if self.arguments.test_data is None and "test" not in kinds:
             raise UserError(f"--test_data is needed: {source} has no test split")
         test = data.load_examples(source, split="test" if "test" in kinds else None, **options)
-        test, _ = data.check_audio(
+        test, bad = data.check_audio(
             test, self.arguments.strict, progress=False, feature_extractor=self.extractor
         )
+        self.left_out = self.examples.left_out + bad
         check_known_labels(test, self.labels)
         warn_on_shared_speakers(self.examples.training, test)
         return test
