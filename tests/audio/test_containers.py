@@ -120,7 +120,7 @@ def test_a_flac_is_read_to_the_end_of_its_frames(samples, caplog):
 
 @pytest.mark.parametrize("samples", [48_001, 2**35])
 def test_a_flac_that_promises_more_than_its_frames_is_named(samples):
-    with pytest.raises(UserError, match="is truncated: its header promises"):
+    with pytest.raises(UserError, match="is truncated or damaged: the .* that its header promises"):
         decode_audio(flac(samples))
 
 
@@ -134,3 +134,13 @@ def test_an_ogg_without_its_last_pages_is_named(subtype, caplog):
         decode_audio(content[: pages[-3]] + content[pages[-2] :])
     with pytest.raises(UserError, match="is damaged: byte .* should begin an Ogg page"):
         decode_audio(content[: pages[-2]] + b"xyz" + content[pages[-2] :])
+
+
+@pytest.mark.parametrize("samples", [1, 16, 4_095, 4_097, 200_000])
+def test_a_flac_of_silence_has_the_shortest_frames_and_is_whole(samples):
+    buffer = io.BytesIO()
+    soundfile.write(buffer, np.zeros(samples), 16_000, format="FLAC")
+    content = bytearray(buffer.getvalue())
+    assert len(decode_audio(bytes(content))[0]) == samples
+    content[22:26] = bytes(4)
+    assert len(decode_audio(bytes(content))[0]) == samples

@@ -196,12 +196,8 @@ def _complete_flac(file: BinaryIO, name: str) -> Pieces | None:
     if _has(file, 1, b"fLaC\0\0\0\x22"):
         raise _joined_error(name)
     stated, there = flac.stated_length(file), flac.true_length(file)
-    if there is None or there == stated:
+    if there is None or there <= stated:  # decoding shows whether that is all there
         return None
-    if there < stated:
-        raise UserError(
-            f"{name} is truncated: its header promises {stated} samples, they end at {there} or before"
-        )
     if stated:
         say_once(name, f"states a length of {stated} samples; the {there} samples that are there are read")
     return flac.with_length(file, there)

@@ -32,7 +32,7 @@ def true_length(file: BinaryIO) -> int | None:
     # The bytes of a header occur in samples too, by chance: one that continues another's count does not.
     ends: set[int] = {0}
     for match in _FRAME.finditer(content):
-        found = _frame(content[match.start() : match.start() + 16], fixed)
+        found = _frame(content[match.start() : match.start() + 16].ljust(16, b"\0"), fixed)
         if found is None:
             continue
         first, samples = found
@@ -52,8 +52,8 @@ def with_length(file: BinaryIO, samples: int) -> Pieces:
 
 
 def _frame(head: bytes, fixed: int) -> tuple[int, int] | None:
-    """(first sample, number of samples) of the frame that ``head`` begins, or None."""
-    if len(head) < 16 or head[3] & 1 or head[2] & 15 == 15:
+    """(first sample, number of samples) of the frame whose first 16 bytes are ``head``, or None."""
+    if head[3] & 1 or head[2] & 15 == 15:
         return None
     length = 8 - (head[4] ^ 0xFF).bit_length() or 1  # bytes of the coded number, as in UTF-8
     if head[4] & 0xC0 == 0x80 or length > 7:
@@ -70,7 +70,7 @@ def _frame(head: bytes, fixed: int) -> tuple[int, int] | None:
     else:
         samples = _SIZES.get(code, 0)
     at += {12: 1, 13: 2, 14: 2}.get(head[2] & 15, 0)
-    if not samples or at >= len(head) or _crc8(head[:at]) != head[at]:
+    if not samples or _crc8(head[:at]) != head[at]:
         return None
     return (number if head[1] & 1 else number * fixed), samples
 

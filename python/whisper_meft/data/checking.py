@@ -11,7 +11,7 @@ from ..errors import UserError, printable
 from .examples import Example, ExampleSet
 from .features import read_features
 
-_WINDOW = 30.0  # seconds that are resampled as well
+_WINDOW = 1.0  # seconds that are resampled as well: a clip vanishes at any length of them or at none
 
 
 def check_audio(
