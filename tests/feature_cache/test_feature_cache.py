@@ -222,6 +222,15 @@ def test_a_stale_cache_is_refused_and_what_differs_is_named(work, tmp_path):
         FeatureCache.create(tmp_path / "c", key, (0, 2), 32, "int4")
 
 
+def test_a_cache_made_when_audio_was_read_otherwise_is_stale(work, tmp_path):
+    key = key_of(work)
+    FeatureCache.create(tmp_path / "c", {**key, "reading": key["reading"] - 1}, (0,), 32)
+    FeatureCache.create(tmp_path / "d", {name: key[name] for name in key if name != "reading"}, (0,), 32)
+    for folder in ("c", "d"):
+        with pytest.raises(UserError, match="stale: the version of how audio is read was (None|1), now"):
+            FeatureCache.create(tmp_path / folder, key, (0,), 32)
+
+
 def test_folders_that_are_no_cache(work, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
