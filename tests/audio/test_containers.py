@@ -96,7 +96,8 @@ def test_a_wav_whose_header_states_less_than_there_is_is_refused(caplog):
     ):
         decode_audio(wav(1_000), name="a.wav")
     assert len(decode_audio(wav(1_000), stop=500, unit="samples")[0]) == 500
-    assert len(decode_audio(wav(len(PCM), after=LIST))[0]) == len(WAVE)
+    for after in (LIST, LIST[:7], LIST[:4] + b"\xff\xff\0\0" + LIST[8:]):
+        assert len(decode_audio(wav(len(PCM), after=after))[0]) == len(WAVE)
     with pytest.raises(UserError, match="holds no samples"):
         decode_audio(wav(0)[:44] + LIST)
     assert not caplog.records

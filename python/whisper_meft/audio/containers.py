@@ -19,6 +19,11 @@ _STREAMED = 0x7FFFF000  # 32-bit sizes from here on mean "unknown" in files writ
 _CONVERT = "write it anew, for example with `ffmpeg -i IN -ar 16000 -ac 1 OUT.wav`"
 
 
+_METADATA = frozenset(
+    (b"LIST", b"id3 ", b"ID3 ", b"bext", b"iXML", b"_PMX", b"cue ", b"smpl", b"JUNK", b"PAD ")
+)
+
+
 @dataclass(frozen=True, slots=True)
 class _Chunks:
     """How a container names and measures its chunks.
@@ -127,6 +132,8 @@ def _all_chunks(file: BinaryIO, kind: _Chunks, position: int, size: int) -> bool
     """Whether from ``position`` on there is nothing but whole chunks."""
     end = position
     for chunk, start, stated in _walk(file, kind, position, size):
+        if chunk in _METADATA:
+            return True  # also where its size is wrong, as some programs write it
         if stated < 0 or start + stated > size or not re.fullmatch(rb"[ -~]{4}.*", chunk, re.S):
             return False
         if chunk[:4] in (b"RIFF", b"RIFX", b"RF64", b"FORM", b"riff"):
@@ -154,7 +161,7 @@ def _compare(
             f"{max(there, 0) or 'none'} are there"
         )
     rest = there - stated
-    if not rest or harmless():
+    if rest < 8 or harmless():  # the header of a chunk is as long
         return
     head = _at(file, end, 16)
     if head[:3] in (b"ID3", b"TAG") or head[:8] == b"APETAGEX" or _only_zeros(file, end):
