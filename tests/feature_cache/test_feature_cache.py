@@ -35,6 +35,7 @@ from whisper_meft.feature_cache.store import (
     cache_key,
     check_disk,
     clip_bytes,
+    clip_fingerprint,
     pack,
     shuffled_parts,
     unpack,
@@ -229,6 +230,13 @@ def test_a_cache_made_when_audio_was_read_otherwise_is_stale(work, tmp_path):
     for folder in ("c", "d"):
         with pytest.raises(UserError, match="stale: the version of how audio is read was (None|1), now"):
             FeatureCache.create(tmp_path / folder, key, (0,), 32)
+
+
+def test_channels_of_one_recording_are_different_clips(tmp_path):
+    path = tmp_path / "a.wav"
+    path.write_bytes(b"x")
+    prints = {clip_fingerprint(Example(path, "a", name="clip", channel=channel)) for channel in (None, 0, 1)}
+    assert len(prints) == 3
 
 
 def test_folders_that_are_no_cache(work, tmp_path):
@@ -498,7 +506,7 @@ def test_the_cache_command_then_training_computes_nothing(work, tmp_path, capsys
 
     monkeypatch.setattr(cached_data._Filler, "_compute", refused)
     monkeypatch.setattr(data.SpeechDataset, "__getitem__", refused)
-    monkeypatch.setattr(Example, "decode", refused)  # nor is the audio checked again
+    monkeypatch.setattr(Example, "read", refused)  # nor is the audio checked again
     options = {"max_frames": "longest", "cache_features": tmp_path / "c", "num_train_epochs": 1}
     assert cli.main(train_command(work[0], work[1], tmp_path / "out", **options)) == 0
     assert cli.main([*cache, "--max_frames=20"]) == 1

@@ -104,6 +104,8 @@ def clip_fingerprint(example: Example) -> str:
     if isinstance(source, dict):
         source = next((source[k] for k in ("bytes", "array", "raw", "path") if source.get(k) is not None), "")
     segment = f"{example.start} {example.stop} {example.unit}"
+    if example.channel is not None:
+        segment += f" channel {example.channel}"
     if isinstance(source, str | os.PathLike):
         try:
             about = os.stat(source)
