@@ -427,7 +427,7 @@ def test_predictions_do_not_depend_on_the_batch(work, tmp_path, capsys):
 
 
 def test_convert_goes_to_the_published_form_and_back(work, tmp_path, capsys):
-    status, _, err = run_main(capsys, "convert", work / "model", tmp_path / "published", "--to_published")
+    status, _, err = run_main(capsys, "convert", "--to_published", work / "model", tmp_path / "published")
     assert status == 0, err
     status, out, err = run_main(
         capsys, "convert", tmp_path / "published", tmp_path / "back", "--method", "lst"

@@ -55,7 +55,7 @@ def run(argv: Sequence[str]) -> int:
     arguments, where = make_parser().parse(argv)
     destination = Path(where.dst)
     if destination.is_dir() and any(destination.iterdir()) and not arguments.overwrite:
-        raise UserError(f"DST: {destination} is not empty; name another folder, or add --overwrite True")
+        raise UserError(f"DST: {destination} is not empty; name another folder, or add --overwrite")
 
     from ..model.backbone import quiet_transformers
     from ..model.published import convert, to_published

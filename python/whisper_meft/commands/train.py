@@ -24,8 +24,8 @@ def make_parser(all_options: bool = False) -> Parser:
     )
     if not all_options:
         hidden = hide_options(parser, TrainArguments._argument_group_name, COMMON_TRAINING_OPTIONS)
-        parser.epilog = (
-            "Every other option of transformers.TrainingArguments is accepted too (described by --help_all): "
+        parser.epilog += (
+            " Every other option of transformers.TrainingArguments is accepted too, described by --help_all: "
             + " ".join(hidden)
         )
     return parser

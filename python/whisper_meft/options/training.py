@@ -100,7 +100,10 @@ class TrainArguments(TrainingArguments):
     )
     resume_from_checkpoint: str | None = field(
         default=None,
-        metadata={"help": "True to go on from the newest complete checkpoint in output_dir, or its folder"},
+        metadata={
+            "help": "a checkpoint to go on from (without a name: the newest complete one in output_dir)",
+            "switch": True,
+        },
     )
     num_train_epochs: float = field(default=10.0, metadata={"help": "passes over the training data"})
     auto_batch: bool = field(
@@ -129,8 +132,7 @@ class TrainArguments(TrainingArguments):
         metadata={
             "help": "run the frozen backbone once and train from its states in this folder, filling it as "
             "needed (without a name: feature_cache in output_dir); see `whisper-meft cache`",
-            "nargs": "?",
-            "const": "True",
+            "switch": True,
         },
     )
     cache_storage: Literal["exact", "bfloat16", "fp8"] | None = field(
@@ -261,6 +263,11 @@ class TrainArguments(TrainingArguments):
             self.cache_features = os.path.join(self.output_dir, "feature_cache")
         if self.cache_storage is not None and self.cache_features is None:
             raise UsageError(f"--cache_storage {self.cache_storage} needs --cache_features")
+        if self.include_num_input_tokens_seen not in (True, False, "all", "non_padding", "no"):
+            raise UsageError(
+                "--include_num_input_tokens_seen must be all, non_padding, True or False, got "
+                f"{self.include_num_input_tokens_seen!r}"
+            )
         if self.report_to is None:
             self.report_to = "none"
         if not torch.cuda.is_available() and not torch.backends.mps.is_available():
