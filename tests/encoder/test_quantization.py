@@ -30,7 +30,8 @@ from whisper_meft.encoder.sizes import whisper_config
 from whisper_meft.errors import UserError
 from whisper_meft.feature_cache.dataset import CachedCollator, CachedDataset
 from whisper_meft.feature_cache.filling import prepare_cache
-from whisper_meft.feature_cache.store import FeatureCache, cache_key
+from whisper_meft.feature_cache.key import cache_key
+from whisper_meft.feature_cache.store import FeatureCache
 from whisper_meft.memory.counting import estimate
 from whisper_meft.model.backbone import load_backbone, set_labels
 

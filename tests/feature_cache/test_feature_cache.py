@@ -6,6 +6,8 @@ import os
 import pickle
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -28,18 +30,12 @@ from whisper_meft.data import Example, ExampleSet
 from whisper_meft.encoder.cached import decoded
 from whisper_meft.errors import UserError
 from whisper_meft.feature_cache import filling as cached_data
+from whisper_meft.feature_cache.claims import Claims
 from whisper_meft.feature_cache.dataset import CachedCollator, CachedDataset
-from whisper_meft.feature_cache.filling import prepare_cache
-from whisper_meft.feature_cache.store import (
-    FeatureCache,
-    cache_key,
-    check_disk,
-    clip_bytes,
-    clip_fingerprint,
-    pack,
-    shuffled_parts,
-    unpack,
-)
+from whisper_meft.feature_cache.filling import check_disk, first_part, prepare_cache
+from whisper_meft.feature_cache.key import cache_key, clip_fingerprint
+from whisper_meft.feature_cache.shards import clip_bytes, pack, unpack
+from whisper_meft.feature_cache.store import FeatureCache
 from whisper_meft.model.backbone import load_backbone, set_labels
 
 METHODS = {
@@ -239,6 +235,169 @@ def test_channels_of_one_recording_are_different_clips(tmp_path):
     assert len(prints) == 3
 
 
+def test_what_the_weights_do_not_show_is_in_the_key(work, tmp_path):
+    folder = make_backbone(tmp_path / "backbone", encoder_layers=3)
+    model = model_of((folder, *work[1:]), METHODS["head"])
+    prepare_cache(tmp_path / "c", model, work[3], [work[2]], progress=False)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    heads = config["encoder_attention_heads"]
+    for name, value in (("encoder_attention_heads", 2 * heads), ("activation_function", "relu")):
+        path.write_text(json.dumps(config | {name: value}))
+        other = model_of((folder, *work[1:]), METHODS["head"])
+        with pytest.raises(UserError, match=f"the backbone's config's {name} was .*, now it is {value}"):
+            prepare_cache(tmp_path / "c", other, work[3], [work[2]], progress=False)
+
+
+def altered(path: Path, change) -> None:
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def swap(rows, a, b, column=slice(None)):
+    rows[a][column], rows[b][column] = rows[b][column], rows[a][column]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda clips: swap(clips, 0, 1),
+        lambda clips: swap(clips, 0, 1, 0),  # the names alone
+        lambda clips: swap(clips, 0, 1, 1),  # the fingerprints alone
+        lambda clips: clips.pop(0),
+        lambda clips: clips.pop(),
+        lambda clips: clips.insert(0, clips[-1]),
+        lambda clips: clips[0].__setitem__(2, clips[0][2] - 1),
+        lambda clips: clips[0].__setitem__(3, 99.0),
+    ],
+)
+def test_an_index_that_was_altered_is_not_believed(change, work, tmp_path):
+    model = model_of(work, METHODS["head"])
+    whole = cached_batch(work, model, tmp_path / "c", "exact")
+    (path,) = (tmp_path / "c").glob("shard-*.json")
+    altered(path, lambda index: change(index["clips"]))
+    cache = FeatureCache(tmp_path / "c")
+    assert len(cache) == 0 and cache.damaged() == [path.stem]
+    assert cache.checked(work[2][0]) is None
+    again = cached_batch(work, model, tmp_path / "c", None)
+    torch.testing.assert_close(again["hidden_states"], whole["hidden_states"], rtol=1e-5, atol=1e-5)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"layers": [2, 1, 0, 3]},
+            "cache.json was altered since it was written: name another folder, or rem",
+        ),
+        ({"layers": [1, 2, 3]}, "cache.json was altered"),
+        ({"storage": "bfloat16"}, "cache.json was altered"),
+        ({"hidden_size": 16}, "cache.json was altered"),
+        ({"digest": None}, "cache.json was altered"),
+        ({"key": {"format": 2}}, "cache.json was altered"),
+        ({"key": {"format": 1}}, "is of format 1, and this version can only check format 2: name another fo"),
+        ({"key": {}}, "is of format None, .* or remove it and it is computed again"),
+        ({"key": "lst"}, "is of format None"),
+    ],
+)
+def test_a_description_that_was_altered_or_is_of_an_old_format_is_refused(change, message, work, tmp_path):
+    model = model_of(work, METHODS["weighted_sum"])
+    prepare_cache(tmp_path / "c", model, work[3], [work[2][:2]], "exact", progress=False)
+    altered(tmp_path / "c" / "cache.json", lambda about: about.update(change))
+    before = sorted((tmp_path / "c").iterdir())
+    with pytest.raises(UserError, match=message):
+        prepare_cache(tmp_path / "c", model, work[3], [work[2][:2]], progress=False)
+    assert sorted((tmp_path / "c").iterdir()) == before  # nothing is deleted
+
+
+def test_shards_of_another_cache_are_refused(work, tmp_path):
+    for name, max_frames in (("a", "longest"), ("b", 30)):
+        model = model_of(work, METHODS["head"], max_frames)
+        prepare_cache(tmp_path / name, model, work[3], [work[2]], progress=False)
+    for path in (tmp_path / "a").glob("shard-*"):
+        path.rename(tmp_path / "b" / path.name)
+    with pytest.raises(UserError, match="belongs to another cache than .*b/cache.json describes: move it"):
+        prepare_cache(tmp_path / "b", model, work[3], [work[2]], progress=False)
+
+
+@pytest.mark.parametrize("to", ["cut", "longer", "gone", "empty"])
+def test_a_shard_that_changes_while_it_is_trained_from_is_named(to, work, tmp_path):
+    model = model_of(work, METHODS["head"])
+    cache = prepare_cache(tmp_path / "c", model, work[3], [work[2]], "exact", progress=False)
+    dataset = CachedDataset(work[2], cache, model)
+    assert dataset[len(dataset) - 1]["hidden_states"].isfinite().all()
+    (path,) = (tmp_path / "c").glob("shard-*.safetensors")
+    size = path.stat().st_size
+    if to == "gone":
+        path.unlink()
+    else:
+        os.truncate(path, {"cut": size // 2, "longer": size + 1, "empty": 0}[to])
+    with pytest.raises(UserError, match=rf"{path.name} is damaged \(.*\): start again, and damaged shards"):
+        dataset[len(dataset) - 1]
+
+
+def test_a_file_with_other_content_of_the_same_size_and_date_is_stale(work, tmp_path):
+    audio = make_audio_folder(tmp_path / "audio", 2)
+    examples = data.load_examples(str(audio))
+    model = model_of(work, METHODS["head"])
+    prepare_cache(tmp_path / "c", model, work[3], [examples], progress=False)
+    path = audio / "low" / "low1.wav"
+    about, content = path.stat(), bytearray(path.read_bytes())
+    content[-100:] = bytes(100)
+    path.write_bytes(content)
+    os.utime(path, ns=(about.st_atime_ns, about.st_mtime_ns))
+    with pytest.raises(UserError, match=r"stale: .*low1.wav has"):
+        prepare_cache(tmp_path / "c", model, work[3], [examples], progress=False)
+
+
+def test_several_fills_at_once_compute_each_clip_once(work, tmp_path, monkeypatch):
+    monkeypatch.setattr(cached_data, "SHARD_BYTES", 6000)
+    monkeypatch.setattr(cached_data, "_WAIT_SECONDS", 0.01)
+    write, written = FeatureCache.write, []
+
+    def slowly(self, clips):
+        time.sleep(0.05)
+        written.extend(example.name for example, *_ in clips)
+        write(self, clips)
+
+    monkeypatch.setattr(FeatureCache, "write", slowly)
+    models = [model_of(work, METHODS["head"]) for _ in range(3)]
+
+    def fill(model):
+        return len(prepare_cache(tmp_path / "c", model, work[3], [work[2]], progress=False))
+
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(fill, models)) == [12, 12, 12]  # each waits for what the others compute
+    assert sorted(written) == sorted(example.name for example in work[2])
+    assert len(list((tmp_path / "c").glob("shard-*.json"))) > 3
+    assert {path.name[:6] for path in (tmp_path / "c").iterdir()} == {"cache.", "shard-"}
+
+
+def test_claims_of_killed_and_stalled_processes_are_free(work, tmp_path):
+    FeatureCache.create(tmp_path / "c", key_of(work), (0,), 32)
+    with Claims(tmp_path / "c") as ours, Claims(tmp_path / "c") as theirs:
+        with theirs.locked():
+            theirs.claim(["a", "b"])
+        with ours.locked():
+            assert ours.of_others() == [{"a", "b"}]
+            os.utime(theirs.path, (1, 1))
+            assert ours.of_others() == [set()]  # it lives, but does not get on
+            theirs.touch()
+            assert ours.of_others() == [{"a", "b"}]
+            theirs._file.close()  # as a killed process leaves it
+            assert ours.of_others() == [] and not theirs.path.exists()
+
+
+def test_a_complete_cache_in_a_folder_that_cannot_be_written_serves(work, tmp_path, monkeypatch):
+    model = model_of(work, METHODS["head"])
+    prepare_cache(tmp_path / "c", model, work[3], [work[2]], progress=False)
+    monkeypatch.setattr(Claims, "__enter__", lambda self: self)  # what root's rights would hide
+    cache = prepare_cache(tmp_path / "c", model, work[3], [work[2]], progress=False)
+    assert len(cache) == 12
+
+
 def test_folders_that_are_no_cache(work, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
@@ -298,12 +457,6 @@ def test_audio_that_was_checked_when_it_was_cached_is_known(work, tmp_path):
     assert [e.seconds for e in good] == [e.seconds for e in examples if e.name != str(broken)]
     assert [name for name, _ in bad] == [str(broken)]
     assert read == [examples[0].name, *(e.name for e in examples[3:])]
-    # A cache of an earlier version, that does not know the lengths, still serves.
-    for path in (tmp_path / "c").glob("shard-*.json"):
-        index = json.loads(path.read_text())
-        path.write_text(json.dumps(index | {"clips": [row[:3] for row in index["clips"]]}))
-    old = FeatureCache(tmp_path / "c")
-    assert old.find(examples[1]) is not None and old.checked(examples[1]) is None
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "gone", "index"])
@@ -360,17 +513,40 @@ def test_an_interrupted_fill_keeps_its_shards(work, tmp_path, monkeypatch):
     assert sum(counted) == len(work[2]) - done
 
 
-def test_what_killed_processes_left_is_removed_once_it_is_old(work, tmp_path):
+LEFT = (
+    ".shard-1-abc.safetensors",
+    "shard-1.safetensors",
+    ".shard-1-abc.json",
+    ".cache-1.json",
+    "..cache-1-2.json",
+)
+
+
+def test_what_killed_processes_left_is_removed_once_nobody_writes_it(work, tmp_path):
     cache = FeatureCache.create(tmp_path / "c", key_of(work), (0,), 32)
-    paths = [tmp_path / "c" / name for name in (".shard-1-abc.safetensors", "shard-1.safetensors")]
-    for path in paths:
-        path.write_bytes(b"1")
-    cache.remove_orphans()
-    assert all(path.exists() for path in paths)  # somebody may be writing them
-    for path in paths:
-        os.utime(path, (1, 1))
-    cache.remove_orphans()
-    assert not any(path.exists() for path in paths)
+    paths = [tmp_path / "c" / name for name in LEFT]
+
+    def left(alone, seconds):
+        for path in paths:
+            path.write_bytes(b"1")
+            os.utime(path, (time.time() - seconds,) * 2)
+        cache.remove_leftovers(alone)
+        return [path.name for path in paths if path.exists()]
+
+    assert left(False, 1800) == list(LEFT)
+    assert left(False, 4000) == []
+    assert left(True, 5) == [".cache-1.json", "..cache-1-2.json"]  # of a process that has just begun
+    assert left(True, 100) == [] and (tmp_path / "c" / "cache.json").exists()
+
+
+def test_filling_sweeps_what_a_killed_process_left(work, tmp_path):
+    model = model_of(work, METHODS["head"])
+    prepare_cache(tmp_path / "c", model, work[3], [work[2]], progress=False)
+    whole = sorted(path.name for path in (tmp_path / "c").iterdir())
+    for name in (*LEFT[:3], ".claim-1.json"):  # nobody holds that claim
+        (tmp_path / "c" / name).write_text("[]")
+    prepare_cache(tmp_path / "c", model, work[3], [work[2]], progress=False)
+    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == whole
 
 
 def test_a_disk_that_is_too_small_is_said_before_anything_is_written(work, tmp_path, monkeypatch):
@@ -378,19 +554,17 @@ def test_a_disk_that_is_too_small_is_said_before_anything_is_written(work, tmp_p
     with pytest.raises(UserError, match="needs .* GiB are free: name a folder on another disk"):
         check_disk(tmp_path, 2**60)
     monkeypatch.setattr(
-        "whisper_meft.feature_cache.store.shutil.disk_usage", lambda _: type("Usage", (), {"free": 10})
+        "whisper_meft.feature_cache.filling.shutil.disk_usage", lambda _: type("Usage", (), {"free": 10})
     )
     with pytest.raises(UserError, match="GiB are free"):
         prepare_cache(tmp_path / "c", model_of(work, METHODS["lst"]), work[3], [work[2]], progress=False)
     assert not list((tmp_path / "c").glob("shard-*"))
 
 
-def test_parts_hold_everything_once_and_differ_between_processes():
-    sizes = [5, 5, 30, 1, 1, 1, 8, 8, 8] * 8
-    parts = shuffled_parts(sizes, 12)
-    assert sorted(i for part in parts for i in part) == list(range(len(sizes)))
-    assert all(sum(sizes[i] for i in part) <= 12 or len(part) == 1 for part in parts)
-    assert any(shuffled_parts(sizes, 12) != parts for _ in range(3))
+def test_a_part_holds_what_fits_and_at_least_one():
+    assert first_part([7, 3, 9], [5, 5, 5], 12) == [7, 3]
+    assert first_part([7, 3], [30, 1], 12) == [7]
+    assert first_part([], [], 12) == []
 
 
 def test_workers_read_the_cache(work, tmp_path):

@@ -1,7 +1,12 @@
 """Filling a feature cache: the backbone run once over the clips that it lacks."""
 
+import hashlib
+import os
+import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,18 +22,19 @@ from ..data.features import window_of
 from ..encoder.chunked import automatic_chunk
 from ..errors import UserError
 from ..model.module import MeftModel
-from .store import (
-    SHARD_BYTES,
-    FeatureCache,
-    cache_key,
-    check_disk,
-    clip_bytes,
-    clip_fingerprint,
-    pack,
-    shuffled_parts,
-)
+from .claims import Claims
+from .key import cache_key, clip_fingerprint
+from .shards import clip_bytes, pack
+from .store import FeatureCache
+
+# A shard is held in memory while it is filled, and is what an interrupted run loses.
+SHARD_BYTES = 128 * 2**20
 
 _BATCH = 8  # clips that are read at a time; the backbone takes as many of them as suit the device
+
+_MARGIN_BYTES = 64 * 2**20  # to be left free on the disk
+
+_WAIT_SECONDS = 0.5
 
 
 def _nothing(*_: Any) -> None:
@@ -66,10 +72,12 @@ def prepare_cache(
     if bad := cache.damaged():
         say(f"{len(bad)} damaged shards of the feature cache are computed again: {', '.join(bad)}")
         cache.remove(bad)
-    cache.remove_orphans()
-    filler = _Filler(cache, model, feature_extractor, autocast, num_workers, progress)
-    for examples in sets:
-        filler.fill(examples, say)
+    with Claims(folder) as claims:
+        with suppress(OSError), claims.locked():
+            cache.remove_leftovers(alone=not claims.of_others())
+        filler = _Filler(cache, claims, model, feature_extractor, autocast, num_workers, progress)
+        for examples in sets:
+            filler.fill(examples, say)
     wait_for_everyone()
     cache.scan()
     return cache
@@ -81,13 +89,19 @@ class _Filler:
     def __init__(
         self,
         cache: FeatureCache,
+        claims: Claims,
         model: MeftModel,
         feature_extractor: Any,
         autocast: str | None,
         num_workers: int,
         progress: bool,
     ):
-        self.cache, self.encoder, self.extractor = cache, model.encoder, feature_extractor
+        self.cache, self.claims, self.encoder, self.extractor = (
+            cache,
+            claims,
+            model.encoder,
+            feature_extractor,
+        )
         self.max_frames = model.meft_config.max_frames
         self.autocast, self.num_workers, self.progress = autocast, num_workers, progress
 
@@ -105,26 +119,45 @@ class _Filler:
         window = window_of(self.extractor, self.max_frames) // 2
         known = None if self.max_frames == "fidelity" else dataset.lengths
         frames = [window] * len(examples) if known is None else known
-        todo = sorted(missing.values(), key=lambda i: frames[i])
         about = (len(self.cache.layers), self.encoder.hidden_size, self.cache.storage, self.encoder.dtype)
-        sizes = [clip_bytes(frames[i], *about) for i in todo]
-        room = check_disk(self.cache.folder, sum(sizes))
+        todo = {i: clip_bytes(frames[i], *about) for i in sorted(missing.values(), key=lambda i: frames[i])}
+        room = check_disk(self.cache.folder, sum(todo.values()))
         say(
             f"feature cache {self.cache.folder}: {len(todo)} of {len(examples)} clips are missing, as "
             f"{self.cache.storage} they take {room}"
         )
+        names = {i: hashlib.sha256(f"{examples[i].name} {prints[i]}".encode()).hexdigest() for i in todo}
         with tqdm(total=len(todo), desc="caching", unit="clip", disable=not self.progress) as bar:
-            for part in shuffled_parts(sizes, SHARD_BYTES):
-                self.cache.scan()  # another process may have been here
-                chosen = [todo[p] for p in part]
-                chosen = [i for i in chosen if self.cache.find(examples[i], prints[i]) is None]
-                packed = []
-                for i, parts in zip(chosen, self._compute(dataset, chosen)):
-                    packed.append((examples[i], prints[i], parts))
-                    bar.update()
-                bar.update(len(part) - len(chosen))
-                if packed:
+            while todo:
+                chosen = self._next(examples, prints, todo, names)
+                bar.update(bar.total - len(todo) - bar.n)
+                if chosen:
+                    packed = []
+                    for i, parts in zip(chosen, self._compute(dataset, chosen)):
+                        packed.append((examples[i], prints[i], parts))
+                        self.claims.touch()
+                        bar.update()
                     self.cache.write(packed)
+                elif todo:  # others compute the rest
+                    time.sleep(_WAIT_SECONDS)
+
+    def _next(
+        self, examples: ExampleSet, prints: Sequence[str], todo: dict[int, int], names: dict[int, str]
+    ) -> list[int]:
+        """Claims the clips of the next shard, and takes out of ``todo`` (bytes by number) what is there.
+        ``names``: of the clips in claims."""
+        try:
+            with self.claims.locked():
+                taken = set().union(*self.claims.of_others())
+                self.cache.scan()
+                for i in [i for i in todo if self.cache.find(examples[i], prints[i]) is not None]:
+                    del todo[i]
+                free = [i for i in todo if names[i] not in taken]
+                chosen = first_part(free, [todo[i] for i in free], SHARD_BYTES)
+                self.claims.claim(names[i] for i in chosen)
+        except OSError as error:
+            raise UserError(f"cannot write in {self.cache.folder}: {error.strerror}") from error
+        return chosen
 
     def _compute(self, dataset: SpeechDataset, chosen: Sequence[int]) -> Iterator[dict[str, Tensor]]:
         """What is stored of each clip, in this order."""
@@ -167,3 +200,33 @@ class _Filler:
 
 def _row(state: Tensor | HiddenState, b: int) -> Tensor | HiddenState:
     return HiddenState(*(part[b] for part in state)) if isinstance(state, HiddenState) else state[b]
+
+
+def check_disk(folder: str | os.PathLike, needed: int) -> str:
+    """Says how much ``needed`` bytes and the free disk are.
+
+    Raises:
+        UserError: there is not enough room.
+    """
+    place = Path(folder)
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    said = f"{needed / 2**30:.3g} GiB; {free / 2**30:.3g} GiB are free"
+    if needed + _MARGIN_BYTES > free:
+        raise UserError(
+            f"the feature cache in {folder} needs {said}: name a folder on another disk, or keep fewer "
+            "layers (--layers) or 8 bits (fp8)"
+        )
+    return said
+
+
+def first_part(items: Sequence[int], sizes: Sequence[int], limit: int) -> list[int]:
+    """As many of the first items as are together at most ``limit``, at least one where there are any."""
+    part, room = [], limit
+    for item, size in zip(items, sizes):
+        room -= size
+        if part and room < 0:
+            break
+        part.append(item)
+    return part

@@ -3,6 +3,7 @@
 A cache is a folder. ``cache.json`` says what its states are of: the backbone's weights, the feature
 extractor and so on; states of anything else are refused. ``shard-*.safetensors`` hold the clips, and beside
 each lies its index ``shard-*.json``: the clips in it, their sources' fingerprints and the file's checksum.
+Descriptions and indices hold a checksum of themselves, and an index that of the description it goes with.
 Every file is written beside its place and renamed, shards have names of their own and an index comes after
 its shard: so several processes may fill one cache, and an interrupted one is gone on with.
 """
@@ -10,110 +11,26 @@ its shard: so several processes may fill one cache, and an interrupted one is go
 import hashlib
 import json
 import os
-import random
-import shutil
 import time
 import uuid
-import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from meft_kernels import HiddenState
-from meft_kernels.reference.common import row_statistics
-from meft_kernels.reference.eight_bit import encode
-
-from ..audio import VERSION as READING
 from ..data.examples import Example
-from ..encoder.frozen import FrozenEncoder
-from ..encoder.quantization import weights_digest
 from ..errors import UserError
 from ..files import read_json, replacing, write_json
+from .key import FORMAT, KEY_NAMES, clip_fingerprint
+from .shards import STORAGES, CachedClip, checksum, parts_of, read_header, read_rows, unpack
 
-FORMAT = 1
+# What nobody who fills the cache is known to be writing, see FeatureCache.remove_leftovers.
+_ABANDONED_SECONDS = 3600
 
-STORAGES = ("exact", "bfloat16", "fp8")
-
-# A shard is held in memory while it is filled, and is what an interrupted run loses.
-SHARD_BYTES = 128 * 2**20
-
-_ORPHAN_SECONDS = 3600
-
-_MARGIN_BYTES = 64 * 2**20  # to be left free on the disk
-
-_KEY_NAMES = {
-    "format": "the format of the cache",
-    "reading": "the version of how audio is read",
-    "backbone": "the backbone's weights",
-    "backbone_dtype": "backbone_dtype",
-    "backbone_quantization": "backbone_quantization",
-    "autocast": "autocast (bf16, fp16)",
-    "feature_extractor": "the feature extractor",
-    "max_frames": "max_frames",
-}
-
-
-def cache_key(
-    encoder: FrozenEncoder, feature_extractor: Any, max_frames: int | str, autocast: str | None = None
-) -> dict[str, Any]:
-    """What the states of a clip depend on beside the clip itself; plain JSON values.
-
-    Args:
-        encoder: the frozen backbone; all its weights are hashed, as they were before
-            quantisation. feature_extractor: a
-            ``WhisperFeatureExtractor``. max_frames: as in :class:`whisper_meft.MeftConfig`.
-        autocast: number format that float32 weights are run in, or None.
-
-    Raises:
-        UserError: features that are different each time.
-    """
-    if getattr(feature_extractor, "dither", 0.0):
-        raise UserError(
-            f"features cannot be cached with dither={feature_extractor.dither} in the feature extractor: it "
-            "makes them different in every epoch; set dither to 0"
-        )
-    ignored = ("feature_extractor_type", "processor_class", "return_attention_mask", "padding_side")
-    options = {k: v for k, v in feature_extractor.to_dict().items() if k not in ignored}
-    return {
-        "format": FORMAT,
-        "reading": READING,
-        "backbone": encoder.original.digest if encoder.original else weights_digest(encoder.backbone_state()),
-        "backbone_dtype": str(encoder.dtype).removeprefix("torch."),
-        "backbone_quantization": encoder.quantization,
-        "autocast": autocast if encoder.dtype == torch.float32 and not encoder.quantization else None,
-        "feature_extractor": json.loads(json.dumps(options, sort_keys=True, default=str)),
-        "max_frames": max_frames,
-    }
-
-
-def clip_fingerprint(example: Example) -> str:
-    """What tells a clip's source from another of the same name: size and time of change of its file, or a
-    hash of its content where it comes from elsewhere; and the segment of it.
-
-    Raises:
-        UserError: the source cannot be read.
-    """
-    source = example.value()
-    if isinstance(source, dict):
-        source = next((source[k] for k in ("bytes", "array", "raw", "path") if source.get(k) is not None), "")
-    segment = f"{example.start} {example.stop} {example.unit}"
-    if example.channel is not None:
-        segment += f" channel {example.channel}"
-    if isinstance(source, str | os.PathLike):
-        try:
-            about = os.stat(source)
-        except OSError as error:
-            raise UserError(f"{example.name}: cannot read the file: {error.strerror}") from error
-        return f"{about.st_size} bytes of {about.st_mtime_ns}, {segment}"
-    content = source if isinstance(source, bytes) else np.ascontiguousarray(source).tobytes()
-    return f"{hashlib.sha256(content).hexdigest()}, {segment}"
+_CREATING_SECONDS = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,21 +43,6 @@ class Clip:
     frames: int
     fingerprint: str
     seconds: float | None
-
-
-@dataclass
-class CachedClip:
-    """A clip's hidden states, as they are stored.
-
-    Attributes:
-        states: (S, T, D), floating point or 8-bit codes. statistics: (S, T, 2) mean and rstd of their rows.
-        scales: (S, 2, D) scale and shift of 8-bit codes (:func:`whisper_meft.encoder.cached.decoded`), or
-            None.
-    """
-
-    states: Tensor
-    statistics: Tensor
-    scales: Tensor | None
 
 
 class FeatureCache:
@@ -160,14 +62,31 @@ class FeatureCache:
             raise UserError(
                 f"{self.folder} holds no feature cache (cache.json); whisper-meft cache makes one"
             )
-        if not isinstance(about, dict) or not {"key", "layers", "storage", "hidden_size"} <= set(about):
-            raise UserError(f"{self.folder / 'cache.json'} does not describe a feature cache")
+        self._check_description(about)
+        self.digest = about["digest"]
         self.key, self.layers, self.storage = about["key"], tuple(about["layers"]), about["storage"]
         self.hidden_size = about["hidden_size"]
         self._clips: dict[str, dict[str, Clip]] = {}
         self._seen: set[str] = set()
-        self._open: dict[tuple[int, str], Any] = {}
+        self._sizes: dict[str, int] = {}  # bytes of each shard
+        self._headers: dict[str, dict[str, Any]] = {}
         self.scan()
+
+    def _check_description(self, about: Any) -> None:
+        path = self.folder / "cache.json"
+        if not isinstance(about, dict) or not {"key", "layers", "storage", "hidden_size"} <= set(about):
+            raise UserError(f"{path} does not describe a feature cache")
+        found = about["key"].get("format") if isinstance(about["key"], dict) else None
+        if found != FORMAT:
+            raise UserError(
+                f"the cache in {self.folder} is of format {found}, and this version can only check format "
+                f"{FORMAT}: name another folder, or remove it and it is computed again"
+            )
+        if about.get("digest") != _digest(about):
+            raise UserError(
+                f"{path} was altered since it was written: name another folder, or remove the whole cache "
+                "and it is computed again"
+            )
 
     @classmethod
     def create(
@@ -199,7 +118,7 @@ class FeatureCache:
             half = key["backbone_dtype"] in ("bfloat16", "float16")
             chosen = storage or ("exact" if half else "bfloat16")
             about = {"key": key, "layers": list(layers), "hidden_size": hidden_size, "storage": chosen}
-            _write_new(path, about)
+            _write_new(path, about | {"digest": _digest(about)})
         cache = cls(folder)
         cache.check(key, layers)
         if storage not in (None, cache.storage):
@@ -211,7 +130,7 @@ class FeatureCache:
     def check(self, key: dict[str, Any], layers: Sequence[int]) -> None:
         """Raises UserError, naming what differs, unless the cache is of these states."""
         different = []
-        for name, meaning in _KEY_NAMES.items():
+        for name, meaning in KEY_NAMES.items():
             before, now = self.key.get(name), key.get(name)
             if before == now:
                 continue
@@ -233,15 +152,25 @@ class FeatureCache:
             )
 
     def scan(self) -> None:
-        """Reads the indices of shards that were written since the last look."""
+        """Reads the indices of shards that were written since the last look.
+
+        Raises:
+            UserError: one is that of another cache.
+        """
         for path in sorted(self.folder.glob("shard-*.json")):
             if path.stem in self._seen:
                 continue
             try:
-                clips = _clips_of(read_json(path), path.stem)
+                index, clips = _read_index(path)
             except (UserError, TypeError, ValueError, KeyError):
                 continue  # `damaged` names it
+            if index["cache"] != self.digest:
+                raise UserError(
+                    f"{path} belongs to another cache than {self.folder / 'cache.json'} describes: move it "
+                    "and its .safetensors file away, or name another folder"
+                )
             self._seen.add(path.stem)
+            self._sizes[path.stem] = index["bytes"]
             for name, clip in clips:
                 self._clips.setdefault(name, {}).setdefault(clip.fingerprint, clip)
 
@@ -288,9 +217,8 @@ class FeatureCache:
         bad = []
         for path in sorted(self.folder.glob("shard-*.json")):
             try:
-                index = read_json(path)
-                _clips_of(index, path.stem)
-                fine = _checksum(path.with_suffix(".safetensors")) == (index["bytes"], index["crc32"])
+                index, _ = _read_index(path)
+                fine = checksum(path.with_suffix(".safetensors")) == (index["bytes"], index["crc32"])
             except (UserError, OSError, TypeError, ValueError, KeyError):
                 fine = False
             if not fine:
@@ -303,22 +231,29 @@ class FeatureCache:
             (self.folder / f"{shard}.json").unlink(missing_ok=True)  # first: no index without its shard
             (self.folder / f"{shard}.safetensors").unlink(missing_ok=True)
             self._seen.discard(shard)
-            self._open.pop((os.getpid(), shard), None)
+            self._headers.pop(shard, None)
         gone = set(shards)
         for name, versions in list(self._clips.items()):
             self._clips[name] = {f: c for f, c in versions.items() if c.shard not in gone}
         self._seen.clear()  # a clip may be in another shard too
         self.scan()
 
-    def remove_orphans(self) -> None:
-        """Deletes what processes that were killed left behind, once it is so old that nobody writes it."""
-        for path in [*self.folder.glob(".shard-*"), *self.folder.glob("shard-*.safetensors")]:
-            try:
-                alone = path.name.startswith(".") or not path.with_suffix(".json").exists()
-                if alone and time.time() - path.stat().st_mtime > _ORPHAN_SECONDS:
-                    path.unlink()
-            except FileNotFoundError:
-                pass
+    def remove_leftovers(self, alone: bool) -> None:
+        """Deletes what processes that were killed left behind: half-written files and shards without index.
+
+        Args:
+            alone: no other process is filling the cache. Otherwise only what is so old that nobody writes it.
+        """
+        patterns = {".shard-*": 0, "shard-*.safetensors": 0, ".cache-*": _CREATING_SECONDS}
+        patterns["..cache-*"] = _CREATING_SECONDS  # written by processes that have not yet begun to fill
+        for pattern, age in patterns.items():
+            for path in self.folder.glob(pattern):
+                try:
+                    old = time.time() - path.stat().st_mtime >= (age if alone else _ABANDONED_SECONDS)
+                    if old and (path.name.startswith(".") or not path.with_suffix(".json").exists()):
+                        path.unlink()
+                except OSError:  # gone, or a folder that cannot be written
+                    pass
 
     def write(self, clips: Sequence[tuple[Example, str, dict[str, Tensor]]]) -> None:
         """Adds a shard.
@@ -334,46 +269,47 @@ class FeatureCache:
         path = self.folder / f"{shard}.safetensors"
         with replacing(path) as temporary:
             save_file(tensors, temporary)
-            size, crc = _checksum(temporary)
+            size, crc = checksum(temporary)
         rows = [[e.name, found, parts["states"].shape[1], e.seconds] for e, found, parts in clips]
-        write_json(self.folder / f"{shard}.json", {"bytes": size, "crc32": crc, "clips": rows})
+        index = {"cache": self.digest, "bytes": size, "crc32": crc, "clips": rows}
+        write_json(self.folder / f"{shard}.json", index | {"digest": _digest(index)})
         self.scan()
 
     def read(self, clip: Clip, layers: Sequence[int]) -> CachedClip:
-        """A clip's states of some layers, memory-mapped: pages are only read when the values are used.
+        """A clip's states of some layers.
 
         Args:
             clip: from :meth:`find`. layers: some of the cache's.
 
         Raises:
-            UserError: the shard cannot be read.
+            UserError: the shard is not what was written, or cannot be read.
         """
+        rows = [self.layers.index(layer) for layer in layers]
+        path = self.folder / f"{clip.shard}.safetensors"
         try:
-            file = self._shard(clip.shard)
-            parts = {name: file.get_tensor(f"{name}.{clip.number}") for name in _parts(self.storage)}
-        except (OSError, SafetensorError) as error:
+            with open(path, "rb", buffering=0) as file:
+                size, written = os.fstat(file.fileno()).st_size, self._sizes[clip.shard]
+                if size != written:
+                    raise OSError(f"it has {size} bytes of the {written} that were written")
+                if clip.shard not in self._headers:
+                    if hasattr(os, "posix_fadvise"):  # the whole shard will be needed: have it read ahead
+                        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+                    self._headers[clip.shard] = read_header(file)
+                header = self._headers[clip.shard]
+                names = {part: f"{part}.{clip.number}" for part in parts_of(self.storage)}
+                parts = {part: read_rows(file, header[name], rows) for part, name in names.items()}
+        except (OSError, ValueError, KeyError) as error:
+            reason = getattr(error, "strerror", None) or error
             raise UserError(
-                f"{self.folder / clip.shard}.safetensors cannot be read ({error}): fill the cache again"
+                f"{path} is damaged ({reason}): start again, and damaged shards are computed anew"
             ) from error
-        if tuple(layers) != self.layers:
-            wanted = torch.tensor([self.layers.index(layer) for layer in layers])
-            parts = {name: tensor[wanted] for name, tensor in parts.items()}
         return unpack(parts)
 
-    def _shard(self, shard: str) -> Any:
-        # By process: a mapping that was opened before a fork is opened again.
-        opened = self._open.get((os.getpid(), shard))
-        if opened is None:
-            path = self.folder / f"{shard}.safetensors"
-            if hasattr(os, "posix_fadvise"):  # the whole shard will be needed: have it read ahead
-                descriptor = os.open(path, os.O_RDONLY)
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
-                os.close(descriptor)
-            opened = self._open[os.getpid(), shard] = safe_open(path, framework="pt")
-        return opened
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_open": {}}  # for workers that are not forked
+def _digest(value: dict[str, Any]) -> str:
+    """SHA-256 in hexadecimal of JSON values, the entry ``digest`` left out."""
+    kept = {name: each for name, each in value.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def _write_new(path: Path, value: Any) -> None:
@@ -391,102 +327,16 @@ def _write_new(path: Path, value: Any) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _clips_of(index: dict[str, Any], shard: str) -> list[tuple[str, Clip]]:
+def _read_index(path: Path) -> tuple[dict[str, Any], list[tuple[str, Clip]]]:
+    """An index and the clips in it, with their names.
+
+    Raises:
+        UserError, TypeError, ValueError, KeyError: it is not what was written.
+    """
+    index = read_json(path)
+    if index["digest"] != _digest(index):
+        raise ValueError(f"{path} was altered")
     clips = []
-    for i, (name, found, frames, *more) in enumerate(index["clips"]):
-        seconds = float(more[0]) if more and more[0] is not None else None
-        clips.append((str(name), Clip(shard, i, int(frames), str(found), seconds)))
-    return clips
-
-
-def _checksum(path: Path) -> tuple[int, int]:
-    """Size and CRC-32 of a file."""
-    size, crc = 0, 0
-    with open(path, "rb") as file:
-        while block := file.read(2**24):
-            size, crc = size + len(block), zlib.crc32(block, crc)
-    return size, crc
-
-
-def _parts(storage: str) -> tuple[str, ...]:
-    return ("states", "statistics", "scale", "shift") if storage == "fp8" else ("states", "statistics")
-
-
-def clip_bytes(frames: int, layers: int, hidden_size: int, storage: str, dtype: torch.dtype) -> int:
-    """Bytes that a clip of so many frames takes, with states that are computed in ``dtype``."""
-    each = {"exact": dtype.itemsize, "bfloat16": 2, "fp8": 1}[storage]
-    constants = 8 * hidden_size if storage == "fp8" else 0
-    wide = torch.promote_types(dtype, torch.float32).itemsize
-    return layers * (frames * (each * hidden_size + 2 * wide) + constants) + 400  # 400: names, header, index
-
-
-def pack(states: Sequence[Tensor | HiddenState], frames: int, storage: str) -> dict[str, Tensor]:
-    """What is stored of a clip.
-
-    Args:
-        states: (T', D) of each layer. frames: T, those that hold sound. storage: see
-            :meth:`FeatureCache.create`.
-
-    Returns:
-        ``states`` (S, T, D), ``statistics`` (S, T, 2), and for fp8 ``scale`` and ``shift`` (S, D); on the
-        CPU.
-
-    Raises:
-        UserError: a state is NaN or infinite.
-    """
-    parts: dict[str, list[Tensor]] = {name: [] for name in _parts(storage)}
-    for state in states:
-        values, *known = state if isinstance(state, HiddenState) else (state, None, None)
-        values = values[:frames]
-        mean, rstd = row_statistics(values) if known[0] is None else (s[:frames] for s in known)
-        if storage == "fp8":
-            values, scale, shift = encode(values, mean, rstd)
-            parts["scale"].append(scale)
-            parts["shift"].append(shift)
-        elif storage == "bfloat16":
-            values = values.to(torch.bfloat16)
-        parts["states"].append(values)
-        parts["statistics"].append(torch.stack([mean, rstd], -1))
-    stacked = {name: torch.stack(tensors).cpu() for name, tensors in parts.items()}
-    if not torch.isfinite(stacked["statistics"]).all():
-        raise UserError("the backbone's hidden states are NaN or infinite")
-    return stacked
-
-
-def unpack(parts: dict[str, Tensor]) -> CachedClip:
-    """The states that :func:`pack` was given, but for their rounding."""
-    scales = torch.stack([parts["scale"], parts["shift"]], 1) if "scale" in parts else None
-    return CachedClip(parts["states"], parts["statistics"], scales)
-
-
-def check_disk(folder: str | os.PathLike, needed: int) -> str:
-    """Says how much ``needed`` bytes and the free disk are.
-
-    Raises:
-        UserError: there is not enough room.
-    """
-    place = Path(folder)
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    said = f"{needed / 2**30:.3g} GiB; {free / 2**30:.3g} GiB are free"
-    if needed + _MARGIN_BYTES > free:
-        raise UserError(
-            f"the feature cache in {folder} needs {said}: name a folder on another disk, or keep fewer "
-            "layers (--layers) or 8 bits (fp8)"
-        )
-    return said
-
-
-def shuffled_parts(sizes: Sequence[int], limit: int) -> list[list[int]]:
-    """Positions cut into runs of about ``limit`` bytes, in an order of this process's own: processes that
-    fill the same cache then meet rarely."""
-    parts, room = [], 0
-    for position, size in enumerate(sizes):
-        if not parts or size > room:
-            parts.append([])
-            room = limit
-        parts[-1].append(position)
-        room -= size
-    random.Random(uuid.uuid4().int).shuffle(parts)
-    return parts
+    for i, (name, found, frames, seconds) in enumerate(index["clips"]):
+        clips.append((name, Clip(path.stem, i, frames, found, seconds)))
+    return index, clips

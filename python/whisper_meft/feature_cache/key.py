@@ -1,0 +1,110 @@
+"""What hidden states depend on: of a cache the backbone and how it is run, of a clip its source."""
+
+import hashlib
+import json
+import os
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..audio import VERSION as READING
+from ..data.examples import Example
+from ..encoder.frozen import FrozenEncoder
+from ..encoder.quantization import weights_digest
+from ..errors import UserError
+
+FORMAT = 2  # 1 had no checksums of indices and no config of the backbone
+
+_SAMPLE_BYTES = 2**14
+
+KEY_NAMES = {
+    "format": "the format of the cache",
+    "reading": "the version of how audio is read",
+    "backbone": "the backbone's weights",
+    "backbone_config": "the backbone's config",
+    "backbone_dtype": "backbone_dtype",
+    "backbone_quantization": "backbone_quantization",
+    "autocast": "autocast (bf16, fp16)",
+    "feature_extractor": "the feature extractor",
+    "max_frames": "max_frames",
+}
+
+
+def cache_key(
+    encoder: FrozenEncoder, feature_extractor: Any, max_frames: int | str, autocast: str | None = None
+) -> dict[str, Any]:
+    """What the states of a clip depend on beside the clip itself; plain JSON values.
+
+    Args:
+        encoder: the frozen backbone; all its weights are hashed, as they were before quantisation.
+        feature_extractor: a ``WhisperFeatureExtractor``.
+        max_frames: as in :class:`whisper_meft.MeftConfig`.
+        autocast: number format that float32 weights are run in, or None.
+
+    Raises:
+        UserError: features that are different each time.
+    """
+    if getattr(feature_extractor, "dither", 0.0):
+        raise UserError(
+            f"features cannot be cached with dither={feature_extractor.dither} in the feature extractor: it "
+            "makes them different in every epoch; set dither to 0"
+        )
+    ignored = ("feature_extractor_type", "processor_class", "return_attention_mask", "padding_side")
+    options = {k: v for k, v in feature_extractor.to_dict().items() if k not in ignored}
+    return {
+        "format": FORMAT,
+        "reading": READING,
+        "backbone": encoder.original.digest if encoder.original else weights_digest(encoder.backbone_state()),
+        "backbone_config": _beside_the_weights(encoder),
+        "backbone_dtype": str(encoder.dtype).removeprefix("torch."),
+        "backbone_quantization": encoder.quantization,
+        "autocast": autocast if encoder.dtype == torch.float32 and not encoder.quantization else None,
+        "feature_extractor": json.loads(json.dumps(options, sort_keys=True, default=str)),
+        "max_frames": max_frames,
+    }
+
+
+def _beside_the_weights(encoder: FrozenEncoder) -> dict[str, Any]:
+    """What the encoder computes with that neither its weights nor their shapes show. Which attention kernel
+    runs is not part of it: they differ by rounding, as devices do."""
+    attention = encoder.layers[0].self_attn
+    return {
+        "encoder_attention_heads": attention.num_heads,
+        "attention_scaling": attention.scaling,
+        "activation_function": str(encoder.config.activation_function),
+        "layer_norm_eps": encoder.layer_norm.eps,
+    }
+
+
+def clip_fingerprint(example: Example) -> str:
+    """What tells a clip's source from another of the same name: size, time of change and some of the bytes of
+    its file, or a hash of its content where it comes from elsewhere; and which part of it is meant.
+
+    Raises:
+        UserError: the source cannot be read.
+    """
+    source = example.value()
+    if isinstance(source, dict):
+        source = next((source[k] for k in ("bytes", "array", "raw", "path") if source.get(k) is not None), "")
+    told = ("audio", "label", "speaker", "name", "seconds")
+    part = " ".join(str(getattr(example, each.name)) for each in fields(example) if each.name not in told)
+    if isinstance(source, str | os.PathLike):
+        try:
+            return f"{_about_file(source)}, {part}"
+        except OSError as error:
+            raise UserError(f"{example.name}: cannot read the file: {error.strerror}") from error
+    content = source if isinstance(source, bytes) else np.ascontiguousarray(source).tobytes()
+    return f"{hashlib.sha256(content).hexdigest()}, {part}"
+
+
+def _about_file(path: str | os.PathLike) -> str:
+    # Unpacked archives give many files one time, and clips cut to one length one size.
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        about = os.fstat(file.fileno())
+        for place in (0, about.st_size // 2, max(0, about.st_size - _SAMPLE_BYTES)):
+            file.seek(place)
+            digest.update(file.read(_SAMPLE_BYTES))
+    return f"{about.st_size} bytes of {about.st_mtime_ns}, {digest.hexdigest()[:32]}"
