@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from whisper_meft.errors import UserError
-from whisper_meft.evaluation.metrics import confusion_matrix, confusion_text, score
+from whisper_meft.evaluation.metrics import Confusion, confusion_matrix, confusion_text, score
 from whisper_meft.evaluation.plots import plot_confusion, plot_learning_curve
 
 
@@ -81,6 +81,81 @@ def test_confusion_matrix_is_int64_also_for_small_integer_types():
     assert confusion_matrix(labels, labels, 100)[99, 99] == 300
 
 
+def many(classes, seed=0):
+    """Scores of 5 examples a class, of which some are taken for the next classes; and the labels given."""
+    generator = np.random.default_rng(seed)
+    reference = generator.permutation(np.arange(5 * classes) % classes)
+    steps = generator.integers(1, 4, len(reference)) * (generator.random(len(reference)) < 0.3)
+    predicted = (reference + steps) % classes
+    return score(reference, predicted, [f"class {i:05d}" for i in range(classes)]), reference, predicted
+
+
+def test_the_pairs_that_occur_are_the_whole_matrix():
+    scores, reference, predicted = many(40)
+    matrix = np.zeros((40, 40), int)
+    np.add.at(matrix, (reference, predicted), 1)
+    np.testing.assert_array_equal(scores.confusion, matrix)
+    np.testing.assert_array_equal(Confusion.of(matrix).cells, scores.confusion.cells)
+    np.testing.assert_array_equal(scores.confusion.right, matrix.diagonal())
+    for axis in (0, 1):
+        np.testing.assert_array_equal(scores.confusion.sum(axis), matrix.sum(axis))
+    worst = scores.confusion.worst(5)
+    assert [matrix[a, b] for a, b, _ in worst] == worst[:, 2].tolist()
+    off = np.where(np.eye(40, dtype=bool), 0, matrix)
+    assert worst[:, 2].tolist() == sorted(off[off > 0], reverse=True)[:5]
+
+
+def test_ten_thousand_classes_need_no_table_of_all_pairs(monkeypatch, tmp_path):
+    monkeypatch.setattr(Confusion, "__array__", None)  # which would take 800 MB
+    scores, reference, predicted = many(10_000)
+    assert scores.accuracy == pytest.approx(np.mean(reference == predicted))
+    assert scores.mean_class_accuracy == pytest.approx(scores.accuracy)  # all classes have 5 examples
+    short, whole = scores.as_text(), scores.as_text(whole=True)
+    assert short.count("\n") < 60 and max(map(len, short.splitlines())) < 110
+    assert "accuracy of the worst 20 of 10000 classes" in short and "most frequent mistakes" in short
+    assert whole.count("(5 examples)") == 10_000
+    values = scores.as_dict()
+    assert "confusion_matrix" not in values and len(values["per_class_accuracy"]) == 10_000
+    found = {(a, b): n for a, row in values["confusions"].items() for b, n in row.items()}
+    assert sum(found.values()) == 50_000
+    assert found["class 00007", "class 00007"] == np.sum((reference == 7) & (predicted == 7))
+    plot_confusion(scores.confusion, scores.labels, tmp_path / "plot.png")
+    assert read_png(tmp_path / "plot.png").shape[0] < 1500
+
+
+@pytest.mark.parametrize(
+    ("classes", "has", "has_not"),
+    [
+        (30, ["confusion matrix", "<- predicted", "class 00029"], ["most frequent"]),
+        (31, ["accuracy per class", "class 00030", "most frequent mistakes"], ["<- predicted"]),
+        (101, ["the worst 20 of 101 classes", "taken for class"], ["<- predicted", "accuracy per class"]),
+    ],
+)
+def test_the_text_suits_the_number_of_classes(classes, has, has_not):
+    scores, _, _ = many(classes)
+    text = scores.as_text()
+    assert all(each in text for each in has) and not any(each in text for each in has_not)
+    assert "confusion_matrix" in scores.as_dict()
+
+
+def test_the_worst_classes_and_pairs_are_told():
+    reference = np.repeat(np.arange(200), 3)
+    predicted = reference.copy()
+    predicted[reference == 150] = 7
+    predicted[:1] = 9  # one of three of class 0
+    text = score(reference, predicted, [f"c{i}" for i in range(201)]).as_text().splitlines()
+    start = next(i for i, line in enumerate(text) if line.startswith("accuracy of the worst"))
+    assert text[start + 1].split() == ["c150", "0.00%", "(3", "examples)"]
+    assert text[start + 2].split()[:2] == ["c0", "66.67%"] and not any("c200 " in line for line in text)
+    mistakes = text[text.index("most frequent mistakes") + 1 :]
+    assert [line.split() for line in mistakes] == [
+        ["c150", "3", "of", "3", "taken", "for", "c7"],
+        ["c0", "1", "of", "3", "taken", "for", "c9"],
+    ]
+    perfect = score(reference, reference, [f"c{i}" for i in range(200)])
+    assert perfect.as_text().endswith("no class was taken for another")
+
+
 def read_png(path):
     from matplotlib.image import imread
 
@@ -99,6 +174,28 @@ def test_confusion_plot_is_darkest_where_the_share_is_largest(tmp_path):
         right = pixels[int(0.30 * height), int(0.60 * width)]
         assert bool(left < right) is dark_diagonal
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png"]
+
+
+@pytest.mark.parametrize("classes", [25, 26, 101])
+def test_the_figure_suits_the_number_of_classes(classes, tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    written = []
+    monkeypatch.setattr(Axes, "text", lambda self, x, y, text, **_: written.append(text))
+    scores, _, _ = many(classes)
+    plot_confusion(scores.confusion, scores.labels, tmp_path / "plot.png", "title")
+    pixels = read_png(tmp_path / "plot.png")
+    assert max(pixels.shape) < 3000
+    assert len(written) == (classes**2 if classes == 25 else 0)  # the numbers of a matrix
+    orange = (np.abs(pixels[..., :3] - np.array([0xD5, 0x5E, 0x00]) / 255).max(axis=-1) < 0.05).any()
+    assert orange == (classes > 100)  # the bars of the worst pairs
+
+
+def test_a_perfect_result_and_long_names_are_drawn(tmp_path):
+    for classes in (3, 120):
+        labels = [f"{'long name ' * 100}{i}" for i in range(classes)]
+        plot_confusion(Confusion.of(np.eye(classes, dtype=int)), labels, tmp_path / "plot.png")
+        assert max(read_png(tmp_path / "plot.png").shape) < 2000
 
 
 @pytest.mark.parametrize("evaluated", [True, False])

@@ -13,12 +13,21 @@ import numpy as np
 
 from ..errors import printable
 from ..files import replacing
+from .metrics import Confusion
 
 # Two entries of the Okabe-Ito palette, told apart under the common kinds of colour blindness.
 BLUE, ORANGE = "#0072B2", "#D55E00"
 
 # Class names may be in any script; matplotlib's own font lacks Chinese, Japanese, Korean and Arabic.
 FONTS = ("Noto Sans CJK SC", "Noto Sans SC", "WenQuanYi Zen Hei", "Microsoft YaHei", "PingFang SC", "SimHei")
+
+
+# A matrix has numbers in its cells up to so many classes, and is drawn at all up to so many.
+_MOST_WITH_NUMBERS, _MOST_IN_MATRIX = 25, 100
+
+_PAIRS = 30  # that are drawn in the place of a matrix
+
+_LABEL_CHARACTERS = 40  # of a class name
 
 
 @contextmanager
@@ -40,46 +49,82 @@ def drawing(width: float, height: float, path: str | os.PathLike) -> Iterator[An
 
 
 def plot_confusion(
-    confusion: np.ndarray, labels: Sequence[str], path: str | os.PathLike, title: str = ""
+    confusion: np.ndarray | Confusion, labels: Sequence[str], path: str | os.PathLike, title: str = ""
 ) -> None:
-    """Draws a confusion matrix as PNG: counts as text, shade = share of the reference class.
+    """Draws a confusion matrix as PNG: shade = share of the reference class, with counts as text where there
+    are few classes. Of more than 100 classes the accuracies and the pairs that are confused most are drawn.
 
     Args:
         confusion: int (K, K), row = reference class, column = predicted class.
-        labels: K class names.
+        labels: K class names; long ones are cut.
         path: PNG file to write (atomically).
         title: line above the figure.
 
     Raises:
         UserError: the file cannot be written.
     """
-    confusion = np.asarray(confusion)
-    support = confusion.sum(axis=1, keepdims=True)
-    share = np.divide(confusion, support, out=np.zeros(confusion.shape), where=support > 0)
+    confusion = Confusion.of(confusion)
+    cut = _LABEL_CHARACTERS
     labels = [printable(label) for label in labels]
+    labels = [label if len(label) <= cut else f"{label[: cut - 1]}…" for label in labels]
+    draw = _draw_matrix if len(labels) <= _MOST_IN_MATRIX else _draw_pairs
+    draw(confusion, labels, path, title)
+
+
+def _draw_matrix(confusion: Confusion, labels: Sequence[str], path: str | os.PathLike, title: str) -> None:
+    counts = np.asarray(confusion)
+    support = counts.sum(axis=1, keepdims=True)
+    share = np.divide(counts, support, out=np.zeros(counts.shape), where=support > 0)
     size = len(labels)
     longest = max(len(label) for label in labels)
-    width, height = 2.6 + 0.09 * longest + 0.62 * size, 2.0 + 0.07 * longest + 0.55 * size
+    numbers = size <= _MOST_WITH_NUMBERS
+    each = (0.62, 0.55) if numbers else (0.14, 0.14)
+    width, height = 2.6 + 0.09 * longest + each[0] * size, 2.0 + 0.07 * longest + each[1] * size
     with drawing(width, height, path) as figure:
         axes = figure.add_subplot()
         # One hue from white to dark: the order survives any colour vision and a grey print.
         image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-        font = 10 if size <= 12 else 7
-        for row in range(size):
-            for column in range(size):
-                text = str(int(confusion[row, column]))
-                shade = "white" if share[row, column] > 0.55 else "black"
-                axes.text(column, row, text, ha="center", va="center", color=shade, fontsize=font)
+        for row, column in np.ndindex(counts.shape) if numbers else ():
+            text = str(int(counts[row, column]))
+            shade = "white" if share[row, column] > 0.55 else "black"
+            font = 10 if size <= 12 else 7
+            axes.text(column, row, text, ha="center", va="center", color=shade, fontsize=font)
         steep = longest * size > 36
         # parse_math: a dollar sign in a class name is not the start of a formula
-        slant = {"rotation": 45, "ha": "right"} if steep else {}
-        axes.set_xticks(range(size), labels, parse_math=False, **slant)
-        axes.set_yticks(range(size), labels, parse_math=False)
+        slant = {"rotation": 45 if numbers else 90, "ha": "right" if numbers else "center"} if steep else {}
+        font = None if numbers else 6
+        axes.set_xticks(range(size), labels, parse_math=False, fontsize=font, **slant)
+        axes.set_yticks(range(size), labels, parse_math=False, fontsize=font)
         axes.set_xlabel("predicted")
         axes.set_ylabel("reference")
         axes.set_title(printable(title), fontsize=11, parse_math=False)
         bar = figure.colorbar(image, ax=axes)
         bar.set_label("share of the reference class")
+
+
+def _draw_pairs(confusion: Confusion, labels: Sequence[str], path: str | os.PathLike, title: str) -> None:
+    support = confusion.sum(axis=1)
+    accuracies = confusion.right[support > 0] / support[support > 0]
+    pairs = confusion.worst(_PAIRS)
+    with drawing(13, 2 + 0.2 * _PAIRS, path) as figure:
+        left, right = figure.subplots(1, 2, width_ratios=(1, 1.4))
+        left.hist(accuracies, bins=20, range=(0, 1), color=BLUE)
+        left.set_xlabel("accuracy of a class")
+        left.set_ylabel("classes")
+        if len(pairs):
+            names = [f"{labels[reference]} as {labels[predicted]}" for reference, predicted, _ in pairs]
+            right.barh(range(len(pairs)), pairs[:, 2], color=ORANGE)
+            right.set_yticks(range(len(pairs)), names, parse_math=False, fontsize=7)
+            right.set_ylim(len(pairs) - 0.5, -0.5)  # the worst on top
+            right.set_xlabel("examples")
+        else:
+            right.set_axis_off()
+        right.set_title(
+            "most frequent mistakes" if len(pairs) else "no class was taken for another", fontsize=10
+        )
+        for axes in (left, right):
+            axes.spines[["top", "right"]].set_visible(False)
+        figure.suptitle(printable(title), fontsize=11, parse_math=False)
 
 
 def plot_learning_curve(
@@ -122,4 +167,4 @@ def plot_learning_curve(
             axes.set_xlabel("epoch")
             axes.grid(alpha=0.3)
             axes.spines[["top", "right"]].set_visible(False)
-        figure.suptitle(title, fontsize=11)
+        figure.suptitle(printable(title), fontsize=11, parse_math=False)

@@ -41,7 +41,7 @@ def write_scores(scores: Scores, folder: Path, description: str, **more: object)
         more: further entries of the JSON file.
     """
     write_json(folder / "eval_results.json", {"data": description, **more, **scores.as_dict()})
-    write_text(folder / "evaluation.txt", scores.as_text() + "\n")
+    write_text(folder / "evaluation.txt", scores.as_text(whole=True) + "\n")
     plots.plot_confusion(
         scores.confusion,
         scores.labels,

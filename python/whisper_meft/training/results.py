@@ -54,16 +54,15 @@ def make_compute_metrics(labels: Sequence[str]):
     return compute_metrics
 
 
-def scores_of(logits: Any, reference: np.ndarray, labels: Sequence[str]) -> Scores:
-    """Scores logits (N, K) against class indices (N,).
+def scores_of(predicted: np.ndarray, reference: np.ndarray, labels: Sequence[str]) -> Scores:
+    """Scores what :func:`.many_classes.predicted_classes` gave against class indices (N,).
 
     Raises:
-        UserError: a logit is NaN or infinite.
+        UserError: an output was NaN or infinite.
     """
-    logits = np.asarray(logits[0] if isinstance(logits, tuple | list) else logits)
-    if not np.isfinite(logits).all():
+    if (predicted < 0).any():
         raise UserError("the model's outputs hold NaN or infinite values, so it cannot be scored")
-    return score(reference, logits.argmax(axis=-1), labels)
+    return score(reference, predicted, labels)
 
 
 def score_evaluation(trainer: MeftTrainer, labels: Sequence[str]) -> tuple[Scores | None, float | None]:
@@ -137,7 +136,7 @@ def _write_scores(folder: Path, scores: Scores, loss: float | None, examples: Ru
         folder / "eval_results.json",
         {"data": examples.evaluation.description, "note": examples.note, "loss": loss, **scores.as_dict()},
     )
-    write_text(folder / "evaluation.txt", scores.as_text() + "\n")
+    write_text(folder / "evaluation.txt", scores.as_text(whole=True) + "\n")
     plots.plot_confusion(
         scores.confusion, scores.labels, folder / "confusion_matrix.png", f"accuracy {scores.accuracy:.1%}"
     )

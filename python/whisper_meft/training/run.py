@@ -37,6 +37,7 @@ from .guard import FiniteGuard, Indexed, IndexedCollator, NonFiniteError
 from .interrupts import Interrupts, Stopped
 from .lock import locked
 from .log_lines import LogLines, ProgressBar
+from .many_classes import counts_text, predicted_classes
 from .output_folder import check_output_dir, goes_on, make_room, prepare_output_dir
 from .results import TrainResult, make_compute_metrics, report, score_evaluation, summarise, write_results
 from .resuming import EarlyStopping, check_same_batches, finished_results, is_at_end
@@ -209,7 +210,7 @@ def describe(model: MeftModel, settings: Settings, examples: RunData) -> None:
     share = f"{trainable:,} of {total:,} parameters train ({trainable / total:.2%})"
     say(f"{method} on {backbone}: {share}")
     say(f"training on {len(examples.training)} examples of {len(labels)} classes")
-    say("  " + ", ".join(f"{printable(label)}: {counts[label]}" for label in labels))
+    say(f"  {counts_text(counts, labels)}")
     if examples.evaluation is not None:
         say(f"evaluating on {len(examples.evaluation)} examples; {printable(examples.note)}")
 
@@ -264,6 +265,7 @@ def build_trainer(
         eval_dataset=None if evaluation_set is None else Indexed(evaluation_set),
         data_collator=IndexedCollator(collator),
         compute_metrics=make_compute_metrics(examples.labels),
+        preprocess_logits_for_metrics=predicted_classes,
         processing_class=settings.extractor,
         callbacks=callbacks,
     )
