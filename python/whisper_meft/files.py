@@ -7,6 +7,7 @@ either the old content or the new one, also after a crash.
 import json
 import os
 import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,7 +48,8 @@ def check_writable(path: str | os.PathLike) -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"cannot write {path}: {folder} is not a folder")
     try:
-        _temporary_beside(path if folder == path.parent else folder / "probe").unlink()
+        # A name of its own, as any other may be there.
+        _temporary_beside(path if folder == path.parent else folder / uuid.uuid4().hex).unlink()
     except UserError as error:
         raise UserError(f"cannot write {path}: {str(error).partition(': ')[2]}") from error
 

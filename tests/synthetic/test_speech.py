@@ -1,7 +1,9 @@
 """The synthetic accent corpus and the backbone that ships with the library, on freshly made speech."""
 
 import csv
+import errno
 import importlib.util
+import os
 import sys
 from itertools import islice
 from pathlib import Path
@@ -305,6 +307,17 @@ def test_an_interrupted_corpus_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         make_accent_corpus(tmp_path / "corpus", **SMALL)
     assert len(calls) == 5 and list(tmp_path.iterdir()) == []
+
+
+@needs_espeak
+def test_a_full_disk_is_named_as_what_it_is(tmp_path, monkeypatch):
+    def full(path, content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(UserError, match="cannot write .*corpus: No space left on device"):
+        make_accent_corpus(tmp_path / "corpus", **SMALL)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ is imported on first use only. espeak-ng is GPL-3.0-or-later; nothing else in th
 
 import csv
 import ctypes
+import io
 import json
 import os
 import shutil
@@ -433,7 +434,9 @@ def _write_split(
                 audio, _ = cut(spoken, settings["seconds"], clip_rng)
                 path = f"{split}/{accent}/{manner.speaker}_{number:04d}.wav"
                 clip = degrade(audio, clip_rng, tuple(settings["snr_db"]))
-                soundfile.write(folder / path, clip, SAMPLING_RATE, subtype="PCM_16")
+                content = io.BytesIO()  # soundfile's own error does not say that the disk is full
+                soundfile.write(content, clip, SAMPLING_RATE, format="WAV", subtype="PCM_16")
+                (folder / path).write_bytes(content.getvalue())
                 rows.append((path, accent, manner.speaker))
                 bar.update()
     with open(folder / f"{split}.csv", "w", newline="", encoding="utf-8") as file:
