@@ -437,6 +437,23 @@ def test_clips_in_memory_are_told_apart_by_content(work, tmp_path):
     assert first.shape == second.shape and not torch.equal(first, second)
 
 
+def test_what_the_samples_mean_tells_clips_apart_too():
+    samples = np.arange(8, dtype=np.int32)
+    clips = [
+        {"array": samples, "sampling_rate": 16000},
+        {"array": samples, "sampling_rate": 8000},
+        {"array": samples.view(np.float32), "sampling_rate": 16000},
+        {"array": samples.reshape(2, 4), "sampling_rate": 16000},
+        {"bytes": samples.tobytes(), "path": None},
+    ]
+    prints = [clip_fingerprint(Example(clip, name="same")) for clip in clips]
+    prints += [clip_fingerprint(Example(clips[0], name="same", start=1.0, stop=stop)) for stop in (2.0, None)]
+    prints.append(clip_fingerprint(Example(clips[0], name="same", start=1.0, unit="samples")))
+    assert len(set(prints)) == len(prints)
+    again = Example({"array": samples.copy(), "sampling_rate": 16000}, "label", "speaker", "another")
+    assert clip_fingerprint(again) == prints[0]
+
+
 def test_audio_that_was_checked_when_it_was_cached_is_known(work, tmp_path):
     audio = make_audio_folder(tmp_path / "audio", 2)
     raw = data.load_examples(str(audio))

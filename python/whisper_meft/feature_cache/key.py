@@ -86,17 +86,21 @@ def clip_fingerprint(example: Example) -> str:
         UserError: the source cannot be read.
     """
     source = example.value()
-    if isinstance(source, dict):
-        source = next((source[k] for k in ("bytes", "array", "raw", "path") if source.get(k) is not None), "")
     told = ("audio", "label", "speaker", "name", "seconds")
     part = " ".join(str(getattr(example, each.name)) for each in fields(example) if each.name not in told)
+    if isinstance(source, dict):
+        part += f" at {source.get('sampling_rate')} Hz"
+        source = next((source[k] for k in ("bytes", "array", "raw", "path") if source.get(k) is not None), "")
     if isinstance(source, str | os.PathLike):
         try:
             return f"{_about_file(source)}, {part}"
         except OSError as error:
             raise UserError(f"{example.name}: cannot read the file: {error.strerror}") from error
-    content = source if isinstance(source, bytes) else np.ascontiguousarray(source).tobytes()
-    return f"{hashlib.sha256(content).hexdigest()}, {part}"
+    if not isinstance(source, bytes):
+        values = np.ascontiguousarray(source)
+        part += f" {values.dtype} {values.shape}"
+        source = values.tobytes()
+    return f"{hashlib.sha256(source).hexdigest()}, {part}"
 
 
 def _about_file(path: str | os.PathLike) -> str:
