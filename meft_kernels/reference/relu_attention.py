@@ -14,7 +14,8 @@ of queries at a time, in both directions. Per query row, with M's gradient dM an
     ds = C (dC - sum C dC);  dw = sum ds (mean A * mean F);  the means' share goes evenly to the valid frames
 
 b has an identically zero gradient, since softmax does not see a shift. A row without a positive score attends
-to nothing and passes no gradient.
+to nothing and passes no gradient. X and k relu(S) are multiplied by ``boost`` before they are rounded, or
+they would underflow in fp16.
 """
 
 import torch
@@ -96,6 +97,14 @@ def forward(
     return out
 
 
+def boost(frames: int) -> float:
+    """The power of two, at least ``frames``, that X and k relu(S) are multiplied by before they are rounded
+    to the activations' type, and their fp32 products divided by. k is 1 / T of something near 1: times a
+    gradient it falls where fp16 has few bits left or none. What overflows instead shows, and lowers the loss
+    scale."""
+    return float(1 << max(frames - 1, 0).bit_length())
+
+
 def _keys(feature: Tensor, valid: Tensor) -> Tensor:
     """Features with padding frames zeroed: a zero key scores zero and so attends to nothing."""
     return feature.masked_fill((valid == 0)[..., None], 0)
@@ -117,7 +126,7 @@ def backward(
     grad_anchor = anchor.new_empty(anchor.shape)
     grad_features = [feature.new_empty(feature.shape) for feature in features]
     grad_weight = torch.zeros(gate_weight.shape, dtype=wide, device=anchor.device)
-    weight = gate_weight.to(wide)
+    weight, raised = gate_weight.to(wide), boost(frames)
     for clips in row_blocks(batch, frames * frames, anchor.device):
         upstream, query = grad[clips].to(wide), anchor[clips]
         gate_grads, query_grad, feature_grads = [], torch.zeros_like(upstream), []
@@ -131,20 +140,21 @@ def backward(
                 row_sum = scores.sum(-1, keepdim=True) + ATTENTION_EPS
                 score_grad = matmul(upstream[:, rows], key.mT, dtype)
                 delta = (scores * score_grad).sum(-1, keepdim=True) / row_sum
-                flow = (gate / row_sum) * (score_grad - delta) * (scores > 0)
+                factor = raised * gate / row_sum
+                flow = factor * (score_grad - delta) * (scores > 0)
                 query_grad[:, rows] += matmul(flow, key, dtype)
                 key_grad += matmul(flow.mT, query[:, rows], dtype)
-                key_grad += matmul((scores * (gate / row_sum)).mT, upstream[:, rows], dtype)
+                key_grad += matmul((scores * factor).mT, upstream[:, rows], dtype)
                 gate_grad += delta.sum((1, 2))
             gate_grads.append(gate_grad)
-            feature_grads.append(_keys(key_grad, valid[clips]) + gate * upstream)
+            feature_grads.append(_keys(key_grad.div_(raised), valid[clips]) + gate * upstream)
         gate_grads = torch.stack(gate_grads, -1)  # (b, n)
         confidence_grads = softmax_bwd(gate_grads, gates[clips])
         means = anchor_mean[clips, None] * feature_means[clips]
         grad_weight += torch.einsum("bn,bnr->r", confidence_grads, means)
         share = valid[clips, :, None]
         anchor_share = torch.einsum("bn,bnr->br", confidence_grads, feature_means[clips]) * weight
-        grad_anchor[clips] = query_grad + share * anchor_share[:, None]
+        grad_anchor[clips] = query_grad.div_(raised) + share * anchor_share[:, None]
         feature_shares = confidence_grads[..., None] * (weight * anchor_mean[clips])[:, None]
         for index, feature_grad in enumerate(feature_grads):
             grad_features[index][clips] = feature_grad + share * feature_shares[:, index, None]

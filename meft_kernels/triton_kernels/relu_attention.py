@@ -198,7 +198,7 @@ def relu_attention_fwd_kernel(
     _store_pair(out_ptr + start_of_clip, row, frames, out0, out1, R, R0, R1)
 
 
-@triton.jit(do_not_specialize=["layers", "batch", "frames"])
+@triton.jit(do_not_specialize=["boost", "layers", "batch", "frames"])
 def relu_attention_bwd_anchor_kernel(
     grad_ptr,  # (batch, frames, R)
     anchor_ptr,  # (batch, frames, R)
@@ -209,7 +209,8 @@ def relu_attention_bwd_anchor_kernel(
     lengths_ptr,  # (batch,) int32
     grad_anchor_ptr,  # (batch, frames, R) fp32, without the gates' share
     delta_ptr,  # (layers, batch, frames) fp32: delta
-    scale_ptr,  # (layers, batch, frames) fp32: C_l / R_l
+    scale_ptr,  # (layers, batch, frames) fp32: boost * C_l / R_l
+    boost,  # a power of two, see reference.relu_attention.boost
     layers,
     batch,
     frames,
@@ -244,7 +245,7 @@ def relu_attention_bwd_anchor_kernel(
             total += tl.sum(p, 1)
             delta += tl.sum(p * _scores(g0, g1, f0, f1, R1), 1)
         delta = delta / (total + EPS)
-        scale = tl.load(gates_ptr + clip * layers + layer) / (total + EPS)
+        scale = boost * tl.load(gates_ptr + clip * layers + layer) / (total + EPS)
         for start in tl.range(0, keys, BLOCK_N):
             f0, f1 = _block(keys0, keys1, feature_ptr, pair, start, keys, R, R0, R1, BLOCK_N)
             s = _scores(q0, q1, f0, f1, R1)
@@ -256,7 +257,8 @@ def relu_attention_bwd_anchor_kernel(
         feature_ptr += batch.to(tl.int64) * frames * R
         pair += batch
         statistic += batch.to(tl.int64) * frames
-    _store_pair(grad_anchor_ptr + start_of_clip, row, frames, out0, out1, R, R0, R1)
+    lower = tl.div_rn(1.0, boost)
+    _store_pair(grad_anchor_ptr + start_of_clip, row, frames, out0 * lower, out1 * lower, R, R0, R1)
 
 
 @triton.jit
@@ -281,7 +283,7 @@ def _store_with_share(
     _store_tile(out_ptr, key, frames, y, R, START, SIZE)
 
 
-@triton.jit(do_not_specialize=["layers", "batch", "frames"])
+@triton.jit(do_not_specialize=["boost", "layers", "batch", "frames"])
 def relu_attention_bwd_features_kernel(
     grad_ptr,  # (batch, frames, R)
     anchor_ptr,  # (batch, frames, R)
@@ -293,7 +295,8 @@ def relu_attention_bwd_features_kernel(
     gates_ptr,  # (batch, layers) fp32
     lengths_ptr,  # (batch,) int32
     delta_ptr,  # (layers, batch, frames) fp32
-    scale_ptr,  # (layers, batch, frames) fp32
+    scale_ptr,  # (layers, batch, frames) fp32: boost * C_l / R_l
+    boost,
     share_ptr,  # (batch, layers, R) fp32: what the gates give to each valid frame
     grad_features_ptr,  # (layers, batch, frames, R)
     layers,
@@ -334,6 +337,8 @@ def relu_attention_bwd_features_kernel(
         y0, y1 = _accumulate(x.to(q0.dtype), q0, q1, y0, y1, R1)
         p = scale * _relu(s)
         y0, y1 = _accumulate(p.to(g0.dtype), g0, g1, y0, y1, R1)
+    lower = tl.div_rn(1.0, boost)
+    y0, y1 = y0 * lower, y1 * lower
     gate = tl.load(gates_ptr + clip * layers + layer)
     grad_ptr += start_of_clip
     share_ptr += (clip.to(tl.int64) * layers + layer) * R
@@ -481,7 +486,7 @@ def backward(
     slab = torch.stack(features)
     grad_anchor = torch.empty(anchor.shape, dtype=torch.float32, device=anchor.device)
     grad_slab = torch.empty_like(slab)
-    sizes = (len(features), batch, frames)
+    sizes, boost = (len(features), batch, frames), reference.boost(frames)
     # Two allocations: a slice would start at 16 bytes or not, and each case compiles a kernel of its own.
     delta, scale = (torch.empty(sizes, dtype=torch.float32, device=anchor.device) for _ in range(2))
     with on_device(anchor):
@@ -498,6 +503,7 @@ def backward(
             grad_anchor,
             delta,
             scale,
+            boost,
             *sizes,
             **_constants(anchor_row, width),
             **anchor_row.options,
@@ -517,6 +523,7 @@ def backward(
             *gated,
             delta,
             scale,
+            boost,
             shares,
             grad_slab,
             *sizes,
@@ -561,7 +568,8 @@ def static_launches(row: Row, dtype: str, width: int) -> Iterator[tuple]:
     for name in types:
         if name in ("gates_ptr", "grad_anchor_ptr", "delta_ptr", "scale_ptr", "share_ptr"):
             types[name] = "*fp32"
-    kinds = {"sums_ptr": "*fp32", "lengths_ptr": "*i32", "layers": "i32", "batch": "i32", "frames": "i32"}
+    kinds = {"sums_ptr": "*fp32", "lengths_ptr": "*i32", "boost": "fp32"}
+    kinds |= dict.fromkeys(("layers", "batch", "frames"), "i32")
     types |= {name: kind for name, kind in kinds.items() if name in types}
     types |= descriptors
     yield compile_arguments(function, types, constants)

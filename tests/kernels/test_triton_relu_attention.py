@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 from triton_fixtures import DEVICE, assert_as_good_as_reference, run
 
 from meft_kernels.reference import relu_attention as reference
-from meft_kernels.testing import Case
+from meft_kernels.testing import Case, relative_error
 from meft_kernels.triton_kernels import relu_attention as kernel
 from meft_kernels.tune import choice
 from meft_kernels.tune.table import TABLE
@@ -231,6 +231,42 @@ def test_what_no_row_serves_goes_to_the_reference(missing, monkeypatch):
     got = run(kernel, inputs, grad, names(case))
     served = ["out"] if missing == "relu_attention_fwd" else names(case)
     assert all(torch.equal(got[name], expected[name]) for name in served)
+
+
+def half_products(a, b, dtype):
+    """``matmul`` as on CUDA: operands rounded to the activations' type, fp32 results."""
+    wide = torch.promote_types(dtype, torch.float32)
+    return a.to(dtype).to(wide) @ b.to(dtype).to(wide)
+
+
+def test_the_boost_is_a_power_of_two_of_at_least_the_frames():
+    for frames, boost in ((0, 1), (1, 1), (2, 2), (3, 4), (1024, 1024), (1025, 2048), (1500, 2048)):
+        assert reference.boost(frames) == boost
+
+
+@pytest.mark.parametrize("mean", [0.0, 1.0])
+@pytest.mark.parametrize("module", [kernel, reference], ids=["kernel", "reference as on CUDA"])
+def test_fp16_gradients_do_not_underflow(module, mean, monkeypatch):
+    """30 seconds, features with a common mean, and the gradients of about 4e-4 that a loss scale of 65536
+    leaves: the scores' gradients, about 1e-5 of them, are too small for fp16."""
+    frames, side, generator = 1500, 24, torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator)
+
+    grad = 5e-4 * normal(1, 1, side) + 5e-5 * normal(1, frames, side)
+    anchor, *features = (mean + normal(1, frames, side) for _ in range(2))
+    half = [tensor.half().to(DEVICE) for tensor in (grad, anchor, *features)]
+    gate = [tensor.to(DEVICE) for tensor in (0.1 * normal(1, side), torch.zeros(1))]
+    exact = [tensor.double() for tensor in half]
+    truth = reference.backward(*exact[:2], *(g.double() for g in gate), None, exact[2:])
+    monkeypatch.setattr(reference, "matmul", half_products)
+    rows = [choice.choose(name, side) for name in KERNELS]
+    large = [replace(row, widths=(1, 192), blocks=dict.fromkeys(row.blocks, 512)) for row in rows]
+    with choice.trial(*(large if DEVICE == "cpu" else rows)):  # the interpreter's time is that of its tiles
+        found = module.backward(*half[:2], *gate, None, half[2:])
+    for name, expected, got in zip(("anchor", "weight", "bias", "feature"), truth, found):
+        assert relative_error(got, expected) < 2e-3 or name == "bias", name
 
 
 def test_nan_in_a_score_stays():
