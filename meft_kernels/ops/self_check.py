@@ -3,8 +3,9 @@
 A kernel on a device that it never ran on, from a compiler that it never met, is a guess. So the first call of
 an op with new widths or types runs both kernels on small random inputs and compares them with the reference
 in float64. A fused kernel that errs much more than the reference does at the same type, or that fails to
-compile or to launch, is left alone for the rest of the process, with one warning. The check costs little
-beside compiling the kernel, which has to be done anyway.
+compile or to launch, is left alone for the rest of the process, with one warning. Where memory runs out
+during the check nothing is known yet: the reference serves that call, and the next one checks again. The
+check costs little beside compiling the kernel, which has to be done anyway.
 """
 
 import warnings
@@ -130,6 +131,12 @@ def complaint(names: Sequence[str], arguments: Sequence, plain: Callable, fused:
     return None
 
 
+def _out_of_memory(error: Exception) -> bool:
+    """Whether a device's memory ran out, by PyTorch's word or the driver's; not its shared memory, which is
+    the kernel's fault."""
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
+
+
 def choose(op: str, names: Sequence[str], arguments: Sequence, plain: Callable, fused: Callable) -> Callable:
     """``fused`` where it is as good as ``plain`` on this device at these widths and types, else ``plain``.
 
@@ -148,6 +155,8 @@ def choose(op: str, names: Sequence[str], arguments: Sequence, plain: Callable, 
             try:
                 wrong = complaint(names, arguments, plain, fused)
             except Exception as error:  # a compiler or driver may fail in any way
+                if _out_of_memory(error):
+                    return plain
                 said = (str(error).strip().splitlines() or [""])[0]
                 wrong = f"it failed with {type(error).__name__}: {said}"
         verdict = verdicts[key] = wrong is None

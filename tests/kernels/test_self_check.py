@@ -108,6 +108,29 @@ def test_wrong_kernels_are_left_alone_with_one_warning(fused, complaint):
     assert len(caught) == 1 and complaint in str(caught[0].message)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), RuntimeError("[CUDA]: out of memory")],
+    ids=["allocator", "driver"],
+)
+def test_memory_that_runs_out_once_leaves_the_kernel_for_later(error):
+    name, names, arguments = linear_call()
+    plain, full = reference.norm_linear.forward, True
+
+    def fused(*given):
+        if full:
+            raise error
+        return plain(*given)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert self_check.choose(name, names, arguments, plain, fused) is plain
+        full = False
+        for _ in range(2):
+            assert self_check.choose(name, names, arguments, plain, fused) is fused
+    assert list(self_check.verdicts.values()) == [True]
+
+
 def frames(keep):
     """Zeroes the frames of an activation for which ``keep`` is false."""
 
