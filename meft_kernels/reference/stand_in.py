@@ -39,6 +39,11 @@ def active() -> bool:
     return _current is not None
 
 
+def standing() -> bool:
+    """Whether tensors stand for those of a device at all."""
+    return _current is not None
+
+
 def device_type(device: torch.device) -> str:
     """The type of the device, or of the one that its tensors stand for."""
     return device.type if _current is None else _current.device_type

@@ -1,5 +1,6 @@
 """What launchers share on the host: choosing a row, guarding the device, and products over all frames."""
 
+import functools
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -20,7 +21,17 @@ def row_for(kernel: str, x: Tensor, width: int) -> Row | None:
     in float64, and at widths that no row covers."""
     if x.dtype == torch.float64:
         return None
-    return choice.choose(kernel, width, stand_in.capability(x.device))
+    if stand_in.standing():
+        return choice.choose(kernel, width, stand_in.capability(x.device))
+    return choice.choose(kernel, width, *place(x.device))
+
+
+@functools.cache
+def place(device: torch.device) -> tuple[tuple[int, int] | None, str | None]:
+    """Compute capability and name of a CUDA device, asked for once; (None, None) off CUDA."""
+    if device.type != "cuda":
+        return None, None
+    return torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device)
 
 
 def on_device(x: Tensor) -> AbstractContextManager:

@@ -359,7 +359,7 @@ def _for_type(row: Row, dtype: torch.dtype, width: int) -> Row | None:
     wide rows are better off with the vendor library."""
     if dtype != torch.float32:
         return row
-    small = replace(row, blocks=dict.fromkeys(row.blocks, 16), num_stages=1, family="any")
+    small = replace(row, blocks=dict.fromkeys(row.blocks, 16), num_stages=1, descriptors=False)
     return small if width <= FP32_WIDTH else None
 
 
@@ -370,8 +370,8 @@ def _constants(row: Row, width: int) -> dict:
 
 
 def _uses_descriptors(row: Row, width: int, dtype: torch.dtype) -> bool:
-    """Whether a row is for a GPU with the copy engine, and rows of x start at multiples of 16 bytes."""
-    return row.family == "hopper" and width * dtype.itemsize % 16 == 0
+    """Whether a row asks for the copy engine, and rows of x start at multiples of 16 bytes, as it wants."""
+    return row.descriptors and width * dtype.itemsize % 16 == 0
 
 
 def _descriptors(x: Tensor, row: Row, size: int) -> tuple:

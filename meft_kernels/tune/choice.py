@@ -3,18 +3,22 @@
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-import torch
-
 from . import device_file
 from .row import FAMILIES, Row, sm_of
 from .table import TABLE
 
 
-def choose(kernel: str, width: int, capability: tuple[int, int] | None = None) -> Row | None:
-    """The row that serves a kernel at a width on a device, or None where no block shape fits."""
+def choose(
+    kernel: str, width: int, capability: tuple[int, int] | None = None, device_name: str | None = None
+) -> Row | None:
+    """The row that serves a kernel at a width, or None where no block shape fits.
+
+    Args:
+        capability: of the device, such as (9, 0); None counts as Hopper.
+        device_name: whose measured rows come before the table's; None for the table alone.
+    """
     family = FAMILIES[sm_of(capability)]
-    on_device = capability and torch.cuda.is_available()
-    measured = device_file.read(torch.cuda.get_device_name()) if on_device else ()
+    measured = () if device_name is None else device_file.read(device_name)
     found = (best_of(rows, kernel, width, family) for rows in (_trial, measured, TABLE))
     return next((row for row in found if row is not None), None)
 

@@ -2,14 +2,15 @@
 
 import datetime
 import functools
+import importlib
 import json
 import os
 import re
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -26,9 +27,14 @@ def path_of(device_name: str) -> Path:
     return Path(folder) / f"{re.sub(r'[^A-Za-z0-9]+', '-', device_name).strip('-').lower()}.json"
 
 
+def _triton_version() -> str:
+    return importlib.import_module("triton").__version__
+
+
 @functools.cache
 def read(device_name: str) -> tuple[Row, ...]:
-    """The rows measured on a device, none where there is no file.
+    """The rows measured on a device, none where there is no file. None either, and a warning, where another
+    Triton measured them: its compiler gives other registers and spills.
 
     Raises:
         ValueError: the file is there and cannot be used; its name is in the message.
@@ -37,9 +43,18 @@ def read(device_name: str) -> tuple[Row, ...]:
     if not path.is_file():
         return ()
     try:
-        return tuple(_row(each) for each in json.loads(path.read_text(encoding="utf-8"))["rows"])
+        content = json.loads(path.read_text(encoding="utf-8"))
+        rows, version = tuple(_row(each) for each in content["rows"]), content["triton"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} holds no usable block sizes, remove it or tune again: {error}") from error
+    if version != _triton_version():
+        warnings.warn(
+            f"{path} was measured with Triton {version} and is not used with {_triton_version()}; "
+            "python -m meft_kernels.tune measures again",
+            stacklevel=2,
+        )
+        return ()
+    return rows
 
 
 def _row(given: dict, **changes: str) -> Row:
@@ -103,7 +118,7 @@ def write(rows: Sequence[Row]) -> Path:
         "device": name,
         "capability": list(torch.cuda.get_device_capability()),
         "torch": torch.__version__,
-        "triton": metadata.version("triton"),
+        "triton": _triton_version(),
         "date": datetime.date.today().isoformat(),
         "rows": [asdict(row) for row in (*kept, *rows)],
     }
@@ -140,6 +155,8 @@ def table_lines(path: Path) -> list[str]:
         kernel, blocks, reason, *rest = map(
             json.dumps, (row.kernel, row.blocks, f"{name}: {row.reason}", row.family, row.mma)
         )
+        if row.descriptors:
+            rest.append("descriptors=True")
         lines.append(f"    Row({kernel}, {row.widths}, {blocks}, {row.num_warps}, {row.num_stages},")
         lines.append(f"        {', '.join([reason, *rest])}),")
     return lines

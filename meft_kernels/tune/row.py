@@ -24,6 +24,7 @@ class Row:
         family: architecture family, or "any". A row of the exact family is preferred.
         mma: the instruction that its products should compile to on Hopper, "wgmma", or "hmma" where their
             tiles are too small for it by nature.
+        descriptors: whether blocks are loaded by the copy engine, through descriptors, where a kernel can.
     """
 
     kernel: str
@@ -34,6 +35,7 @@ class Row:
     reason: str
     family: str = "any"
     mma: str = "wgmma"
+    descriptors: bool = False
 
     @property
     def options(self) -> dict[str, int]:

@@ -45,6 +45,7 @@ class Compiled:
         registers: per thread. spill_stores, spill_loads, shared: bytes.
         wgmma, mma: Hopper's and the older matrix instructions in the code (tcgen05 counts as wgmma).
         blocks_per_sm: as many as registers, threads and shared memory allow.
+        serialised: whether the assembler waits for each wgmma before the next (its messages C7510 to C7519).
         problem: why the row may not ship, or "".
     """
 
@@ -60,6 +61,7 @@ class Compiled:
     wgmma: int = 0
     mma: int = 0
     blocks_per_sm: int = 0
+    serialised: bool = False
     problem: str = field(default="")
 
 
@@ -99,18 +101,20 @@ def check_row(row: Row, sm: int, width: int, dtype: str = "bf16") -> Iterator[Co
             yield Compiled(**what, problem=f"does not compile: {text[0]}")
             continue
         ptx, shared = binary.asm["ptx"], binary.metadata.shared
-        registers, stores, loads = _assembler_report(ptx, sm)
+        report = _assembler_report(ptx, sm)
+        registers = max(map(int, re.findall(r"Used (\d+) registers", report)), default=0)
         threads = 32 * row.num_warps
         by_shared = _SHARED_PER_SM[sm] // (shared + 1024)
         by_registers = _REGISTERS_PER_SM // max(1, -(-registers // 8) * 8 * threads)
         result = Compiled(
             **what,
             registers=registers,
-            spill_stores=stores,
-            spill_loads=loads,
+            spill_stores=sum(map(int, re.findall(r"(\d+) bytes spill stores", report))),
+            spill_loads=sum(map(int, re.findall(r"(\d+) bytes spill loads", report))),
             shared=shared,
             wgmma=ptx.count("wgmma.mma_async") + ptx.count("tcgen05.mma"),
             mma=len(re.findall(r"\bmma\.sync", ptx)),
+            serialised=bool(re.search(r"C751\d|wgmma.* serialized", report)),
             blocks_per_sm=min(by_shared, by_registers, _THREADS[sm] // threads),
         )
         yield Compiled(**{**vars(result), "problem": problem(result)})
@@ -127,11 +131,13 @@ def problem(result: Compiled) -> str:
             return f"spills {spill} bytes, at most {SPILL_LIMIT} are allowed"
         if result.dtype != "fp32" and result.row.mma == "wgmma" and result.mma and not result.wgmma:
             return "its products do not use wgmma"
+        if result.serialised:
+            return "its wgmma run one at a time (ptxas C7515)"
     return ""
 
 
-def _assembler_report(ptx: str, sm: int) -> tuple[int, int, int]:
-    """Registers per thread, spill stores and spill loads in bytes, from ptxas."""
+def _assembler_report(ptx: str, sm: int) -> str:
+    """What ptxas says of registers, spills and wgmma."""
     from triton.backends.nvidia.compiler import get_ptxas
 
     executable = get_ptxas(sm).path  # the one that Triton compiled for
@@ -140,11 +146,8 @@ def _assembler_report(ptx: str, sm: int) -> tuple[int, int, int]:
         path = Path(scratch) / "kernel.ptx"
         path.write_text(ptx, encoding="utf-8")
         command = [executable, "-v", f"--gpu-name={target}", str(path), "-o", str(path.with_suffix(".cubin"))]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    registers = max(map(int, re.findall(r"Used (\d+) registers", report)), default=0)
-    stores = sum(map(int, re.findall(r"(\d+) bytes spill stores", report)))
-    loads = sum(map(int, re.findall(r"(\d+) bytes spill loads", report)))
-    return registers, stores, loads
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
 
 
 HEADER = (
@@ -156,8 +159,9 @@ HEADER = (
 def line(result: Compiled) -> str:
     """A result as one row of the printed table."""
     spill = f"{result.spill_stores}/{result.spill_loads}"
+    fine = "ok, but its wgmma run one at a time" if result.serialised else "ok"
     return (
         f"{result.kernel:<36}{result.width:>6}{result.sm:>5}{result.registers:>5}{spill:>13}"
         f"{result.shared / 1024:>9.1f}{result.wgmma:>7}{result.mma:>6}{result.blocks_per_sm:>11}  "
-        f"{result.problem or 'ok'}"
+        f"{result.problem or fine}"
     )

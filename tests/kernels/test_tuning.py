@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -70,8 +71,14 @@ def test_device_file(monkeypatch, tmp_path):
     assert path == tmp_path / "nvidia-geforce-rtx-4090.json"
     assert device_file.read("NVIDIA GeForce RTX 4090") == ()
     device_file.read.cache_clear()
-    path.write_text(json.dumps({"rows": [vars(EXACT)]}), encoding="utf-8")
+    content = {"rows": [vars(EXACT)], "triton": "3.6.0"}
+    path.write_text(json.dumps(content), encoding="utf-8")
+    monkeypatch.setattr(device_file, "_triton_version", lambda: "3.6.0")
     assert device_file.read("NVIDIA GeForce RTX 4090") == (EXACT,)
+    device_file.read.cache_clear()
+    monkeypatch.setattr(device_file, "_triton_version", lambda: "3.9.0")
+    with pytest.warns(UserWarning, match="measured with Triton 3.6.0 and is not used with 3.9.0"):
+        assert device_file.read("NVIDIA GeForce RTX 4090") == ()
     device_file.read.cache_clear()
     for damaged in ("{", "[]", '{"rows": [{"kernel": "x"}]}'):
         path.write_text(damaged, encoding="utf-8")
@@ -109,6 +116,24 @@ def test_static_gate_rejects():
     assert "do not use wgmma" in static_check.problem(replace(fine, wgmma=0, mma=4))
     assert static_check.problem(replace(fine, wgmma=0, mma=4, row=replace(row, mma="hmma"))) == ""
     assert "shared memory" in static_check.problem(replace(fine, sm=86, shared=120000))
+    assert "one at a time" in static_check.problem(replace(fine, serialised=True))
+    wide = replace(fine, serialised=True, width=384)
+    assert static_check.problem(wide) == "" and "one at a time" in static_check.line(wide)
+
+
+@pytest.mark.parametrize(
+    "said", ["info : (C7515) Potential Performance Loss: wgmma.mma_async instructions are serialized", ""]
+)
+def test_static_gate_reads_what_the_assembler_says_of_wgmma(said, monkeypatch):
+    pytest.importorskip("triton.compiler")
+    report = f"{said}\nUsed 168 registers\n8 bytes stack frame, 12 bytes spill stores, 16 bytes spill loads"
+    binary = SimpleNamespace(asm={"ptx": "wgmma.mma_async"}, metadata=SimpleNamespace(shared=1024))
+    monkeypatch.setattr("triton.compiler.compile", lambda *_, **__: binary)
+    monkeypatch.setattr(static_check, "_assembler_report", lambda *_: report)
+    row = choice.best_of(TABLE, "norm_linear_fwd", 96, "hopper")
+    [result] = static_check.check_row(row, 90, 96)
+    assert (result.registers, result.spill_stores, result.spill_loads, result.wgmma) == (168, 12, 16, 1)
+    assert result.serialised == bool(said) and bool(result.problem) == bool(said)
 
 
 @pytest.mark.parametrize("sm", [90, 86])
@@ -122,12 +147,14 @@ def test_static_gate_on_representative_rows(sm):
 
 
 def test_rows_of_a_search_become_lines_of_the_table(tmp_path, capsys):
-    found = replace(GENERAL, kernel="ladder_fwd", widths=(96, 96), reason="0.5 ms, 0.6 before", mma="hmma")
+    found = replace(
+        GENERAL, kernel="ladder_fwd", widths=(96, 96), reason="0.5 ms", mma="hmma", descriptors=True
+    )
     path = tmp_path / "card.json"
     path.write_text(json.dumps({"device": "Card", "capability": [8, 9], "rows": [vars(found)]}))
     assert command.main(["--rows", str(path)]) == 0
     row = eval(f"[{capsys.readouterr().out}]", {"Row": Row})[0]
-    assert row == replace(found, family="consumer", reason="Card: 0.5 ms, 0.6 before")
+    assert row == replace(found, family="consumer", reason="Card: 0.5 ms")
     path.write_text("{}")
     assert command.main(["--rows", str(path)]) == 1
     assert "holds no rows that a search wrote" in capsys.readouterr().err
@@ -170,6 +197,54 @@ def complaint(capsys):
     text = capsys.readouterr().err
     assert text.startswith("meft_kernels.tune: ") and text.count("\n") == 1, text
     return text
+
+
+def test_rows_of_another_triton_are_replaced_and_not_kept(card, monkeypatch):
+    monkeypatch.setattr(device_file, "_triton_version", lambda: "3.6.0")
+    device_file.write([GENERAL])
+    monkeypatch.setattr(device_file, "_triton_version", lambda: "3.9.0")
+    device_file.read.cache_clear()
+    with pytest.warns(UserWarning, match="Triton 3.6.0"):
+        device_file.write([EXACT])
+    content = json.loads(device_file.path_of(CARD).read_text())
+    assert content["triton"] == "3.9.0" and len(content["rows"]) == 1
+    assert device_file.read(CARD) == (EXACT,)
+
+
+def test_a_row_is_that_of_the_tensors_device_and_not_of_the_current_one(card, monkeypatch):
+    from meft_kernels.triton_kernels import host
+
+    names, capabilities = ("Card", "Other"), ((9, 0), (8, 6))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_name", lambda device=None: names[device.index if device else 0]
+    )
+    monkeypatch.setattr(
+        torch.cuda, "get_device_capability", lambda device=None: capabilities[device.index if device else 0]
+    )
+    monkeypatch.setattr(choice, "TABLE", (GENERAL, EXACT))
+    host.place.cache_clear()
+    measured = replace(GENERAL, blocks={"BLOCK": 128})
+    device_file.write([measured])  # of the current device, the first
+    for index, row in enumerate((measured, EXACT)):
+        x = SimpleNamespace(dtype=torch.float16, device=torch.device("cuda", index))
+        assert host.row_for("toy_fwd", x, 96) == row
+    host.place.cache_clear()
+
+
+def test_a_measured_row_loads_as_it_was_timed(card, monkeypatch):
+    """Descriptors are the row's, whatever family it is written for."""
+    pytest.importorskip("triton")
+    from meft_kernels.triton_kernels import relu_attention
+
+    row = choice.best_of(TABLE, "relu_attention_fwd", 96, "hopper")
+    assert row.descriptors
+    device_file.write([replace(row, widths=(96, 96), family="any")])
+    found = choice.choose("relu_attention_fwd", 96, (9, 0), CARD)
+    types = {}
+    for each in (row, found):
+        [launch] = relu_attention.static_launches(each, "bf16", 96)
+        types[each.family] = launch[1]
+    assert types["any"] == types["hopper"] and "tensordesc" in types["any"]["keys0"]
 
 
 def test_a_search_is_written_and_picked_up(card, tmp_path):
