@@ -213,8 +213,9 @@ def _constants(row: Row, dtype: torch.dtype, width: int, layers: int) -> dict:
         chunks = triton.cdiv(width, row.blocks["BLOCK_D"])
         constants["CHUNKS"] = triton.next_power_of_2(chunks)
         # Mixing is fp32 and its row sums cancel where layers are alike: half precision would lose them, and
-        # overflow in fp16 for short vectors. Three tf32 products keep 21 bits on the tensor cores.
-        constants["MIX_PRECISION"] = "ieee" if wide else "tf32x3"
+        # overflow in fp16 for short vectors. Three tf32 products keep 21 bits on the tensor cores; AMD's
+        # have fp32.
+        constants["MIX_PRECISION"] = "ieee" if wide else row.precision
     return constants
 
 

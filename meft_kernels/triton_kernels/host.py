@@ -10,7 +10,7 @@ from torch import Tensor
 from ..reference import stand_in
 from ..reference.common import matmul
 from ..tune import choice
-from ..tune.row import TORCH_TYPES, Row
+from ..tune.row import TORCH_TYPES, Architecture, Row, architecture, architecture_of
 
 POINTERS = {name: f"*{name}" for name in TORCH_TYPES}  # to activations, in Triton's words
 GROUP_ROWS = 1024  # of split_product, for results of up to 128 x 128
@@ -22,16 +22,16 @@ def row_for(kernel: str, x: Tensor, width: int) -> Row | None:
     if x.dtype == torch.float64:
         return None
     if stand_in.standing():
-        return choice.choose(kernel, width, stand_in.capability(x.device))
+        return choice.choose(kernel, width, architecture(stand_in.capability(x.device)))
     return choice.choose(kernel, width, *place(x.device))
 
 
 @functools.cache
-def place(device: torch.device) -> tuple[tuple[int, int] | None, str | None]:
-    """Compute capability and name of a CUDA device, asked for once; (None, None) off CUDA."""
+def place(device: torch.device) -> tuple[Architecture, str | None]:
+    """Architecture and name of a device, asked for once; off CUDA no name, and Hopper's rows serve."""
     if device.type != "cuda":
-        return None, None
-    return torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device)
+        return architecture(None), None
+    return architecture_of(device), torch.cuda.get_device_name(device)
 
 
 def on_device(x: Tensor) -> AbstractContextManager:

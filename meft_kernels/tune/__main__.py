@@ -17,19 +17,19 @@ import torch
 
 from . import device_file, search, static_check
 from .choice import best_of
-from .row import FAMILIES, SHARED_MEMORY, TORCH_TYPES, Row, sm_of
+from .row import FAMILIES, SHARED_MEMORY, TORCH_TYPES, Architecture, Row, architecture_of
 from .table import TABLE
 
 
-def _rows(wanted: Sequence[str], width: int | None, sm: int) -> list[tuple[Row, int]]:
+def _rows(wanted: Sequence[str], width: int | None, arch: Architecture) -> list[tuple[Row, int]]:
     """Rows and widths that the options ask for, in the order of the ops: one width, or those of Whisper."""
     found = []
     for op, row in itertools.product(wanted, TABLE):
         if static_check.module_name(row.kernel) != op:
             continue
         if width is None:
-            found += [(row, each) for each in static_check.serving_widths(row, sm)]
-        elif best_of(TABLE, row.kernel, width, FAMILIES[sm]) is row:
+            found += [(row, each) for each in static_check.serving_widths(row, arch)]
+        elif best_of(TABLE, row.kernel, width, FAMILIES[arch]) is row:
             found.append((row, width))
     return found
 
@@ -72,7 +72,12 @@ def _parser() -> argparse.ArgumentParser:
         "--op", choices=static_check.MODULES, nargs="+", help="only these ops, in this order (default: all)"
     )
     parser.add_argument("--width", type=_positive, help="only this side width (default: all of Whisper's)")
-    parser.add_argument("--sm", type=int, choices=sorted(SHARED_MEMORY), help="only this architecture")
+    known = {kind: [a for a in SHARED_MEMORY if isinstance(a, kind)] for kind in (int, str)}
+    device = parser.add_mutually_exclusive_group()
+    device.add_argument(
+        "--sm", dest="arch", type=int, choices=known[int], help="only this NVIDIA architecture"
+    )
+    device.add_argument("--arch", choices=known[str], help="only this AMD architecture")
     parser.add_argument("--dtype", choices=sorted(TORCH_TYPES), default="bf16", help="default: bf16")
     parser.add_argument("--batch", type=_positive, default=32, help="batch of the timed case (default: 32)")
     parser.add_argument("--frames", type=_positive, default=1500, help="frames of it (default: 1500)")
@@ -97,10 +102,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     wanted, has_gpu = options.op or static_check.MODULES, torch.cuda.is_available()
     if options.check:
-        sms = (options.sm,) if options.sm else tuple(SHARED_MEMORY)
+        archs = (options.arch,) if options.arch else tuple(SHARED_MEMORY)
     else:
-        sms = (options.sm or (sm_of(torch.cuda.get_device_capability()) if has_gpu else 90),)
-    rows = [(row, width, sm) for sm in sms for row, width in _rows(wanted, options.width, sm)]
+        archs = (options.arch or (architecture_of() if has_gpu else 90),)
+    rows = [(row, width, arch) for arch in archs for row, width in _rows(wanted, options.width, arch)]
     if not rows:
         ops_named = f"op {' '.join(options.op)} at " if options.op else ""
         _complain(f"no row of the table serves {ops_named}width {options.width}; the reference does")
@@ -119,22 +124,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _check(rows: Sequence[tuple[Row, int, int]], dtype: str) -> int:
+def _check(rows: Sequence[tuple[Row, int, Architecture]], dtype: str) -> int:
     print(static_check.HEADER)
     count, bad = 0, 0
-    for row, width, sm in rows:
-        for result in static_check.check_row(row, sm, width, dtype):
+    for row, width, arch in rows:
+        for result in static_check.check_row(row, arch, width, dtype):
             print(static_check.line(result), flush=True)
             count, bad = count + 1, bad + bool(result.problem)
     print(f"{count} kernels compiled, {bad} with problems")
     return 1 if bad or not count else 0
 
 
-def _dry_run(rows: Sequence[tuple[Row, int, int]], dtype: str) -> int:
-    for row, width, sm in rows:
-        print(f"{row.kernel} width {width} sm_{sm}:", flush=True)
+def _dry_run(rows: Sequence[tuple[Row, int, Architecture]], dtype: str) -> int:
+    for row, width, arch in rows:
+        print(f"{row.kernel} width {width} {static_check.name_of(arch)}:", flush=True)
         count = 0
-        for candidate, problem in search.checked(row, sm, width, dtype):
+        for candidate, problem in search.checked(row, arch, width, dtype):
             launch = f"{candidate.num_warps} warps {candidate.num_stages} stages"
             print(f"  {candidate.blocks} {launch}  {problem or 'ok'}", flush=True)
             count += not problem
@@ -142,7 +147,7 @@ def _dry_run(rows: Sequence[tuple[Row, int, int]], dtype: str) -> int:
     return 0
 
 
-def _search(rows: Sequence[tuple[Row, int, int]], options: argparse.Namespace) -> int:
+def _search(rows: Sequence[tuple[Row, int, Architecture]], options: argparse.Namespace) -> int:
     best = []
     try:
         device_file.prepare()

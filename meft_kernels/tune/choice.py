@@ -4,20 +4,20 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from . import device_file
-from .row import FAMILIES, Row, sm_of
+from .row import FAMILIES, Architecture, Row
 from .table import TABLE
 
 
 def choose(
-    kernel: str, width: int, capability: tuple[int, int] | None = None, device_name: str | None = None
+    kernel: str, width: int, architecture: Architecture = 90, device_name: str | None = None
 ) -> Row | None:
     """The row that serves a kernel at a width, or None where no block shape fits.
 
     Args:
-        capability: of the device, such as (9, 0); None counts as Hopper.
+        architecture: of the device.
         device_name: whose measured rows come before the table's; None for the table alone.
     """
-    family = FAMILIES[sm_of(capability)]
+    family = FAMILIES[architecture]
     measured = () if device_name is None else device_file.read(device_name)
     found = (best_of(rows, kernel, width, family) for rows in (_trial, measured, TABLE))
     return next((row for row in found if row is not None), None)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from .row import FAMILIES, Row, sm_of
+from .row import FAMILIES, Row, architecture_of
 
 
 def path_of(device_name: str) -> Path:
@@ -116,7 +116,7 @@ def write(rows: Sequence[Row]) -> Path:
     kept = [row for row in _measured_before() if (row.kernel, row.widths) not in keys]
     content = {
         "device": name,
-        "capability": list(torch.cuda.get_device_capability()),
+        "architecture": architecture_of(),
         "torch": torch.__version__,
         "triton": _triton_version(),
         "date": datetime.date.today().isoformat(),
@@ -146,7 +146,7 @@ def table_lines(path: Path) -> list[str]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        name, family = content["device"], FAMILIES[sm_of(tuple(content["capability"]))]
+        name, family = content["device"], FAMILIES[content["architecture"]]
         rows = [_row(each, family=family) for each in content["rows"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} holds no rows that a search wrote: {error}") from error
@@ -155,6 +155,8 @@ def table_lines(path: Path) -> list[str]:
         kernel, blocks, reason, *rest = map(
             json.dumps, (row.kernel, row.blocks, f"{name}: {row.reason}", row.family, row.mma)
         )
+        if row.precision != Row.precision:
+            rest.append(f"precision={json.dumps(row.precision)}")
         if row.descriptors:
             rest.append("descriptors=True")
         lines.append(f"    Row({kernel}, {row.widths}, {blocks}, {row.num_warps}, {row.num_stages},")

@@ -4,9 +4,16 @@ from dataclasses import dataclass, field
 
 import torch
 
-# Shared memory that one block may use, in bytes, and the family that a compute capability belongs to.
-SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
-FAMILIES = {80: "ampere", 86: "consumer", 89: "consumer", 90: "hopper", 100: "blackwell", 120: "consumer"}
+Architecture = int | str  # NVIDIA's by number, such as 90, and AMD's by name, such as "gfx942"
+# Shared memory that one block may use, in bytes, and the family that an architecture belongs to.
+SHARED_MEMORY: dict[Architecture, int] = {
+    **{80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376},
+    **{"gfx942": 65536, "gfx950": 163840},
+}
+FAMILIES: dict[Architecture, str] = {
+    **{80: "ampere", 86: "consumer", 89: "consumer", 90: "hopper", 100: "blackwell", 120: "consumer"},
+    **{"gfx942": "amd", "gfx950": "amd"},
+}
 # Triton's and torch's words for the activation types.
 TORCH_TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -24,6 +31,8 @@ class Row:
         family: architecture family, or "any". A row of the exact family is preferred.
         mma: the instruction that its products should compile to on Hopper, "wgmma", or "hmma" where their
             tiles are too small for it by nature.
+        precision: of products of fp32 operands beside half-precision ones, in Triton's words; AMD's cards
+            have no tf32x3, but matrix instructions for fp32.
         descriptors: whether blocks are loaded by the copy engine, through descriptors, where a kernel can.
     """
 
@@ -35,6 +44,7 @@ class Row:
     reason: str
     family: str = "any"
     mma: str = "wgmma"
+    precision: str = "tf32x3"
     descriptors: bool = False
 
     @property
@@ -43,10 +53,25 @@ class Row:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
-def sm_of(capability: tuple[int, int] | None) -> int:
-    """The known architecture that serves a CUDA compute capability; ``None`` (no GPU) counts as Hopper."""
+def architecture(capability: tuple[int, int] | None, amd_name: str | None = None) -> Architecture:
+    """The known architecture that serves a device.
+
+    Args:
+        capability: such as (9, 0); None (no GPU) counts as Hopper.
+        amd_name: AMD's name of the chip, such as "gfx942:sramecc+:xnack-", None on NVIDIA's: ROCm gives an
+            MI300 the capability (9, 4).
+    """
+    if amd_name is not None:
+        name = amd_name.split(":")[0]
+        return name if name in FAMILIES else "gfx942"
     if capability is None:
         return 90
-    number = 10 * capability[0] + capability[1]
-    known = [sm for sm in sorted(FAMILIES) if sm <= number]
-    return known[-1] if known else min(FAMILIES)
+    known = sorted(number for number in FAMILIES if isinstance(number, int))
+    fitting = [number for number in known if number <= 10 * capability[0] + capability[1]]
+    return fitting[-1] if fitting else known[0]
+
+
+def architecture_of(device: torch.device | None = None) -> Architecture:
+    """The known architecture that serves a CUDA or ROCm device, without an argument the current one."""
+    amd_name = torch.cuda.get_device_properties(device).gcnArchName if torch.version.hip else None
+    return architecture(torch.cuda.get_device_capability(device), amd_name)

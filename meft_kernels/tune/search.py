@@ -11,7 +11,7 @@ import torch
 from .. import ops
 from ..testing import Case, flat_tensors
 from . import choice, static_check
-from .row import TORCH_TYPES, Row, sm_of
+from .row import TORCH_TYPES, Architecture, Row, architecture_of
 from .static_check import SPILL_LIMIT
 
 
@@ -27,10 +27,10 @@ def candidates(row: Row) -> Iterator[Row]:
                 yield neighbour
 
 
-def checked(row: Row, sm: int, width: int, dtype: str) -> Iterator[tuple[Row, str]]:
+def checked(row: Row, arch: Architecture, width: int, dtype: str) -> Iterator[tuple[Row, str]]:
     """The candidates of a row as they are compiled for an architecture, each with its problem or ""."""
     for candidate in candidates(row):
-        results = list(static_check.check_row(candidate, sm, width, dtype))
+        results = list(static_check.check_row(candidate, arch, width, dtype))
         spills = max((r.spill_stores + r.spill_loads for r in results), default=0)
         problems = [r.problem for r in results if r.problem]
         if spills > SPILL_LIMIT:
@@ -38,9 +38,9 @@ def checked(row: Row, sm: int, width: int, dtype: str) -> Iterator[tuple[Row, st
         yield candidate, next(iter(problems), "")
 
 
-def passing(row: Row, sm: int, width: int, dtype: str) -> Iterator[Row]:
+def passing(row: Row, arch: Architecture, width: int, dtype: str) -> Iterator[Row]:
     """The candidates of a row that compile on an architecture without spilling."""
-    return (candidate for candidate, problem in checked(row, sm, width, dtype) if not problem)
+    return (candidate for candidate, problem in checked(row, arch, width, dtype) if not problem)
 
 
 def input_sets(case: Case, dtype: torch.dtype, backward: bool) -> list[dict]:
@@ -90,11 +90,10 @@ def case_for(row: Row, width: int, batch: int, frames: int) -> Case:
 def fastest(row: Row, width: int, dtype: str, batch: int, frames: int, seconds: float = float("inf")) -> Row:
     """The fastest passing candidate of a row at one width on the current CUDA device, of those tried within
     so many seconds; the row itself is tried first."""
-    capability = torch.cuda.get_device_capability()
     case, backward = case_for(row, width, batch, frames), "bwd" in row.kernel
     sets = input_sets(case, TORCH_TYPES[dtype], backward)
     best, best_time, start, before = None, float("inf"), time.monotonic(), ""
-    for candidate in passing(row, sm_of(capability), width, dtype):
+    for candidate in passing(row, architecture_of(), width, dtype):
         if best is not None and time.monotonic() - start > seconds:
             print(f"  stopped after {seconds:g} s", flush=True)
             break

@@ -13,7 +13,7 @@ import torch
 
 from meft_kernels.tune import __main__ as command
 from meft_kernels.tune import choice, device_file, search, static_check
-from meft_kernels.tune.row import FAMILIES, Row, sm_of
+from meft_kernels.tune.row import FAMILIES, Row, architecture, architecture_of
 from meft_kernels.tune.table import TABLE
 
 ROOT = Path(__file__).parents[2]
@@ -37,31 +37,61 @@ def run_tune(*arguments):
 def test_choose_prefers_the_exact_family(monkeypatch):
     monkeypatch.setattr(choice, "TABLE", (GENERAL, EXACT))
     assert choice.choose("toy_fwd", 96) is GENERAL
-    assert choice.choose("toy_fwd", 96, (9, 0)) is GENERAL
-    assert choice.choose("toy_fwd", 96, (8, 9)) is EXACT
+    assert choice.choose("toy_fwd", 96, 90) is GENERAL
+    assert choice.choose("toy_fwd", 96, 89) is EXACT
     assert choice.choose("toy_fwd", 101) is None
     assert choice.choose("other", 96) is None
     monkeypatch.setattr(choice, "TABLE", (EXACT, GENERAL))
-    assert choice.choose("toy_fwd", 96, (9, 0)) is GENERAL
+    assert choice.choose("toy_fwd", 96, 90) is GENERAL
     monkeypatch.setattr(choice, "TABLE", (EXACT,))
-    assert choice.choose("toy_fwd", 96, (9, 0)) is None
+    assert choice.choose("toy_fwd", 96, 90) is None
 
 
 def test_trial_rows_come_first_and_go_again(monkeypatch):
     monkeypatch.setattr(choice, "TABLE", (GENERAL,))
     with choice.trial(EXACT), pytest.raises(KeyError):
-        assert choice.choose("toy_fwd", 96, (8, 6)) is EXACT
-        assert choice.choose("toy_fwd", 96, (9, 0)) is GENERAL
+        assert choice.choose("toy_fwd", 96, 86) is EXACT
+        assert choice.choose("toy_fwd", 96, 90) is GENERAL
         raise KeyError
-    assert choice.choose("toy_fwd", 96, (8, 6)) is GENERAL
+    assert choice.choose("toy_fwd", 96, 86) is GENERAL
 
 
 @pytest.mark.parametrize(
-    ("capability", "sm"),
-    [((8, 0), 80), ((8, 6), 86), ((8, 7), 86), ((8, 9), 89), ((9, 0), 90), ((10, 3), 100), ((12, 1), 120)],
+    ("capability", "known"),
+    [
+        (None, 90),
+        ((7, 5), 80),
+        ((8, 0), 80),
+        ((8, 6), 86),
+        ((8, 7), 86),
+        ((8, 9), 89),
+        ((9, 0), 90),
+        ((10, 3), 100),
+        ((12, 1), 120),
+    ],
 )
-def test_architectures(capability, sm):
-    assert sm_of(capability) == sm
+def test_architectures(capability, known):
+    assert architecture(capability) == known
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [("gfx942:sramecc+:xnack-", "gfx942"), ("gfx950:sramecc+:xnack-", "gfx950"), ("gfx90a", "gfx942")],
+)
+def test_amd_is_told_by_rocm_and_not_by_the_capability(name, known, monkeypatch):
+    """An MI300 says (9, 4), as if it were a Hopper."""
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 4))
+    properties = SimpleNamespace(gcnArchName=name)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
+    assert architecture_of() == known and FAMILIES[known] == "amd"
+
+
+def test_amd_products_have_a_precision_that_its_compiler_accepts():
+    for row in TABLE:
+        assert row.precision == ("ieee" if row.family == "amd" else "tf32x3") or "guidance" not in row.kernel
+    assert choice.choose("guidance_bwd", 96, "gfx942").precision == "ieee"
+    assert choice.choose("guidance_bwd", 96, 90).precision == "tf32x3"
 
 
 def test_device_file(monkeypatch, tmp_path):
@@ -112,10 +142,12 @@ def test_static_gate_rejects():
     assert static_check.problem(fine) == ""
     assert "spills 40 bytes" in static_check.problem(replace(fine, spill_loads=24))
     assert static_check.problem(replace(fine, spill_loads=24, width=384)) == ""
-    assert static_check.problem(replace(fine, spill_loads=24, sm=80)) == ""
+    assert static_check.problem(replace(fine, spill_loads=24, arch=80)) == ""
     assert "do not use wgmma" in static_check.problem(replace(fine, wgmma=0, mma=4))
     assert static_check.problem(replace(fine, wgmma=0, mma=4, row=replace(row, mma="hmma"))) == ""
-    assert "shared memory" in static_check.problem(replace(fine, sm=86, shared=120000))
+    assert "shared memory" in static_check.problem(replace(fine, arch=86, shared=120000))
+    assert "gfx942 has 65536" in static_check.problem(replace(fine, arch="gfx942", shared=65537))
+    assert static_check.problem(replace(fine, arch="gfx950", shared=65537, wgmma=0, mma=4)) == ""
     assert "one at a time" in static_check.problem(replace(fine, serialised=True))
     wide = replace(fine, serialised=True, width=384)
     assert static_check.problem(wide) == "" and "one at a time" in static_check.line(wide)
@@ -136,11 +168,11 @@ def test_static_gate_reads_what_the_assembler_says_of_wgmma(said, monkeypatch):
     assert result.serialised == bool(said) and bool(result.problem) == bool(said)
 
 
-@pytest.mark.parametrize("sm", [90, 86])
-def test_static_gate_on_representative_rows(sm):
+@pytest.mark.parametrize("arch", ["--sm 90", "--sm 86", "--arch gfx942"])
+def test_static_gate_on_representative_rows(arch):
     """Width 96 (whisper-small at reduction factor 8) of every kernel; `tune --check` does the whole table."""
     pytest.importorskip("triton")
-    result = run_tune("--check", "--sm", str(sm), "--width", "96")
+    result = run_tune("--check", *arch.split(), "--width", "96")
     assert result.returncode == 0, result.stdout + result.stderr
     for name in {row.kernel for row in TABLE if row.widths[0] <= 96 <= row.widths[1]}:
         assert f"{name}_kernel" in result.stdout
@@ -151,7 +183,7 @@ def test_rows_of_a_search_become_lines_of_the_table(tmp_path, capsys):
         GENERAL, kernel="ladder_fwd", widths=(96, 96), reason="0.5 ms", mma="hmma", descriptors=True
     )
     path = tmp_path / "card.json"
-    path.write_text(json.dumps({"device": "Card", "capability": [8, 9], "rows": [vars(found)]}))
+    path.write_text(json.dumps({"device": "Card", "architecture": 89, "rows": [vars(found)]}))
     assert command.main(["--rows", str(path)]) == 0
     row = eval(f"[{capsys.readouterr().out}]", {"Row": Row})[0]
     assert row == replace(found, family="consumer", reason="Card: 0.5 ms")
@@ -239,7 +271,7 @@ def test_a_measured_row_loads_as_it_was_timed(card, monkeypatch):
     row = choice.best_of(TABLE, "relu_attention_fwd", 96, "hopper")
     assert row.descriptors
     device_file.write([replace(row, widths=(96, 96), family="any")])
-    found = choice.choose("relu_attention_fwd", 96, (9, 0), CARD)
+    found = choice.choose("relu_attention_fwd", 96, 90, CARD)
     types = {}
     for each in (row, found):
         [launch] = relu_attention.static_launches(each, "bf16", 96)
@@ -326,9 +358,9 @@ def test_check_compiles_any_width_that_a_row_serves(card, monkeypatch, capsys):
     """7 is no width of Whisper's, and the library would use the row there."""
     asked = []
 
-    def compiled(row, sm, width, dtype):
+    def compiled(row, arch, width, dtype):
         asked.append(row.kernel)
-        yield static_check.Compiled(row, row.kernel, width, dtype, sm)
+        yield static_check.Compiled(row, row.kernel, width, dtype, arch)
 
     monkeypatch.setattr(static_check, "check_row", compiled)
     assert command.main(["--check", "--sm", "90", "--width", "7"]) == 0
@@ -339,10 +371,10 @@ def test_check_compiles_any_width_that_a_row_serves(card, monkeypatch, capsys):
 def test_dry_run_prints_each_candidate_as_it_is_compiled(card, monkeypatch, capsys):
     shown = []
 
-    def compiled(row, sm, width, dtype):
+    def compiled(row, arch, width, dtype):
         shown.append(capsys.readouterr().out)
         spills = 40 if row.num_warps == 4 else 0
-        yield static_check.Compiled(row, row.kernel, width, dtype, sm, spill_loads=spills)
+        yield static_check.Compiled(row, row.kernel, width, dtype, arch, spill_loads=spills)
 
     monkeypatch.setattr(static_check, "check_row", compiled)
     assert command.main(["--dry-run", "--op", "eight_bit", "--width", "384", "--sm", "90"]) == 0
