@@ -1,27 +1,14 @@
 """Judges a Triton forward and backward, called directly, by the reference's own error at the same type."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Iterable
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from meft_kernels.testing import relative_error
-from meft_kernels.tune import choice
-from meft_kernels.tune.table import TABLE
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@contextmanager
-def few_groups() -> Iterator[None]:
-    """Two tiles of frames per program of guidance's backward: more than one program in small cases, and less
-    to interpret."""
-    rows = (row for row in TABLE if row.kernel == "guidance_bwd")
-    with choice.trial(*(replace(row, blocks={**row.blocks, "GROUPS": 2}) for row in rows)):
-        yield
 
 
 def run(module: ModuleType, inputs: dict, grad: Tensor, names: Iterable[str], *flags: bool) -> dict:

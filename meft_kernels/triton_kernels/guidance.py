@@ -19,8 +19,9 @@ from torch import Tensor
 from ..reference import guidance as reference
 from ..reference.common import GUIDANCE_EPS
 from ..tune.row import TORCH_TYPES, Row
-from .host import POINTERS, aligned, compile_arguments, launch, on_device, row_for
+from .host import POINTERS, aligned, compile_arguments, launch, on_device, row_for, split
 
+RESIDENT = 4  # programs of the backward on a multiprocessor, at K = 10
 MAX_SLOTS = 32  # shallow layers, one slot each; more go to the reference
 
 # Rows are frames of all utterances; K shallow layers, deep last; D is the side width r of the other files.
@@ -107,7 +108,7 @@ def guidance_fwd_kernel(
         tl.store(out_ptr + offset, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "groups"])
 def guidance_bwd_kernel(
     shallow,  # K pointers to (rows, D)
     grad_shallow,  # K pointers to (rows, D)
@@ -119,6 +120,7 @@ def guidance_bwd_kernel(
     weight_part_ptr,  # (programs, D) fp32
     bias_part_ptr,  # (programs, SLOTS) fp32
     rows,
+    groups,  # tiles of frames per program
     D: tl.constexpr,
     CHUNKS: tl.constexpr,  # ceil(D / BLOCK_D) rounded up to a power of two
     SLOTS: tl.constexpr,
@@ -127,7 +129,6 @@ def guidance_bwd_kernel(
     MIX_PRECISION: tl.constexpr,  # of mixing (fp32) times features
     BLOCK_T: tl.constexpr,  # frames
     BLOCK_D: tl.constexpr,
-    GROUPS: tl.constexpr,  # tiles of frames per program
 ):
     # dx_i = alpha_i dA + dt_i w * q + sum_j M_ij x_j;  dq = dA + w * sum_i dt_i x_i
     K: tl.constexpr = len(shallow)
@@ -143,8 +144,8 @@ def guidance_bwd_kernel(
     bias = tl.load(bias_ptr).to(tl.float32)
     weight_sum = tl.zeros([CHUNKS, BLOCK_D], tl.float32)
     bias_sum = tl.zeros([BLOCK_T, SLOTS], tl.float32)
-    for group in tl.range(0, GROUPS):
-        row = (tl.program_id(0).to(tl.int64) * GROUPS + group) * BLOCK_T + tl.arange(0, BLOCK_T)
+    for group in tl.range(0, groups):
+        row = (tl.program_id(0).to(tl.int64) * groups + group) * BLOCK_T + tl.arange(0, BLOCK_T)
         used = (row < rows)[:, None, None] & (slot < K)[None, :, None]
         gram = tl.zeros([BLOCK_T, SLOTS, SLOTS], tl.float32)
         logits = tl.zeros([BLOCK_T, SLOTS], tl.float32)
@@ -257,7 +258,7 @@ def backward(grad: Tensor, weight: Tensor, bias: Tensor, features: list[Tensor])
     *shallow, deep = (aligned(feature, width) for feature in features)
     grad = aligned(grad, width)
     *grad_shallow, grad_deep = (torch.empty_like(deep) for _ in features)
-    programs = triton.cdiv(deep.shape[0], row.blocks["BLOCK_T"] * row.blocks["GROUPS"])
+    groups, programs = split(triton.cdiv(deep.shape[0], row.blocks["BLOCK_T"]), resident=RESIDENT)
     weight_parts = torch.empty(programs, width, dtype=torch.float32, device=deep.device)
     bias_parts = torch.empty(programs, _slots(layers), dtype=torch.float32, device=deep.device)
     if deep.numel():
@@ -275,6 +276,7 @@ def backward(grad: Tensor, weight: Tensor, bias: Tensor, features: list[Tensor])
                 weight_parts,
                 bias_parts,
                 deep.shape[0],
+                groups,
                 **_constants(row, deep.dtype, width, layers),
                 **row.options,
             )
@@ -301,4 +303,5 @@ def static_launches(row: Row, dtype: str, width: int) -> Iterator[tuple]:
             )
             names |= dict.fromkeys(("deep_ptr", "grad_deep_ptr", "grad_ptr"), kind)
             names |= dict.fromkeys(("weight_ptr", "bias_ptr", "weight_part_ptr", "bias_part_ptr"), "*fp32")
+            names["groups"] = "i32"
         yield compile_arguments(function, {**names, "rows": "i32"}, constants)

@@ -13,7 +13,10 @@ from ..tune import choice
 from ..tune.row import TORCH_TYPES, Architecture, Row, architecture, architecture_of
 
 POINTERS = {name: f"*{name}" for name in TORCH_TYPES}  # to activations, in Triton's words
-GROUP_ROWS = 1024  # of split_product, for results of up to 128 x 128
+# Long sums are cut into parts that fill so many multiprocessors (an H100's) so many times. The numbers are
+# fixed, and not the device's, so that the order of a sum, and with it its bits, is the same on every card.
+MULTIPROCESSORS, WAVES = 132, 2
+LEAST_ROWS = 128  # of a part of split_product: fewer cost more in partial sums than they gain
 
 
 def row_for(kernel: str, x: Tensor, width: int) -> Row | None:
@@ -58,14 +61,28 @@ def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.reshape(-1).contiguous() for tensor in tensors)
 
 
+def split(pieces: int, programs: int = 1, resident: int = 1) -> tuple[int, int]:
+    """How a long sum is cut: (pieces per part, parts), for WAVES waves or less than twice as many, where
+    there are enough pieces.
+
+    Args:
+        pieces: what the sum goes over, such as blocks of rows.
+        programs: that work on each part. resident: programs that fit on a multiprocessor at once.
+    """
+    wanted = max(1, WAVES * MULTIPROCESSORS * resident // programs)
+    size = max(1, pieces // wanted)
+    return size, triton.cdiv(pieces, size)
+
+
 def split_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """``a.T @ b`` in fp32 for rows a (N, m) and b (N, n): a weight gradient.
 
-    The sum over N is long and the result small, so it is cut into groups of rows whose partial products fill
-    the GPU and are then added up in a fixed order. The group grows with the result, so that the partials
-    take about N / GROUP_ROWS * 64 KB whatever m and n are.
+    The sum over N is long and the result small, so it is cut into groups of rows whose partial products,
+    in tiles of 128 x 128, fill the GPU and are then added up in a fixed order. The partials are written and
+    read, about WAVES * MULTIPROCESSORS tiles of 64 KB: 17 MB each way.
     """
-    size = GROUP_ROWS * triton.cdiv(a.shape[1], 128) * triton.cdiv(b.shape[1], 128)
+    tiles = triton.cdiv(a.shape[1], 128) * triton.cdiv(b.shape[1], 128)
+    size = max(LEAST_ROWS, split(a.shape[0], tiles)[0] // 8 * 8)  # groups start at multiples of 16 bytes
     whole = a.shape[0] // size * size
     rest = matmul(a[whole:].T, b[whole:], dtype)
     if whole == 0:

@@ -29,6 +29,7 @@ from .blocks import chunks, pair_constants, store_sums
 from .host import POINTERS, aligned, compile_arguments, launch, on_device, row_for
 
 FP32_WIDTH = 192  # widest rows of the kernels in fp32
+SUM_PROGRAMS = 36  # of the sums over a clip's frames: 3 waves for 10 clips, with a multiprocessor each
 
 # A clip's rows are R columns wide, in two tiles of R0 and R1 columns (see ``blocks``). Programs count blocks
 # of a clip's rows first, so that its features stay in the L2 cache.
@@ -116,14 +117,15 @@ def _relu(x):
     return tl.where(x <= 0, 0.0, x)  # unlike tl.maximum on a GPU this keeps NaN
 
 
-@triton.jit(do_not_specialize=["batch", "frames"])
+@triton.jit(do_not_specialize=["batch", "frames", "size"])
 def relu_attention_sum_kernel(
     features_ptr,  # (layers, batch, frames, R)
     factor_ptr,  # (batch, frames, R) or None
     lengths_ptr,  # (batch,) int32, 0 ... frames; None: all frames
-    sums_ptr,  # (layers, batch, R) fp32
+    sums_ptr,  # (parts, layers, batch, R) fp32
     batch,
     frames,
+    size,  # frames of a part, a multiple of BLOCK_M
     R: tl.constexpr,
     R0: tl.constexpr,
     R1: tl.constexpr,
@@ -131,13 +133,14 @@ def relu_attention_sum_kernel(
 ):
     # sums over frames, of F_l or F_l * factor, in an order that the other clips have no part in
     pair = tl.program_id(0).to(tl.int64)  # layer and clip
+    part = tl.program_id(1)
     clip = pair % batch
     rows = frames
     if lengths_ptr is not None:
         rows = tl.load(lengths_ptr + clip)
     sum0 = tl.zeros([BLOCK_M, R0], tl.float32)
     sum1 = tl.zeros([BLOCK_M, R1 if R1 > 0 else R0], tl.float32)
-    for start in tl.range(0, rows, BLOCK_M):
+    for start in tl.range(part * size, tl.minimum(rows, (part + 1) * size), BLOCK_M):
         row = start + tl.arange(0, BLOCK_M)
         f0, f1 = _pair(features_ptr + pair * frames * R, row, rows, R, R0, R1)
         f0, f1 = f0.to(tl.float32), f1.to(tl.float32)
@@ -146,7 +149,8 @@ def relu_attention_sum_kernel(
             f0, f1 = f0 * h0.to(tl.float32), f1 * h1.to(tl.float32)
         sum0 += f0
         sum1 += f1
-    store_sums(sums_ptr + pair * R, sum0, sum1, R, R0, R1)
+    pairs = tl.num_programs(0).to(tl.int64)
+    store_sums(sums_ptr + (part * pairs + pair) * R, sum0, sum1, R, R0, R1)
 
 
 @triton.jit(do_not_specialize=["layers", "batch", "frames"])
@@ -395,22 +399,30 @@ def _keys(slab: Tensor, lengths: Tensor | None, row: Row) -> tuple:
 
 
 def _sums(slab: Tensor, factor: Tensor | None, counts: Tensor | None, row: Row) -> Tensor:
-    """Sums over frames of slab or slab * factor, (n, B, T, r) and (B, T, r) -> (n, B, r) fp32."""
+    """Sums over frames of slab or slab * factor, (n, B, T, r) and (B, T, r) -> (n, B, r) fp32.
+
+    Frames are cut into parts by their number and the layers', never by the clips', whose sums would then
+    depend on each other. Partial sums take 4 SUM_PROGRAMS r bytes a clip, written and read.
+    """
     layers, batch, frames, width = slab.shape
-    sums = torch.empty(layers, batch, width, dtype=torch.float32, device=slab.device)
+    blocks = triton.cdiv(frames, row.blocks["BLOCK_M"])
+    steps = triton.cdiv(blocks, triton.cdiv(SUM_PROGRAMS, layers))
+    parts = triton.cdiv(blocks, steps)
+    sums = torch.empty(parts, layers, batch, width, dtype=torch.float32, device=slab.device)
     launch(
         relu_attention_sum_kernel,
-        (layers * batch,),
+        (layers * batch, parts),
         slab,
         factor,
         counts,
         sums,
         batch,
         frames,
+        steps * row.blocks["BLOCK_M"],
         **_constants(row, width),
         **row.options,
     )
-    return sums
+    return sums[0] if parts == 1 else sums.sum(0)
 
 
 def _prepare(
@@ -569,7 +581,7 @@ def static_launches(row: Row, dtype: str, width: int) -> Iterator[tuple]:
         if name in ("gates_ptr", "grad_anchor_ptr", "delta_ptr", "scale_ptr", "share_ptr"):
             types[name] = "*fp32"
     kinds = {"sums_ptr": "*fp32", "lengths_ptr": "*i32", "boost": "fp32"}
-    kinds |= dict.fromkeys(("layers", "batch", "frames"), "i32")
+    kinds |= dict.fromkeys(("layers", "batch", "frames", "size"), "i32")
     types |= {name: kind for name, kind in kinds.items() if name in types}
     types |= descriptors
     yield compile_arguments(function, types, constants)

@@ -129,11 +129,10 @@ _SHERL: tuple[Row, ...] = (
         "one frame per warp, since the batched products are split over warps by frame alone; 45-72"
         " registers at K = 10, 72-128 at K = 30, no spill, 4-10 KB, 128-bit copies through the pointer tuple",
         mma="hmma"),
-    Row("guidance_bwd", (8, 1280), {"BLOCK_T": 4, "BLOCK_D": 16, "GROUPS": 16}, 4, 2,
+    Row("guidance_bwd", (8, 1280), {"BLOCK_T": 4, "BLOCK_D": 16}, 4, 2,
         "chunks of 32 take 189 registers (2 blocks per SM), of 16 118 (4) and fit 48, 80 and 160"
-        " without padding; 253 at K = 30, no spill up to width 320; 64 frames per program keep the partial"
-        " sums of the weight at 1/300 of what is read at K = 10", mma="hmma"),
-    Row("guidance_bwd", (8, 1280), {"BLOCK_T": 4, "BLOCK_D": 16, "GROUPS": 16}, 4, 2,
+        " without padding; 253 at K = 30, no spill up to width 320", mma="hmma"),
+    Row("guidance_bwd", (8, 1280), {"BLOCK_T": 4, "BLOCK_D": 16}, 4, 2,
         "as above with fp32 matrix instructions", "amd", "hmma", precision="ieee"),
     Row("gated_down_fwd", (1, 32), {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 32}, 4, 2,
         "one tile of columns"),

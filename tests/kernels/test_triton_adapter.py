@@ -57,15 +57,15 @@ def test_frames(batch, frames, side):
 @pytest.mark.parametrize("side", [48, 160])
 def test_several_blocks_of_rows_per_split(side, dtype, monkeypatch):
     """The weights' gradient over splits of several blocks, the last split short."""
-    monkeypatch.setattr(kernel, "_WEIGHT_PROGRAMS", 4)
-    check(Case("adapter", batch=1, frames=150, side=side, adapter_dim=70), dtype, draws=1)
+    monkeypatch.setattr(host, "MULTIPROCESSORS", 2)
+    check(Case("adapter", batch=1, frames=210, side=side, adapter_dim=70), dtype, draws=1)
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_blocks_of_rows_in_library_products(dtype, monkeypatch):
     monkeypatch.setitem(common.BLOCK_ELEMENTS, "cpu", 40 * 70)
     monkeypatch.setattr(common, "DEFAULT_BLOCK_ELEMENTS", 40 * 70)
-    monkeypatch.setattr(host, "GROUP_ROWS", 16)
+    monkeypatch.setattr(host, "LEAST_ROWS", 16)
     check(Case("adapter", batch=2, frames=75, side=LIBRARY_SIDE, adapter_dim=40), dtype)
 
 

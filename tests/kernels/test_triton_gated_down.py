@@ -43,7 +43,7 @@ def test_frames(batch, frames):
 def test_blocks_of_rows(dtype, monkeypatch):
     """Several blocks, the last one short, and several groups of rows in the weights' gradients."""
     monkeypatch.setattr(kernel, "BLOCK_ROWS", 128)
-    monkeypatch.setattr(host, "GROUP_ROWS", 48)
+    monkeypatch.setattr(host, "LEAST_ROWS", 48)
     check(Case("gated_down", batch=2, frames=150, width=48, side=24), dtype, draws=1)
 
 

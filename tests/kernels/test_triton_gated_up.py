@@ -41,7 +41,7 @@ def test_frames(batch, frames):
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_groups_of_rows(dtype, monkeypatch):
-    monkeypatch.setattr(host, "GROUP_ROWS", 48)
+    monkeypatch.setattr(host, "LEAST_ROWS", 48)
     check(Case("gated_up", batch=2, frames=150, width=48, side=24), dtype, draws=1)
 
 

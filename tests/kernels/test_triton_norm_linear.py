@@ -46,7 +46,7 @@ def test_frames(batch, frames):
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_groups_of_rows_in_the_weight_gradient(dtype, monkeypatch):
-    monkeypatch.setattr(host, "GROUP_ROWS", 32)
+    monkeypatch.setattr(host, "LEAST_ROWS", 32)
     check(Case("norm_linear", batch=2, frames=75, width=48, side=24), dtype)
 
 
