@@ -29,10 +29,25 @@ def pair_constants(row: Row, width: int) -> dict:
 
 
 @triton.jit
-def load_tile(ptr, row, rows, R: tl.constexpr, START: tl.constexpr, SIZE: tl.constexpr, AGAIN: tl.constexpr):
+def relu(x):
+    return tl.where(x <= 0, 0.0, x)  # unlike tl.maximum on a GPU this keeps NaN
+
+
+@triton.jit
+def _place(row, rows, R: tl.constexpr, START: tl.constexpr, SIZE: tl.constexpr):
+    """Offsets of a tile in a (rows, R) matrix, and which of it lie inside: without padding, by rows alone."""
     column = START + tl.arange(0, SIZE)
-    inside = (row < rows)[:, None] & (column < R)[None, :]
-    offset = row[:, None] * R + column[None, :]
+    inside = (row < rows)[:, None]
+    if START + SIZE > R:
+        inside = inside & (column < R)[None, :]
+    return row[:, None] * R + column[None, :], inside
+
+
+@triton.jit
+def load_tile(
+    ptr, row, rows, R: tl.constexpr, START: tl.constexpr, SIZE: tl.constexpr, AGAIN: tl.constexpr = False
+):
+    offset, inside = _place(row, rows, R, START, SIZE)
     return tl.load(ptr + offset, mask=inside, other=0.0, eviction_policy="evict_first" if AGAIN else "")
 
 
@@ -51,9 +66,8 @@ def load_pair(
 
 @triton.jit
 def store_tile(ptr, row, rows, x, R: tl.constexpr, START: tl.constexpr, SIZE: tl.constexpr):
-    column = START + tl.arange(0, SIZE)
-    inside = (row < rows)[:, None] & (column < R)[None, :]
-    tl.store(ptr + row[:, None] * R + column[None, :], x.to(ptr.dtype.element_ty), mask=inside)
+    offset, inside = _place(row, rows, R, START, SIZE)
+    tl.store(ptr + offset, x.to(ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit

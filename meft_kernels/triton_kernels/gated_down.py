@@ -17,6 +17,7 @@ from torch import Tensor
 from ..reference import gated_down as reference
 from ..reference.common import matmul
 from ..tune.row import Row
+from .blocks import relu
 from .host import POINTERS, aligned, compile_arguments, launch, on_device, row_for, split_product
 
 BLOCK_ROWS = 2**16
@@ -25,17 +26,12 @@ BLOCK_ROWS = 2**16
 
 
 @triton.jit
-def _relu(x):
-    return tl.where(x <= 0, 0.0, x)  # unlike tl.maximum on a GPU this keeps NaN
-
-
-@triton.jit
 def _hidden(pre_ptr, bias_1_ptr, row, rows, column, R: tl.constexpr):
     """relu(pre + bias) of a tile in fp32, 0 in columns beyond R."""
     inside = (row < rows)[:, None] & (column < R)[None, :]
     pre = tl.load(pre_ptr + row[:, None] * R + column[None, :], mask=inside, other=0.0)
     bias = tl.load(bias_1_ptr + column, mask=column < R, other=0.0).to(tl.float32)
-    return _relu(pre + bias[None, :])
+    return relu(pre + bias[None, :])
 
 
 @triton.jit

@@ -17,14 +17,10 @@ from torch import Tensor
 from ..reference import gated_up as reference
 from ..reference.common import GATE_TEMPERATURE
 from ..tune.row import Row
+from .blocks import relu
 from .host import POINTERS, aligned, compile_arguments, launch, on_device, row_for, split_product
 
 # Rows are frames of all utterances, R the side width, D the backbone's. Programs count column tiles first.
-
-
-@triton.jit
-def _relu(x):
-    return tl.where(x <= 0, 0.0, x)  # unlike tl.maximum on a GPU this keeps NaN
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -54,7 +50,7 @@ def gated_up_fwd_kernel(
         y = tl.load(y_ptr + row[:, None] * R + k[None, :], mask=inside, other=0.0)
         inside = (k < R)[:, None] & (column < D)[None, :]
         weight = tl.load(weight_ptr + column[None, :] * R + k[:, None], mask=inside, other=0.0)
-        out = tl.dot(_relu(y).to(weight.dtype), weight, out, input_precision=PRECISION)
+        out = tl.dot(relu(y).to(weight.dtype), weight, out, input_precision=PRECISION)
     inside = (row < rows)[:, None] & (column < D)[None, :]
     # Rows times D may pass 2^31.
     offset = row[:, None] * D + column[None, :]
@@ -116,7 +112,7 @@ def gated_up_bwd_kernel(
     inside = (row < rows)[:, None] & (column < R)[None, :]
     offset = row[:, None] * R + column[None, :]
     y = tl.load(y_ptr + offset, mask=inside, other=0.0)
-    tl.store(active_ptr + offset, _relu(y).to(y.dtype), mask=inside)
+    tl.store(active_ptr + offset, relu(y).to(y.dtype), mask=inside)
     total = total * (y > 0).to(tl.float32)
     tl.store(grad_y_ptr + offset, total.to(grad_y_ptr.dtype.element_ty), mask=inside)
 

@@ -19,17 +19,13 @@ from torch import Tensor
 from ..reference import guidance as reference
 from ..reference.common import GUIDANCE_EPS
 from ..tune.row import TORCH_TYPES, Row
+from .blocks import relu
 from .host import POINTERS, aligned, compile_arguments, launch, on_device, row_for, split
 
 RESIDENT = 4  # programs of the backward on a multiprocessor, at K = 10
 MAX_SLOTS = 32  # shallow layers, one slot each; more go to the reference
 
 # Rows are frames of all utterances; K shallow layers, deep last; D is the side width r of the other files.
-
-
-@triton.jit
-def _relu(x):
-    return tl.where(x <= 0, 0.0, x)  # unlike tl.maximum on a GPU this keeps NaN
 
 
 @triton.jit
@@ -53,10 +49,10 @@ def _merge_weights(gram, logits, SLOTS: tl.constexpr, EPS: tl.constexpr):
     norm = tl.sqrt(tl.sum(tl.where(diagonal, gram, 0.0), 2))
     scale = norm + EPS
     cosine = gram / (scale[:, :, None] * scale[:, None, :])
-    redundancy = tl.sum(_relu(cosine), 2)
+    redundancy = tl.sum(relu(cosine), 2)
     dead = redundancy == 0
     inverse = tl.where(dead, 0.0, 1.0 / tl.where(dead, 1.0, redundancy))
-    scores = _relu(logits) * inverse
+    scores = relu(logits) * inverse
     total = tl.sum(scores, 1) + EPS
     return scores / total[:, None], scores, inverse, total, cosine, norm
 

@@ -25,7 +25,7 @@ from ..reference import relu_attention as reference
 from ..reference import stand_in
 from ..reference.common import ATTENTION_EPS, softmax_bwd
 from ..tune.row import TORCH_TYPES, Row
-from .blocks import chunks, pair_constants, store_sums
+from .blocks import chunks, load_pair, load_tile, pair_constants, relu, store_pair, store_sums, store_tile
 from .host import POINTERS, aligned, compile_arguments, launch, on_device, row_for
 
 FP32_WIDTH = 192  # widest rows of the kernels in fp32
@@ -33,25 +33,6 @@ SUM_PROGRAMS = 36  # of the sums over a clip's frames: 3 waves for 10 clips, wit
 
 # A clip's rows are R columns wide, in two tiles of R0 and R1 columns (see ``blocks``). Programs count blocks
 # of a clip's rows first, so that its features stay in the L2 cache.
-
-
-@triton.jit
-def _tile(ptr, row, rows, R: tl.constexpr, START: tl.constexpr, SIZE: tl.constexpr):
-    column = START + tl.arange(0, SIZE)
-    inside = (row < rows)[:, None]
-    if START + SIZE > R:
-        inside = inside & (column < R)[None, :]
-    offset = row[:, None] * R + column[None, :]
-    return tl.load(ptr + offset, mask=inside, other=0.0)
-
-
-@triton.jit
-def _pair(ptr, row, rows, R: tl.constexpr, R0: tl.constexpr, R1: tl.constexpr):
-    x0 = _tile(ptr, row, rows, R, 0, R0)
-    x1 = x0
-    if R1 > 0:
-        x1 = _tile(ptr, row, rows, R, R0, R1)
-    return x0, x1
 
 
 @triton.jit
@@ -69,29 +50,13 @@ def _block(
 ):
     """SIZE rows of a clip, zero beyond the last. Descriptors spare the registers of pointers and masks."""
     if block0 is None:
-        x0, x1 = _pair(ptr, start + tl.arange(0, SIZE), rows, R, R0, R1)
+        x0, x1 = load_pair(ptr, start + tl.arange(0, SIZE), rows, R, R0, R1)
     else:
         x0 = block0.load([clip, start, 0]).reshape([SIZE, R0])
         x1 = x0
         if R1 > 0:
             x1 = block1.load([clip, start, R0]).reshape([SIZE, R1])
     return x0, x1
-
-
-@triton.jit
-def _store_tile(ptr, row, rows, x, R: tl.constexpr, START: tl.constexpr, SIZE: tl.constexpr):
-    column = START + tl.arange(0, SIZE)
-    inside = (row < rows)[:, None]
-    if START + SIZE > R:
-        inside = inside & (column < R)[None, :]
-    tl.store(ptr + row[:, None] * R + column[None, :], x.to(ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _store_pair(ptr, row, rows, x0, x1, R: tl.constexpr, R0: tl.constexpr, R1: tl.constexpr):
-    _store_tile(ptr, row, rows, x0, R, 0, R0)
-    if R1 > 0:
-        _store_tile(ptr, row, rows, x1, R, R0, R1)
 
 
 @triton.jit
@@ -110,11 +75,6 @@ def _accumulate(p, b0, b1, y0, y1, R1: tl.constexpr):
     if R1 > 0:
         y1 = tl.dot(p, b1, y1, input_precision="ieee")
     return y0, y1
-
-
-@triton.jit
-def _relu(x):
-    return tl.where(x <= 0, 0.0, x)  # unlike tl.maximum on a GPU this keeps NaN
 
 
 @triton.jit(do_not_specialize=["batch", "frames", "size"])
@@ -142,10 +102,10 @@ def relu_attention_sum_kernel(
     sum1 = tl.zeros([BLOCK_M, R1 if R1 > 0 else R0], tl.float32)
     for start in tl.range(part * size, tl.minimum(rows, (part + 1) * size), BLOCK_M):
         row = start + tl.arange(0, BLOCK_M)
-        f0, f1 = _pair(features_ptr + pair * frames * R, row, rows, R, R0, R1)
+        f0, f1 = load_pair(features_ptr + pair * frames * R, row, rows, R, R0, R1)
         f0, f1 = f0.to(tl.float32), f1.to(tl.float32)
         if factor_ptr is not None:
-            h0, h1 = _pair(factor_ptr + clip * frames * R, row, rows, R, R0, R1)
+            h0, h1 = load_pair(factor_ptr + clip * frames * R, row, rows, R, R0, R1)
             f0, f1 = f0 * h0.to(tl.float32), f1 * h1.to(tl.float32)
         sum0 += f0
         sum1 += f1
@@ -178,7 +138,7 @@ def relu_attention_fwd_kernel(
     row = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     keys = tl.load(lengths_ptr + clip)
     start_of_clip = clip.to(tl.int64) * frames * R
-    q0, q1 = _pair(anchor_ptr + start_of_clip, row, frames, R, R0, R1)
+    q0, q1 = load_pair(anchor_ptr + start_of_clip, row, frames, R, R0, R1)
     out0 = tl.zeros([BLOCK_M, R0], tl.float32)
     out1 = tl.zeros([BLOCK_M, R1 if R1 > 0 else R0], tl.float32)
     feature_ptr = features_ptr + start_of_clip
@@ -189,17 +149,17 @@ def relu_attention_fwd_kernel(
         total = tl.zeros([BLOCK_M], tl.float32)
         for start in tl.range(0, keys, BLOCK_N):
             f0, f1 = _block(keys0, keys1, feature_ptr, pair, start, keys, R, R0, R1, BLOCK_N)
-            p = _relu(_scores(q0, q1, f0, f1, R1))
+            p = relu(_scores(q0, q1, f0, f1, R1))
             total += tl.sum(p, 1)
             y0, y1 = _accumulate(p.to(f0.dtype), f0, f1, y0, y1, R1)
         gate = tl.load(gates_ptr + clip * layers + layer)
         scale = (gate / (total + EPS))[:, None]
-        f0, f1 = _pair(feature_ptr, row, frames, R, R0, R1)
+        f0, f1 = load_pair(feature_ptr, row, frames, R, R0, R1)
         out0 += scale * y0 + gate * f0.to(tl.float32)
         out1 += scale * y1 + gate * f1.to(tl.float32)
         feature_ptr += batch.to(tl.int64) * frames * R
         pair += batch
-    _store_pair(out_ptr + start_of_clip, row, frames, out0, out1, R, R0, R1)
+    store_pair(out_ptr + start_of_clip, row, frames, out0, out1, R, R0, R1)
 
 
 @triton.jit(do_not_specialize=["boost", "layers", "batch", "frames"])
@@ -233,8 +193,8 @@ def relu_attention_bwd_anchor_kernel(
     row = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     keys = tl.load(lengths_ptr + clip)
     start_of_clip = clip.to(tl.int64) * frames * R
-    q0, q1 = _pair(anchor_ptr + start_of_clip, row, frames, R, R0, R1)
-    g0, g1 = _pair(grad_ptr + start_of_clip, row, frames, R, R0, R1)
+    q0, q1 = load_pair(anchor_ptr + start_of_clip, row, frames, R, R0, R1)
+    g0, g1 = load_pair(grad_ptr + start_of_clip, row, frames, R, R0, R1)
     out0 = tl.zeros([BLOCK_M, R0], tl.float32)
     out1 = tl.zeros([BLOCK_M, R1 if R1 > 0 else R0], tl.float32)
     feature_ptr = features_ptr + start_of_clip
@@ -245,7 +205,7 @@ def relu_attention_bwd_anchor_kernel(
         delta = tl.zeros([BLOCK_M], tl.float32)
         for start in tl.range(0, keys, BLOCK_N):
             f0, f1 = _block(keys0, keys1, feature_ptr, pair, start, keys, R, R0, R1, BLOCK_N)
-            p = _relu(_scores(q0, q1, f0, f1, R1))
+            p = relu(_scores(q0, q1, f0, f1, R1))
             total += tl.sum(p, 1)
             delta += tl.sum(p * _scores(g0, g1, f0, f1, R1), 1)
         delta = delta / (total + EPS)
@@ -262,7 +222,7 @@ def relu_attention_bwd_anchor_kernel(
         pair += batch
         statistic += batch.to(tl.int64) * frames
     lower = tl.div_rn(1.0, boost)
-    _store_pair(grad_anchor_ptr + start_of_clip, row, frames, out0 * lower, out1 * lower, R, R0, R1)
+    store_pair(grad_anchor_ptr + start_of_clip, row, frames, out0 * lower, out1 * lower, R, R0, R1)
 
 
 @triton.jit
@@ -282,9 +242,9 @@ def _store_with_share(
     """y + gate * grad, and the share in valid rows."""
     column = START + tl.arange(0, SIZE)
     share = tl.load(share_ptr + column, mask=column < R, other=0.0)
-    y += gate * _tile(grad_ptr, key, frames, R, START, SIZE).to(tl.float32)
+    y += gate * load_tile(grad_ptr, key, frames, R, START, SIZE).to(tl.float32)
     y += tl.where((key < keys)[:, None], share[None, :], 0.0)
-    _store_tile(out_ptr, key, frames, y, R, START, SIZE)
+    store_tile(out_ptr, key, frames, y, R, START, SIZE)
 
 
 @triton.jit(do_not_specialize=["boost", "layers", "batch", "frames"])
@@ -323,7 +283,7 @@ def relu_attention_bwd_features_kernel(
     keys = tl.load(lengths_ptr + clip)
     start_of_clip = clip.to(tl.int64) * frames * R
     start_of_pair = pair.to(tl.int64) * frames
-    f0, f1 = _pair(features_ptr + start_of_pair * R, key, keys, R, R0, R1)
+    f0, f1 = load_pair(features_ptr + start_of_pair * R, key, keys, R, R0, R1)
     y0 = tl.zeros([BLOCK_N, R0], tl.float32)
     y1 = tl.zeros([BLOCK_N, R1 if R1 > 0 else R0], tl.float32)
     queries = tl.where(first < keys, frames, 0)  # a block beyond the clip's length gets no attention
@@ -339,7 +299,7 @@ def relu_attention_bwd_features_kernel(
         e = _scores(f0, f1, g0, g1, R1)
         x = tl.where(s > 0, scale * (e - delta), 0.0)
         y0, y1 = _accumulate(x.to(q0.dtype), q0, q1, y0, y1, R1)
-        p = scale * _relu(s)
+        p = scale * relu(s)
         y0, y1 = _accumulate(p.to(g0.dtype), g0, g1, y0, y1, R1)
     lower = tl.div_rn(1.0, boost)
     y0, y1 = y0 * lower, y1 * lower
