@@ -514,34 +514,58 @@ def backward(
     ]
 
 
+# Arguments of the kernels, in Triton's words but for _ACTIVATIONS, a pointer to their type. A name in _TILES
+# is two descriptors or none, of tiles with so many rows.
+_ACTIVATIONS = "activations"
+_SIZES = dict.fromkeys(("layers", "batch", "frames"), "i32")
+_GATED = {"gates_ptr": "*fp32", "lengths_ptr": "*i32"}
+_INPUTS = dict.fromkeys(("grad_ptr", "anchor_ptr", "features_ptr"), _ACTIVATIONS)
+_STATISTICS = {"delta_ptr": "*fp32", "scale_ptr": "*fp32", "boost": "fp32"}
+_TYPES = {
+    relu_attention_sum_kernel: {
+        **{"features_ptr": _ACTIVATIONS, "lengths_ptr": "*i32", "sums_ptr": "*fp32"},
+        **dict.fromkeys(("batch", "frames", "size"), "i32"),
+    },
+    relu_attention_fwd_kernel: {
+        **dict.fromkeys(("anchor_ptr", "features_ptr", "out_ptr"), _ACTIVATIONS),
+        **_GATED,
+        **_SIZES,
+    },
+    relu_attention_bwd_anchor_kernel: {
+        **_INPUTS,
+        **_GATED,
+        **_STATISTICS,
+        "grad_anchor_ptr": "*fp32",
+        **_SIZES,
+    },
+    relu_attention_bwd_features_kernel: {
+        **{**_INPUTS, **_GATED, **_STATISTICS, **_SIZES},
+        **{"share_ptr": "*fp32", "grad_features_ptr": _ACTIVATIONS},
+    },
+}
+_TILES = {
+    relu_attention_sum_kernel: {},
+    relu_attention_fwd_kernel: {"keys": "BLOCK_N"},
+    relu_attention_bwd_anchor_kernel: {"keys": "BLOCK_N"},
+    relu_attention_bwd_features_kernel: {"queries": "BLOCK_M", "grads": "BLOCK_M"},
+}
+
+
 def static_launches(row: Row, dtype: str, width: int) -> Iterator[tuple]:
     """The row's kernel: function, signature, constexprs and attributes, as ``triton.compile`` takes them."""
     row = _for_type(row, TORCH_TYPES[dtype], width)
     if row is None:
         return
-    function = {
-        "relu_attention_sum": relu_attention_sum_kernel,
-        "relu_attention_fwd": relu_attention_fwd_kernel,
-        "relu_attention_bwd_anchor": relu_attention_bwd_anchor_kernel,
-        "relu_attention_bwd_features": relu_attention_bwd_features_kernel,
-    }[row.kernel]
+    function = next(kernel for kernel in _TYPES if kernel.__name__ == f"{row.kernel}_kernel")
     constants = _constants(row, width)
-    names = [name for name in function.arg_names if name.endswith(("s0", "s1"))]
-    descriptors = {}
-    for name, columns in zip(names, chunks(width) * 2):
-        size = row.blocks["BLOCK_N" if name.startswith("keys") else "BLOCK_M"]
-        if columns and _uses_descriptors(row, width, TORCH_TYPES[dtype]):
-            descriptors[name] = f"tensordesc<{dtype}[1, {size}, {columns}]>"
-        else:
-            constants[name] = None
-    if row.kernel == "relu_attention_sum":
+    kinds = {_ACTIVATIONS: POINTERS[dtype]}
+    types = {name: kinds.get(kind, kind) for name, kind in _TYPES[function].items()}
+    if function is relu_attention_sum_kernel:
         constants["factor_ptr"] = None
-    types = {name: POINTERS[dtype] for name in function.arg_names if name not in constants}
-    for name in types:
-        if name in ("gates_ptr", "grad_anchor_ptr", "delta_ptr", "scale_ptr", "share_ptr"):
-            types[name] = "*fp32"
-    kinds = {"sums_ptr": "*fp32", "lengths_ptr": "*i32", "boost": "fp32"}
-    kinds |= dict.fromkeys(("layers", "batch", "frames", "size"), "i32")
-    types |= {name: kind for name, kind in kinds.items() if name in types}
-    types |= descriptors
+    for name, rows in _TILES[function].items():
+        for index, columns in enumerate(chunks(width)):
+            if columns and _uses_descriptors(row, width, TORCH_TYPES[dtype]):
+                types[f"{name}{index}"] = f"tensordesc<{dtype}[1, {row.blocks[rows]}, {columns}]>"
+            else:
+                constants[f"{name}{index}"] = None
     yield compile_arguments(function, types, constants)
