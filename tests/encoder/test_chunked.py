@@ -28,7 +28,8 @@ def mask_of(lengths):
 
 def step(model, **arguments):
     """Loss, scores and gradients of one step."""
-    features, labels = batch(SIZE)
+    # Those of seed 0 multiply fp32's rounding by hundreds in UniPT, chunks or not.
+    features, labels = batch(SIZE, seed=1)
     model.zero_grad()
     output = model(features.to(model.encoder.dtype), labels=labels, **arguments)
     output.loss.backward()
@@ -48,16 +49,19 @@ def test_any_chunk_gives_the_same(method, masked, monkeypatch):
         """Of loss, scores and gradients, against the whole batch in float64."""
         monkeypatch.setattr(chunked, "automatic_chunk", lambda *_: chunk)
         scores, grads = step(build(method, dtype, **options), **arguments)
-        grads = {name: grad for name, grad in grads.items() if truth[name].any()}
-        return [relative_error(a, b) for a, b in zip([*scores, *grads.values()], exact)]
+        grads = [grad for name, grad in grads.items() if truth[name].any()]
+        if dtype == torch.float32:  # rounding may be most of a small gradient, not of all together
+            grads = [torch.cat([grad.flatten() for grad in grads])]
+        return [relative_error(a, b) for a, b in zip([*scores, *grads], exact[dtype], strict=True)]
 
     scores, truth = step(build(method, **options), **arguments)
-    exact = [*scores, *(grad for grad in truth.values() if grad.any())]
-    assert len(exact) >= len(truth) + 1  # the one that is exactly zero is that of UniPT's gate bias
+    grads = [grad for grad in truth.values() if grad.any()]
+    assert len(grads) >= len(truth) - 1  # the one that is exactly zero is that of UniPT's gate bias
+    together = torch.cat([grad.flatten() for grad in grads])
+    exact = {torch.float64: [*scores, *grads], torch.float32: [*scores, together]}
     for chunk in (1, 2, 3, SIZE):
         assert max(errors(torch.float64, chunk)) < 1e-10
-        # Random weights this large amplify fp32's rounding by thousands, chunks or not.
-        assert max(errors(torch.float32, chunk)) < 1e-3
+        assert max(errors(torch.float32, chunk)) < 1e-5
 
 
 @SIDE
