@@ -14,14 +14,17 @@ ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'python'}"}
 
 CHILD = """
-import multiprocessing, sys, time
+import multiprocessing, os, sys, time
 from pathlib import Path
 from whisper_meft.training.lock import locked
 
+def work():
+    print(os.getpid(), flush=True)  # from the child itself: it is well past the fork then
+    time.sleep(60)
+
 with locked(Path(sys.argv[1])):
-    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    child = multiprocessing.get_context("fork").Process(target=work)
     child.start()
-    print(child.pid, flush=True)
     time.sleep(60)
 """
 
