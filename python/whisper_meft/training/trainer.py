@@ -49,7 +49,7 @@ class MeftTrainer(Trainer):
             Where it is given, evaluation goes from the longest clip to the shortest, if the evaluation data
             has a property ``lengths``: predictions and labels then come in that order.
         throughput: measures the training steps; what it finds goes into the log beside the loss.
-        interrupts: asks for a stop, which comes after a step, with a checkpoint, as :class:`Stopped`.
+        interrupts: asks for a stop, which comes after a step, with a checkpoint, as ``Stopped``.
         before_first_save: called in the main process before the first checkpoint is written.
 
     Raises:
