@@ -5,13 +5,13 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Literal
 
 import numpy as np
 
 from ..audio import decode_audio, describe_source, read_window
 from ..errors import UserError
+from ..once import warn_once
 from .names import composed, folded
 
 logger = logging.getLogger(__name__)
@@ -174,12 +174,6 @@ class ExampleSet(Sequence):
 
     def speakers(self) -> set[str]:
         return {example.speaker for example in self.examples if example.speaker is not None}
-
-
-@cache
-def warn_once(text: str) -> None:
-    """Says what was assumed of the data; once, although its splits are read one by one."""
-    logger.warning("%s", text)
 
 
 def say_forms(labels: Iterable[str | None], where: str) -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from ..audio import READABLE_SUFFIXES, UNREADABLE_SUFFIXES
 from ..errors import UserError
-from .examples import Example, listing, say_forms, warn_once
+from ..once import warn_once
+from .examples import Example, listing, say_forms
 from .options import Options
 from .splits import Splits, split_level
 from .tables import tables_in

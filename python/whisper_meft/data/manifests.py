@@ -8,8 +8,9 @@ from functools import cache
 from pathlib import Path
 
 from ..errors import UserError
+from ..once import warn_once
 from .columns import AUDIO, LABEL, SPEAKER, SPLIT, find_column, logger, need_column
-from .examples import Example, listing, say_forms, warn_once
+from .examples import Example, listing, say_forms
 from .names import normal
 from .options import Options
 from .paths import Paths

@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 
 from ..errors import UserError
-from .examples import warn_once
+from ..once import warn_once
 from .names import composed
 
 _DRIVE = re.compile(r"[A-Za-z]:[\\/]")

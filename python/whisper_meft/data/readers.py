@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from .examples import Example, ExampleSet, check_labelled, listing, warn_once
+from ..once import warn_once
+from .examples import Example, ExampleSet, check_labelled, listing
 from .folders import AUDIO_SUFFIXES, read_audio_folder
 from .kaldi import kaldi_folders, kespeech_root, read_kaldi, read_kespeech
 from .manifests import read_manifests

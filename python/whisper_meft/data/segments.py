@@ -7,6 +7,7 @@ from typing import Any
 import soundfile
 
 from ..errors import UserError
+from ..once import warn_once
 from .columns import (
     CHANNEL,
     DURATION,
@@ -19,7 +20,7 @@ from .columns import (
     number,
     time_column,
 )
-from .examples import listing, warn_once
+from .examples import listing
 from .names import folded, normal
 from .options import Options
 

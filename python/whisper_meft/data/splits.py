@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 from ..errors import UserError
-from .examples import Example, listing, warn_once
+from ..once import warn_once
+from .examples import Example, listing
 from .names import folded
 
 _SPLIT_ALIASES = {

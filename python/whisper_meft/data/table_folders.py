@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UserError
+from ..once import warn_once
 from .columns import AUDIO, LABEL, find_column
-from .examples import listing, warn_once
+from .examples import listing
 from .folders import list_audio_files, subfolders
 from .names import normal
 from .options import Options

@@ -3,12 +3,10 @@
 import torch
 from torch import nn
 from transformers import WhisperConfig, WhisperForAudioClassification
-from transformers.utils import logging as hf_logging
 
 from ..errors import UserError
 from ..methods import MeftConfig
-
-logger = hf_logging.get_logger("whisper_meft")
+from ..once import warn_once
 
 
 def check_mergeable(config: MeftConfig) -> None:
@@ -34,7 +32,7 @@ def merged_classifier(model: nn.Module) -> WhisperForAudioClassification:
             "with quantization='none'"
         )
     if model.meft_config.max_frames != "fidelity":
-        logger.warning_once(
+        warn_once(
             f"The model was trained with max_frames={model.meft_config.max_frames!r}; a plain Whisper "
             "classifier computes the whole window and counts padding as sound, so its scores will differ."
         )

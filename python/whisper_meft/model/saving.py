@@ -10,15 +10,13 @@ import safetensors.torch
 import torch
 from huggingface_hub import HfApi
 from transformers import PreTrainedModel
-from transformers.utils import logging as hf_logging
 
 from ..encoder.fingerprint import fingerprint
 from ..errors import UserError
 from ..files import replacing, write_text
+from ..once import warn_once
 from .backbone import backbone_reference, write_backbone
 from .card import model_card
-
-logger = hf_logging.get_logger("whisper_meft")
 
 
 def save(
@@ -53,7 +51,7 @@ def save(
     else:
         config.base_model_name_or_path = backbone_reference(model.config.base_model_name_or_path, folder)
         if not config.base_model_name_or_path:
-            logger.warning_once(
+            warn_once(
                 "The backbone has no name to find it by: loading this model will need backbone=..., or "
                 "save it with save_backbone=True."
             )
