@@ -93,6 +93,14 @@ def _train_step(output: str, records: list[dict]) -> str:
     return "; ".join(said + [f"{row['method']}: {row['status']}" for row in rows if row["status"] != "ok"])
 
 
+def _launches(output: str, records: list[dict]) -> str:
+    """Of ``benchmarks.launches``: counted and, where there is a GPU, profiled kernels of a step."""
+    rows = [row for record_ in records for row in record_["figures"]]
+    counted = {row["method"]: sum(phase["kernels"] for phase in row["phases"].values()) for row in rows}
+    ran = {row["method"]: "" if row["profiled"] is None else f" ({row['profiled']} ran)" for row in rows}
+    return "kernels of a step: " + ", ".join(f"{name} {n}{ran[name]}" for name, n in counted.items())
+
+
 def _ops(output: str, records: list[dict]) -> str:
     """Of ``benchmarks.run``: the time of forward and backward over that of the eager reference."""
     rows = [row for record_ in records for row in record_["figures"]["rows"]]
@@ -126,11 +134,13 @@ def parts(out: Path, dry_run: bool, backend: str) -> list[Part]:
         pytest += ["-n", "8"]  # most of the time goes into compiling kernels, on the CPU
     step = ["-m", "benchmarks.train_step", "--output", str(out)]
     ops = ["-m", "benchmarks.run", "--output", str(out)]
+    launches = ["-m", "benchmarks.launches", "--output", str(out)]
     tune = ["-m", "meft_kernels.tune"]
     if dry_run:
         toy = ["--device", "cpu", "--model", "toy", "--batch", "2", "--frames", "20", "--methods", "lst"]
         steps, memory = [*toy, "--repeats", "1", "--no-count"], [*toy, "--repeats", "0"]
         eager = [*steps, "--backend", "reference"]
+        launches += ["--model", "tiny", "--batch", "2", "--methods", "lst"]
         ops += ["--quick", "--device", "cpu", "--op", "norm_linear", "--frames", "20", "--peers", "eager"]
         tune += ["--check", "--op", "row_statistics", "--sm", "90", "--width", "96"]
     else:
@@ -143,6 +153,7 @@ def parts(out: Path, dry_run: bool, backend: str) -> list[Part]:
         eight_bit = [f"{name}:saved_activations=fp8" for name in side_networks]
         sized = [*side_networks, *eight_bit, "published_lst", "lora"]
         memory = [*real, "0", "--backend", backend, "--methods", ",".join(sized)]
+        launches += ["--profile"]
         ops += ["--device", "cuda", "--repeats", "10", "--backend", *dict.fromkeys(("reference", backend))]
         tune += ["--width", "96", "--seconds", "15", "--op", *HOT_OPS]
     ceilings = ["-m", "benchmarks.gpu_pack", "--out", str(out), "--ceilings"]
@@ -151,6 +162,7 @@ def parts(out: Path, dry_run: bool, backend: str) -> list[Part]:
         Part("ceilings", (*ceilings, *(["--dry-run"] if dry_run else [])), 0.1, _ceilings),
         Part("tests", tuple(pytest), 0.3, _tests, ("pytest",)),
         Part("train_step", (*step, *steps), 0.35, _train_step),
+        Part("launches", tuple(launches), 0.15, _launches, ("triton",)),
         Part("ops", tuple(ops), 0.25, _ops),
         Part("memory", (*step, *memory), 0.2, _train_step),
         Part("train_step_eager", (*step, *eager), 0.2, _train_step),

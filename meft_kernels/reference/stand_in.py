@@ -1,7 +1,8 @@
-"""What CPU tensors stand for while memory is counted: fake ones that hold nothing, in place of a device's.
+"""What tensors stand for while memory or launches are counted: ones that hold nothing, in a device's place.
 
-Whoever counts (``whisper_meft.memory``) runs the kernels' host code on fake tensors to see what it allocates.
-That code asks here for the device instead of the tensors, and takes the decisions it would take there.
+Whoever counts (``whisper_meft.memory``, ``benchmarks.launches``) runs the kernels' host code on them to see
+what it allocates and launches. That code asks here for the device instead of the tensors, and takes the
+decisions it would take there.
 """
 
 from collections.abc import Iterator
@@ -13,21 +14,26 @@ import torch
 
 @dataclass(frozen=True)
 class StandIn:
-    """device_type: ``"cpu"`` or ``"cuda"``. capability: of the CUDA device, such as (9, 0)."""
+    """device_type: ``"cpu"`` or ``"cuda"``. capability: of the CUDA device, such as (9, 0). launching:
+    whether kernels go to Triton, and loops run in full."""
 
     device_type: str
     capability: tuple[int, int] | None
+    launching: bool
 
 
 _current: StandIn | None = None
 
 
 @contextmanager
-def standing_for(device_type: str, capability: tuple[int, int] | None = None) -> Iterator[None]:
-    """Lets fake CPU tensors stand for a device's inside the ``with`` block: no kernel is launched, and loops
-    over blocks of rows run as often as their peak memory needs."""
+def standing_for(
+    device_type: str, capability: tuple[int, int] | None = None, launching: bool = False
+) -> Iterator[None]:
+    """Lets tensors stand for a device's inside the ``with`` block: no kernel is launched, and loops over
+    blocks of rows run as often as their peak memory needs. ``launching``: all is done as on the device, for
+    whoever counts launches and has put a driver that launches nothing in Triton's place."""
     global _current
-    previous, _current = _current, StandIn(device_type, capability)
+    previous, _current = _current, StandIn(device_type, capability, launching)
     try:
         yield
     finally:
@@ -35,8 +41,8 @@ def standing_for(device_type: str, capability: tuple[int, int] | None = None) ->
 
 
 def active() -> bool:
-    """Whether tensors are stand-ins that hold nothing."""
-    return _current is not None
+    """Whether tensors are stand-ins that no kernel may be given."""
+    return _current is not None and not _current.launching
 
 
 def standing() -> bool:
