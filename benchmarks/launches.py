@@ -277,10 +277,11 @@ def _widening(multiply: Callable) -> Callable:
 
 
 @contextlib.contextmanager
-def _computing_little(chunk: int) -> Iterator[None]:
-    """For CPU tensors of one frame in place of many, which come in the same chunks."""
+def _computing_little(chunk: int, slab: int) -> Iterator[None]:
+    """For CPU tensors of one frame in place of many, which come in the same chunks and slabs."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(chunked, "automatic_chunk", lambda *_: chunk))
+        stack.enter_context(mock.patch.object(chunked, "automatic_slab", lambda *_: slab))
         for name in ("mm", "bmm"):
             stack.enter_context(mock.patch.object(torch, name, _widening(getattr(torch, name))))
         yield
@@ -313,11 +314,13 @@ def count_launches(
         recorder.count = counted = LaunchCount()
         with recorder:
             _step(*built, recorder)
-        sizes = built[0].encoder, config.max_source_positions, torch.device("meta")
+        encoder, frames, device = built[0].encoder, config.max_source_positions, torch.device("meta")
+        chunk = chunked.automatic_chunk(encoder, frames, device)
+        slab = chunked.automatic_slab(built[0].side_network, frames, batch_size, chunk, dtype, device)
         narrow = whisper_config(config, frames=1)
         narrow.d_model, narrow.encoder_attention_heads, narrow.encoder_ffn_dim = 16 * 8, 2, 16 * 8
         chosen.reduction_factor = 8
-        with _computing_little(chunked.automatic_chunk(*sizes)):
+        with _computing_little(chunk, slab):
             built = _built(narrow, chosen, batch_size, dtype, "cpu")
             recorder.count = LaunchCount()
             _step(*built, recorder)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import native, reference
-from ..reference import SAVED_ACTIVATIONS
+from ..reference import SAVED_ACTIVATIONS, stand_in
 from . import backends, schemas
 from .second_derivative import refuses_second_derivative
 
@@ -34,6 +34,11 @@ def make_function(name: str) -> type[torch.autograd.Function]:
     class OpFunction(torch.autograd.Function):
         @staticmethod
         def forward(backend: str, in_8_bits: bool, *arguments):
+            if _keeps_slab(name, backend, arguments[0]):
+                # The features are kept as the slab that the kernel reads, and copied into it once.
+                slab = torch.stack(arguments[len(names) - 1 :])
+                packed = (*arguments[: len(names) - 1], list(slab.unbind(0)))
+                return backends.kernel(name, backend)(*packed), slab
             if backend in ("auto", "native") and not in_8_bits and native.keeps_projection(name, arguments):
                 return native.kernel(f"{name}_keeping")(*arguments)
             return backends.kernel(name, backend)(*_pack(name, arguments))
@@ -41,12 +46,18 @@ def make_function(name: str) -> type[torch.autograd.Function]:
         @staticmethod
         def setup_context(ctx, inputs, output) -> None:
             ctx.backend, ctx.in_8_bits, *arguments = inputs
+            ctx.slab = False
             if has_flag:
                 *arguments, ctx.flag = arguments
             if ctx.in_8_bits:
                 arguments = _encoded(ctx.backend, names, arguments)
             ctx.keeping = isinstance(output, tuple)
-            if ctx.keeping:
+            if ctx.keeping and _keeps_slab(name, ctx.backend, arguments[0]):
+                slab = output[1]
+                ctx.mark_non_differentiable(slab)
+                ctx.set_materialize_grads(False)
+                arguments, ctx.keeping, ctx.slab = [*arguments[: len(names) - 1], slab], False, True
+            elif ctx.keeping:
                 projection = output[1]
                 ctx.mark_non_differentiable(projection)
                 ctx.set_materialize_grads(False)  # not a tensor of zeros for the projection
@@ -57,6 +68,10 @@ def make_function(name: str) -> type[torch.autograd.Function]:
         @refuses_second_derivative
         def backward(ctx, grad, *_):
             arguments = ctx.saved_tensors
+            if ctx.slab:
+                *arguments, slab = arguments
+                arguments = [*arguments, *slab.unbind(0)]
+                del slab
             extra = ()
             kernel = backends.kernel(f"{name}_bwd", ctx.backend)
             if ctx.keeping:
@@ -79,6 +94,12 @@ def make_function(name: str) -> type[torch.autograd.Function]:
 
     OpFunction.__name__ = OpFunction.__qualname__ = f"{name.title().replace('_', '')}Function"
     return OpFunction
+
+
+def _keeps_slab(name: str, backend: str, first: Tensor) -> bool:
+    """Whether an op of a list of features has a fused kernel that reads them from one slab."""
+    may = backend == "triton" or (backend == "auto" and stand_in.device_type(first.device) == "cuda")
+    return name == "relu_attention" and may
 
 
 def _encoded(backend: str, names: list[str], arguments: list) -> list:

@@ -104,6 +104,13 @@ class SideNetwork(nn.Module):
         """Index of the last hidden state that is read; a streaming backbone can stop after it."""
         return self.taps[-1]
 
+    def backward_bytes(self, itemsize: int) -> int:
+        """About so many bytes for each frame does the backward hold at once, of what it makes; whoever
+        chooses how many clips go together counts with it. ``itemsize``: of a hidden state."""
+        # In 8 bits, the exact state that a copy is made of, and the one that is made of the copy.
+        restored = 2 * self.hidden_size * itemsize if self.saved_activations != "exact" else 0
+        return restored + self.side_size * (4 + 5 * itemsize)
+
     def extra_repr(self) -> str:
         text = f"hidden_size={self.hidden_size}, num_layers={self.num_layers}, side_size={self.side_size}"
         if self.taps != tuple(range(1, self.num_layers + 1)):
@@ -419,6 +426,10 @@ class UniPT(_Upsampled):
         self.norm = nn.LayerNorm(hidden_size, eps=NORM_EPS, **place)
         self.reset_parameters()
 
+    def backward_bytes(self, itemsize: int) -> int:
+        """As ``SideNetwork.backward_bytes``: the gradients of all layers' features are there at once."""
+        return super().backward_bytes(itemsize) + len(self.taps) * self.side_size * itemsize
+
     def state(self, hidden_states: Iterable[Tensor], lengths: Tensor | None) -> Tensor:
         """Z, (B, T, r)."""
         features = []
@@ -463,6 +474,10 @@ class SHERL(SideNetwork):
         self.out = nn.Linear(size, hidden_size, **place)
         self.gate = nn.Parameter(torch.empty(1, **place))
         self.reset_parameters()
+
+    def backward_bytes(self, itemsize: int) -> int:
+        """As ``SideNetwork.backward_bytes``: the gradients of all layers' features are there at once."""
+        return super().backward_bytes(itemsize) + len(self.taps) * self.side_size * itemsize
 
     @property
     def last_layer(self) -> int:

@@ -57,18 +57,26 @@ def _centred(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _features(
-    x: Tensor, share: Tensor, norm_weight: Tensor, norm_bias: Tensor, relu: bool
+    x: Tensor, padding: Tensor | None, norm_weight: Tensor, norm_bias: Tensor, relu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """n (B, T, r), LNhat(x) (B, T, r) and its rstd (B, T, 1); padding frames count as zeros."""
-    normed, rstd = standardize(x.to(share.dtype).masked_fill((share == 0)[..., None], 0))
-    affine = normed * norm_weight + norm_bias
-    return torch.relu(affine) if relu else affine, normed, rstd
+    """n (B, T, r), LNhat(x) (B, T, r) and its rstd (B, T, 1) in the type of the weights; padding frames
+    (B, T) count as zeros."""
+    x = x.to(norm_weight.dtype).contiguous()
+    normed, rstd = standardize(x if padding is None else x.masked_fill(padding[..., None], 0))
+    affine = torch.addcmul(norm_bias, normed, norm_weight)
+    return affine.relu_() if relu else affine, normed, rstd
 
 
-def _inverse_std(n: Tensor, gram: Tensor, cross: Tensor, bias: Tensor, width: int) -> Tensor:
-    """s_t, (B, T)."""
-    square = ((n @ gram + 2 * cross) * n).sum(-1) + bias @ bias
-    return torch.rsqrt((square / width).clamp(min=0) + NORM_EPS)
+def _inverse_std(n: Tensor, product: Tensor, cross: Tensor, square: Tensor, width: int) -> Tensor:
+    """s_t, (B, T); ``product`` is M n_t + m, ``square`` |bc|^2."""
+    square = torch.addmv(square, n.view(-1, n.shape[-1]), cross).view(n.shape[:-1])
+    square += (product * n).sum(-1)
+    return square.div_(width).clamp_(min=0).add_(NORM_EPS).rsqrt_()
+
+
+def _product(n: Tensor, gram: Tensor, cross: Tensor) -> Tensor:
+    """M n_t + m, (B, T, r)."""
+    return torch.addmm(cross, n.view(-1, n.shape[-1]), gram).view(n.shape)
 
 
 def forward(
@@ -89,16 +97,19 @@ def forward(
     )
     batch, frames, width = x.shape
     weight, bias = _centred(weight, bias)
-    gram, cross = weight.T @ weight, bias @ weight
+    gram, cross, square = weight.T @ weight, bias @ weight, bias @ bias
     share = frame_weights(lengths, batch, frames, x)
-    out = x.new_empty(batch, weight.shape[0])
+    padding = None if lengths is None else share == 0
+    pooled, scale_sum = share.new_empty(batch, width), share.new_empty(batch)
     for clips in row_blocks(batch, frames * width, x.device):
-        n, _, _ = _features(x[clips], share[clips], norm_weight, norm_bias, relu)
-        scale = share[clips] * _inverse_std(n, gram, cross, bias, weight.shape[0])
-        pooled = (scale[:, None] @ n).squeeze(1)
-        up = pooled @ weight.T + scale.sum(-1, keepdim=True) * bias
-        out[clips] = out_norm_weight * up + out_norm_bias
-    return out
+        of_part = None if padding is None else padding[clips]
+        n, _, _ = _features(x[clips], of_part, norm_weight, norm_bias, relu)
+        product = _product(n, gram, cross)
+        scale = _inverse_std(n, product, cross, square, weight.shape[0]).mul_(share[clips])
+        torch.bmm(scale[:, None], n, out=pooled[clips, None])
+        torch.sum(scale, -1, out=scale_sum[clips])
+    up = torch.addmm(scale_sum[:, None] * bias, pooled, weight.T)
+    return torch.addcmul(out_norm_bias, out_norm_weight, up).to(x.dtype)
 
 
 def backward(
@@ -121,36 +132,48 @@ def backward(
     batch, frames, width = x.shape
     size = weight.shape[0]
     weight, bias = _centred(weight, bias)
-    gram, cross = weight.T @ weight, bias @ weight
+    gram, cross, square = weight.T @ weight, bias @ weight, bias @ bias
     share = frame_weights(lengths, batch, frames, x)
+    padding = None if lengths is None else share == 0
+    grad = grad.to(wide)
+    e = out_norm_weight * grad
+    grad_pooled, grad_scale_sum = e @ weight, e @ bias
+    pooled, scale_sum = share.new_empty(batch, width), share.new_empty(batch)
     grad_x = x.new_empty(x.shape if need_x else 0)
-    sums = [torch.zeros(t.shape, dtype=wide, device=x.device) for t in given]
+    second, first, zeroth, grad_norm_weight, grad_norm_bias = (
+        torch.zeros(shape, dtype=wide, device=x.device) for shape in ((width, width), width, (), width, width)
+    )
     for clips in row_blocks(batch, frames * width, x.device):
-        g, p = grad[clips].to(wide), share[clips]
-        n, normed, rstd = _features(x[clips], p, norm_weight, norm_bias, relu)
-        inverse = _inverse_std(n, gram, cross, bias, size)
+        p, of_part = share[clips], None if padding is None else padding[clips]
+        n, normed, rstd = _features(x[clips], of_part, norm_weight, norm_bias, relu)
+        grad_n = _product(n, gram, cross)  # which it becomes
+        inverse = _inverse_std(n, grad_n, cross, square, size)
         scale = p * inverse
-        pooled, scale_sum = (scale[:, None] @ n).squeeze(1), scale.sum(-1)
-        e = out_norm_weight * g
-        grad_pooled, grad_scale_sum = e @ weight, e @ bias
-        grad_inverse = p * ((n @ grad_pooled[..., None]).squeeze(-1) + grad_scale_sum[:, None])
-        q = inverse**3 * grad_inverse * (-0.5 / size)  # (b, T)
-        weighted = q[..., None] * n
-        second = torch.einsum("bti,btj->ij", weighted, n)
-        first, zeroth = weighted.sum((0, 1)), q.sum()
-        grad_n = scale[..., None] * grad_pooled[:, None] + 2 * q[..., None] * (n @ gram + cross)
-        grad_affine = grad_n * (n > 0) if relu else grad_n
-        grad_weight = e.T @ pooled + 2 * (weight @ second + bias[:, None] * first)
-        grad_bias = scale_sum @ e + 2 * (weight @ first + bias * zeroth)
-        parts = (
-            (grad_affine * normed).sum((0, 1)),
-            grad_affine.sum((0, 1)),
-            *_centred(grad_weight, grad_bias),
-            (g * (pooled @ weight.T + scale_sum[:, None] * bias)).sum(0),
-            g.sum(0),
-        )
-        for total, part in zip(sums, parts, strict=True):
-            total += part
+        torch.bmm(scale[:, None], n, out=pooled[clips, None])
+        torch.sum(scale, -1, out=scale_sum[clips])
+        grad_inverse = (n @ grad_pooled[clips, :, None]).squeeze(-1).add_(grad_scale_sum[clips, None])
+        q = inverse.pow_(3).mul_(grad_inverse).mul_(p).mul_(-0.5 / size)  # (b, T)
+        weighted = (q[..., None] * n).view(-1, width)
+        second.addmm_(weighted.T, n.view(-1, width))
+        first += weighted.sum(0)
+        zeroth += q.sum()
+        del weighted
+        grad_n.mul_(q.mul_(2)[..., None]).addcmul_(scale[..., None], grad_pooled[clips, None])
+        if relu:
+            grad_n.mul_(n > 0)
+        del n
+        grad_norm_weight += (grad_n * normed).sum((0, 1))
+        grad_norm_bias += grad_n.sum((0, 1))
         if need_x:
-            grad_x[clips] = standardize_bwd(grad_affine * norm_weight, normed, rstd)
-    return [grad_x, *(total.to(t.dtype) for total, t in zip(sums, given, strict=True))]
+            grad_x[clips] = standardize_bwd(grad_n.mul_(norm_weight), normed, rstd)
+    grad_weight = torch.addmm(2 * (weight @ second + bias[:, None] * first), e.T, pooled)
+    grad_bias = scale_sum @ e + 2 * (weight @ first + bias * zeroth)
+    up = torch.addmm(scale_sum[:, None] * bias, pooled, weight.T)
+    grads = (
+        grad_norm_weight,
+        grad_norm_bias,
+        *_centred(grad_weight, grad_bias),
+        (grad * up).sum(0),
+        grad.sum(0),
+    )
+    return [grad_x, *(total.to(t.dtype) for total, t in zip(grads, given, strict=True))]

@@ -74,6 +74,20 @@ def split(pieces: int, programs: int = 1, resident: int = 1) -> tuple[int, int]:
     return size, triton.cdiv(pieces, size)
 
 
+def stacked(tensors: list[Tensor]) -> Tensor:
+    """``torch.stack``, without a copy of contiguous tensors that lie one behind the other in one storage."""
+    first = tensors[0]
+    size, start = first.numel(), first.storage_offset()
+    if start * first.itemsize % 16:
+        return torch.stack(tensors)
+    storage = first.untyped_storage()._cdata
+    for index, tensor in enumerate(tensors):
+        beside = tensor.untyped_storage()._cdata == storage and tensor.is_contiguous()
+        if not beside or tensor.shape != first.shape or tensor.storage_offset() != start + index * size:
+            return torch.stack(tensors)
+    return first.as_strided((len(tensors), *first.shape), (size, *first.stride()))
+
+
 def split_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """``a.T @ b`` in fp32 for rows a (N, m) and b (N, n): a weight gradient.
 

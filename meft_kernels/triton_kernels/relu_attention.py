@@ -8,8 +8,9 @@ in between lies the softmax over layers, a few numbers per clip. Nothing is kept
 The layers are walked through at run time, so that their features have to lie in one slab (n, B, T, r):
 ``torch.stack`` copies them, twice their bytes over the memory bus in each direction (0.26 ms at 3.35 TB/s for
 12 layers of 128 clips of 1500 frames of 96 half-precision columns; the products of the forward alone need
-1.3 ms). The backward does so again. Blocks of keys beyond a clip's length are not visited; where tiles come
-through descriptors, which know no clip's end, lengths cost a second copy of the slab with padding zeroed.
+1.3 ms). With autograd (``ops.autograd``) that slab is what is kept, and nothing is copied again. Blocks of
+keys beyond a clip's length are not visited; where tiles come through descriptors, which know no clip's end,
+lengths cost a second copy of the slab with padding zeroed.
 """
 
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ from ..reference import stand_in
 from ..reference.common import ATTENTION_EPS, softmax_bwd
 from ..tune.row import TORCH_TYPES, Row
 from .blocks import chunks, load_pair, load_tile, pair_constants, relu, store_pair, store_sums, store_tile
-from .host import POINTERS, aligned, compile_arguments, launch, on_device, row_for
+from .host import POINTERS, aligned, compile_arguments, launch, on_device, row_for, stacked
 
 FP32_WIDTH = 192  # widest rows of the kernels in fp32
 SUM_PROGRAMS = 36  # of the sums over a clip's frames: 3 waves for 10 clips, with a multiprocessor each
@@ -418,7 +419,7 @@ def forward(
     anchor = aligned(anchor, width).view(anchor.shape)
     out = torch.empty_like(anchor)
     if out.numel():
-        slab = torch.stack(features)
+        slab = stacked(features)
         with on_device(anchor):
             counts, _, gates, _, _ = _prepare(anchor, gate_weight, lengths, slab, sum_row)
             launch(
@@ -455,7 +456,7 @@ def backward(
     if None in (sum_row, anchor_row, features_row) or not anchor.numel():
         return reference.backward(grad, anchor, gate_weight, gate_bias, lengths, features)
     grad, anchor = (aligned(x, width).view(anchor.shape) for x in (grad, anchor))
-    slab = torch.stack(features)
+    slab = stacked(features)
     grad_anchor = torch.empty(anchor.shape, dtype=torch.float32, device=anchor.device)
     grad_slab = torch.empty_like(slab)
     sizes, boost = (len(features), batch, frames), reference.boost(frames)
@@ -504,7 +505,7 @@ def backward(
         )
     anchor_share = (per_frame * feature_means).sum(1) * weight
     valid = torch.arange(frames, device=anchor.device) < counts[:, None]
-    grad_anchor += valid[..., None] * anchor_share[:, None]
+    grad_anchor.addcmul_(valid[..., None].float(), anchor_share[:, None])
     grad_weight = (confidence_grads[..., None] * anchor_mean[:, None] * feature_means).sum((0, 1))
     return [
         grad_anchor.to(anchor.dtype),

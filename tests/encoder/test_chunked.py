@@ -207,3 +207,77 @@ def test_no_transient_is_larger_than_a_chunk(method):
     stem = 2 * WINDOW * model.encoder.hidden_size  # the first convolution works at twice the frame rate
     attention = LAYERS * WINDOW * WINDOW * 4
     assert largest.size <= max(features.numel(), 2 * stem, 2 * WINDOW * inner, 2 * attention)
+
+
+@pytest.fixture
+def slabs(monkeypatch):
+    """As on a GPU: slabs of 3 clips, of which the encoder takes 2 at a time."""
+    monkeypatch.setattr(chunked, "automatic_chunk", lambda *_: 2)
+    monkeypatch.setattr(chunked, "automatic_slab", lambda *_: 3)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("method", READERS)
+def test_slabs_give_the_same(method, masked, request):
+    options = {"max_frames": "longest"} if masked else {}
+    arguments = {"attention_mask": mask_of([24, 3, 17, 1, 24])} if masked else {}
+    scores, truth = step(build(method, **options), **arguments)
+    request.getfixturevalue("slabs")
+    model = build(method, **options)
+    found_scores, grads = step(model, **arguments)
+    assert all(relative_error(a, b) < 1e-10 for a, b in zip(found_scores, scores))
+    assert all(relative_error(grads[name], grad) < 1e-10 for name, grad in truth.items() if grad.any())
+    again_scores, again = step(model, **arguments)
+    assert all(torch.equal(a, b) for a, b in zip(again_scores, found_scores))
+    assert all(torch.equal(again[name], grad) for name, grad in grads.items())
+
+
+@SIDE
+@pytest.mark.parametrize("keep", ["exact", "fp8"])
+def test_a_side_network_reads_slabs_and_the_encoder_runs_chunks(method, keep, slabs, monkeypatch):
+    model = build(method, torch.float32, saved_activations=keep)
+    read, run = [], []
+    stream, finish = model.encoder.stream, model.encoder._finish
+
+    def states(*args):
+        for state in stream(*args):
+            read.append(len(state[0] if isinstance(state, tuple) else state))
+            yield state
+
+    monkeypatch.setattr(model.encoder, "stream", states)
+    monkeypatch.setattr(
+        model.encoder, "_finish", lambda layer, *rest: run.append(len(rest[0])) or finish(layer, *rest)
+    )
+    step(model)
+    layers = LAYERS - 1 if method == "sherl" else LAYERS
+    assert read == [3] * (layers + 1) + [2] * (layers + 1)
+    assert run == [2, 1] * layers + [2] * layers
+
+
+@SIDE
+def test_copies_in_8_bits_leave_the_scores_as_they_are_in_slabs(method, slabs):
+    """There each hidden state is written over the one before it."""
+    exact_scores, exact = step(build(method))
+    scores, grads = step(build(method, saved_activations="fp8"))
+    assert all(relative_error(a, b) < 1e-10 for a, b in zip(scores, exact_scores))
+    flat = [torch.cat([g.flatten() for g in found.values()]) for found in (exact, grads)]
+    assert torch.cosine_similarity(*flat, dim=0) > 0.995
+    with torch.no_grad():
+        logits = build(method)(batch(SIZE, seed=1)[0].double()).logits
+    assert relative_error(logits, exact_scores[1]) < 1e-10
+
+
+def test_slabs_follow_what_the_backward_holds():
+    side = build("lst", torch.float32).side_network
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    half = torch.bfloat16
+    assert chunked.automatic_slab(side, 1500, 128, 7, half, cpu) == 7
+    assert chunked.automatic_slab(torch.nn.Identity(), 1500, 128, 7, half, gpu) == 7
+    most = chunked._SLAB_BYTES // (1500 * side.backward_bytes(2))
+    assert chunked.automatic_slab(side, 1500, most, 7, half, gpu) == most
+    assert chunked.automatic_slab(side, 1500, most + 1, 7, half, gpu) == (most + 2) // 2
+    assert chunked.automatic_slab(side, 1500, 3 * most, 7, half, gpu) == most
+    assert chunked.automatic_slab(side, 10**9, 128, 7, half, gpu) == 7
+    assert chunked.automatic_slab(side, 1500, 0, 7, half, gpu) == 1
+    others = (build(method, saved_activations="fp8").side_network for method in ("lst", "unipt", "sherl"))
+    assert all(other.backward_bytes(2) > side.backward_bytes(2) for other in others)

@@ -2,9 +2,14 @@
 
 No method mixes utterances, so a chunk's result is the same as in the whole batch, and so are the gradients,
 to the rounding of a sum in another order. The backbone's transients then cost memory for one chunk alone.
+
+On a GPU, where every kernel costs the host as much however little it does, what reads the hidden states takes
+a slab of many chunks at a time: the encoder writes each hidden state of a slab chunk by chunk, and side
+network, forward and backward, launches what it launches once per layer and slab. On a CPU a slab is a chunk:
+what the cache holds decides there.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 
 import torch
@@ -23,6 +28,13 @@ _INNER_ELEMENTS = {"cpu": 2**23}
 
 _DEFAULT_INNER_ELEMENTS = 3 * 2**24
 
+# What a side network's backward may hold for a slab, in bytes, beside what was kept for it.
+_SLAB_BYTES = 5 * 2**26
+
+# Row statistics come for free with the LayerNorm that the next layer begins with, whose output has to wait
+# for that layer then: worth so many bytes.
+_WAITING_BYTES = 2**27
+
 # Backpropagating through a layer keeps about four times as much as running it.
 _BACKWARD_SHARE = 4
 
@@ -37,6 +49,19 @@ def automatic_chunk(encoder: FrozenEncoder, frames: int, device: torch.device) -
     """Utterances per chunk for clips of so many encoder frames."""
     inner = encoder.layers[0].fc1.out_features * max(frames, 1)
     return max(1, _INNER_ELEMENTS.get(device_type(device), _DEFAULT_INNER_ELEMENTS) // inner)
+
+
+def automatic_slab(
+    side_network: nn.Module, frames: int, clips: int, chunk: int, dtype: torch.dtype, device: torch.device
+) -> int:
+    """Utterances that a side network takes at a time, of ``clips`` of so many encoder frames; ``chunk``:
+    those that the backbone takes. Slabs are of about equal size. ``dtype``: of the hidden states."""
+    if device_type(device) == "cpu" or not hasattr(side_network, "backward_bytes"):
+        return chunk
+    most = _SLAB_BYTES // (side_network.backward_bytes(dtype.itemsize) * max(frames, 1))
+    if most <= chunk:
+        return chunk
+    return max(1, -(-clips // max(1, -(-clips // most))))
 
 
 def pooled_in_chunks(
@@ -63,22 +88,31 @@ def pooled_in_chunks(
     Raises:
         UserError: see :meth:`FrozenEncoder.stream`.
     """
+    clips, frames = features.shape[0], (features.shape[-1] + 1) // 2
+    slab = chunk_size
     if chunk_size is None and not torch.compiler.is_compiling():
-        chunk_size = automatic_chunk(encoder, (features.shape[-1] + 1) // 2, features.device)
+        chunk_size = automatic_chunk(encoder, frames, features.device)
+        slab = automatic_slab(side_network, frames, clips, chunk_size, encoder.dtype, features.device)
     fold = getattr(side_network, "fold", None)
     if fold is not None:  # once for all chunks
         read = partial(side_network.pooled, folded=fold())
     elif through_last_layer:
-        read = partial(_through_last_layer, encoder, side_network, features.shape[0])
+        read = partial(_through_last_layer, encoder, side_network, clips)
     else:
         read = side_network.pooled
-    if chunk_size is None or features.shape[0] <= chunk_size:
-        return _pooled(encoder, read, features, lengths, final_norm, fold is not None)
-    parts = zip(
-        features.split(chunk_size),
-        [None] * -(-features.shape[0] // chunk_size) if lengths is None else lengths.split(chunk_size),
-    )
-    return torch.cat([_pooled(encoder, read, *part, final_norm, fold is not None) for part in parts])
+    keeps = torch.is_grad_enabled() and getattr(side_network, "saved_activations", None) == "exact"
+    waiting = 0
+    if slab != chunk_size:
+        waiting = slab * frames * encoder.hidden_size * encoder.dtype.itemsize
+    statistics = fold is not None and (not waiting or (keeps and waiting <= _WAITING_BYTES))
+    reading = (final_norm, statistics, chunk_size, not keeps)
+    if slab is None or clips <= slab:
+        return read(encoder.stream(features, lengths, *reading), lengths)
+    pooled = []
+    for start in range(0, clips, slab):
+        of_part = None if lengths is None else lengths[start : start + slab]
+        pooled.append(read(encoder.stream(features[start : start + slab], of_part, *reading), of_part))
+    return torch.cat(pooled)
 
 
 def pooled_states(
@@ -92,17 +126,6 @@ def pooled_states(
     if through_last_layer:
         return _through_last_layer(encoder, side_network, None, hidden_states, lengths)
     return side_network.pooled(hidden_states, lengths)
-
-
-def _pooled(
-    encoder: FrozenEncoder,
-    read: Callable[..., Tensor],
-    features: Tensor,
-    lengths: Tensor | None,
-    final_norm: bool,
-    statistics: bool,
-) -> Tensor:
-    return read(encoder.stream(features, lengths, final_norm, statistics), lengths)
 
 
 def _through_last_layer(

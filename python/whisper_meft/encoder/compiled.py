@@ -30,9 +30,12 @@ def compiled_layer(backend: str | Callable, device: torch.device) -> Callable[..
     warnings.filterwarnings("ignore", message=".*does not implement _stable_hash_for_caching")
     compiled = torch.compile(finish_layer, dynamic=True, backend=backend)
 
-    def run(layer: nn.Module, states: Tensor, normed: Tensor, mask: Tensor | None) -> Tensor:
+    def run(
+        layer: nn.Module, states: Tensor, normed: Tensor, mask: Tensor | None, out: Tensor | None = None
+    ) -> Tensor:
         # The embedding is laid out as the convolution left it, which would be compiled for once more.
-        return compiled(layer, states.contiguous(), normed, mask)
+        finished = compiled(layer, states.contiguous(), normed, mask)
+        return finished if out is None else out.copy_(finished)
 
     return run
 

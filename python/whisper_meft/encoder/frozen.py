@@ -1,6 +1,6 @@
 """The frozen Whisper encoder as a stream of hidden states."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -147,6 +147,8 @@ class FrozenEncoder(nn.Module):
         lengths: torch.Tensor | None = None,
         final_norm: bool = False,
         statistics: bool = False,
+        chunk_size: int | None = None,
+        overwrite: bool = False,
     ) -> Iterator[torch.Tensor | HiddenState]:
         """Yields h_0 (embedding) to h_L (raw output of the last layer), computing each when it is asked for.
 
@@ -162,7 +164,10 @@ class FrozenEncoder(nn.Module):
                 and the attention never looks there. States past a clip's end mean nothing.
             final_norm: put the final LayerNorm on h_L, as Hugging Face does.
             statistics: yield ``meft_kernels.HiddenState`` where the row statistics come for free with the
-                next layer's own LayerNorm.
+                next layer's own LayerNorm, whose output of all chunks then waits for that layer.
+            chunk_size: clips that a layer takes at a time, so that its transients are theirs alone; the
+                results are the same. None: all.
+            overwrite: with several chunks, write each state over the one before it, for whoever keeps none.
 
         Yields:
             (B, T, hidden size) in the weights' dtype (for float32 weights under autocast in what that gives),
@@ -173,7 +178,11 @@ class FrozenEncoder(nn.Module):
         """
         self._check_features(input_features, lengths)
         self._to_evaluation()
-        return self._states(input_features, lengths, final_norm, statistics)
+        clips = input_features.shape[0]
+        if chunk_size is None or clips <= chunk_size:
+            return self._states(input_features, lengths, final_norm, statistics)
+        parts = [slice(start, start + chunk_size) for start in range(0, clips, chunk_size)]
+        return self._states_in_parts(input_features, lengths, final_norm, statistics, parts, overwrite)
 
     def last_layer(self, hidden_states: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
         """The last encoder layer and the final LayerNorm, frozen, with gradient to the input.
@@ -223,6 +232,53 @@ class FrozenEncoder(nn.Module):
                     states = self._run(layer, states, mask)
                 if final_norm and layer is self.layers[-1]:
                     states = self.layer_norm(states)
+        yield states
+
+    def _states_in_parts(
+        self,
+        input_features: torch.Tensor,
+        lengths: torch.Tensor | None,
+        final_norm: bool,
+        statistics: bool,
+        parts: Sequence[slice],
+        overwrite: bool,
+    ) -> Iterator[torch.Tensor | HiddenState]:
+        """As ``_states``, layer by layer, each written part by part into one slab."""
+        device, states = input_features.device, None
+        part_lengths = [None if lengths is None else lengths[part] for part in parts]
+        with torch.no_grad(), self._weights_as_they_are(device):
+            for part, of_part in zip(parts, part_lengths):
+                embedded = self._embed(input_features[part], of_part)
+                if states is None:
+                    states = embedded.new_empty(input_features.shape[0], *embedded.shape[1:])
+                states[part] = embedded
+            del embedded
+            masks = [self._attention_mask(of_part, states.shape[1]) for of_part in part_lengths]
+        alone = self._runs_alone(states)
+        for layer in self.layers:
+            known, waiting = None, [None] * len(parts)
+            if statistics and alone:
+                with torch.no_grad(), self._weights_as_they_are(device):
+                    norm = layer.self_attn_layer_norm
+                    waiting, known = map(
+                        list, zip(*(norm_with_statistics(norm, states[part]) for part in parts))
+                    )
+                    known = None if known[0] is None else [torch.cat(each) for each in zip(*known)]
+            yield HiddenState(states, *known) if known else states
+            with torch.no_grad(), self._weights_as_they_are(device):
+                target = states if overwrite else torch.empty_like(states)
+                for part, mask in zip(parts, masks):
+                    normed = waiting.pop(0)
+                    if alone:
+                        normed = layer.self_attn_layer_norm(states[part]) if normed is None else normed
+                        self._finish(layer, states[part], normed, mask, target[part])
+                        del normed
+                    else:
+                        target[part] = self._run(layer, states[part], mask)
+                    if final_norm and layer is self.layers[-1]:
+                        target[part] = self.layer_norm(target[part])
+                states = target
+                del target
         yield states
 
     @staticmethod

@@ -62,20 +62,25 @@ def attend(attention: nn.Module, normed: torch.Tensor, mask: torch.Tensor | None
 
 
 def finish_layer(
-    layer: nn.Module, states: torch.Tensor, normed: torch.Tensor, mask: torch.Tensor | None
+    layer: nn.Module,
+    states: torch.Tensor,
+    normed: torch.Tensor,
+    mask: torch.Tensor | None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """A ``WhisperEncoderLayer`` in evaluation mode, from its first LayerNorm's output on.
 
     Args:
         layer: gives the weights. states: (B, T, D), the layer's input. normed: (B, T, D), that after the
-            layer's first LayerNorm. mask: for the attention, or None.
+            layer's first LayerNorm. mask: for the attention, or None. out: (B, T, D), contiguous, where to
+            write the output, which may be ``states``; None: a tensor of its own.
 
     Returns:
         (B, T, D), the layer's output.
     """
     attended = attend(layer.self_attn, normed, mask)
     del normed
-    return add_feed_forward(layer, attended.add_(states))
+    return add_feed_forward(layer, torch.add(attended, states, out=attended if out is None else out))
 
 
 def add_feed_forward(layer: nn.Module, states: torch.Tensor) -> torch.Tensor:
