@@ -7,6 +7,7 @@ C++ kernels compute in fp32.
 
 from collections.abc import Iterable, Sequence
 
+import torch
 from torch import Tensor
 
 from . import ops, reference
@@ -24,7 +25,8 @@ class _Folded:
     def fold(self) -> list[tuple[Tensor, Tensor]]:
         """The projections with their LayerNorms folded in. Whoever runs a batch in parts folds once and hands
         the list to each part."""
-        return [ops.fold(*norm_linear_params(down)) for down in self.down]
+        together = (torch.stack(each) for each in zip(*map(norm_linear_params, self.down)))
+        return list(zip(*(each.unbind(0) for each in ops.fold(*together))))
 
     def pooled(
         self,
@@ -54,7 +56,9 @@ class LST(_Folded, reference.LST):
         self.check_lengths(lengths, first.values)
         state = ops.folded_linear(first.values, *first_fold, first.statistics, keep)
         for hidden_state, projection, rung in zip(stream, folded, self.rungs):
-            parameters = (*projection, rung.gate, *adapter_params(rung))
+            # Aliases of this step: what the kernels make of one is made once for forward and backward.
+            adapter = (parameter.view_as(parameter) for parameter in adapter_params(rung))
+            parameters = (*projection, rung.gate, *adapter)
             state = ops.folded_ladder(hidden_state.values, state, *parameters, hidden_state.statistics, keep)
         return state
 

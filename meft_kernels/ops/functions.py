@@ -45,10 +45,10 @@ def fold(norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor) -
     calls of ``folded_linear`` or ``folded_ladder``; see ``reference.norm_linear``.
 
     Args:
-        norm_weight, norm_bias: (D,). weight: (r, D). bias: (r,).
+        norm_weight, norm_bias: (D,). weight: (r, D). bias: (r,). Or those of n projections, stacked.
 
     Returns:
-        Weight (r, D) and bias (r,), with gradient to all four.
+        Weight (r, D) and bias (r,), with gradient to all four; of n projections (n, r, D) and (n, r).
     """
     return reference.norm_linear.fold(norm_weight, norm_bias, weight, bias)
 

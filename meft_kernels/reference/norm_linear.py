@@ -29,9 +29,12 @@ def definition(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor
 
 
 def fold(norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Centred weight (r, D) and bias (r,) of the folded projection, in at least fp32."""
+    """Centred weight (r, D) and bias (r,) of the folded projection, in at least fp32; or of n projections at
+    once, each argument with n in front."""
     wide = accumulation_dtype(weight.dtype)
-    weight, norm_weight, norm_bias = weight.to(wide), norm_weight.to(wide), norm_bias.to(wide)
+    weight, norm_weight, norm_bias = (
+        t.to(wide) for t in (weight, norm_weight[..., None, :], norm_bias[..., None, :])
+    )
     scaled = weight * norm_weight
     # A sum of products and not a matrix product, so that autocast leaves it in full precision.
     return scaled - scaled.mean(-1, keepdim=True), bias.to(wide) + (weight * norm_bias).sum(-1)

@@ -33,7 +33,17 @@ from .blocks import (
     store_sums,
     vector_pair,
 )
-from .host import POINTERS, aligned, compile_arguments, launch, on_device, row_for, split, split_product
+from .host import (
+    POINTERS,
+    aligned,
+    compile_arguments,
+    launch,
+    on_device,
+    once_per_step,
+    row_for,
+    split,
+    split_product,
+)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -280,14 +290,18 @@ def packed(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """W1 (H, R0 + R1), b1 (H,) and W2 transposed (H, R0 + R1) as the kernels read them: weights in ``dtype``,
     H rounded up to ``block`` hidden columns, zeros outside."""
-    hidden, width = weight_1.shape
-    pad = (0, sum(chunks(width)) - width, 0, -hidden % block)
-    pair = (weight_1.to(dtype), weight_2.to(dtype).T)
-    if any(pad):
-        pair = (F.pad(weight, pad) for weight in pair)
-        bias_1 = F.pad(bias_1, pad[2:])
-    weight_1, weight_2 = (weight.contiguous() for weight in pair)
-    return weight_1, bias_1.contiguous(), weight_2
+
+    def make() -> tuple[Tensor, Tensor, Tensor]:
+        hidden, width = weight_1.shape
+        pad = (0, sum(chunks(width)) - width, 0, -hidden % block)
+        pair, bias = (weight_1.to(dtype), weight_2.T.to(dtype)), bias_1
+        if any(pad):
+            pair = (F.pad(weight, pad) for weight in pair)
+            bias = F.pad(bias_1, pad[2:])
+        first, second = (weight.contiguous() for weight in pair)
+        return first, bias.contiguous(), second
+
+    return once_per_step(weight_1, dtype, block, make)
 
 
 def constants(row: Row, width: int, hidden: int) -> dict:

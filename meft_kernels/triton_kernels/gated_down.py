@@ -20,7 +20,7 @@ from ..tune.row import Row
 from .blocks import relu
 from .host import POINTERS, aligned, compile_arguments, launch, on_device, row_for, split_product
 
-BLOCK_ROWS = 2**16
+BLOCK_ROWS = 2**17
 
 # Rows are frames of all utterances. R is the side width; programs count tiles of columns first.
 
@@ -279,7 +279,7 @@ def backward(
     bias_1, bias_2, bias_3 = (bias.contiguous() for bias in (bias_1, bias_2, bias_3))
     grad = aligned(grad, width)
     grad_x = rows.new_empty(rows.shape if need_x else 0)
-    sums = [torch.zeros(t.shape, dtype=torch.float32, device=x.device) for t in given]
+    sums: list[Tensor] = []
     with on_device(x):
         for start in range(0, rows.shape[0], BLOCK_ROWS):
             block, g = rows[start : start + BLOCK_ROWS], grad[start : start + BLOCK_ROWS]
@@ -306,10 +306,10 @@ def backward(
                 split_product(grad_gate, hidden, x.dtype),
                 gate_part.sum(0),
             )
-            for total, gradient in zip(sums, gradients, strict=True):
-                total += gradient
+            sums = [total + more for total, more in zip(sums, gradients, strict=True)] if sums else gradients
             if need_x:
                 grad_x[start : start + BLOCK_ROWS] = matmul(grad_hidden, weight_1, x.dtype)
+    sums = sums or [torch.zeros(t.shape, device=x.device) for t in given]  # of no rows
     grads = [total.to(t.dtype) for total, t in zip(sums, given, strict=True)]
     return [grad_x.view(x.shape) if need_x else grad_x, *grads]
 

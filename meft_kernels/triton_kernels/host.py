@@ -1,11 +1,13 @@
 """What launchers share on the host: choosing a row, guarding the device, and products over all frames."""
 
 import functools
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import triton
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..reference import stand_in
 from ..reference.common import matmul
@@ -54,6 +56,23 @@ def aligned(x: Tensor, width: int) -> Tensor:
     if stand_in.active():  # an allocation starts at a multiple of 512 bytes
         return rows
     return rows if rows.data_ptr() % 16 == 0 else rows.clone()
+
+
+_made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def once_per_step(weight: Tensor, dtype: torch.dtype, block: int, make: Callable[[], tuple]) -> tuple:
+    """What ``make`` gives of a weight in another ``dtype``, made once for all who ask with one ``block``.
+
+    Kept with the tensor, and only of one that autograd made in this step, such as a folded weight: a
+    parameter may be changed in place through ``.data``, which nothing tells.
+    """
+    if stand_in.active() or weight.is_leaf or weight.dtype == dtype:
+        return make()
+    key, known = (dtype, block, weight._version), _made.setdefault(weight, {})
+    if key not in known:
+        known[key] = make()
+    return known[key]
 
 
 def flat(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -329,8 +329,9 @@ def backward(
     sums, adapter_grads = compute(upstream, inputs, adapter_given, grad_state, scaled)
     grad_bias, mean_sum, gate_sum = sums
     grad_x, grad_weight = folded_gradients(scaled, mean_sum, rows, weight, mean, rstd, need_x)
-    scale = gate.float() / GATE_TEMPERATURE
-    grad_gate = torch.sigmoid(scale) * torch.sigmoid(-scale) / GATE_TEMPERATURE * gate_sum.sum()
+    # u (1 - u) = 1 / (2 cosh(gate / 2T))^2, without a difference.
+    slope = torch.cosh(gate.float() * (0.5 / GATE_TEMPERATURE)).square_().mul_(4 * GATE_TEMPERATURE)
+    grad_gate = gate_sum.sum() / slope
     grads = (grad_weight, grad_bias, grad_gate, *adapter_grads)
     return [
         grad_x.view(x.shape) if need_x else grad_x,

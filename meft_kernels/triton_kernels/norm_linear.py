@@ -15,7 +15,17 @@ from ..reference import norm_linear as reference
 from ..reference.common import matmul, row_blocks, standardize_bwd
 from ..tune.row import Row
 from .blocks import load_pair, pair_constants, store_pair, store_sums, vector_pair
-from .host import POINTERS, aligned, compile_arguments, flat, launch, on_device, row_for, split_product
+from .host import (
+    POINTERS,
+    aligned,
+    compile_arguments,
+    flat,
+    launch,
+    on_device,
+    once_per_step,
+    row_for,
+    split_product,
+)
 
 
 @triton.jit
@@ -102,8 +112,13 @@ def norm_linear_bwd_kernel(
 
 def projected(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Product of rows x (N, D) and the folded weight (r, D) -> (N, r), and its row sums (r,), both fp32."""
-    rounded = weight.to(x.dtype)
-    return matmul(x, rounded.T, x.dtype), rounded.sum(-1, dtype=torch.float32)
+
+    def make() -> tuple[Tensor, Tensor]:
+        rounded = weight.to(x.dtype)
+        return rounded, rounded.sum(-1, dtype=torch.float32)
+
+    rounded, centre = once_per_step(weight, x.dtype, 0, make)
+    return matmul(x, rounded.T, x.dtype), centre
 
 
 def folded_gradients(

@@ -35,7 +35,8 @@ _SLAB_BYTES = 5 * 2**26
 # for that layer then: worth so many bytes.
 _WAITING_BYTES = 2**27
 
-# Backpropagating through a layer keeps about four times as much as running it.
+# Backpropagating through a layer keeps about four times as much as running it. Where hidden states are kept
+# as they are, that is room well spent on a GPU: fewer clips at a time would be more launches.
 _BACKWARD_SHARE = 4
 
 # What SHERL's last layer may keep for its backward, in bytes, before it is computed again instead; a layer
@@ -152,7 +153,9 @@ def _through_last_layer(
         kept = (whole_batch or batch) * frames * width * deepest.itemsize * _KEPT_TENSORS
         if not torch.is_grad_enabled() or kept <= _KEPT_BYTES:
             return last(deepest, merged, lengths)
-        size = max(1, automatic_chunk(encoder, frames, deepest.device) // _BACKWARD_SHARE)
+        roomy = device_type(deepest.device) != "cpu" and side_network.saved_activations == "exact"
+        share = 1 if roomy else _BACKWARD_SHARE
+        size = max(1, automatic_chunk(encoder, frames, deepest.device) // share)
     elif not torch.is_grad_enabled():
         return last(deepest, merged, lengths)
     parts = []
