@@ -427,8 +427,9 @@ class UniPT(_Upsampled):
         self.reset_parameters()
 
     def backward_bytes(self, itemsize: int) -> int:
-        """As ``SideNetwork.backward_bytes``: the gradients of all layers' features are there at once."""
-        return super().backward_bytes(itemsize) + len(self.taps) * self.side_size * itemsize
+        """As ``SideNetwork.backward_bytes``: the features of all layers and their gradients are there at
+        once, each in one piece."""
+        return super().backward_bytes(itemsize) + 2 * len(self.taps) * self.side_size * itemsize
 
     def state(self, hidden_states: Iterable[Tensor], lengths: Tensor | None) -> Tensor:
         """Z, (B, T, r)."""

@@ -274,9 +274,11 @@ def test_slabs_follow_what_the_backward_holds():
     assert chunked.automatic_slab(side, 1500, 128, 7, half, cpu) == 7
     assert chunked.automatic_slab(torch.nn.Identity(), 1500, 128, 7, half, gpu) == 7
     most = chunked._SLAB_BYTES // (1500 * side.backward_bytes(2))
-    assert chunked.automatic_slab(side, 1500, most, 7, half, gpu) == most
-    assert chunked.automatic_slab(side, 1500, most + 1, 7, half, gpu) == (most + 2) // 2
-    assert chunked.automatic_slab(side, 1500, 3 * most, 7, half, gpu) == most
+    sizes = {chunk: chunked.automatic_slab(side, 1500, 10 * most, chunk, half, gpu) for chunk in (1, 7, most)}
+    # Chunks, in a number that is a power of two, and as many as fit.
+    assert all(slab % chunk == 0 and (slab // chunk).bit_count() == 1 for chunk, slab in sizes.items())
+    assert all(slab <= most < 2 * slab for slab in sizes.values())
+    assert chunked.automatic_slab(side, 1500, sizes[7] - 1, 7, half, gpu) == sizes[7] - 1
     assert chunked.automatic_slab(side, 10**9, 128, 7, half, gpu) == 7
     assert chunked.automatic_slab(side, 1500, 0, 7, half, gpu) == 1
     others = (build(method, saved_activations="fp8").side_network for method in ("lst", "unipt", "sherl"))

@@ -29,14 +29,14 @@ _INNER_ELEMENTS = {"cpu": 2**23}
 _DEFAULT_INNER_ELEMENTS = 3 * 2**24
 
 # What a side network's backward may hold for a slab, in bytes, beside what was kept for it.
-_SLAB_BYTES = 5 * 2**26
+_SLAB_BYTES = 9 * 2**25
 
 # Row statistics come for free with the LayerNorm that the next layer begins with, whose output has to wait
 # for that layer then: worth so many bytes.
 _WAITING_BYTES = 2**27
 
 # Backpropagating through a layer keeps about four times as much as running it. Where hidden states are kept
-# as they are, that is room well spent on a GPU: fewer clips at a time would be more launches.
+# as they are, a GPU has room for half of that: fewer clips at a time would be more launches.
 _BACKWARD_SHARE = 4
 
 # What SHERL's last layer may keep for its backward, in bytes, before it is computed again instead; a layer
@@ -56,13 +56,14 @@ def automatic_slab(
     side_network: nn.Module, frames: int, clips: int, chunk: int, dtype: torch.dtype, device: torch.device
 ) -> int:
     """Utterances that a side network takes at a time, of ``clips`` of so many encoder frames; ``chunk``:
-    those that the backbone takes. Slabs are of about equal size. ``dtype``: of the hidden states."""
+    those that the backbone takes. ``dtype``: of the hidden states.
+
+    A slab is 1, 2, 4, ... chunks: what is freed of one size is then of use for the others, where CUDA's
+    allocator would keep odd remainders for nothing."""
     if device_type(device) == "cpu" or not hasattr(side_network, "backward_bytes"):
         return chunk
     most = _SLAB_BYTES // (side_network.backward_bytes(dtype.itemsize) * max(frames, 1))
-    if most <= chunk:
-        return chunk
-    return max(1, -(-clips // max(1, -(-clips // most))))
+    return max(1, min(clips, chunk << max(most // chunk, 1).bit_length() - 1))
 
 
 def pooled_in_chunks(
@@ -154,7 +155,7 @@ def _through_last_layer(
         if not torch.is_grad_enabled() or kept <= _KEPT_BYTES:
             return last(deepest, merged, lengths)
         roomy = device_type(deepest.device) != "cpu" and side_network.saved_activations == "exact"
-        share = 1 if roomy else _BACKWARD_SHARE
+        share = _BACKWARD_SHARE // 2 if roomy else _BACKWARD_SHARE
         size = max(1, automatic_chunk(encoder, frames, deepest.device) // share)
     elif not torch.is_grad_enabled():
         return last(deepest, merged, lengths)
