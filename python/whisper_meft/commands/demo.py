@@ -108,7 +108,6 @@ def run(argv: Sequence[str]) -> int:
 def _demo(arguments: DemoArguments) -> int:
     started = time.perf_counter()
     output = Path(arguments.output_dir)
-    backbone = shipped_backbone()
     print(
         "This is a small synthetic task: formant-synthesised English in a few accents, 2-second clips and\n"
         "a tiny backbone. It shows that the pipeline works and learns; it says nothing about how well the\n"
@@ -121,22 +120,12 @@ def _demo(arguments: DemoArguments) -> int:
         seed=arguments.seed,
         progress=True,
     )
-    training_arguments = {
-        **TRAINING,
-        "num_train_epochs": arguments.num_train_epochs,
-        "model_name_or_path": backbone,
-        "train_data": corpus,
-        "output_dir": output / "model",
-        "overwrite_output_dir": True,
-        "seed": arguments.seed,
-    }
-    parsed = parsed_options(training_arguments)
-    spelt_out = " ".join(f"--{name} {value}" for name, value in training_arguments.items())
-    print(f"\nwhisper-meft train {spelt_out}\n")
+    options = _training_options(arguments, corpus)
+    print("\nwhisper-meft train " + " ".join(f"--{name} {value}" for name, value in options.items()) + "\n")
+    parsed = parsed_options(options)
     result = train(*parsed)
 
     print("\nscoring on the test set: speakers and sentences that training never heard")
-    labels = list(result.model.config.label2id)
     test = data.load_examples(str(corpus), split="test")
     classifier = Classifier(
         result.model, result.feature_extractor, batch_size=32, progress=sys.stderr.isatty()
@@ -144,19 +133,10 @@ def _demo(arguments: DemoArguments) -> int:
     scores, _ = evaluate(classifier, test)
     write_scores(scores, output / "evaluation", test.description)
     print(scores.as_text())
-
-    simple = baseline(corpus, parsed[2].validation_fraction, arguments.seed, labels)
-    reference = np.repeat(np.arange(len(labels)), scores.confusion.sum(axis=1))
-    guess = chance(reference, labels)
-    rows = {
-        "chance": guess,
-        "logistic regression on log-mel statistics": (
-            simple.accuracy,
-            simple.mean_class_accuracy,
-            simple.macro_f1,
-        ),
-        "LST on the frozen encoder": (scores.accuracy, scores.mean_class_accuracy, scores.macro_f1),
-    }
+    simple = baseline(
+        corpus, parsed[2].validation_fraction, arguments.seed, list(result.model.config.label2id)
+    )
+    rows = _systems(scores, simple)
     print(f"\n{comparison(rows)}\n")
 
     example = random.Random(arguments.seed).choice(list(test))
@@ -164,8 +144,46 @@ def _demo(arguments: DemoArguments) -> int:
     print(f"whisper-meft predict {output / 'model'} {example.audio}")
     print(f"{as_table(answers)}\ntrue label: {example.label}")
 
-    better = scores.accuracy > max(guess[0], simple.accuracy)
     seconds = time.perf_counter() - started
+    _write_results(output, rows, scores.count, seconds)
+    *others, lst = (accuracy for accuracy, _, _ in rows.values())
+    if lst <= max(others):
+        print("whisper-meft: error: LST did not beat both chance and logistic regression", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _training_options(arguments: DemoArguments, corpus: Path) -> dict[str, object]:
+    return {
+        **TRAINING,
+        "num_train_epochs": arguments.num_train_epochs,
+        "model_name_or_path": shipped_backbone(),
+        "train_data": corpus,
+        "output_dir": Path(arguments.output_dir) / "model",
+        "overwrite_output_dir": True,
+        "seed": arguments.seed,
+    }
+
+
+def _systems(lst: Scores, simple: Scores) -> dict[str, tuple[float, float, float]]:
+    """(accuracy, mean class accuracy, macro-F1) of chance, the baseline and LST, in this order."""
+    labels = lst.labels
+    reference = np.repeat(np.arange(len(labels)), lst.confusion.sum(axis=1))
+    return {
+        "chance": chance(reference, labels),
+        "logistic regression on log-mel statistics": (
+            simple.accuracy,
+            simple.mean_class_accuracy,
+            simple.macro_f1,
+        ),
+        "LST on the frozen encoder": (lst.accuracy, lst.mean_class_accuracy, lst.macro_f1),
+    }
+
+
+def _write_results(
+    output: Path, rows: dict[str, tuple[float, float, float]], test_clips: int, seconds: float
+) -> None:
+    """Writes ``demo_results.json`` and says where everything is."""
     write_json(
         output / "demo_results.json",
         {
@@ -174,7 +192,7 @@ def _demo(arguments: DemoArguments) -> int:
                 name: dict(zip(("accuracy", "mean_class_accuracy", "macro_f1"), row))
                 for name, row in rows.items()
             },
-            "test_clips": scores.count,
+            "test_clips": test_clips,
             "seconds": round(seconds, 1),
         },
     )
@@ -184,10 +202,6 @@ def _demo(arguments: DemoArguments) -> int:
         f"confusion matrix   {output / 'evaluation' / 'confusion_matrix.png'}\n"
         f"done in {seconds:.0f} seconds"
     )
-    if not better:
-        print("whisper-meft: error: LST did not beat both chance and logistic regression", file=sys.stderr)
-        return 1
-    return 0
 
 
 def make_parser() -> Parser:
