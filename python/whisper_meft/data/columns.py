@@ -23,6 +23,8 @@ LABEL = (
     + ("language", "lang", "class", "class_name", "category", "target", "locale")
 )
 
+TEXT = ("text", "sentence", "transcription", "transcript", "transcriptions", "transcripts", "raw_text")
+
 SPEAKER = ("speaker", "speaker_id", "speakerid", "speaker_name", "spk", "spk_id", "spkid", "client_id")
 
 SPLIT = ("split", "subset", "partition")
@@ -56,7 +58,7 @@ _UNITS: dict[str, float | str] = {
     **dict.fromkeys(("frame", "frames"), FRAMES),
 }
 
-_NAMED = frozenset((*AUDIO, *LABEL, *SPEAKER, *SPLIT, *CHANNEL, "id"))
+_NAMED = frozenset((*AUDIO, *LABEL, *TEXT, *SPEAKER, *SPLIT, *CHANNEL, "id"))
 
 
 def time_column(name: str) -> tuple[str, float | str | None]:
@@ -105,10 +107,10 @@ def find_column(names: Sequence[str], given: str | None, usual: Sequence[str], w
 
 
 def need_column(names: Sequence[str], given: str | None, usual: Sequence[str], where: str) -> str:
-    """:func:`find_column` for the audio or label column, which must be there."""
+    """:func:`find_column` for the audio, label or text column, which must be there."""
     found = find_column(names, given, usual, where)
     if found is None:
-        what = "label" if usual is LABEL else "audio"
+        what = "label" if usual is LABEL else "text" if usual is TEXT else "audio"
         raise UserError(
             f"{where} has no {what} column that is known by its name: it has {listing(names, 30)}; "
             f"name it with {what}_column_name"

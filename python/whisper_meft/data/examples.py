@@ -57,6 +57,7 @@ class Example:
         audio: anything that :func:`whisper_meft.audio.read_audio` reads, or a :class:`DatasetCell`.
         label: name of its class, or ``None``.
         speaker: or ``None`` where unknown.
+        text: its transcript, or ``None`` where unknown or not asked for; letters are composed (NFC).
         name: what messages and result files call it; by default the file, and the segment where there is one.
         start, stop: the segment of ``audio``, in ``unit``; ``None`` means its beginning and its end.
         unit: "seconds", or "samples" at the file's own rate.
@@ -73,10 +74,11 @@ class Example:
     unit: Literal["seconds", "samples"] = "seconds"
     seconds: float | None = None
     channel: int | None = None
+    text: str | None = None
 
     def __post_init__(self):
         # The same letters may be composed in one file system or spreadsheet and decomposed in another.
-        for name in ("label", "speaker"):
+        for name in ("label", "speaker", "text"):
             if isinstance(value := getattr(self, name), str):
                 object.__setattr__(self, name, composed(value))
         if not self.name:
@@ -227,6 +229,20 @@ def check_labelled(examples: ExampleSet) -> None:
     if missing:
         raise UserError(
             f"{len(missing)} of {len(examples)} examples of {examples.description} have no label: "
+            f"{listing(missing, 3)}"
+        )
+
+
+def check_transcribed(examples: ExampleSet) -> None:
+    """Raises:
+    UserError: there are no examples, or some have no transcript.
+    """
+    if not len(examples):
+        raise UserError(f"{examples.description} holds no examples")
+    missing = [example.name for example in examples if not example.text]
+    if missing:
+        raise UserError(
+            f"{len(missing)} of {len(examples)} examples of {examples.description} have no transcript: "
             f"{listing(missing, 3)}"
         )
 

@@ -62,6 +62,11 @@ def read_audio_folder(path: Path, options: Options) -> Splits:
         tables = [table.name for table in tables_in(path)]
         hint = f"; it holds {listing(tables, 3)}, if that is a manifest give its path" if tables else ""
         raise UserError(f"no audio files were found under {path}{hint}")
+    if options.with_text:
+        raise UserError(
+            f"{path} is a folder of audio without transcripts: give a manifest with a column of text, a "
+            "Kaldi folder with its file text, or LibriSpeech with its *.trans.txt"
+        )
     if options.columns():
         warn_once(f"{path} is read by its folders, without the columns {listing(options.columns())}")
     level = split_level([tuple(folders) for _, folders in files], options.layout, os.fspath(path))

@@ -119,15 +119,27 @@ def dataset_examples(dataset: Any, options: Options, where: str) -> list[Example
     find = columns.need_column if options.require_labels else columns.find_column
     label = find([n for n in names if n != audio], options.label_column, columns.LABEL, where)
     speaker = columns.find_column(names, options.speaker_column, columns.SPEAKER, where)
+    texts = _transcripts(dataset, options, where)
     labels = _label_names(dataset, label, where)
     say_forms(labels, where)
     speakers = _texts(dataset, speaker)
     cells = _cells(dataset, audio, options, where)
     cuts = _cuts(dataset, audio, options, where)
     return [
-        Example(cell, label=labels[i], speaker=speakers[i], name=name, **cut)
+        Example(cell, label=labels[i], speaker=speakers[i], name=name, text=texts[i], **cut)
         for i, ((cell, name), cut) in enumerate(zip(cells, cuts))
     ]
+
+
+def _transcripts(dataset: Any, options: Options, where: str) -> list[str | None]:
+    """The transcript of every row, ``None`` where they are not wanted or a row has none."""
+    if not options.with_text:
+        return [None] * len(dataset)
+    column = columns.need_column(dataset.column_names, options.text_column, columns.TEXT, where)
+    dtype = str(getattr(dataset.features[column], "dtype", dataset.features[column]))
+    if dtype not in ("string", "large_string"):
+        raise UserError(f"{where}: the text column {column!r} is of type {dtype}; text is accepted")
+    return [(text or "").strip() or None for text in _texts(dataset, column)]
 
 
 def _files(dataset: Any, audio: str) -> list[str] | None:

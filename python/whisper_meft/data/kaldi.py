@@ -79,6 +79,7 @@ def read_kaldi_folder(path: Path, options: Options) -> list[Example]:
                 f"{path / 'wav.scp'}: {name} lies in a Kaldi archive; list paths of audio files instead"
             )
     labels = _label_file(path, options)
+    texts = _text_file(path, options) if options.with_text else {}
     speakers = _two_columns(path / "utt2spk") if (path / "utt2spk").is_file() else {}
     say_forms(labels.values(), os.fspath(path))
     paths = Paths(
@@ -89,7 +90,13 @@ def read_kaldi_folder(path: Path, options: Options) -> list[Example]:
     channels = _channels(path, files)
     if not (path / "segments").is_file():
         return [
-            Example(file, label=labels.get(name), speaker=speakers.get(name), channel=channels.get(name))
+            Example(
+                file,
+                label=labels.get(name),
+                speaker=speakers.get(name),
+                channel=channels.get(name),
+                text=texts.get(name),
+            )
             for name, file in files.items()
         ]
     examples = []
@@ -115,6 +122,7 @@ def read_kaldi_folder(path: Path, options: Options) -> list[Example]:
                 start=start,
                 stop=stop,
                 channel=channels.get(fields[0]),
+                text=texts.get(name),
             )
         )
     return examples
@@ -156,18 +164,29 @@ def _label_file(path: Path, options: Options) -> dict[str, str]:
     return _two_columns(path / name)
 
 
-def _two_columns(path: Path) -> dict[str, str]:
-    """Lines of ``<id> <value>``, split at the first white space."""
+def _text_file(path: Path, options: Options) -> dict[str, str]:
+    where = path / (options.text_column or "text")
+    if not where.is_file():
+        raise UserError(
+            f"{path} has no file {where.name!r} of transcripts: it holds "
+            f"{listing(sorted(os.listdir(path)), 20)}; name it with text_column_name"
+        )
+    # An utterance in which nothing is said stands there with its id alone.
+    return _two_columns(where, empty=True)
+
+
+def _two_columns(path: Path, empty: bool = False) -> dict[str, str]:
+    """Lines of ``<id> <value>``, split at the first white space; with ``empty`` the value may be missing."""
     table: dict[str, str] = {}
     for number, line in enumerate(tables.read_text(path).splitlines(), 1):
         fields = line.split(maxsplit=1)
         if not fields:
             continue
-        if len(fields) < 2:
+        if len(fields) < 2 and not empty:
             raise UserError(f"{path}, line {number}: an id and a value are needed, got {line.strip()!r}")
         if fields[0] in table:
             raise UserError(f"{path}, line {number}: the id {fields[0]} is given twice")
-        table[fields[0]] = fields[1].strip()
+        table[fields[0]] = " ".join(fields[1:]).strip()
     return table
 
 

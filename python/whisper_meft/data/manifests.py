@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..once import warn_once
-from .columns import AUDIO, LABEL, SPEAKER, SPLIT, find_column, logger, need_column
+from .columns import AUDIO, LABEL, SPEAKER, SPLIT, TEXT, find_column, logger, need_column
 from .examples import Example, listing, say_forms
 from .names import normal
 from .options import Options
@@ -67,12 +67,13 @@ def table_examples(
     (``train/a.wav``).
 
     Raises:
-        UserError: no audio column, an empty path, bad segments, rows of the same audio that differ in their
-            label or in a column that is not known.
+        UserError: no audio column, none of transcripts where those are wanted, an empty path, bad segments,
+            rows of the same audio that differ in their label (transcript) or in a column that is not known.
     """
     audio = _audio_column(names, options, where)
     find = need_column if options.require_labels else find_column
     label = find(names, options.label_column, LABEL, where)
+    text = need_column(names, options.text_column, TEXT, where) if options.with_text else None
     speaker = find_column(names, options.speaker_column, SPEAKER, where)
     split = find_column(names, None, SPLIT, where)
     times = Times(names, options, samples, where)
@@ -97,7 +98,8 @@ def table_examples(
         channels.check((path, field(row, channels.column)) for _, row, _, path in located)
     parts = _splits_of_paths([file for _, _, file, _ in located], options, where) if split is None else None
 
-    told = _Repeated(names, {label, audio, split, *times.columns, channels.column}, where)
+    target = text if options.with_text else label
+    told = _Repeated(names, {target, audio, split, *times.columns, channels.column}, where)
     found, labels = [], []
     for i, (at, row, _, path) in enumerate(located):
         first, last, counted = times.of(row, field, at)
@@ -105,10 +107,17 @@ def table_examples(
         part = parts[i] if parts else field(row, split) or None
         name = field(row, label) or None
         labels.append(name)
-        if told.again((path, first, last, channel, part), row, name, at):
+        if told.again((path, first, last, channel, part), row, field(row, target) or None, at):
             continue
         example = Example(
-            path, name, field(row, speaker) or None, start=first, stop=last, unit=counted, channel=channel
+            path,
+            name,
+            field(row, speaker) or None,
+            start=first,
+            stop=last,
+            unit=counted,
+            channel=channel,
+            text=field(row, text) or None,
         )
         found.append((part, example))
     told.say()
@@ -158,11 +167,13 @@ class _Repeated:
         self._open: dict[tuple, tuple] = {}
         self._doubled = 0
 
-    def again(self, key: tuple, row: list[str], label: str | None, at: str) -> bool:
-        """Whether a row is one that was there before. ``key``: path, start, stop, channel and split.
+    def again(self, key: tuple, row: list[str], target: str | None, at: str) -> bool:
+        """Whether a row is one that was there before.
+
+        ``key``: path, start, stop, channel and split. ``target``: its label, or its transcript.
 
         Raises:
-            UserError: the two have other labels, or other values in a column that is not known; or two rows
+            UserError: the two have other targets, or other values in a column that is not known; or two rows
                 of one file begin at different times and neither ends.
         """
         path, first, last, channel, part = key
@@ -174,9 +185,9 @@ class _Repeated:
                     "column is known by its name for the end or the duration (--stop_column_name)"
                 )
         if key not in self._seen:
-            self._seen[key] = row, label
+            self._seen[key] = row, target
             return False
-        old, name = self._seen[key]
+        old, before = self._seen[key]
         others = [column for i, column in self._other if row[i] != old[i]]
         hint = (
             f": the rows differ in {listing(map(repr, others))}, which is not known to say what part of it "
@@ -185,8 +196,8 @@ class _Repeated:
             if others
             else ""
         )
-        if name != label:
-            raise UserError(f"{at}: {path} is given twice, as {name!r} and as {label!r}{hint}")
+        if before != target:
+            raise UserError(f"{at}: {path} is given twice, as {before!r} and as {target!r}{hint}")
         if others:
             raise UserError(f"{at}: {path} is given twice{hint}")
         self._doubled += 1

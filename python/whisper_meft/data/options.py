@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-FORMATS = ("audiofolder", "manifest", "speechbrain", "kaldi", "kespeech", "huggingface")
+FORMATS = ("audiofolder", "manifest", "speechbrain", "kaldi", "kespeech", "librispeech", "huggingface")
 
 KESPEECH_PAPER_LABELS = ("Ji-Lu", "Jiang-Huai", "Jiao-Liao", "Lan-Yin", "Southwestern", "Zhongyuan")
 
@@ -13,6 +13,7 @@ class Options:
 
     audio_column: str | None = None
     label_column: str | None = None
+    text_column: str | None = None
     speaker_column: str | None = None
     start_column: str | None = None
     stop_column: str | None = None
@@ -25,12 +26,14 @@ class Options:
     token: str | bool | None = None
     split: str | None = None
     require_labels: bool = True
+    with_text: bool = False  # transcripts are what is wanted, and labels are not looked for
 
     def columns(self) -> list[str]:
         """The names of columns that were given."""
         given = (
             self.audio_column,
             self.label_column,
+            self.text_column,
             self.speaker_column,
             self.start_column,
             self.stop_column,

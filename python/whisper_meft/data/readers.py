@@ -13,9 +13,10 @@ from typing import Any
 
 from ..errors import UserError
 from ..once import warn_once
-from .examples import Example, ExampleSet, check_labelled, listing
+from .examples import Example, ExampleSet, check_labelled, check_transcribed, listing
 from .folders import AUDIO_SUFFIXES, read_audio_folder
 from .kaldi import kaldi_folders, kespeech_root, read_kaldi, read_kespeech
+from .librispeech import librispeech_splits, read_librispeech
 from .manifests import read_manifests
 from .names import alike, composed, folded
 from .options import FORMATS, KESPEECH_PAPER_LABELS, Options
@@ -33,6 +34,7 @@ def load_examples(
     *,
     audio_column_name: str | None = None,
     label_column_name: str | None = None,
+    text_column_name: str | None = None,
     speaker_column_name: str | None = None,
     start_column_name: str | None = None,
     stop_column_name: str | None = None,
@@ -40,13 +42,14 @@ def load_examples(
     layout: str | None = None,
     data_root: str | os.PathLike | None = None,
     labels: str | Sequence[str] | None = None,
-    require_labels: bool = True,
+    require_labels: bool | None = None,
+    require_text: bool = False,
     dataset_config_name: str | None = None,
     cache_dir: str | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> ExampleSet:
-    """Reads the names, labels and speakers of a data set; audio is opened later.
+    """Reads the names, labels or transcripts, and speakers of a data set; audio is opened later.
 
     Args:
         source: a path, the name of a data set on the Hugging Face hub, a ``datasets.Dataset`` or
@@ -60,15 +63,17 @@ def load_examples(
               ``.tsv`` or ``.jsonl``, also one in each folder, or with one table per split.
             * "speechbrain": ``ID,duration,wav,start,end,dialect``, start and end in samples (ADI-17, ADI-20).
             * "kaldi": a folder with ``wav.scp`` and a label file such as ``utt2dialect``, optionally
-              ``utt2spk`` and ``segments``; or a folder of such folders, one per split.
+              ``text``, ``utt2spk`` and ``segments``; or a folder of such folders, one per split.
+            * "librispeech": ``<split>/<speaker>/<chapter>/*.trans.txt`` with the audio beside them, or one
+              split of that; it has transcripts and no labels.
             * "kespeech": the root of KeSpeech, its ``Tasks/ASR``, or one split of that.
             * "huggingface": hub name, ``save_to_disk`` folder, Parquet or Arrow; audio or precomputed
               ``input_features``.
         split: the split to read: its own name, or "train", "validation" or "test" for everything that such a
             name stands for (``dev_phase1`` and ``dev_phase2`` are "validation"). Needed where there are
             several. A hub name also takes slices such as "train[:10%]".
-        audio_column_name, label_column_name, speaker_column_name: columns, where the usual names do not find
-            them; ``label_column_name`` is a file for Kaldi.
+        audio_column_name, label_column_name, text_column_name, speaker_column_name: columns, where the usual
+            names do not find them; those of labels and text are files for Kaldi.
         start_column_name, stop_column_name, channel_column_name: likewise, for the part of a file that is
             meant.
         layout: what the folders of an "audiofolder", or the tables of a folder, are: "class" (no splits),
@@ -76,8 +81,10 @@ def load_examples(
             together; one that is also a language code (``tr``, ``cv``, ``dev``) only beside one that is not.
         data_root: folder that relative paths start from; replaces ``{data_root}`` and ``$data_root`` in
             SpeechBrain manifests. By default the manifest's own folder.
-        labels: keep only these labels, or "all". KeSpeech keeps the six of arXiv 2512.02074 by default.
-        require_labels: raise where an example has no label.
+        labels: keep only these labels, or "all". KeSpeech keeps the six of arXiv 2512.02074 by default,
+            where transcripts are not what is wanted.
+        require_labels: raise where an example has no label; by default, unless transcripts are required.
+        require_text: read transcripts, and raise where an example has none. Without it ``text`` is ``None``.
         dataset_config_name, cache_dir, revision, token: passed to ``datasets.load_dataset``.
 
     Raises:
@@ -85,9 +92,15 @@ def load_examples(
     """
     if isinstance(source, ExampleSet):
         return source
+    if text_column_name is not None and not require_text:
+        raise UserError(
+            f"text_column_name={text_column_name!r} is of transcripts; give require_text=True too"
+        )
+    require_labels = not require_text if require_labels is None else require_labels
     options = Options(
         audio_column=audio_column_name,
         label_column=label_column_name,
+        text_column=text_column_name,
         speaker_column=speaker_column_name,
         start_column=start_column_name,
         stop_column=stop_column_name,
@@ -100,6 +113,7 @@ def load_examples(
         token=token,
         split=split,
         require_labels=require_labels,
+        with_text=require_text,
     )
     source, found = _resolve(source, data_format, options)
     shown = source if isinstance(source, str) else f"the given {type(source).__name__}"
@@ -109,9 +123,11 @@ def load_examples(
     named = ", ".join(name for name in chosen if name)
     description = f"{shown} ({named})" if named else shown
     if labels is None:
-        labels = KESPEECH_PAPER_LABELS if found == "kespeech" else "all"
+        labels = KESPEECH_PAPER_LABELS if found == "kespeech" and not require_text else "all"
     result = ExampleSet(_keep(examples, labels, description), description)
     _say_alike(result)
+    if require_text:
+        check_transcribed(result)
     if require_labels:
         check_labelled(result)
     elif not len(result):
@@ -126,6 +142,7 @@ def list_splits(source: Any, data_format: str | None = None, **options: Any) -> 
     ours = {"dataset_config_name": "config"}
     named = {ours.get(name, name.removesuffix("_name")): value for name, value in options.items()}
     named.pop("labels", None)
+    named["with_text"] = named.pop("require_text", False)
     given = Options(**{**named, "require_labels": False})
     source, found = _resolve(source, data_format, given)
     return [name for name in _read(source, found, given) if name is not None]
@@ -177,6 +194,8 @@ def _detect(source: str, options: Options) -> str:
         return "kespeech"
     if kaldi_folders(path):
         return "kaldi"
+    if options.with_text and librispeech_splits(path):  # else its folders may be classes
+        return "librispeech"
     if any(path.glob("*.parquet")) or any(path.glob("*/*.parquet")) or any(path.glob("*.arrow")):
         return "huggingface"
     if find_tables(path, options):
@@ -198,9 +217,13 @@ def _read(source: Any, data_format: str, options: Options) -> Splits:
         return read_manifests(path, options, samples=True if data_format == "speechbrain" else None)
     if not path.is_dir():
         raise UserError(f'{source} is a file; the format "{data_format}" is a folder')
-    return {"audiofolder": read_audio_folder, "kaldi": read_kaldi, "kespeech": read_kespeech}[data_format](
-        path, options
-    )
+    read = {
+        "audiofolder": read_audio_folder,
+        "kaldi": read_kaldi,
+        "kespeech": read_kespeech,
+        "librispeech": read_librispeech,
+    }
+    return read[data_format](path, options)
 
 
 def _keep(examples: list[Example], labels: str | Sequence[str], description: str) -> list[Example]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..once import warn_once
-from .columns import AUDIO, LABEL, find_column
+from .columns import AUDIO, LABEL, TEXT, find_column
 from .examples import listing
 from .folders import list_audio_files, subfolders
 from .names import normal
@@ -163,6 +163,8 @@ def _split_tables_per_folder(path: Path, options: Options) -> Tables:
 
 def _labelled(table: Path, folder: str | None, options: Options) -> Table:
     """A table in a folder that may be its class."""
+    if options.with_text:
+        return Table(table)
     label = _header(table, options)[1]
     if label is None:
         return Table(table, folder)
@@ -194,14 +196,15 @@ def _together(path: Path, options: Options, asked: bool) -> Tables:
 
 
 def _header(path: Path, options: Options) -> tuple[str | None, str | None]:
-    """The columns of audio and label of a table, as far as it has them."""
+    """The columns of audio and label, or transcript where that is wanted, as far as a table has them."""
     try:
         if path.stat().st_size > _LARGEST:
             return None, None
         names, _ = read_table(path, options.columns())
         where = os.fspath(path)
-        label = _found(names, options.label_column, LABEL, where)
-        return _found([n for n in names if n != label], options.audio_column, AUDIO, where), label
+        given, usual = (options.text_column, TEXT) if options.with_text else (options.label_column, LABEL)
+        target = _found(names, given, usual, where)
+        return _found([n for n in names if n != target], options.audio_column, AUDIO, where), target
     except (UserError, OSError):  # not a table after all
         return None, None
 

@@ -1,0 +1,167 @@
+"""Transcripts from every layout that holds them, and what is refused."""
+
+import datasets
+import numpy as np
+import pytest
+from data_fixtures import RATE, index_of, table, wave, write
+from whisper_meft.data import list_splits, load_examples
+from whisper_meft.errors import UserError
+
+
+def said(source, **options) -> list[tuple]:
+    return [
+        (index_of(example), example.text, example.speaker)
+        for example in load_examples(source, require_text=True, **options)
+    ]
+
+
+@pytest.fixture
+def clips(tmp_path):
+    for i, name in enumerate("abc"):
+        write(tmp_path / f"{name}.wav", i)
+    return tmp_path
+
+
+@pytest.mark.parametrize("column", ["text", "sentence", "transcription", "Transcript", "raw_text"])
+def test_manifest(clips, column):
+    path = table(clips / "all.csv", f"path,{column},speaker", 'a.wav,"Ja, ja.",s0', "b.wav, Nee ,s1")
+    assert said(path) == [(0, "Ja, ja.", "s0"), (1, "Nee", "s1")]
+
+
+def test_a_manifest_without_labels_needs_none_and_labels_are_kept(clips):
+    path = table(
+        clips / "all.tsv", "path\tlanguage\tsentence", 'a.wav\tnl\t"Hij zei "ja".', "b.wav\tde\tNein"
+    )
+    examples = load_examples(path, require_text=True)
+    assert [(e.label, e.text) for e in examples] == [("nl", '"Hij zei "ja".'), ("de", "Nee")]
+    assert [e.text for e in load_examples(path)] == [None, None]
+
+
+def test_json_lines_and_a_named_column(clips):
+    lines = '{"audio_filepath": "a.wav", "gold": "eins"}', '{"audio_filepath": "b.wav", "gold": "zwei"}'
+    path = table(clips / "train.jsonl", *lines)
+    assert said(path, text_column_name="gold") == [(0, "eins", None), (1, "zwei", None)]
+    with pytest.raises(UserError, match="no text column.*audio_filepath, gold.*text_column_name"):
+        load_examples(path, require_text=True)
+    with pytest.raises(UserError, match="text_column_name='gold'.*require_text"):
+        load_examples(path, text_column_name="gold")
+
+
+def test_letters_are_composed(clips):
+    path = table(clips / "all.csv", "path,text", "a.wav,e\u0301te\u0301")
+    assert said(path) == [(0, "\u00e9t\u00e9", None)]
+
+
+def test_empty_transcripts_are_refused_by_name(clips):
+    path = table(clips / "all.csv", "path,text", "a.wav,ja", "b.wav,", "c.wav, ")
+    with pytest.raises(UserError, match=r"2 of 3 examples of .* have no transcript: .*b\.wav, .*c\.wav"):
+        load_examples(path, require_text=True)
+
+
+def test_one_clip_with_two_transcripts_is_refused(clips, caplog):
+    path = table(clips / "all.csv", "path,label,text", "a.wav,x,ja", "a.wav,x,nee")
+    with pytest.raises(UserError, match="line 3: .*a.wav is given twice, as 'ja' and as 'nee'"):
+        load_examples(path, require_text=True)
+    path = table(clips / "all.csv", "path,label,text", "a.wav,x,ja", "a.wav,y,ja")
+    with pytest.raises(UserError, match="given twice: the rows differ in 'label'"):
+        load_examples(path, require_text=True)
+    path = table(clips / "all.csv", "path,label,text", "a.wav,x,ja", "a.wav,x,ja")
+    assert said(path) == [(0, "ja", None)] and "1 rows twice" in caplog.text
+
+
+def test_a_folder_of_tables(clips):
+    table(clips / "train.csv", "path,text", "a.wav,ja", "b.wav,nee")
+    table(clips / "test.csv", "path,text", "c.wav,misschien")
+    assert list_splits(clips, require_text=True) == ["test", "train"]
+    assert said(clips, split="test") == [(2, "misschien", None)]
+
+
+def test_common_voice(tmp_path):
+    for i, name in enumerate(("train", "dev", "test")):
+        write(tmp_path / "nl" / "clips" / f"{i}.wav", i)
+        header = "client_id\tpath\tsentence_id\tsentence\taccents\tlocale"
+        table(tmp_path / "nl" / f"{name}.tsv", header, f"s{i}\t{i}.wav\tx\tZin {i}.\t\tnl")
+    for source in (tmp_path / "nl", tmp_path):
+        assert said(source, split="validation") == [(1, "Zin 1.", "s1")]
+
+
+def test_segments_of_one_recording(tmp_path):
+    write(tmp_path / "talk.wav", 4, seconds=1)
+    path = table(tmp_path / "x.csv", "path,start,end,text", "talk.wav,0,0.5,one", "talk.wav,0.5,1,two")
+    examples = load_examples(path, require_text=True)
+    assert [(e.start, e.stop, e.text) for e in examples] == [(0, 0.5, "one"), (0.5, 1, "two")]
+
+
+def test_kaldi(clips):
+    table(clips / "wav.scp", *(f"u{i} {clips}/{name}.wav" for i, name in enumerate("abc")))
+    table(clips / "utt2spk", "u0 s0", "u1 s0", "u2 s1")
+    with pytest.raises(UserError, match="no file 'text' of transcripts.*utt2spk, wav.scp"):
+        load_examples(clips, require_text=True)
+    table(clips / "text", "u0 ja  ja", "u1 nee", "u2")
+    with pytest.raises(UserError, match="1 of 3 examples .* have no transcript: .*c.wav"):
+        load_examples(clips, require_text=True)
+    table(clips / "text", "u0 ja  ja", "u1 nee", "u2 och")
+    assert said(clips) == [(0, "ja  ja", "s0"), (1, "nee", "s0"), (2, "och", "s1")]
+    table(clips / "segments", "p0 u0 0 0.1", "p1 u0 0.1 -1")
+    table(clips / "text.clean", "p0 a", "p1 b")
+    assert [e.text for e in load_examples(clips, require_text=True, text_column_name="text.clean")] == [
+        "a",
+        "b",
+    ]
+
+
+@pytest.fixture
+def librispeech(tmp_path):
+    for i, (split, chapter) in enumerate((("train-clean-5", "19/198"), ("dev-clean", "84/121"))):
+        folder = tmp_path / split / chapter
+        stem = chapter.replace("/", "-")
+        write(folder / f"{stem}-0000.flac", 2 * i)
+        write(folder / f"{stem}-0001.flac", 2 * i + 1)
+        table(folder / f"{stem}.trans.txt", f"{stem}-0000 HE SAID", f"{stem}-0001 NO {i}")
+    return tmp_path
+
+
+def test_librispeech(librispeech):
+    assert list_splits(librispeech, require_text=True) == ["dev-clean", "train-clean-5"]
+    assert said(librispeech, split="validation") == [(2, "HE SAID", "84"), (3, "NO 1", "84")]
+    assert said(librispeech / "train-clean-5") == [(0, "HE SAID", "19"), (1, "NO 0", "19")]
+    with pytest.raises(UserError, match="which has transcripts and no labels"):
+        load_examples(librispeech, data_format="librispeech", split="train")
+
+
+def test_librispeech_audio_and_transcripts_belong_together(librispeech):
+    folder = librispeech / "dev-clean" / "84" / "121"
+    write(folder / "84-121-0002.flac", 0)
+    with pytest.raises(UserError, match="audio without a transcript: 84-121-0002"):
+        load_examples(librispeech, split="validation", require_text=True)
+    (folder / "84-121-0002.flac").unlink()
+    (folder / "84-121-0001.flac").unlink()
+    with pytest.raises(UserError, match="transcripts without audio: 84-121-0001"):
+        load_examples(librispeech, split="validation", require_text=True)
+
+
+def test_folders_of_audio_have_none(tmp_path):
+    write(tmp_path / "x" / "a.wav", 0)
+    with pytest.raises(UserError, match="folder of audio without transcripts: give a manifest"):
+        load_examples(tmp_path, require_text=True)
+
+
+@pytest.mark.parametrize("column", ["text", "sentence", "transcription"])
+def test_huggingface(column):
+    audio = [{"array": wave(i), "sampling_rate": RATE} for i in range(2)]
+    rows = {"audio": [{"array": each["array"].tolist(), "sampling_rate": RATE} for each in audio]}
+    data = datasets.Dataset.from_dict({**rows, column: ["ja", " nee "], "language": ["nl", "nl"]})
+    examples = load_examples(data, require_text=True)
+    assert [(e.text, e.label) for e in examples] == [("ja", "nl"), ("nee", "nl")]
+    assert np.allclose(examples[1].decode()[0], wave(1))
+    with pytest.raises(UserError, match="1 of 2 examples"):
+        load_examples(data.remove_columns(column).add_column(column, ["ja", None]), require_text=True)
+    with pytest.raises(UserError, match="no text column"):
+        load_examples(data.remove_columns(column), require_text=True)
+    with pytest.raises(UserError, match=f"the text column '{column}' is of type int64"):
+        load_examples(data.remove_columns(column).add_column(column, [1, 2]), require_text=True)
+
+
+def test_huggingface_paths(clips):
+    rows = {"path": [str(clips / f"{n}.wav") for n in "ab"], "sentence": ["ja", "nee"]}
+    assert said(datasets.Dataset.from_dict(rows)) == [(0, "ja", None), (1, "nee", None)]
