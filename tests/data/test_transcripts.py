@@ -1,10 +1,22 @@
 """Transcripts from every layout that holds them, and what is refused."""
 
+import pickle
+
 import datasets
 import numpy as np
 import pytest
 from data_fixtures import RATE, index_of, table, wave, write
-from whisper_meft.data import list_splits, load_examples
+from tokens_fixtures import spelling_tokenizer
+from transformers import WhisperFeatureExtractor
+from whisper_meft.data import (
+    Collator,
+    Example,
+    ExampleSet,
+    SpeechDataset,
+    TranscriptTokens,
+    list_splits,
+    load_examples,
+)
 from whisper_meft.errors import UserError
 
 
@@ -30,7 +42,7 @@ def test_manifest(clips, column):
 
 def test_a_manifest_without_labels_needs_none_and_labels_are_kept(clips):
     path = table(
-        clips / "all.tsv", "path\tlanguage\tsentence", 'a.wav\tnl\t"Hij zei "ja".', "b.wav\tde\tNein"
+        clips / "all.tsv", "path\tlanguage\tsentence", 'a.wav\tnl\t"Hij zei "ja".', "b.wav\tde\tNee"
     )
     examples = load_examples(path, require_text=True)
     assert [(e.label, e.text) for e in examples] == [("nl", '"Hij zei "ja".'), ("de", "Nee")]
@@ -165,3 +177,68 @@ def test_huggingface(column):
 def test_huggingface_paths(clips):
     rows = {"path": [str(clips / f"{n}.wav") for n in "ab"], "sentence": ["ja", "nee"]}
     assert said(datasets.Dataset.from_dict(rows)) == [(0, "ja", None), (1, "nee", None)]
+
+
+# --- tokens ---
+
+
+def example(text, name="a.wav"):
+    return Example(name, text=text)
+
+
+def test_tokens_follow_the_prompt_and_the_prompt_is_not_in_the_loss():
+    tokenizer = spelling_tokenizer("dutch")
+    tokens = TranscriptTokens(tokenizer)
+    assert tokenizer.convert_ids_to_tokens(tokens.prompt) == [
+        "<|startoftranscript|>",
+        "<|nl|>",
+        "<|transcribe|>",
+        "<|notimestamps|>",
+    ]
+    item = tokens(example("ja é"))
+    text = tokenizer("ja é", add_special_tokens=False).input_ids
+    assert tokenizer.decode(text) == "ja é" and len(text) == 5
+    assert item["decoder_input_ids"] == tokens.prompt + text
+    assert item["labels"] == [-100] * 3 + text + [tokenizer.eos_token_id]
+
+
+def test_tokens_of_an_english_only_model():
+    tokenizer = spelling_tokenizer(None, None, multilingual=False)
+    tokens = TranscriptTokens(tokenizer)
+    assert tokenizer.convert_ids_to_tokens(tokens.prompt) == ["<|startoftranscript|>", "<|notimestamps|>"]
+    assert tokens(example("a"))["labels"][:1] == [-100]
+    with pytest.raises(UserError, match="no token for language='dutch': an English-only model"):
+        tokenizer.language = "dutch"
+        TranscriptTokens(tokenizer)
+
+
+def test_transcripts_that_the_decoder_cannot_say_are_refused_by_name():
+    tokens = TranscriptTokens(spelling_tokenizer(), longest=8)
+    assert len(tokens(example("abcd"))["labels"]) == 8
+    with pytest.raises(
+        UserError, match="transcript of long.wav has 5 tokens; with the prompt's 4 .* at most 8"
+    ):
+        tokens.check(ExampleSet([example("abcd"), example("abcde", "long.wav")]))
+    with pytest.raises(UserError, match=r"transcript of a.wav holds <\|endoftext\|>"):
+        tokens(example("<|endoftext|>"))
+    with pytest.raises(UserError, match="1 of 1 examples .* have no transcript: a.wav"):
+        tokens.check(ExampleSet([example(None)]))
+
+
+def test_batches_of_transcripts(clips):
+    path = table(clips / "all.csv", "path,text", "a.wav,hi", "b.wav,hello")
+    examples = load_examples(path, require_text=True)
+    extractor = WhisperFeatureExtractor()
+    tokens = pickle.loads(pickle.dumps(TranscriptTokens(spelling_tokenizer())))
+    dataset = SpeechDataset(examples, extractor, max_frames="longest", tokens=tokens)
+    batch = Collator(extractor, "longest", tokens.end)([dataset[0], dataset[1]])
+    short, long = tokens(examples[0]), tokens(examples[1])
+    assert batch["decoder_input_ids"].tolist() == [
+        short["decoder_input_ids"] + [tokens.end] * 3,
+        long["decoder_input_ids"],
+    ]
+    assert batch["labels"].tolist() == [short["labels"] + [-100] * 3, long["labels"]]
+    with pytest.raises(UserError, match="give one of them"):
+        SpeechDataset(examples, extractor, {"nl": 0}, tokens=tokens)
+    with pytest.raises(UserError, match="have no transcript"):
+        SpeechDataset(load_examples(path, require_labels=False), extractor, tokens=tokens)

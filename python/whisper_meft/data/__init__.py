@@ -18,6 +18,7 @@ from .examples import (
 from .features import check_feature_extractor, log_mel, true_frames, window_of
 from .folders import list_audio_files
 from .readers import list_splits, load_examples
+from .transcripts import TranscriptTokens
 
 __all__ = [
     "Collator",
@@ -25,6 +26,7 @@ __all__ = [
     "Example",
     "ExampleSet",
     "SpeechDataset",
+    "TranscriptTokens",
     "check_audio",
     "check_feature_extractor",
     "check_known_labels",

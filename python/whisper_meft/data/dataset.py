@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from ..errors import UserError
-from .examples import Example, ExampleSet, check_known_labels
+from .examples import Example, ExampleSet, check_known_labels, check_transcribed
 from .features import MaxFrames, log_mel, read_features, true_frames, window_of
+from .transcripts import TranscriptTokens
 
 logger = logging.getLogger(__name__)
 
@@ -20,16 +21,18 @@ class SpeechDataset(torch.utils.data.Dataset):
     """Examples as model inputs.
 
     Args:
-        examples: labelled, unless ``label2id`` is ``None``.
+        examples: labelled, unless ``label2id`` is ``None``; transcribed, if ``tokens`` is given.
         feature_extractor: a ``WhisperFeatureExtractor``.
         label2id: class ids by name; ``None`` gives items without ``labels``.
         max_frames: "fidelity" gives every item the full window, padded as Whisper does; "longest" the frames
             of the clip; an integer the same, of at most that many encoder frames (20 ms each). Longer clips
             are cut to the window, and a warning says so once.
+        tokens: makes items of their transcripts; with ``label2id`` ``None``.
 
     Items are dicts of ``input_features`` (float32 ``(mel bins, frames)``), ``attention_mask`` (int64
     ``(frames,)``, 1 where a frame holds sound), ``labels`` (int) and ``length`` (int, encoder frames that
-    hold sound: half the mask's sum, rounded up).
+    hold sound: half the mask's sum, rounded up). With ``tokens``, ``labels`` and
+    ``decoder_input_ids`` are int64 ``(tokens,)`` (:class:`TranscriptTokens`).
 
     Raises:
         UserError: no examples, unknown or missing labels, ``max_frames`` out of range; on reading an item:
@@ -42,14 +45,20 @@ class SpeechDataset(torch.utils.data.Dataset):
         feature_extractor: Any,
         label2id: dict[str, int] | None = None,
         max_frames: MaxFrames = "fidelity",
+        tokens: TranscriptTokens | None = None,
     ):
+        if label2id is not None and tokens is not None:
+            raise UserError("label2id is for classes and tokens for transcripts: give one of them")
         if label2id is not None:
             check_known_labels(examples, list(label2id))
+        elif tokens is not None:
+            check_transcribed(examples)
         elif not len(examples):
             raise UserError(f"{examples.description} holds no examples")
         self.examples = examples
         self.feature_extractor = feature_extractor
         self.label2id = label2id
+        self.tokens = tokens
         self.max_frames = max_frames
         self._window = window_of(feature_extractor, max_frames)
         self._seconds = self._window * feature_extractor.hop_length / feature_extractor.sampling_rate
@@ -87,6 +96,8 @@ class SpeechDataset(torch.utils.data.Dataset):
         }
         if self.label2id is not None:
             item["labels"] = self.label2id[example.label]
+        if self.tokens is not None:
+            item |= {name: torch.tensor(ids) for name, ids in self.tokens(example).items()}
         return item
 
     def _log_mel(self, example: Example) -> tuple[np.ndarray, int]:
@@ -130,14 +141,17 @@ class Collator:
     """Stacks items of :class:`SpeechDataset`; picklable.
 
     With "longest" and with an integer a batch is as long as its longest clip, rounded up to whole encoder
-    frames. Features are padded with 0 and the mask with 0.
+    frames. Features are padded with 0 and the mask with 0, the decoder's input with ``pad_token_id``
+    (``TranscriptTokens.end``), which nothing before it attends to.
 
     Returns a dict of ``input_features`` (float32 ``(batch, mel bins, frames)``), ``attention_mask`` (int64
-    ``(batch, frames)``) and, where the items have them, ``labels`` (int64 ``(batch,)``).
+    ``(batch, frames)``) and, where the items have them, ``labels`` (int64 ``(batch,)``); of transcripts
+    ``decoder_input_ids`` and ``labels`` (int64 ``(batch, tokens)``, labels padded with -100).
     """
 
     feature_extractor: Any
     max_frames: MaxFrames = "fidelity"
+    pad_token_id: int = 50257
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         longest = max(item["input_features"].shape[1] for item in items)
@@ -154,6 +168,10 @@ class Collator:
             return torch.stack([torch.nn.functional.pad(row, (0, frames - row.shape[-1])) for row in rows])
 
         batch = {"input_features": stack("input_features"), "attention_mask": stack("attention_mask")}
-        if "labels" in items[0]:
+        if "decoder_input_ids" in items[0]:
+            for name, padding in (("decoder_input_ids", self.pad_token_id), ("labels", -100)):
+                rows = [item[name] for item in items]
+                batch[name] = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding)
+        elif "labels" in items[0]:
             batch["labels"] = torch.tensor([int(item["labels"]) for item in items])
         return batch

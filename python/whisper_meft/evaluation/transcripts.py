@@ -1,0 +1,180 @@
+"""Word and character error rates of transcripts, as written and as Whisper's normalisers leave them."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jiwer
+from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
+from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
+
+from ..errors import UserError
+
+# Written without spaces between words: their normaliser sets each letter apart, so that WER is CER
+# (Radford et al. 2023, appendix C).
+_WITHOUT_SPACES = frozenset(("zh", "ja", "th", "lo", "my", "yue"))
+
+
+@dataclass(frozen=True)
+class ErrorCounts:
+    """Edits between hypotheses and references, over words or characters.
+
+    Attributes:
+        length: words or characters of the references. substitutions, deletions, insertions: the fewest edits
+            that make the references of the hypotheses.
+    """
+
+    length: int
+    substitutions: int
+    deletions: int
+    insertions: int
+
+    @property
+    def errors(self) -> int:
+        return self.substitutions + self.deletions + self.insertions
+
+    @property
+    def rate(self) -> float:
+        """Errors per word or character of the references; NaN where these are empty. It may exceed 1."""
+        return self.errors / self.length if self.length else float("nan")
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready; a rate that is no number is ``None``."""
+        return {"rate": self.rate if self.length else None, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class TranscriptScores:
+    """Error rates of a set of transcripts, edits summed over all of them before they are divided.
+
+    Attributes:
+        count: number of transcripts.
+        wer, cer: as written. normalized_wer, normalized_cer: after Whisper's normaliser.
+        normalizer: "english" or "basic".
+        per_speaker: the same by speaker, where speakers are known.
+    """
+
+    count: int
+    wer: ErrorCounts
+    cer: ErrorCounts
+    normalized_wer: ErrorCounts
+    normalized_cer: ErrorCounts
+    normalizer: str
+    per_speaker: dict[str, "TranscriptScores"]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The scores as JSON-ready values."""
+        return {
+            "count": self.count,
+            **{name: getattr(self, name).as_dict() for name in _RATES},
+            "normalizer": self.normalizer,
+            "per_speaker": {name: scores.as_dict() for name, scores in self.per_speaker.items()},
+        }
+
+    def as_text(self) -> str:
+        """A few lines for people."""
+        lines = [
+            f"transcripts     {self.count}",
+            f"WER             {_shown(self.normalized_wer)} ({self.normalizer} normaliser), "
+            f"{_shown(self.wer)} as written",
+            f"CER             {_shown(self.normalized_cer)} ({self.normalizer} normaliser), "
+            f"{_shown(self.cer)} as written",
+        ]
+        if len(self.per_speaker) > 1:
+            width = max(map(len, self.per_speaker))
+            lines += ["", f"{'speaker':<{width}}  transcripts     WER     CER"]
+            for name, each in self.per_speaker.items():
+                wer, cer = _shown(each.normalized_wer), _shown(each.normalized_cer)
+                lines.append(f"{name:<{width}}  {each.count:>11}  {wer:>6}  {cer:>6}")
+        return "\n".join(lines)
+
+
+_RATES = ("wer", "cer", "normalized_wer", "normalized_cer")
+
+
+def _shown(counts: ErrorCounts) -> str:
+    return f"{counts.rate:.1%}" if counts.length else "no reference"
+
+
+def whisper_normalizer(
+    language: str | None, spelling: dict[str, str] | str | Path | None = None
+) -> tuple[Callable[[str], str], str]:
+    """Whisper's text normaliser for a language, and its name (Radford et al. 2023, appendix C).
+
+    Args:
+        language: a code ("nl") or a name ("dutch"); ``None`` for English-only models.
+        spelling: of English, British spellings with their American ones: a mapping, or the
+            ``normalizer.json`` beside a checkpoint's tokenizer. Without it spellings stay as they are.
+
+    Raises:
+        UserError: no language of Whisper's, or the file of spellings cannot be read.
+    """
+    language = None if language is None else language.lower()
+    language = TO_LANGUAGE_CODE.get(language, language)
+    if language not in (None, *TO_LANGUAGE_CODE.values()):
+        raise UserError(
+            f"language={language!r} is none of Whisper's: a code (nl) or a name (dutch) is accepted"
+        )
+    if language in (None, "en"):
+        if isinstance(spelling, str | Path):
+            try:
+                spelling = json.loads(Path(spelling).read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise UserError(f"the spellings in {spelling} cannot be read: {error}") from error
+        return EnglishTextNormalizer(spelling or {}), "english"
+    return BasicTextNormalizer(split_letters=language in _WITHOUT_SPACES), "basic"
+
+
+def score_transcripts(
+    references: Sequence[str],
+    hypotheses: Sequence[str],
+    language: str | None = None,
+    speakers: Sequence[str | None] | None = None,
+    spelling: dict[str, str] | str | Path | None = None,
+) -> TranscriptScores:
+    """Scores transcripts.
+
+    Args:
+        references: what was said. hypotheses: what was recognised, in the same order.
+        language, spelling: choose the normaliser (:func:`whisper_normalizer`).
+        speakers: of each, or ``None``.
+
+    Raises:
+        UserError: there are none, or lists of different lengths.
+    """
+    if not len(references) or len(references) != len(hypotheses):
+        raise UserError(
+            f"{len(references)} references and {len(hypotheses)} hypotheses: equally many are needed"
+        )
+    normalize, name = whisper_normalizer(language, spelling)
+    pairs = list(zip(references, hypotheses))
+    by_speaker: dict[str, list[tuple[str, str]]] = {}
+    for pair, speaker in zip(pairs, speakers or ()):
+        if speaker is not None:
+            by_speaker.setdefault(speaker, []).append(pair)
+
+    def scores(of: list[tuple[str, str]], within: dict[str, TranscriptScores]) -> TranscriptScores:
+        normalized = [(normalize(reference).strip(), normalize(said).strip()) for reference, said in of]
+        return TranscriptScores(
+            len(of), *_rates(of), *_rates(normalized), normalizer=name, per_speaker=within
+        )
+
+    return scores(pairs, {speaker: scores(of, {}) for speaker, of in sorted(by_speaker.items())})
+
+
+def _rates(pairs: list[tuple[str, str]]) -> tuple[ErrorCounts, ErrorCounts]:
+    references, hypotheses = map(list, zip(*pairs))
+    return tuple(
+        ErrorCounts(
+            found.hits + found.substitutions + found.deletions,
+            found.substitutions,
+            found.deletions,
+            found.insertions,
+        )
+        for found in (
+            jiwer.process_words(references, hypotheses),
+            jiwer.process_characters(references, hypotheses),
+        )
+    )
