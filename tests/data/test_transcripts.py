@@ -16,6 +16,7 @@ from whisper_meft.data import (
     TranscriptTokens,
     list_splits,
     load_examples,
+    split_by_speaker,
 )
 from whisper_meft.errors import UserError
 
@@ -41,9 +42,7 @@ def test_manifest(clips, column):
 
 
 def test_a_manifest_without_labels_needs_none_and_labels_are_kept(clips):
-    path = table(
-        clips / "all.tsv", "path\tlanguage\tsentence", 'a.wav\tnl\t"Hij zei "ja".', "b.wav\tde\tNee"
-    )
+    path = table(clips / "all.tsv", "path\tlanguage\tsentence", 'a.wav\tnl\t"Hij zei "ja".', "b.wav\tde\tNee")
     examples = load_examples(path, require_text=True)
     assert [(e.label, e.text) for e in examples] == [("nl", '"Hij zei "ja".'), ("de", "Nee")]
     assert [e.text for e in load_examples(path)] == [None, None]
@@ -242,3 +241,13 @@ def test_batches_of_transcripts(clips):
         SpeechDataset(examples, extractor, {"nl": 0}, tokens=tokens)
     with pytest.raises(UserError, match="have no transcript"):
         SpeechDataset(load_examples(path, require_labels=False), extractor, tokens=tokens)
+
+
+def test_whole_speakers_are_held_out_without_labels():
+    said = ExampleSet(Example(f"{i}.wav", speaker=f"s{i // 4}", text="ja") for i in range(40))
+    train, validation = split_by_speaker(said, 0.1)
+    assert len(validation) == 4 and len(train) == 36 and not train.speakers() & validation.speakers()
+    with pytest.raises(UserError, match="40 of 40 examples .* have no label"):
+        split_by_speaker(ExampleSet(Example(f"{i}.wav", speaker=f"s{i // 4}") for i in range(40)))
+    with pytest.raises(UserError, match="a single speaker"):
+        split_by_speaker(ExampleSet(Example(f"{i}.wav", speaker="s", text="ja") for i in range(4)))

@@ -307,6 +307,7 @@ def split_by_speaker(
 ) -> tuple[ExampleSet, ExampleSet]:
     """Holds out about ``fraction`` of every label's examples, by whole speakers, as (train, validation).
 
+    Where all have transcripts and not all have labels, these count as one label.
     Every label keeps at least one speaker in train; a label with a single speaker is not held out, and a
     warning says so. Where no speaker is known, examples are held out at random within each label, and a
     warning says so too. The same arguments give the same split.
@@ -316,7 +317,10 @@ def split_by_speaker(
     """
     if not 0 < fraction < 1:
         raise UserError(f"the validation fraction must lie between 0 and 1, got {fraction}")
-    check_labelled(examples)
+    transcribed = all(example.text for example in examples) and any(e.label is None for e in examples)
+    labels = ["" if transcribed else example.label for example in examples]
+    if not transcribed:
+        check_labelled(examples)
     unknown = sum(example.speaker is None for example in examples)
     if unknown == len(examples):
         logger.warning(
@@ -339,14 +343,14 @@ def split_by_speaker(
         groups[index if example.speaker is None else example.speaker].append(index)
     by_label: dict[str, list[list[int]]] = defaultdict(list)
     for members in groups.values():
-        counts = Counter(examples[i].label for i in members)
+        counts = Counter(labels[i] for i in members)
         by_label[max(sort_labels(counts), key=counts.get)].append(members)
 
-    left = examples.label_counts()
+    left = Counter(labels)
     held: set[int] = set()
 
     def hold_out(group: list[int]) -> bool:
-        loss = Counter(examples[i].label for i in group)
+        loss = Counter(labels[i] for i in group)
         if any(left[name] <= count for name, count in loss.items()):  # the last examples of a label stay
             return False
         left.subtract(loss)
@@ -370,7 +374,7 @@ def split_by_speaker(
             "give evaluation data"
         )
     validation = examples.select(sorted(held), f"validation part of {examples.description}")
-    absent = sort_labels(set(left) - set(validation.label_counts()))
+    absent = sort_labels(set(left) - {labels[i] for i in held})
     if absent:
         logger.warning(
             "labels with too few speakers to hold one out are not in the validation set: %s", listing(absent)
