@@ -1,6 +1,8 @@
 """Shared test settings: seeds, poisoned memory, and skipping what this machine cannot run."""
 
+import importlib.util
 import os
+import re
 
 import pytest
 import torch
@@ -21,6 +23,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+# Of the test environment; where one is missing, a test that fails for want of it is skipped.
+PACKAGES = ("accelerate", "datasets", "espeakng_loader", "matplotlib", "peft", "soundfile", "soxr", "torchao")
+MISSING = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function):
+    try:
+        return (yield)
+    except (ImportError, ValueError) as error:
+        wanted = [name for name in MISSING if re.search(rf"\b{name}\b", str(error))]
+        if not wanted:
+            raise
+        pytest.skip(f"needs {', '.join(wanted)}")
 
 
 @pytest.fixture(autouse=True)

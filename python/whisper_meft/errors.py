@@ -1,11 +1,37 @@
 """The exception for mistakes that a user can mend, and text that a terminal can be given."""
 
+import importlib
 import re
+from typing import Any
 
 
 class UserError(ValueError):
     """Input that cannot be used: its message is one sentence that names the argument, what was given and
     what is accepted. The command line prints it as one line and exits with a non-zero status."""
+
+
+class LazyPackage:
+    """A package of the ``whisper`` extra, imported when something of it is first used: whoever has tensors
+    already can train and classify without it.
+
+    Args:
+        name: as it is imported. purpose: what needs it, for the message.
+
+    Raises:
+        UserError: on use, where it is not installed.
+    """
+
+    def __init__(self, name: str, purpose: str):
+        self._name, self._purpose = name, purpose
+
+    def __getattr__(self, attribute: str) -> Any:
+        try:
+            package = importlib.import_module(self._name)
+        except ModuleNotFoundError as error:
+            raise UserError(
+                f"{self._purpose} needs the {self._name} package: pip install {self._name}"
+            ) from error
+        return getattr(package, attribute)
 
 
 # What a terminal acts on instead of showing it: control characters, line ends, changes of direction.

@@ -6,13 +6,14 @@ import re
 from collections.abc import Iterator
 
 import numpy as np
-import soundfile
 
-from ..errors import UserError
+from ..errors import LazyPackage, UserError
 from . import mpeg
 from .containers import complete
 from .pieces import Pieces, open_binary
 from .segments import Segment, begins_too_late, check_rate, one_channel
+
+soundfile = LazyPackage("soundfile", "reading audio")
 
 BLOCK = 1 << 20  # samples decoded at a time, whatever a header promises
 
@@ -79,7 +80,7 @@ def file_blocks(file: str | bytes, segment: Segment, name: str) -> Iterator[tupl
             pieces.close()
 
 
-def _open(file: str | bytes) -> soundfile.SoundFile:
+def _open(file: str | bytes) -> "soundfile.SoundFile":
     if isinstance(file, bytes):
         return soundfile.SoundFile(open_binary(file))
     # soundfile cannot encode a name that is not text; as bytes it is passed on as it is.
@@ -87,7 +88,7 @@ def _open(file: str | bytes) -> soundfile.SoundFile:
 
 
 def _blocks(
-    opened: soundfile.SoundFile, skip: int, wanted: int, silence: int, channel: int | None, name: str
+    opened: "soundfile.SoundFile", skip: int, wanted: int, silence: int, channel: int | None, name: str
 ) -> Iterator[tuple[np.ndarray, int]]:
     """``wanted`` frames after the first ``skip`` ones of ``silence`` and then the file, as mono blocks, and
     their rate."""

@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
-import soxr
 
-from ..errors import UserError, one_line
+from ..errors import LazyPackage, UserError, one_line
 from .decoding import BLOCK, file_blocks
 from .notes import say_once
 from .samples import LOUD, LOUDEST, as_samples
 from .segments import Segment, begins_too_late, check_rate, make_segment
+
+soxr = LazyPackage("soxr", "resampling audio")
 
 VERSION = 2  # of what a source is read as: what was computed of an earlier one may be of another sound
 

@@ -9,9 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import datasets
-
-from ..errors import UserError
+from ..errors import LazyPackage, UserError
 from . import columns
 from .examples import DatasetCell, Example, listing, say_forms
 from .manifests import table_examples
@@ -19,6 +17,8 @@ from .options import Options
 from .paths import Paths
 from .segments import Channels, Times
 from .splits import Splits
+
+datasets = LazyPackage("datasets", "a Hugging Face data set")
 
 _FEATURES = "input_features"  # the column of the published preprocessing, with `labels` beside it
 

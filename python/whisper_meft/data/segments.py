@@ -4,9 +4,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import soundfile
-
-from ..errors import UserError
+from ..errors import LazyPackage, UserError
 from ..once import warn_once
 from .columns import (
     CHANNEL,
@@ -23,6 +21,8 @@ from .columns import (
 from .examples import listing
 from .names import folded, normal
 from .options import Options
+
+soundfile = LazyPackage("soundfile", "reading audio")
 
 _SIDES = {"l": 0, "left": 0, "a": 0, "r": 1, "right": 1, "b": 1}
 
