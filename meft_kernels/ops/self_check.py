@@ -30,6 +30,17 @@ _FLOOR_OF_PARTS = 1e-2  # for the worst row and the worst column
 _FLOOR_OF_CODES = 3e-2  # 8-bit codes: a value on the border of two may become either
 
 verdicts: dict[tuple, bool] = {}
+_reasons: dict[tuple, str] = {}  # of the verdicts against a kernel
+
+
+def refused() -> list[str]:
+    """The fused kernels that failed their check in this process, each with what it was compiled for and the
+    reason, a line each."""
+    lines = []
+    for key in (key for key, good in verdicts.items() if not good):
+        op, *what = (str(part).removeprefix("torch.") for part in key)
+        lines.append(f"{op} ({', '.join(what)}): {_reasons.get(key, 'unknown')}")
+    return lines
 
 
 def _key(op: str, names: Sequence[str], arguments: Sequence) -> tuple:
@@ -161,6 +172,7 @@ def choose(op: str, names: Sequence[str], arguments: Sequence, plain: Callable, 
                 wrong = f"it failed with {type(error).__name__}: {said}"
         verdict = verdicts[key] = wrong is None
         if wrong is not None:
+            _reasons[key] = wrong
             device = next(a for a in arguments if isinstance(a, Tensor)).device
             place = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
             warnings.warn(
