@@ -30,6 +30,8 @@ _FLOOR_OF_PARTS = 1e-2  # for the worst row and the worst column
 _FLOOR_OF_CODES = 3e-2  # 8-bit codes: a value on the border of two may become either
 
 verdicts: dict[tuple, bool] = {}
+# Ops whose check had to wait inside a CUDA graph, so that it holds the reference in their place.
+left_unchecked: set[str] = set()
 _reasons: dict[tuple, str] = {}  # of the verdicts against a kernel
 
 
@@ -161,6 +163,7 @@ def choose(op: str, names: Sequence[str], arguments: Sequence, plain: Callable, 
     verdict = verdicts.get(key)
     if verdict is None:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            left_unchecked.add(op)
             return plain  # nothing can be compared inside a CUDA graph; the next call outside one can
         with torch.no_grad():
             try:

@@ -244,3 +244,26 @@ def test_auto_on_cuda_goes_through_the_check():
     for name, code in HOST_CODE.items():
         registered = torch._C._dispatch_has_kernel_for_dispatch_key(f"meft::{name}", "CUDA")
         assert registered == (code.op not in WITHOUT_TRITON), name
+
+
+def test_inside_a_graph_nothing_is_checked_and_that_is_told(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(self_check, "left_unchecked", set())
+    plain, fused = object(), object()
+    given = ("ladder", ["x"], [torch.ones(2, 3, 4)])
+    assert self_check.choose(*given, plain, fused) is plain
+    assert self_check.left_unchecked == {"ladder"} and not self_check.verdicts
+    # What was checked before is taken at its word.
+    self_check.left_unchecked.clear()
+    self_check.verdicts[self_check._key(*given)] = True
+    assert self_check.choose(*given, plain, fused) is fused and not self_check.left_unchecked
+
+
+def test_refused_kernels_are_told_with_their_reasons():
+    (name, names, arguments), *_ = calls_of(CASES[0], torch.float32)
+    plain, wrong = kernels(name)[0], lambda *arguments: torch.full((), torch.nan)
+    with pytest.warns(UserWarning, match="is not used on this device"):
+        self_check.choose(name, names, arguments, plain, wrong)
+    (line,) = self_check.refused()
+    assert line.startswith(f"{name} (float32, ") and line.endswith("it gives other shapes than the reference")

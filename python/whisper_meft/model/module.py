@@ -20,6 +20,7 @@ from transformers.utils import logging as hf_logging
 from ..encoder.cached import pooled_of_cached, states_read
 from ..encoder.chunked import pooled_in_chunks
 from ..encoder.frozen import FrozenEncoder
+from ..encoder.graphed import GraphedReader
 from ..errors import UserError
 from ..methods import MeftConfig
 from ..padding import frames_of_mask, frames_with_sound
@@ -85,6 +86,7 @@ class MeftModel(PreTrainedModel):
         self.post_init()
         if type(self.meft_config).trainer_callback is not MeftConfig.trainer_callback:
             serve_in_every_trainer()
+        self._graphed: GraphedReader | None = None
         # Whether whoever trains the model adds `penalty()` to the loss, where it computes one itself.
         self.penalty_elsewhere = False
         # Trainer compares with the exact names when it loads a checkpoint, and then reports none missing.
@@ -129,6 +131,35 @@ class MeftModel(PreTrainedModel):
     def set_attn_implementation(self, attn_implementation: str) -> None:
         """Chooses the encoder's attention: ``"sdpa"``, ``"eager"`` or ``"flash_attention_2"``."""
         self.encoder.config._attn_implementation = attn_implementation
+
+    def use_cuda_graphs(self, use: bool = True) -> None:
+        """Captures what a training step computes between log-mel and the clip's vector, forward and backward,
+        in CUDA graphs at the first batch, and replays them for every batch of its shape; others run without.
+
+        With a number for ``max_frames`` batches are padded to it, so that they are of one shape.
+
+        Raises:
+            UserError: the method trains inside the encoder, batches have no fixed shape, or there is no CUDA
+                device under the model.
+        """
+        if not use:
+            self._graphed = None
+            return
+        options, device = self.meft_config, self.encoder.conv1.weight.device
+        reason = graphs_refused(options)
+        if reason is None and device.type != "cuda":
+            reason = f"they need a CUDA device, the model is on {device}"
+        if reason is not None:
+            raise UserError(f"cuda_graphs: {reason}")
+        frames = 2 * options.max_frames if isinstance(options.max_frames, int) else None
+        trained = [p for p in self.side_network.parameters() if p.requires_grad]
+        self._graphed = GraphedReader(self._read, trained, frames)
+
+    def _read(self, features: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
+        """The clips' vectors (B, D) from log-mel."""
+        options = self.meft_config
+        reading = (options.chunk_size, options.final_norm, options.through_last_layer)
+        return pooled_in_chunks(self.encoder, self.side_network, features, lengths, *reading)
 
     def forward(
         self,
@@ -192,8 +223,8 @@ class MeftModel(PreTrainedModel):
             pooled = pooled_of_cached(self.encoder, self.side_network, *given, *reading)
         elif options.frozen_encoder:
             features, lengths = self._frames_to_compute(input_features, attention_mask)
-            reading = (options.chunk_size, options.final_norm, options.through_last_layer)
-            pooled = pooled_in_chunks(self.encoder, self.side_network, features, lengths, *reading)
+            graphed = self.training and torch.is_grad_enabled() and self._graphed is not None
+            pooled = (self._graphed if graphed else self._read)(features, lengths)
         else:
             features, lengths = self._frames_to_compute(input_features, attention_mask)
             states = self.encoder.stream(features, lengths, options.final_norm)
@@ -364,6 +395,15 @@ class MeftModel(PreTrainedModel):
             device=device,
             **kwargs,
         )
+
+
+def graphs_refused(config: MeftConfig) -> str | None:
+    """Why a training step of a method cannot be captured in CUDA graphs, or None."""
+    if not config.frozen_encoder:
+        return f"{config.method} trains inside the encoder, whose step is not captured"
+    if config.max_frames == "longest":
+        return "max_frames 'longest' gives batches of many shapes, 'fidelity' or a number is accepted"
+    return None
 
 
 def get_meft_model(base: WhisperForAudioClassification, config: MeftConfig) -> MeftModel:

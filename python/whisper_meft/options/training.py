@@ -142,6 +142,13 @@ class TrainArguments(TrainingArguments):
             "is there)"
         },
     )
+    cuda_graphs: bool = field(
+        default=False,
+        metadata={
+            "help": "hand a training step's kernels to the GPU as one CUDA graph, for batches of one shape "
+            "(max_frames fidelity, or a number that clips are then padded to) beside a frozen encoder"
+        },
+    )
     learning_rate: float | None = field(
         default=None,
         metadata={"help": "initial learning rate (default: 5e-4 for lst, 1e-6 for mezo, else 1e-4)"},
@@ -293,6 +300,7 @@ COMMON_TRAINING_OPTIONS = [
     "max_frames_per_batch",
     "cache_features",
     "cache_storage",
+    "cuda_graphs",
     "lr_scheduler_type",
     "warmup_steps",
     "weight_decay",

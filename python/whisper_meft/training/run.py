@@ -274,6 +274,8 @@ def build_trainer(
     trainer.add_callback(LogLines)
     if not arguments.disable_tqdm:
         trainer.add_callback(ProgressBar)
+    if arguments.cuda_graphs:
+        model.use_cuda_graphs()
     trainer.record.batches = asdict(trainer.batches)
     trainer.first_step = 0 if resume_from is None else checkpoints.checkpoint_step(resume_from)
     return trainer, watch

@@ -7,6 +7,7 @@ from transformers import WhisperConfig, WhisperFeatureExtractor
 from .. import data
 from ..errors import UserError
 from ..methods import MeftConfig
+from ..model.module import graphs_refused
 from ..model.pretrained import load_config, load_feature_extractor, resolve_dtype
 from ..options.common import MethodArguments, ModelArguments
 from ..options.training import LEARNING_RATE, LEARNING_RATES, TrainArguments
@@ -55,7 +56,25 @@ def settle(model: ModelArguments, method: MethodArguments, training: TrainArgume
         raise UserError(
             f"backbone_compile: {config.method} trains inside the encoder; use --torch_compile True instead"
         )
+    if training.cuda_graphs and (reason := _graphs_refused(config, training)):
+        raise UserError(f"cuda_graphs: {reason}")
     return Settings(model, training, config, dtype, *load_sizes_and_extractor(model, config))
+
+
+def _graphs_refused(config: MeftConfig, training: TrainArguments) -> str | None:
+    """Why the steps of a run cannot be captured in CUDA graphs, or None."""
+    if (reason := graphs_refused(config)) is not None:
+        return reason
+    others = ("cache_features", "max_frames_per_batch", "gradient_checkpointing", "torch_compile")
+    for name in others:
+        if getattr(training, name):
+            return f"they cannot be used together with {name}"
+    if training.device.type != "cuda":
+        return f"they need a CUDA device, this run is on {training.device.type}"
+    devices = max(training.world_size, training.n_gpu)
+    if devices > 1:
+        return f"they are for one GPU, this run is on {devices}"
+    return None
 
 
 def method_config(

@@ -1,0 +1,36 @@
+"""Options that contradict each other, found before any data is read."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from whisper_meft import LoRAConfig, LSTConfig
+from whisper_meft.training.settings import _graphs_refused
+
+
+def arguments(device="cuda", **changes):
+    plain = {"cache_features": None, "max_frames_per_batch": None, "gradient_checkpointing": False}
+    plain |= {"torch_compile": False, "world_size": 1, "n_gpu": 1}
+    return SimpleNamespace(device=torch.device(device), **{**plain, **changes})
+
+
+@pytest.mark.parametrize(
+    "config, changes, reason",
+    [
+        (LSTConfig(), {}, None),
+        (LSTConfig(max_frames=300), {}, None),
+        (LoRAConfig(), {}, "lora trains inside the encoder, whose step is not captured"),
+        (LSTConfig(max_frames="longest"), {}, "max_frames 'longest' gives batches of many shapes"),
+        (LSTConfig(), {"cache_features": "states"}, "they cannot be used together with cache_features"),
+        (LSTConfig(), {"max_frames_per_batch": 6000}, "they cannot be used together with max_frames_per_"),
+        (LSTConfig(), {"gradient_checkpointing": True}, "they cannot be used together with gradient_check"),
+        (LSTConfig(), {"torch_compile": True}, "they cannot be used together with torch_compile"),
+        (LSTConfig(), {"device": "cpu"}, "they need a CUDA device, this run is on cpu"),
+        (LSTConfig(), {"world_size": 4}, "they are for one GPU, this run is on 4"),
+        (LSTConfig(), {"n_gpu": 2}, "they are for one GPU, this run is on 2"),
+    ],
+)
+def test_where_cuda_graphs_are_refused(config, changes, reason):
+    found = _graphs_refused(config, arguments(**changes))
+    assert (found is None) == (reason is None)
+    assert reason is None or found.startswith(reason)
