@@ -9,8 +9,7 @@ two kernels.
 
 "host" is the process-CPU time of a step, the least of several, of a narrow encoder with one frame per clip on
 the CPU, which launches as much and computes next to nothing. What a driver would take for a launch is not in
-it, nor PyTorch's dispatch of our own operators. With a GPU, ``--profile`` adds the profiler's count of the
-kernels that really ran.
+it, nor PyTorch's dispatch of our own operators. ``benchmarks.profiled`` shows what really runs on a GPU.
 """
 
 import argparse
@@ -333,22 +332,6 @@ def count_launches(
     return counted
 
 
-def _profiled(model: str, method: str, batch: int, dtype: torch.dtype, options: dict[str, Any]) -> int:
-    """The kernels that one step runs on the GPU at hand, by the profiler."""
-    config = whisper_config(model, num_labels=CLASSES)
-    built = _built(config, MeftConfig.from_dict({"method": method, **options}), batch, dtype, "cuda")
-    recorder = _Recorder()
-    for _ in range(2):  # kernels are compiled and checked
-        _step(*built, recorder)
-    activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
-        _step(*built, recorder)
-        torch.cuda.synchronize()
-    cuda = torch.autograd.DeviceType.CUDA
-    found = [event for event in profile.events() if event.device_type == cuda]
-    return sum(not event.name.startswith(("Memcpy", "Memset")) for event in found)
-
-
 def measure(options: argparse.Namespace, method: str) -> dict[str, Any]:
     """One figure of the record."""
     known = MeftConfig.methods()[method].__dataclass_fields__
@@ -356,20 +339,16 @@ def measure(options: argparse.Namespace, method: str) -> dict[str, Any]:
     chosen = {name: value for name, value in chosen.items() if name in known}
     dtype = parse_dtype(options.dtype)
     counted = count_launches(options.model, method, options.batch, dtype=dtype, **chosen)
-    row = {"method": method, "phases": counted.to_dict(), "triton": counted.triton_launches, "profiled": None}
-    if options.profile:
-        row["profiled"] = _profiled(options.model, method, options.batch, dtype, chosen)
-    return row
+    return {"method": method, "phases": counted.to_dict(), "triton": counted.triton_launches}
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Kernels and the host's milliseconds of each phase."""
-    header = ["method", *PHASES, "of all, Triton's", "profiled"]
-    cells = [header, ["", *("kernels, host ms" for _ in PHASES), "", ""]]
+    header = ["method", *PHASES, "of all, Triton's"]
+    cells = [header, ["", *("kernels, host ms" for _ in PHASES), ""]]
     for row in rows:
         phases = [f"{p['kernels']}, {1e3 * p['host_seconds']:.1f}" for p in row["phases"].values()]
-        profiled = "" if row["profiled"] is None else str(row["profiled"])
-        cells.append([row["method"], *phases, str(row["triton"]), profiled])
+        cells.append([row["method"], *phases, str(row["triton"])])
     widths = [max(len(line[i]) for line in cells) for i in range(len(header))]
     return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(line, widths)).rstrip() for line in cells)
 
@@ -382,7 +361,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--saved", choices=("exact", "fp8"), default="exact", help="how states are kept")
     parser.add_argument("--dtype", default="bfloat16", help="of the frozen weights")
     parser.add_argument("--reduction_factor", type=int, default=8, help="of the side networks")
-    parser.add_argument("--profile", action="store_true", help="also count what a GPU really runs")
     parser.add_argument("--output", help="folder of a record (default: none is written)")
     return parser
 
@@ -402,8 +380,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"--batch must be a positive integer, got {options.batch}")
         if not backends.HAS_TRITON:
             raise UserError("the triton package is not installed, whose launches are to be counted")
-        if options.profile and not torch.cuda.is_available():
-            raise UserError("--profile needs a CUDA device")
         if options.output:
             check_writable(Path(options.output) / "launches.json")
         rows = [measure(options, name) for name in methods]
@@ -416,7 +392,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 command=" ".join(["python -m benchmarks.launches", *argv]),
                 shapes={name: vars(options)[name] for name in ("model", "batch", "dtype", "saved")},
                 directory=options.output,
-                device="cuda" if options.profile else "cpu",
+                device="cpu",
             )
             print(f"wrote {os.path.relpath(path)}")
     except UserError as error:

@@ -26,6 +26,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 # A copy of the tree without its repository cannot tell its commit: whoever makes the copy names it here.
 COMMIT_VARIABLE = "MEFT_COMMIT"
 
+PACK = "gpu_pack"  # a record of this name holds other records
+
 _KEYS = {"name", "command", "shapes", "environment", "figures"}
 
 
@@ -194,11 +196,16 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def load_all(directory: str | os.PathLike | None = None) -> list[dict[str, Any]]:
-    """All records of a folder (default ``benchmarks/results``), oldest first, each with its ``file`` name.
+    """All records of a folder (default ``benchmarks/results``), oldest first, each with its ``file`` name;
+    those inside a pack's too.
 
     Raises:
         UserError: a JSON file in the folder is not a record.
     """
     folder = Path(directory) if directory is not None else RESULTS
-    records = [{**read(path), "file": path.name} for path in sorted(folder.glob("*.json"))]
+    records = []
+    for path in sorted(folder.glob("*.json")):
+        found = read(path)
+        inside = [r for row in found["figures"] for r in row["records"]] if found["name"] == PACK else []
+        records += [{**each, "file": path.name} for each in (found, *inside)]
     return sorted(records, key=lambda record: record["environment"]["date"])

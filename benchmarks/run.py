@@ -52,7 +52,7 @@ class Run:
     peers: list[str]
     repeats: int
     warm_up: int
-    compile_networks: bool
+    compiled: set[str]
     ceilings: ceilings.Ceilings
     revision: revisions.Revision | None = None
     rows: list[dict] = field(default_factory=list)
@@ -116,7 +116,7 @@ class Run:
         makers = {}
         if "eager" in self.peers:
             makers["eager"] = lambda: peers.eager(case, self.dtype, self.device)
-        if "compiled" in self.peers and (self.compile_networks or case.op not in SIDE_NETWORKS):
+        if "compiled" in self.peers and case.op in self.compiled:
             makers["compiled"] = lambda: peers.compiled(case, self.dtype, self.device)
         if "block" in self.peers and (found := peers.block(case, self.dtype)):
             makers["block"] = lambda: found
@@ -263,6 +263,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--backend", nargs="+", choices=ops.BACKENDS[1:], help="default: all that work here")
     parser.add_argument("--peers", nargs="*", choices=PEERS, help="default: all, see --quick")
     parser.add_argument(
+        "--compile",
+        nargs="*",
+        choices=EVERYTHING,
+        metavar="OP",
+        help="the ops whose peer `compiled` is measured (default: all). Compiling the loop over layers of "
+        "relu_attention, guidance or a side network takes minutes",
+    )
+    parser.add_argument(
         "--base", metavar="REV", help="a git revision to measure in the same run; native: it is built first"
     )
     parser.add_argument("--repeats", type=_positive, help="rounds (default: 30 on CUDA, 7 on a CPU)")
@@ -303,6 +311,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     for name, value in defaults.items():
         if getattr(options, name) is None:
             setattr(options, name, value)
+    if options.compile is None:
+        options.compile = [op for op in EVERYTHING if not (options.quick and op in SIDE_NETWORKS)]
     available = peers.backends(torch.device(options.device))
     for backend in options.backend or ():
         if backend not in available:
@@ -370,12 +380,12 @@ def _run(options: argparse.Namespace, stack: ExitStack, command: str) -> int:
         peers=chosen,
         repeats=options.repeats,
         warm_up=1 if options.quick else 3,
-        compile_networks=not options.quick,
+        compiled=set(options.compile),
         ceilings=ceilings.measure(dtype, device, options.quick),
         revision=revision,
         notes=notes,
     )
-    if options.quick and "compiled" in chosen and set(options.op) & set(SIDE_NETWORKS):
+    if options.quick and "compiled" in chosen and set(options.op) & set(SIDE_NETWORKS) - run.compiled:
         notes["compiled side networks"] = "not with --quick, it takes minutes"
     top = run.ceilings
     where = record.environment(device)["device"]

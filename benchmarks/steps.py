@@ -46,7 +46,8 @@ class Setting:
         model: a name in ``MODELS``. batch: clips. frames: encoder frames of each clip, the whole window.
         reduction_factor: of the side networks. dtype: of the computation; float32 means everywhere, a half
             type means frozen weights in it and autocast to it over float32 masters. device: where.
-        backend: of the ops, see ``meft_kernels.use_backend``.
+        backend: of the ops, see ``meft_kernels.use_backend``. cuda_graphs: capture the step, where the method
+            runs beside a frozen encoder.
 
     Raises:
         UserError: a value that cannot be used.
@@ -59,6 +60,7 @@ class Setting:
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
     backend: str = "auto"
+    cuda_graphs: bool = False
 
     def __post_init__(self):
         if self.model not in MODELS:
@@ -183,6 +185,10 @@ class TrainingStep:
     def __init__(self, method: str, setting: Setting):
         self.setting = setting
         self.model = build(method, setting)
+        if setting.cuda_graphs:
+            if method in PUBLISHED:
+                raise UserError(f"{method} cannot be captured in CUDA graphs")
+            self.model.use_cuda_graphs()
         self.features, self.labels = setting.batch_of_clips()
         self.trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         kind = torch.device(setting.device).type

@@ -26,6 +26,8 @@ from whisper_meft.errors import UserError, one_line
 from whisper_meft.files import check_writable
 from whisper_meft.memory.counting import count_step
 
+from meft_kernels.ops import self_check
+
 from . import record
 from .published import PAPER_GIB
 from .steps import (
@@ -66,6 +68,22 @@ def _forget_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
+def _step_of_a_toy(method: str, setting: Setting) -> None:
+    toy = replace(setting, model="toy", batch=1, frames=8, reduction_factor=4)
+    try:
+        training_step(method, toy)()
+    except UserError:  # its options fit the encoder, not the toy
+        training_step(method.partition(":")[0], toy)()
+
+
+def _load_libraries(setting: Setting) -> None:
+    """Products in both types of a step, forward and backward, each of which has a workspace of its own. A
+    toy's step would compile kernels of a width that nobody times."""
+    for dtype in {torch.float32, setting.dtype}:
+        x = torch.randn(64, 64, device=setting.device, dtype=dtype, requires_grad=True)
+        (x @ x).sum().backward()
+
+
 def probe(method: str, setting: Setting) -> dict:
     """Memory, gradients and parameters of a method; on a CPU the peak is only right in a fresh process.
 
@@ -75,11 +93,10 @@ def probe(method: str, setting: Setting) -> dict:
     """
     on_gpu = torch.device(setting.device).type == "cuda"
     # What a first step loads and keeps (libraries, code pages, workspaces) is no memory of the method.
-    toy = replace(setting, model="toy", batch=1, frames=8, reduction_factor=4)
-    try:
-        training_step(method, toy)()
-    except UserError:  # its options fit the encoder, not the toy
-        training_step(method.partition(":")[0], toy)()
+    if on_gpu:
+        _load_libraries(setting)
+    else:
+        _step_of_a_toy(method, setting)
     _release()
     before = torch.cuda.memory_allocated() if on_gpu else _resident("VmRSS")
     step = training_step(method, setting)
@@ -108,6 +125,7 @@ def probe_in_fresh_process(method: str, setting: Setting) -> dict:
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     values = vars(setting) | {"dtype": str(setting.dtype).removeprefix("torch.")}
     command = [sys.executable, "-m", "benchmarks.train_step", "--probe", method]
+    command += ["--cuda_graphs"] * values.pop("cuda_graphs")
     command += [f"--{name}={value}" for name, value in values.items()]
     done = subprocess.run(command, cwd=record.ROOT, env=environment, capture_output=True, text=True)
     if done.returncode == -9:
@@ -211,8 +229,9 @@ def measure(method: str, setting: Setting, repeats: int, count: bool = True) -> 
 
     Returns:
         ``method``, ``status`` (``"ok"``, ``"invalid: ..."``, ``"out of memory"``, ``"failed: ..."``),
-        ``counted_bytes`` (see :func:`counted`), and as far as it came what :func:`probe` and :func:`clock`
-        return.
+        ``counted_bytes`` (see :func:`counted`), ``refused_kernels`` (those that failed their check so far in
+        this process, so that the reference took their place), and as far as it came what :func:`probe` and
+        :func:`clock` return.
     """
     row = {"method": method, "status": "ok", "counted_bytes": counted(method, setting) if count else None}
     on_cpu = torch.device(setting.device).type == "cpu"
@@ -226,6 +245,7 @@ def measure(method: str, setting: Setting, repeats: int, count: bool = True) -> 
     except Exception as error:  # one method must not cost the others their rows
         row["status"] = "out of memory" if _out_of_memory(error) else f"failed: {one_line(error)}"
     _release()  # after the except clause: the error's frames hold tensors
+    row["refused_kernels"] = self_check.refused()
     return row
 
 
@@ -311,6 +331,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: bfloat16 on a GPU)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU where there is one")
     parser.add_argument("--backend", choices=("auto", "reference", "native", "triton"), default="auto")
+    parser.add_argument("--cuda_graphs", action="store_true", help="capture the steps (on a GPU)")
     parser.add_argument(
         "--repeats", type=int, help="timed steps, 0: memory alone (default: 10 on a GPU, 3 on a CPU)"
     )
@@ -328,6 +349,8 @@ def _setting(options: argparse.Namespace) -> Setting:
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device cuda was asked for, this machine has none: use --device cpu")
     on_cpu = device == "cpu"
+    if options.cuda_graphs and on_cpu:
+        raise UserError("cuda_graphs needs --device cuda, got cpu")
     check_backend(options.backend, device)
     return Setting(
         model=options.model,
@@ -337,6 +360,7 @@ def _setting(options: argparse.Namespace) -> Setting:
         dtype=parse_dtype(options.dtype) or (torch.float32 if on_cpu else torch.bfloat16),
         device=device,
         backend=options.backend,
+        cuda_graphs=options.cuda_graphs,
     )
 
 
@@ -345,7 +369,7 @@ def described(setting: Setting) -> str:
     dtype = str(setting.dtype).removeprefix("torch.")
     return (
         f"whisper-{setting.model}, batch {setting.batch}, {setting.frames} frames, {dtype}, reduction factor "
-        f"{setting.reduction_factor}, backend {setting.backend}"
+        f"{setting.reduction_factor}, backend {setting.backend}{', CUDA graphs' * setting.cuda_graphs}"
     )
 
 
