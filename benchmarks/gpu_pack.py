@@ -11,6 +11,7 @@ with ``--parts`` it runs the stages named once more.
 """
 
 import argparse
+import contextlib
 import hashlib
 import importlib.util
 import os
@@ -23,7 +24,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -317,7 +317,8 @@ def run_part(part: Part, out: Path, seconds: float, records: Path | None = None)
     if row["status"] == "ok" and process.returncode not in (0, _NOTHING_TO_TEST):
         row["status"] = f"failed: exit status {process.returncode}"
     for path in sorted(path for path in records.glob("*.json") if path.name not in before):
-        row["records"].append(record.read(path))
+        with contextlib.suppress(UserError):  # what a stage was writing when it was killed
+            row["records"].append(record.read(path))
         path.unlink()
     try:
         row["headline"] = _plain(part.headline(output, row["records"]))
@@ -397,12 +398,14 @@ def run(todo: Sequence[Part], state: State, minutes: float) -> list[dict]:
     ends, rows = 0.0, []
     for part in todo:
         ends += total * part.share / whole
-        with tempfile.TemporaryDirectory(prefix="gpu_pack-") as records:
+        with tempfile.TemporaryDirectory() as folder:
             # A stage's folder of records is its own: the pack's folder holds none of their files.
-            arguments = tuple(records if each == str(state.out) else each for each in part.arguments)
-            here = replace(part, arguments=arguments)
+            records = Path(folder) / "records"
+            records.mkdir()
+            arguments = (str(records) if each == str(state.out) else each for each in part.arguments)
+            here = replace(part, arguments=tuple(arguments))
             try:
-                row = run_part(here, state.out, start + ends - time.monotonic(), Path(records))
+                row = run_part(here, state.out, start + ends - time.monotonic(), records)
             except KeyboardInterrupt:
                 row = _row(part) | {"status": "interrupted"}
             except Exception as error:  # no stage may end the run
@@ -461,7 +464,7 @@ def load(folder: Path, device: str, shapes: dict, command: str) -> State:
 # --- the command --------------------------------------------------------------------------------------------
 
 
-@contextmanager
+@contextlib.contextmanager
 def _terminating_as_interrupted() -> Iterator[None]:
     """SIGTERM ends the stage that runs, as Ctrl-C does, and what is known is still recorded."""
     if threading.current_thread() is not threading.main_thread():

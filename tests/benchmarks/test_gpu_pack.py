@@ -17,8 +17,9 @@ from benchmarks import gpu_pack, profiled, record
 from benchmarks.gpu_pack import Part, run, run_part
 
 COPY_THEN_HANG = """
-import shutil, sys, time
+import pathlib, shutil, sys, time
 shutil.copy(sys.argv[1], sys.argv[2])
+pathlib.Path(sys.argv[2], ".half-written.json").write_text("{")
 time.sleep(60)
 """
 STUBBORN = """
