@@ -27,8 +27,6 @@ from .common import (
     frame_weights,
     masked_mean,
     row_blocks,
-    standardize,
-    standardize_bwd,
 )
 
 
@@ -58,20 +56,18 @@ def _centred(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
 
 def _features(
     x: Tensor, padding: Tensor | None, norm_weight: Tensor, norm_bias: Tensor, relu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """n (B, T, r), LNhat(x) (B, T, r) and its rstd (B, T, 1) in the type of the weights; padding frames
-    (B, T) count as zeros."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """n (B, T, r), and of the LayerNorm before it x (B, T, r), mean and rstd (B, T, 1), in the type of the
+    weights; padding frames (B, T) count as zeros."""
     x = x.to(norm_weight.dtype).contiguous()
-    normed, rstd = standardize(x if padding is None else x.masked_fill(padding[..., None], 0))
-    affine = torch.addcmul(norm_bias, normed, norm_weight)
-    return affine.relu_() if relu else affine, normed, rstd
+    x = x if padding is None else x.masked_fill(padding[..., None], 0)
+    n, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], norm_weight, norm_bias, NORM_EPS)
+    return n.relu_() if relu else n, x, mean, rstd
 
 
-def _inverse_std(n: Tensor, product: Tensor, cross: Tensor, square: Tensor, width: int) -> Tensor:
-    """s_t, (B, T); ``product`` is M n_t + m, ``square`` |bc|^2."""
-    square = torch.addmv(square, n.view(-1, n.shape[-1]), cross).view(n.shape[:-1])
-    square += (product * n).sum(-1)
-    return square.div_(width).clamp_(min=0).add_(NORM_EPS).rsqrt_()
+def _inverse_std(square: Tensor, width: int) -> Tensor:
+    """s_t in the place of D var_t, (B, T)."""
+    return square.clamp_(min=0).div_(width).add_(NORM_EPS).rsqrt_()
 
 
 def _product(n: Tensor, gram: Tensor, cross: Tensor) -> Tensor:
@@ -97,17 +93,17 @@ def forward(
     )
     batch, frames, width = x.shape
     weight, bias = _centred(weight, bias)
-    gram, cross, square = weight.T @ weight, bias @ weight, bias @ bias
+    gram, twice_cross, square = weight.T @ weight, 2 * (bias @ weight), bias @ bias
     share = frame_weights(lengths, batch, frames, x)
     padding = None if lengths is None else share == 0
     pooled, scale_sum = share.new_empty(batch, width), share.new_empty(batch)
     for clips in row_blocks(batch, frames * width, x.device):
-        of_part = None if padding is None else padding[clips]
-        n, _, _ = _features(x[clips], of_part, norm_weight, norm_bias, relu)
-        product = _product(n, gram, cross)
-        scale = _inverse_std(n, product, cross, square, weight.shape[0]).mul_(share[clips])
+        n = _features(x[clips], None if padding is None else padding[clips], norm_weight, norm_bias, relu)[0]
+        quadratic = _product(n, gram, twice_cross).mul_(n).sum(-1).add_(square)
+        scale = _inverse_std(quadratic, weight.shape[0]).mul_(share[clips])
         torch.bmm(scale[:, None], n, out=pooled[clips, None])
         torch.sum(scale, -1, out=scale_sum[clips])
+        del n
     up = torch.addmm(scale_sum[:, None] * bias, pooled, weight.T)
     return torch.addcmul(out_norm_bias, out_norm_weight, up).to(x.dtype)
 
@@ -135,43 +131,47 @@ def backward(
     gram, cross, square = weight.T @ weight, bias @ weight, bias @ bias
     share = frame_weights(lengths, batch, frames, x)
     padding = None if lengths is None else share == 0
+    share_of_variance = share * (-1 / size)
     grad = grad.to(wide)
     e = out_norm_weight * grad
     grad_pooled, grad_scale_sum = e @ weight, e @ bias
-    pooled, scale_sum = share.new_empty(batch, width), share.new_empty(batch)
+    pooled, scale_sum, zeroth = share.new_empty(batch, width), share.new_empty(batch), share.new_empty(batch)
     grad_x = x.new_empty(x.shape if need_x else 0)
-    second, first, zeroth, grad_norm_weight, grad_norm_bias = (
-        torch.zeros(shape, dtype=wide, device=x.device) for shape in ((width, width), width, (), width, width)
+    second, first, grad_norm = (
+        torch.zeros(shape, dtype=wide, device=x.device) for shape in ((width, width), width, (2, width))
     )
     for clips in row_blocks(batch, frames * width, x.device):
         p, of_part = share[clips], None if padding is None else padding[clips]
-        n, normed, rstd = _features(x[clips], of_part, norm_weight, norm_bias, relu)
+        n, given_x, mean, rstd = _features(x[clips], of_part, norm_weight, norm_bias, relu)
+        rows = n.view(-1, width)
         grad_n = _product(n, gram, cross)  # which it becomes
-        inverse = _inverse_std(n, grad_n, cross, square, size)
+        quadratic = torch.addmv(square, rows, cross).view(p.shape).add_((grad_n * n).sum(-1))
+        inverse = _inverse_std(quadratic, size)
         scale = p * inverse
         torch.bmm(scale[:, None], n, out=pooled[clips, None])
         torch.sum(scale, -1, out=scale_sum[clips])
-        grad_inverse = (n @ grad_pooled[clips, :, None]).squeeze(-1).add_(grad_scale_sum[clips, None])
-        q = inverse.pow_(3).mul_(grad_inverse).mul_(p).mul_(-0.5 / size)  # (b, T)
-        weighted = (q[..., None] * n).view(-1, width)
-        second.addmm_(weighted.T, n.view(-1, width))
-        first += weighted.sum(0)
-        zeroth += q.sum()
-        del weighted
-        grad_n.mul_(q.mul_(2)[..., None]).addcmul_(scale[..., None], grad_pooled[clips, None])
+        grad_inverse = torch.baddbmm(grad_scale_sum[clips, None, None], n, grad_pooled[clips, :, None])
+        twice_q = inverse.pow_(3).mul_(grad_inverse.squeeze(-1)).mul_(share_of_variance[clips])  # (b, T)
+        second.addmm_((twice_q[..., None] * n).view(-1, width).T, rows)
+        first.addmv_(rows.T, twice_q.view(-1))
+        torch.sum(twice_q, -1, out=zeroth[clips])
+        grad_n.mul_(twice_q[..., None]).addcmul_(scale[..., None], grad_pooled[clips, None])
         if relu:
             grad_n.mul_(n > 0)
-        del n
-        grad_norm_weight += (grad_n * normed).sum((0, 1))
-        grad_norm_bias += grad_n.sum((0, 1))
+        del n, rows
+        grad_given, *of_norm = torch.ops.aten.native_layer_norm_backward(
+            grad_n, given_x, (width,), mean, rstd, norm_weight, norm_bias, [need_x, True, True]
+        )
+        del grad_n, given_x
+        grad_norm += torch.stack(of_norm)
         if need_x:
-            grad_x[clips] = standardize_bwd(grad_n.mul_(norm_weight), normed, rstd)
-    grad_weight = torch.addmm(2 * (weight @ second + bias[:, None] * first), e.T, pooled)
-    grad_bias = scale_sum @ e + 2 * (weight @ first + bias * zeroth)
+            grad_x[clips] = grad_given
+        del grad_given
+    grad_weight = torch.addmm(weight @ second + bias[:, None] * first, e.T, pooled)
+    grad_bias = scale_sum @ e + weight @ first + bias * zeroth.sum()
     up = torch.addmm(scale_sum[:, None] * bias, pooled, weight.T)
     grads = (
-        grad_norm_weight,
-        grad_norm_bias,
+        *grad_norm,
         *_centred(grad_weight, grad_bias),
         (grad * up).sum(0),
         grad.sum(0),
