@@ -165,10 +165,6 @@ def _grid(row: Row, rows: int, width: int) -> tuple[int, int]:
     return groups, groups * triton.cdiv(width, row.blocks["BLOCK_N"])
 
 
-def _options(row: Row) -> dict:
-    return {**row.blocks, **row.options}
-
-
 def _are_fp32(*tensors: Tensor | None) -> bool:
     return all(tensor is None or tensor.dtype == torch.float32 for tensor in tensors)
 
@@ -189,7 +185,13 @@ def encode(x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tenso
     given = rows, mean, rstd
     with on_device(x):
         launch(
-            eight_bit_channels_kernel, (programs,), *given, parts, rows.shape[0], D=width, **_options(first)
+            eight_bit_channels_kernel,
+            (programs,),
+            *given,
+            parts,
+            rows.shape[0],
+            D=width,
+            **first.blocks_and_options,
         )
         channels = parts[:, 0].sum(0), parts[:, 1:].amax(0)
         launch(
@@ -203,7 +205,7 @@ def encode(x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tenso
             rows.shape[0],
             D=width,
             LARGEST=reference.LARGEST,
-            **_options(second),
+            **second.blocks_and_options,
         )
     return code.view(reference.CODE_DTYPE).view(x.shape), scale, shift
 
@@ -238,7 +240,7 @@ def decode(
             rows.shape[0],
             D=width,
             OF_X=mean is not None,
-            **_options(row),
+            **row.blocks_and_options,
         )
     return out.view(code.shape)
 

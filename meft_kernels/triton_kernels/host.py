@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 import triton
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..reference import stand_in
 from ..reference.common import matmul
@@ -58,9 +57,6 @@ def aligned(x: Tensor, width: int) -> Tensor:
     return rows if rows.data_ptr() % 16 == 0 else rows.clone()
 
 
-_made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
 def once_per_step(weight: Tensor, dtype: torch.dtype, block: int, make: Callable[[], tuple]) -> tuple:
     """What ``make`` gives of a weight in another ``dtype``, made once for all who ask with one ``block``.
 
@@ -69,7 +65,7 @@ def once_per_step(weight: Tensor, dtype: torch.dtype, block: int, make: Callable
     """
     if stand_in.active() or weight.is_leaf or weight.dtype == dtype:
         return make()
-    key, known = (dtype, block, weight._version), _made.setdefault(weight, {})
+    key, known = (dtype, block, weight._version), weight.__dict__.setdefault("_made_of_it", {})
     if key not in known:
         known[key] = make()
     return known[key]
@@ -114,14 +110,26 @@ def split_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     in tiles of 128 x 128, fill the GPU and are then added up in a fixed order. The partials are written and
     read, about WAVES * MULTIPROCESSORS tiles of 64 KB: 17 MB each way.
     """
-    tiles = triton.cdiv(a.shape[1], 128) * triton.cdiv(b.shape[1], 128)
-    size = max(LEAST_ROWS, split(a.shape[0], tiles)[0] // 8 * 8)  # groups start at multiples of 16 bytes
-    whole = a.shape[0] // size * size
-    rest = matmul(a[whole:].T, b[whole:], dtype)
+    rows = a.shape[0]
+    size = _rows_per_part(rows, triton.cdiv(a.shape[1], 128) * triton.cdiv(b.shape[1], 128))
+    whole = rows // size * size
     if whole == 0:
-        return rest
-    parts = matmul(a[:whole].view(-1, size, a.shape[1]).mT, b[:whole].view(-1, size, b.shape[1]), dtype)
-    return parts.sum(0).add_(rest)
+        return matmul(a.T, b, dtype)
+    total = matmul(a[:whole].view(-1, size, a.shape[1]).mT, b[:whole].view(-1, size, b.shape[1]), dtype).sum(
+        0
+    )
+    return total if whole == rows else total.add_(matmul(a[whole:].T, b[whole:], dtype))
+
+
+@functools.cache
+def _rows_per_part(rows: int, tiles: int) -> int:
+    """Of a product over ``rows`` with so many tiles: a multiple of 8, so that parts start at multiples of 16
+    bytes, that leaves no rest where a few parts less do."""
+    size = max(LEAST_ROWS, split(rows, tiles)[0] // 8 * 8)
+    for parts in range(rows // size, 3 * rows // (4 * size), -1):
+        if rows % (8 * parts) == 0:
+            return rows // parts
+    return size
 
 
 def compile_arguments(function, types: dict, constants: dict) -> tuple:

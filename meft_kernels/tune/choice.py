@@ -17,10 +17,16 @@ def choose(
         architecture: of the device.
         device_name: whose measured rows come before the table's; None for the table alone.
     """
-    family = FAMILIES[architecture]
     measured = () if device_name is None else device_file.read(device_name)
-    found = (best_of(rows, kernel, width, family) for rows in (_trial, measured, TABLE))
-    return next((row for row in found if row is not None), None)
+    key, tables = (kernel, width, architecture, device_name), (_trial, measured, TABLE)
+    known = _chosen.get(key)
+    if known is None or any(given is not before for given, before in zip(tables, known[0])):
+        found = (best_of(rows, kernel, width, FAMILIES[architecture]) for rows in tables)
+        known = _chosen[key] = tables, next((row for row in found if row is not None), None)
+    return known[1]
+
+
+_chosen: dict[tuple, tuple[tuple, Row | None]] = {}  # with the tables that were chosen from
 
 
 def best_of(rows: Iterable[Row], kernel: str, width: int, family: str) -> Row | None:

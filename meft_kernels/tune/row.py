@@ -1,6 +1,7 @@
 """One choice of block sizes, and the architectures and types that it is made for."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
@@ -47,10 +48,15 @@ class Row:
     precision: str = "tf32x3"
     descriptors: bool = False
 
-    @property
+    @cached_property
     def options(self) -> dict[str, int]:
         """What a launch takes beside the kernel's arguments."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+    @cached_property
+    def blocks_and_options(self) -> dict[str, int]:
+        """``blocks`` and ``options`` in one."""
+        return {**self.blocks, **self.options}
 
 
 def architecture(capability: tuple[int, int] | None, amd_name: str | None = None) -> Architecture:
