@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
+from .ops.projected_attention import FeatureSlab, serves
 from .reference import HiddenState
 from .reference.modules import (
     adapter_params,
@@ -54,11 +55,15 @@ class LST(_Folded, reference.LST):
         first_fold, *folded = folded or self.fold()
         first = next(stream)
         self.check_lengths(lengths, first.values)
-        state = ops.folded_linear(first.values, *first_fold, first.statistics, keep)
+        again = first.again
+        state = ops.folded_linear(first.values, *first_fold, first.statistics, keep, again)
+        del first
         for hidden_state, projection, rung in zip(stream, folded, self.rungs):
             # Aliases of this step: what the kernels make of one is made once for forward and backward.
             adapter = (parameter.view_as(parameter) for parameter in adapter_params(rung))
             parameters = (*projection, rung.gate, *adapter)
+            if again is not None and rung is self.rungs[-1]:
+                keep = "exact"  # in the place of the first
             state = ops.folded_ladder(hidden_state.values, state, *parameters, hidden_state.statistics, keep)
         return state
 
@@ -73,13 +78,26 @@ class UniPT(_Folded, reference.UniPT):
         folded: Sequence[tuple[Tensor, Tensor]] | None = None,
     ) -> Tensor:
         """Z, (B, T, r); ``folded``: what ``fold`` gave, if it was called before."""
-        features = []
-        for projection, hidden_state in zip(folded or self.fold(), self.read(hidden_states), strict=True):
-            values, statistics = hidden_state.values, hidden_state.statistics
-            features.append(ops.folded_linear(values, *projection, statistics, self.saved_activations))
-        *features, anchor = features
-        self.check_lengths(lengths, anchor)
-        merged = ops.relu_attention(anchor, self.gate.weight, self.gate.bias, features, lengths)
+        *folded, of_anchor = folded or self.fold()
+        stream, keep = self.read(hidden_states), self.saved_activations
+        first = next(stream)
+        self.check_lengths(lengths, first.values)
+        slab = FeatureSlab(len(folded)) if serves(first.values) else None
+        project = ops.folded_linear if slab is None else slab.add
+        again = first.again
+        features = [project(first.values, *folded[0], first.statistics, keep, again)]
+        del first
+        for projection, hidden_state in zip(folded[1:], stream):
+            features.append(project(hidden_state.values, *projection, hidden_state.statistics, keep))
+        hidden_state = next(stream)
+        keep = keep if again is None else "exact"  # in the place of the first
+        anchor = ops.folded_linear(hidden_state.values, *of_anchor, hidden_state.statistics, keep)
+        del hidden_state  # which need not wait for the attention
+        gate = (self.gate.weight, self.gate.bias)
+        if slab is None:
+            merged = ops.relu_attention(anchor, *gate, features, lengths)
+        else:
+            merged = slab.attend(anchor, *gate, lengths)
         return anchor + ops.adapter(merged, *adapter_params(self.adapter))
 
 

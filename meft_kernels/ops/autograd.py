@@ -3,10 +3,10 @@
 Each op saves its inputs for the backward and nothing else: what the forward computed is recomputed. Only the
 C++ kernels keep, of fp32 activations, the projection (..., r) of a hidden state as well: that is most of what
 there is to recompute (``native.keeps_projection``). With ``saved_activations="fp8"`` the leading input x, a
-hidden state, is kept as an 8-bit normalised copy instead.
+hidden state, is kept as an 8-bit normalised copy instead; one that is cheap to make again is not kept at all.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from .. import native, reference
 from ..reference import SAVED_ACTIVATIONS, stand_in
 from . import backends, schemas
 from .second_derivative import refuses_second_derivative
+
+# How a Function keeps x: as it is, as an 8-bit copy, or not, but by what makes it again.
+Keep = str | Callable[[], Tensor]
 
 
 def _pack(name: str, arguments: Sequence) -> tuple:
@@ -25,7 +28,7 @@ def _pack(name: str, arguments: Sequence) -> tuple:
 
 
 def make_function(name: str) -> type[torch.autograd.Function]:
-    """The autograd Function of an op; its first arguments are the backend and whether x is kept in 8 bits."""
+    """The autograd Function of an op; its first arguments are the backend and how x is kept (``Keep``)."""
     names = schemas.ARGUMENT_NAMES[name]
     has_flag = names[-1] == "relu"
     takes_need_x = names[0] == "x"
@@ -33,26 +36,25 @@ def make_function(name: str) -> type[torch.autograd.Function]:
 
     class OpFunction(torch.autograd.Function):
         @staticmethod
-        def forward(backend: str, in_8_bits: bool, *arguments):
-            if _keeps_slab(name, backend, arguments[0]):
+        def forward(backend: str, keep: Keep, *arguments):
+            if name == "relu_attention" and reads_slab(backend, arguments[0]):
                 # The features are kept as the slab that the kernel reads, and copied into it once.
                 slab = torch.stack(arguments[len(names) - 1 :])
                 packed = (*arguments[: len(names) - 1], list(slab.unbind(0)))
                 return backends.kernel(name, backend)(*packed), slab
-            if backend in ("auto", "native") and not in_8_bits and native.keeps_projection(name, arguments):
+            if backend in ("auto", "native") and keep == "exact" and native.keeps_projection(name, arguments):
                 return native.kernel(f"{name}_keeping")(*arguments)
             return backends.kernel(name, backend)(*_pack(name, arguments))
 
         @staticmethod
         def setup_context(ctx, inputs, output) -> None:
-            ctx.backend, ctx.in_8_bits, *arguments = inputs
+            ctx.backend, ctx.keep, *arguments = inputs
             ctx.slab = False
             if has_flag:
                 *arguments, ctx.flag = arguments
-            if ctx.in_8_bits:
-                arguments = _encoded(ctx.backend, names, arguments)
+            arguments = kept(ctx.backend, names, ctx.keep, arguments)
             ctx.keeping = isinstance(output, tuple)
-            if ctx.keeping and _keeps_slab(name, ctx.backend, arguments[0]):
+            if ctx.keeping and name == "relu_attention":
                 slab = output[1]
                 ctx.mark_non_differentiable(slab)
                 ctx.set_materialize_grads(False)
@@ -77,8 +79,8 @@ def make_function(name: str) -> type[torch.autograd.Function]:
             if ctx.keeping:
                 *arguments, projection = arguments
                 extra, kernel = (projection,), native.kernel(f"{name}_keeping_bwd")
-            if ctx.in_8_bits:
-                arguments, extra = _decoded(ctx.backend, names, arguments, grad)
+            arguments, more = restored(ctx.backend, names, ctx.keep, arguments, grad)
+            extra = (*extra, *more)
             if has_flag:
                 arguments = (*arguments, ctx.flag)
             packed = _pack(name, arguments)
@@ -96,10 +98,24 @@ def make_function(name: str) -> type[torch.autograd.Function]:
     return OpFunction
 
 
-def _keeps_slab(name: str, backend: str, first: Tensor) -> bool:
-    """Whether an op of a list of features has a fused kernel that reads them from one slab."""
-    may = backend == "triton" or (backend == "auto" and stand_in.device_type(first.device) == "cuda")
-    return name == "relu_attention" and may
+def reads_slab(backend: str, first: Tensor) -> bool:
+    """Whether the fused ``relu_attention`` serves, which reads its features from one slab."""
+    return backend == "triton" or (backend == "auto" and stand_in.device_type(first.device) == "cuda")
+
+
+def kept(backend: str, names: list[str], keep: Keep, arguments: list) -> list:
+    """What a Function saves of the arguments of an op that begins with x, for ``restored``."""
+    if keep == "exact":
+        return arguments
+    return _encoded(backend, names, arguments) if keep == "fp8" else [None, *arguments[1:]]
+
+
+def restored(backend: str, names: list[str], keep: Keep, saved: Sequence, grad: Tensor) -> tuple[list, tuple]:
+    """The arguments that ``kept`` was given, or what stands for them, and what the backward takes after
+    them; ``grad`` has the type of x."""
+    if keep == "fp8":
+        return _decoded(backend, names, saved, grad)
+    return list(saved) if keep == "exact" else [keep(), *saved[1:]], ()
 
 
 def _encoded(backend: str, names: list[str], arguments: list) -> list:
@@ -133,14 +149,34 @@ def _decoded(backend: str, names: list[str], saved: Sequence, grad: Tensor) -> t
 FUNCTIONS = {name: make_function(name) for name in schemas.ARGUMENTS}
 
 
-def call(name: str, *arguments, saved_activations: str = "exact") -> Tensor:
-    """Runs an op with autograd where a gradient is asked for, else its kernel alone."""
+def how_to_keep(x: Tensor, saved_activations: str, again: Callable[[], Tensor] | None = None) -> Keep:
+    """How x is kept for a backward; ``again`` makes it again.
+
+    Raises:
+        ValueError: ``saved_activations`` is another word.
+    """
     if saved_activations not in SAVED_ACTIVATIONS:
         accepted = " or ".join(map(repr, SAVED_ACTIVATIONS))
         raise ValueError(f"saved_activations must be {accepted}, got {saved_activations!r}")
+    if saved_activations == "exact" or x.requires_grad:  # a gradient to x itself would need the exact x
+        return "exact"
+    return "fp8" if again is None else again
+
+
+def call(
+    name: str, *arguments, saved_activations: str = "exact", again: Callable[[], Tensor] | None = None
+) -> Tensor:
+    """Runs an op with autograd where a gradient is asked for, else its kernel alone."""
+    keep = how_to_keep(arguments[0], saved_activations, again)
     if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
-        # A gradient to x itself would need the exact x.
-        in_8_bits = saved_activations == "fp8" and not arguments[0].requires_grad
-        out = FUNCTIONS[name].apply(backends.current(), in_8_bits, *arguments)
+        out = FUNCTIONS[name].apply(backends.current(), keep, *arguments)
         return out[0] if isinstance(out, tuple) else out
     return backends.kernel(name)(*_pack(name, arguments))
+
+
+def activation(x: Tensor) -> Tensor:
+    """Casts fp32 activations to autocast's type where autocast is on."""
+    device = x.device.type
+    if x.dtype == torch.float32 and torch.is_autocast_enabled(device):
+        return x.to(torch.get_autocast_dtype(device))
+    return x

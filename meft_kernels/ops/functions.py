@@ -3,14 +3,13 @@
 Under autocast, fp32 activations are cast on entry; parameters stay fp32 masters and are cast inside.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
 from .. import reference
 from . import backends
-from .autograd import call
+from .autograd import activation, call
 
 
 def eight_bit(x: Tensor) -> Tensor:
@@ -71,6 +70,7 @@ def folded_linear(
     bias: Tensor,
     statistics: tuple[Tensor, Tensor] | None = None,
     saved_activations: str = "exact",
+    again: Callable[[], Tensor] | None = None,
 ) -> Tensor:
     """``norm_linear`` with parameters that ``fold`` gave.
 
@@ -78,6 +78,7 @@ def folded_linear(
         x: (..., D). weight: (r, D). bias: (r,).
         statistics: what ``row_statistics(x)`` would give, where it is known already.
         saved_activations: ``"exact"`` keeps x for the backward, ``"fp8"`` an 8-bit copy of the normalised x.
+        again: makes x again, so that with ``"fp8"`` not even the copy is kept.
 
     Returns:
         (..., r) in the type of x.
@@ -85,8 +86,9 @@ def folded_linear(
     Raises:
         ValueError: another ``saved_activations``.
     """
-    x, statistics = _activation(x), statistics or row_statistics(x)
-    return call("norm_linear", x, weight, bias, *statistics, saved_activations=saved_activations)
+    x, statistics = activation(x), statistics or row_statistics(x)
+    options = {"saved_activations": saved_activations, "again": again}
+    return call("norm_linear", x, weight, bias, *statistics, **options)
 
 
 def adapter(
@@ -107,7 +109,7 @@ def adapter(
         (..., r) in the type of x.
     """
     parameters = (norm_weight, norm_bias, weight_1, bias_1, weight_2, bias_2)
-    return call("adapter", _activation(x), *parameters)
+    return call("adapter", activation(x), *parameters)
 
 
 def ladder(
@@ -168,7 +170,7 @@ def folded_ladder(
     Raises:
         ValueError: another ``saved_activations``.
     """
-    x, statistics = _activation(x), statistics or row_statistics(x)
+    x, statistics = activation(x), statistics or row_statistics(x)
     parameters = (gate, norm_weight, norm_bias, weight_1, bias_1, weight_2, bias_2)
     arguments = (x, state.to(x.dtype), weight, bias, *statistics, *parameters)
     return call("ladder", *arguments, saved_activations=saved_activations)
@@ -199,7 +201,7 @@ def pooled_upsample(
         (B, D) in the type of x.
     """
     parameters = (norm_weight, norm_bias, weight, bias, out_norm_weight, out_norm_bias)
-    return call("pooled_upsample", _activation(x), *parameters, lengths, relu)
+    return call("pooled_upsample", activation(x), *parameters, lengths, relu)
 
 
 def relu_attention(
@@ -223,7 +225,7 @@ def relu_attention(
         ValueError: no features.
     """
     _check_features(features)
-    anchor = _activation(anchor)
+    anchor = activation(anchor)
     features = [feature.to(anchor.dtype) for feature in features]
     return call("relu_attention", anchor, gate_weight, gate_bias, lengths, *features)
 
@@ -248,7 +250,7 @@ def gated_down(
         (..., r) in the type of x.
     """
     parameters = (weight_1, bias_1, weight_2, bias_2, weight_3, bias_3)
-    return call("gated_down", _activation(x), *parameters, saved_activations=saved_activations)
+    return call("gated_down", activation(x), *parameters, saved_activations=saved_activations)
 
 
 def guidance(weight: Tensor, bias: Tensor, features: Sequence[Tensor]) -> Tensor:
@@ -265,7 +267,7 @@ def guidance(weight: Tensor, bias: Tensor, features: Sequence[Tensor]) -> Tensor
         ValueError: no features.
     """
     _check_features(features)
-    deep = _activation(features[-1])
+    deep = activation(features[-1])
     features = [*(feature.to(deep.dtype) for feature in features[:-1]), deep]
     return call("guidance", weight, bias, *features)
 
@@ -280,16 +282,8 @@ def gated_up(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, gate: Tensor) -
     Returns:
         (..., D) in the type of x.
     """
-    x = _activation(x)
+    x = activation(x)
     return call("gated_up", x, y.to(x.dtype), weight, bias, gate)
-
-
-def _activation(x: Tensor) -> Tensor:
-    """Casts fp32 activations to autocast's type where autocast is on."""
-    device = x.device.type
-    if x.dtype == torch.float32 and torch.is_autocast_enabled(device):
-        return x.to(torch.get_autocast_dtype(device))
-    return x
 
 
 def _check_features(features: Sequence[Tensor]) -> None:

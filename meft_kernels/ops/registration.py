@@ -8,6 +8,7 @@ one, where it was built (``native``), and everywhere else the reference.
 import functools
 import importlib
 from collections.abc import Callable
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -42,6 +43,8 @@ def _without_autocast(kernel: Callable) -> Callable:
 
     @functools.wraps(kernel)
     def run(first: Tensor, *arguments):
+        if not torch.is_autocast_enabled(first.device.type):
+            return kernel(first, *arguments)
         with torch.autocast(first.device.type, enabled=False):
             return kernel(first, *arguments)
 
@@ -51,11 +54,11 @@ def _without_autocast(kernel: Callable) -> Callable:
 def _triton_kernel(name: str, function: str) -> Callable:
     """A function of ``triton_kernels.<name>``, imported, and Triton with it, when it is first called."""
 
-    def run(*arguments):
-        module = importlib.import_module(f"..triton_kernels.{name}", __package__)
-        return getattr(module, function)(*arguments)
+    @functools.cache
+    def module() -> ModuleType:
+        return importlib.import_module(f"..triton_kernels.{name}", __package__)
 
-    return run
+    return lambda *arguments: getattr(module(), function)(*arguments)
 
 
 def _checked(schema: str, plain: Callable, fused: Callable) -> Callable:
@@ -65,6 +68,22 @@ def _checked(schema: str, plain: Callable, fused: Callable) -> Callable:
 
     def run(*given):
         return self_check.choose(name, names, given, plain, fused)(*given)
+
+    return run
+
+
+def _checked_in_place(plain: Callable, fused: Callable) -> Callable:
+    """``relu_attention_bwd_`` where ``relu_attention_bwd``, the same kernels, passes its check: a check of
+    its own would write over its arguments."""
+    row = next(row for row in schemas.REGISTERED if row.name == "relu_attention_bwd")
+    not_in_place = HOST_CODE[row.name]
+    names = [argument.split()[-1] for argument in row.schema.split(") ->")[0].split("(", 1)[1].split(", ")]
+
+    def run(*given):
+        *others, slab = given
+        listed = (*others, list(slab.unbind(0)))
+        chosen = self_check.choose(row.name, names, listed, not_in_place.plain, not_in_place.fused)
+        return (fused if chosen is not_in_place.fused else plain)(*given)
 
     return run
 
@@ -96,7 +115,9 @@ def _register() -> list[torch.library.Library]:
             use_fused = backend == "triton" and row.op not in WITHOUT_TRITON
             library.impl(name, fused if use_fused else plain, "CompositeExplicitAutograd")
             if backend == "auto" and HAS_TRITON and row.op not in WITHOUT_TRITON:
-                library.impl(name, _checked(row.schema, plain, fused), "CUDA")
+                in_place = row.function == "backward_in_place"
+                checked = _checked_in_place(plain, fused) if in_place else _checked(row.schema, plain, fused)
+                library.impl(name, checked, "CUDA")
             if backend in ("auto", "native") and native.has(name):
                 library.impl(name, _without_autocast(native.chosen(name, plain)), "CPU")
             torch.library.register_fake(f"{namespace}::{name}", row.fake, lib=library)

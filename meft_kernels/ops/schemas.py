@@ -92,6 +92,11 @@ def _fake_backward(name: str) -> Callable[..., list[Tensor]]:
     return fake
 
 
+def _fake_relu_attention_backward_in_place(grad: Tensor, *given: Tensor) -> list[Tensor]:
+    """Of anchor, gate_weight and gate_bias; the features' gradients go into the slab."""
+    return [argument.new_empty(argument.shape) for argument in given[:3]]
+
+
 class Registered(NamedTuple):
     """One operator: its schema, the op whose files hold its kernels, its function there, and its fake."""
 
@@ -128,6 +133,13 @@ def _registered() -> list[Registered]:
         backward = f"{name}_bwd(Tensor grad, {arguments}{flag}) -> Tensor[]"
         rows.append(Registered(f"{name}({arguments}) -> Tensor", name, "forward", _FAKES[name]))
         rows.append(Registered(backward, name, "backward", _fake_backward(name)))
+    in_place = (
+        "relu_attention_bwd_(Tensor grad, Tensor anchor, Tensor gate_weight, Tensor gate_bias, "
+        "Tensor? lengths, Tensor(a!) slab) -> Tensor[]"
+    )
+    rows.append(
+        Registered(in_place, "relu_attention", "backward_in_place", _fake_relu_attention_backward_in_place)
+    )
     return rows
 
 

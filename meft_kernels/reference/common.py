@@ -25,8 +25,8 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def row_blocks(rows: int, width: int, device: torch.device) -> Iterator[slice]:
-    """Slices that cover ``range(rows)``, each at most about ``BLOCK_ELEMENTS`` elements of rows ``width`` wide
-    and nearly as long as the others: an allocator then has the memory of one for the next."""
+    """Slices that cover ``range(rows)``, each at most about ``BLOCK_ELEMENTS`` elements of rows ``width``
+    wide and nearly as long as the others: an allocator then has the memory of one for the next."""
     elements = BLOCK_ELEMENTS.get(stand_in.device_type(device), DEFAULT_BLOCK_ELEMENTS)
     step = max(1, elements // max(1, width))
     step = max(1, -(-rows // max(1, -(-rows // step))))

@@ -5,7 +5,7 @@ and ``state_dict`` keys are shared. Symbols: B batch, T frames, D ``hidden_size`
 ``num_layers``.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,11 +26,14 @@ class HiddenState(NamedTuple):
 
     Attributes:
         values: (B, T, D). mean, rstd: (B, T), fp32 or float64, as ``ops.row_statistics`` gives them.
+        again: makes ``values`` again at little cost. A network that keeps 8-bit copies then keeps none of
+            them, but the last hidden state as it is, which takes no more than the two copies would.
     """
 
     values: Tensor
     mean: Tensor | None = None
     rstd: Tensor | None = None
+    again: Callable[[], Tensor] | None = None
 
     @property
     def statistics(self) -> tuple[Tensor, Tensor] | None:
@@ -104,12 +107,10 @@ class SideNetwork(nn.Module):
         """Index of the last hidden state that is read; a streaming backbone can stop after it."""
         return self.taps[-1]
 
-    def backward_bytes(self, itemsize: int) -> int:
-        """About so many bytes for each frame does the backward hold at once, of what it makes; whoever
-        chooses how many clips go together counts with it. ``itemsize``: of a hidden state."""
-        # In 8 bits, the exact state that a copy is made of, and the one that is made of the copy.
-        restored = 2 * self.hidden_size * itemsize if self.saved_activations != "exact" else 0
-        return restored + self.side_size * (4 + 5 * itemsize)
+    @property
+    def slabs(self) -> int:
+        """In how many slabs of clips a batch is best taken on a GPU, for memory's sake: one."""
+        return 1
 
     def extra_repr(self) -> str:
         text = f"hidden_size={self.hidden_size}, num_layers={self.num_layers}, side_size={self.side_size}"
@@ -426,11 +427,6 @@ class UniPT(_Upsampled):
         self.norm = nn.LayerNorm(hidden_size, eps=NORM_EPS, **place)
         self.reset_parameters()
 
-    def backward_bytes(self, itemsize: int) -> int:
-        """As ``SideNetwork.backward_bytes``: the features of all layers and their gradients are there at
-        once, each in one piece."""
-        return super().backward_bytes(itemsize) + 2 * len(self.taps) * self.side_size * itemsize
-
     def state(self, hidden_states: Iterable[Tensor], lengths: Tensor | None) -> Tensor:
         """Z, (B, T, r)."""
         features = []
@@ -476,9 +472,11 @@ class SHERL(SideNetwork):
         self.gate = nn.Parameter(torch.empty(1, **place))
         self.reset_parameters()
 
-    def backward_bytes(self, itemsize: int) -> int:
-        """As ``SideNetwork.backward_bytes``: the gradients of all layers' features are there at once."""
-        return super().backward_bytes(itemsize) + len(self.taps) * self.side_size * itemsize
+    @property
+    def slabs(self) -> int:
+        """As ``SideNetwork.slabs``: the gradients of all layers' features, which the backward holds at once,
+        are nearly a fifth of what is kept in 8 bits."""
+        return 1 if self.saved_activations == "exact" else 2
 
     @property
     def last_layer(self) -> int:

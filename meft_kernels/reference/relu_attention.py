@@ -159,3 +159,20 @@ def backward(
         for index, feature_grad in enumerate(feature_grads):
             grad_features[index][clips] = feature_grad + share * feature_shares[:, index, None]
     return [grad_anchor, grad_weight.to(gate_weight.dtype), torch.zeros_like(gate_bias), *grad_features]
+
+
+def backward_in_place(
+    grad: Tensor,
+    anchor: Tensor,
+    gate_weight: Tensor,
+    gate_bias: Tensor,
+    lengths: Tensor | None,
+    slab: Tensor,
+) -> list[Tensor]:
+    """As ``backward`` of the features in a slab (n, B, T, r), over which their gradients are written; returns
+    the other three."""
+    features = list(slab.unbind(0))
+    computed = backward(grad, anchor, gate_weight, gate_bias, lengths, features)
+    for feature, feature_grad in zip(features, computed[3:], strict=True):
+        feature.copy_(feature_grad)
+    return computed[:3]

@@ -449,17 +449,54 @@ def backward(
     features: list[Tensor],
 ) -> list[Tensor]:
     """Gradients of anchor, gate_weight, gate_bias (zero) and of each feature (slices of one slab)."""
-    batch, frames, width = anchor.shape
-    sum_row = _row("sum", anchor)
-    anchor_row = _row("bwd_anchor", anchor)
-    features_row = _row("bwd_features", anchor)
-    if None in (sum_row, anchor_row, features_row) or not anchor.numel():
+    rows = _backward_rows(anchor)
+    if rows is None:
         return reference.backward(grad, anchor, gate_weight, gate_bias, lengths, features)
-    grad, anchor = (aligned(x, width).view(anchor.shape) for x in (grad, anchor))
     slab = stacked(features)
-    grad_anchor = torch.empty(anchor.shape, dtype=torch.float32, device=anchor.device)
     grad_slab = torch.empty_like(slab)
-    sizes, boost = (len(features), batch, frames), reference.boost(frames)
+    others = _gradients(rows, grad, anchor, gate_weight, gate_bias, lengths, slab, grad_slab)
+    return [*others, *grad_slab.unbind(0)]
+
+
+def backward_in_place(
+    grad: Tensor,
+    anchor: Tensor,
+    gate_weight: Tensor,
+    gate_bias: Tensor,
+    lengths: Tensor | None,
+    slab: Tensor,
+) -> list[Tensor]:
+    """As ``reference.relu_attention.backward_in_place``."""
+    rows = _backward_rows(anchor)
+    if rows is None or not slab.is_contiguous():
+        return reference.backward_in_place(grad, anchor, gate_weight, gate_bias, lengths, slab)
+    return _gradients(rows, grad, anchor, gate_weight, gate_bias, lengths, slab, slab)
+
+
+def _backward_rows(anchor: Tensor) -> tuple[Row, Row, Row] | None:
+    """The rows of the three kernels of a backward, or None where the reference has to serve."""
+    rows = tuple(_row(kernel, anchor) for kernel in ("sum", "bwd_anchor", "bwd_features"))
+    return None if None in rows or not anchor.numel() else rows
+
+
+def _gradients(
+    rows: tuple[Row, Row, Row],
+    grad: Tensor,
+    anchor: Tensor,
+    gate_weight: Tensor,
+    gate_bias: Tensor,
+    lengths: Tensor | None,
+    slab: Tensor,
+    grad_slab: Tensor,
+) -> list[Tensor]:
+    """Fills grad_slab (n, B, T, r), which may be the slab of the features: of those the last kernel reads
+    what it writes. Returns the gradients of anchor, gate_weight and gate_bias."""
+    sum_row, anchor_row, features_row = rows
+    batch, frames, width = anchor.shape
+    layers = slab.shape[0]
+    grad, anchor = (aligned(x, width).view(anchor.shape) for x in (grad, anchor))
+    grad_anchor = torch.empty(anchor.shape, dtype=torch.float32, device=anchor.device)
+    sizes, boost = (layers, batch, frames), reference.boost(frames)
     # Two allocations: a slice would start at 16 bytes or not, and each case compiles a kernel of its own.
     delta, scale = (torch.empty(sizes, dtype=torch.float32, device=anchor.device) for _ in range(2))
     with on_device(anchor):
@@ -489,7 +526,7 @@ def backward(
         tiles = triton.cdiv(frames, features_row.blocks["BLOCK_N"])
         launch(
             relu_attention_bwd_features_kernel,
-            (len(features) * batch * tiles,),
+            (layers * batch * tiles,),
             *inputs,
             *_descriptors(anchor, features_row, features_row.blocks["BLOCK_M"]),
             *_descriptors(grad, features_row, features_row.blocks["BLOCK_M"]),
@@ -511,7 +548,6 @@ def backward(
         grad_anchor.to(anchor.dtype),
         grad_weight[None].to(gate_weight.dtype),
         torch.zeros_like(gate_bias),
-        *grad_slab.unbind(0),
     ]
 
 

@@ -8,8 +8,9 @@ from modelling_fixtures import CONFIGS, LAYERS, WINDOW, batch, randomise, tiny_w
 from torch._subclasses.fake_tensor import is_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 from whisper_meft import HeadConfig, MeftConfig, UserError, WeightedSumConfig, get_meft_model
-from whisper_meft.encoder import chunked
+from whisper_meft.encoder import chunked, frozen
 
+from meft_kernels.ops import backends
 from meft_kernels.testing import relative_error
 
 READERS = CONFIGS | {"head": HeadConfig, "weighted_sum": WeightedSumConfig}
@@ -267,19 +268,63 @@ def test_copies_in_8_bits_leave_the_scores_as_they_are_in_slabs(method, slabs):
     assert relative_error(logits, exact_scores[1]) < 1e-10
 
 
-def test_slabs_follow_what_the_backward_holds():
+def test_slabs_are_the_batch_or_what_a_side_network_asks_for():
     side = build("lst", torch.float32).side_network
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    half = torch.bfloat16
-    assert chunked.automatic_slab(side, 1500, 128, 7, half, cpu) == 7
-    assert chunked.automatic_slab(torch.nn.Identity(), 1500, 128, 7, half, gpu) == 7
-    most = chunked._SLAB_BYTES // (1500 * side.backward_bytes(2))
-    sizes = {chunk: chunked.automatic_slab(side, 1500, 10 * most, chunk, half, gpu) for chunk in (1, 7, most)}
-    # Chunks, in a number that is a power of two, and as many as fit.
-    assert all(slab % chunk == 0 and (slab // chunk).bit_count() == 1 for chunk, slab in sizes.items())
-    assert all(slab <= most < 2 * slab for slab in sizes.values())
-    assert chunked.automatic_slab(side, 1500, sizes[7] - 1, 7, half, gpu) == sizes[7] - 1
-    assert chunked.automatic_slab(side, 10**9, 128, 7, half, gpu) == 7
-    assert chunked.automatic_slab(side, 1500, 0, 7, half, gpu) == 1
-    others = (build(method, saved_activations="fp8").side_network for method in ("lst", "unipt", "sherl"))
-    assert all(other.backward_bytes(2) > side.backward_bytes(2) for other in others)
+    assert chunked.automatic_slab(side, 128, 7, cpu) == 7
+    assert chunked.automatic_slab(torch.nn.Identity(), 128, 7, gpu) == 7
+    assert chunked.automatic_slab(side, 128, 7, gpu) == 128
+    assert chunked.automatic_slab(side, 0, 7, gpu) == 1
+    in_8_bits = build("sherl", saved_activations="fp8").side_network
+    assert chunked.automatic_slab(in_8_bits, 9, 2, gpu) == 5
+
+
+@pytest.mark.parametrize("rows, parts", [(128, 13), (13, 4), (3, 4), (1, 1), (0, 4)])
+def test_parts_of_rows_are_nearly_equal_and_the_longest_come_first(rows, parts):
+    slices = frozen.row_parts(rows, parts)
+    assert [row for part in slices for row in range(rows)[part]] == list(range(rows))
+    sizes = [part.stop - part.start for part in slices]
+    assert len(sizes) == min(rows, parts) and sizes == sorted(sizes, reverse=True)
+    assert not sizes or sizes[0] - sizes[-1] <= 1
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("method", ["lst", "unipt"])
+def test_the_embedding_is_made_again_where_copies_in_8_bits_are_kept(method, masked, slabs, monkeypatch):
+    """Its projection then has the exact gradient, and so has that of the last state, which is kept."""
+    options = {"max_frames": "longest"} if masked else {}
+    arguments = {"attention_mask": mask_of([24, 3, 17, 1, 24])} if masked else {}
+    _, truth = step(build(method, **options), **arguments)
+    monkeypatch.setattr(chunked, "automatic_slab", lambda *_: SIZE)
+    model = build(method, saved_activations="fp8", **options)
+    encoded = []
+    encode = backends.kernel("encode")
+
+    def kernel(name, backend=None, original=backends.kernel):
+        return (
+            (lambda *given: encoded.append(1) or encode(*given))
+            if name == "encode"
+            else original(name, backend)
+        )
+
+    monkeypatch.setattr(backends, "kernel", kernel)
+    _, grads = step(model, **arguments)
+    assert len(encoded) == LAYERS - 1
+    last = f"side_network.down.{LAYERS}."
+    for name, grad in grads.items():
+        if name.startswith(last) or (method == "unipt" and name.startswith("side_network.down.0.")):
+            assert relative_error(grad, truth[name]) < 1e-10
+    assert (
+        relative_error(grads["side_network.down.1.linear.weight"], truth["side_network.down.1.linear.weight"])
+        > 1e-6
+    )
+
+
+def test_features_that_change_before_the_backward_are_noticed(slabs):
+    model = build("lst", saved_activations="fp8")
+    features, labels = batch(SIZE, seed=1)
+    features = features.double()
+    loss = model(features, labels=labels).loss
+    features.mul_(2)
+    with pytest.raises(RuntimeError, match="input_features or lengths were changed in place"):
+        loss.backward()

@@ -9,6 +9,7 @@ pytest.importorskip("triton")
 
 from triton_fixtures import DEVICE, assert_as_good_as_reference, run
 
+from meft_kernels import UniPT, use_backend
 from meft_kernels.reference import relu_attention as reference
 from meft_kernels.testing import Case, relative_error
 from meft_kernels.triton_kernels import relu_attention as kernel
@@ -277,3 +278,45 @@ def test_nan_in_a_score_stays():
     inputs["anchor"][0, 20, 3] = torch.nan
     out = kernel.forward(*inputs.values())
     assert out[0, 20].isnan().all() and torch.isfinite(out[0, :20]).all()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradients_over_the_features_are_those_beside_them(masked):
+    inputs, grad = draw(Case("relu_attention", batch=3, frames=37, layers=4, masked=masked), torch.float32)
+    *given, features = inputs.values()
+    slab = torch.stack(features)
+    expected = kernel.backward(grad, *given, list(slab.clone().unbind(0)))
+    found = kernel.backward_in_place(grad, *given, slab)
+    assert len(found) == 3
+    assert all(torch.equal(a, b) for a, b in zip([*found, *slab], expected, strict=True))
+
+
+@pytest.mark.parametrize("keep", ["exact", "fp8"])
+def test_a_graph_that_is_kept_gives_its_gradients_twice(keep):
+    """The features' slab is then left alone; without, it takes the gradients, which are the same."""
+    torch.manual_seed(0)
+    side = UniPT(96, 3, 4, saved_activations=keep, device=DEVICE)
+    states = [0.5 + torch.randn(2, 21, 96, device=DEVICE) for _ in range(4)]
+    parameters = list(side.parameters())
+    with use_backend("triton"):
+        out = side.pooled(states)
+        upstream = torch.randn_like(out)
+        once, twice = (torch.autograd.grad(out, parameters, upstream, retain_graph=True) for _ in range(2))
+        last = torch.autograd.grad(out, parameters, upstream)
+        with pytest.raises(RuntimeError, match="second time"):
+            torch.autograd.grad(out, parameters, upstream)
+        with torch.no_grad():
+            torch.testing.assert_close(side.pooled(states), out)
+    for grads in (twice, last):
+        assert all(torch.equal(a, b) for a, b in zip(grads, once, strict=True))
+
+
+def test_hidden_states_of_unipt_may_need_gradients():
+    torch.manual_seed(0)
+    side = UniPT(96, 3, 4, device=DEVICE)
+    states = [torch.randn(2, 21, 96, device=DEVICE, requires_grad=True) for _ in range(4)]
+    expected = torch.autograd.grad(side.pooled(states).square().sum(), states)
+    with use_backend("triton"):
+        found = torch.autograd.grad(side.pooled(states).square().sum(), states)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-4)

@@ -3,10 +3,10 @@
 No method mixes utterances, so a chunk's result is the same as in the whole batch, and so are the gradients,
 to the rounding of a sum in another order. The backbone's transients then cost memory for one chunk alone.
 
-On a GPU, where every kernel costs the host as much however little it does, what reads the hidden states takes
-a slab of many chunks at a time: the encoder writes each hidden state of a slab chunk by chunk, and side
-network, forward and backward, launches what it launches once per layer and slab. On a CPU a slab is a chunk:
-what the cache holds decides there.
+On a GPU, where every kernel costs the host as much however little it does, a side network takes the batch in
+one slab, or in as many as it asks for: the encoder writes each hidden state of a slab chunk by chunk, and
+side network, forward and backward, launches what it launches once per layer and slab. On a CPU a slab is a
+chunk: what the cache holds decides there.
 """
 
 from collections.abc import Iterable
@@ -27,9 +27,6 @@ from .pooling import mean_over_time
 _INNER_ELEMENTS = {"cpu": 2**23}
 
 _DEFAULT_INNER_ELEMENTS = 3 * 2**24
-
-# What a side network's backward may hold for a slab, in bytes, beside what was kept for it.
-_SLAB_BYTES = 9 * 2**25
 
 # Row statistics come for free with the LayerNorm that the next layer begins with, whose output has to wait
 # for that layer then: worth so many bytes.
@@ -52,18 +49,12 @@ def automatic_chunk(encoder: FrozenEncoder, frames: int, device: torch.device) -
     return max(1, _INNER_ELEMENTS.get(device_type(device), _DEFAULT_INNER_ELEMENTS) // inner)
 
 
-def automatic_slab(
-    side_network: nn.Module, frames: int, clips: int, chunk: int, dtype: torch.dtype, device: torch.device
-) -> int:
-    """Utterances that a side network takes at a time, of ``clips`` of so many encoder frames; ``chunk``:
-    those that the backbone takes. ``dtype``: of the hidden states.
-
-    A slab is 1, 2, 4, ... chunks: what is freed of one size is then of use for the others, where CUDA's
-    allocator would keep odd remainders for nothing."""
-    if device_type(device) == "cpu" or not hasattr(side_network, "backward_bytes"):
+def automatic_slab(side_network: nn.Module, clips: int, chunk: int, device: torch.device) -> int:
+    """Utterances that a side network takes at a time, of so many ``clips``; ``chunk``: those that the
+    backbone takes."""
+    if device_type(device) == "cpu" or not hasattr(side_network, "slabs"):
         return chunk
-    most = _SLAB_BYTES // (side_network.backward_bytes(dtype.itemsize) * max(frames, 1))
-    return max(1, min(clips, chunk << max(most // chunk, 1).bit_length() - 1))
+    return max(1, -(-clips // side_network.slabs))
 
 
 def pooled_in_chunks(
@@ -94,7 +85,7 @@ def pooled_in_chunks(
     slab = chunk_size
     if chunk_size is None and not torch.compiler.is_compiling():
         chunk_size = automatic_chunk(encoder, frames, features.device)
-        slab = automatic_slab(side_network, frames, clips, chunk_size, encoder.dtype, features.device)
+        slab = automatic_slab(side_network, clips, chunk_size, features.device)
     fold = getattr(side_network, "fold", None)
     if fold is not None:  # once for all chunks
         read = partial(side_network.pooled, folded=fold())
@@ -107,7 +98,8 @@ def pooled_in_chunks(
     if slab != chunk_size:
         waiting = slab * frames * encoder.hidden_size * encoder.dtype.itemsize
     statistics = fold is not None and (not waiting or (keeps and waiting <= _WAITING_BYTES))
-    reading = (final_norm, statistics, chunk_size, not keeps)
+    first_again = fold is not None and torch.is_grad_enabled() and not keeps
+    reading = (final_norm, statistics, chunk_size, not keeps, first_again)
     if slab is None or clips <= slab:
         return read(encoder.stream(features, lengths, *reading), lengths)
     pooled = []

@@ -17,6 +17,14 @@ from .layer import finish_layer, norm_with_statistics, run_with_gradient
 from .quantization import Original, is_quantized, quantize_layers, weights_digest
 
 
+def row_parts(rows: int, parts: int) -> list[slice]:
+    """Slices that cover ``range(rows)``, as many as asked for and not empty, that differ by one row at most,
+    longer ones first: an allocator then has the memory of one for the next."""
+    size, longer = divmod(rows, parts)
+    edges = [size * index + min(index, longer) for index in range(parts + 1)]
+    return [slice(start, end) for start, end in zip(edges, edges[1:]) if start < end]
+
+
 class FrozenEncoder(nn.Module):
     """Drives the submodules of a Hugging Face ``WhisperEncoder`` without gradients, one layer at a time.
 
@@ -149,6 +157,7 @@ class FrozenEncoder(nn.Module):
         statistics: bool = False,
         chunk_size: int | None = None,
         overwrite: bool = False,
+        first_again: bool = False,
     ) -> Iterator[torch.Tensor | HiddenState]:
         """Yields h_0 (embedding) to h_L (raw output of the last layer), computing each when it is asked for.
 
@@ -165,9 +174,12 @@ class FrozenEncoder(nn.Module):
             final_norm: put the final LayerNorm on h_L, as Hugging Face does.
             statistics: yield ``meft_kernels.HiddenState`` where the row statistics come for free with the
                 next layer's own LayerNorm, whose output of all chunks then waits for that layer.
-            chunk_size: clips that a layer takes at a time, so that its transients are theirs alone; the
-                results are the same. None: all.
-            overwrite: with several chunks, write each state over the one before it, for whoever keeps none.
+            chunk_size: clips that a layer takes at a time at most, so that its transients are theirs alone;
+                the results are the same. None: all.
+            overwrite: with several chunks, write each state over the one before it, for whoever keeps none
+                but the last.
+            first_again: with several chunks, yield h_0 with what makes it again
+                (``meft_kernels.HiddenState.again``), where that is possible.
 
         Yields:
             (B, T, hidden size) in the weights' dtype (for float32 weights under autocast in what that gives),
@@ -181,8 +193,9 @@ class FrozenEncoder(nn.Module):
         clips = input_features.shape[0]
         if chunk_size is None or clips <= chunk_size:
             return self._states(input_features, lengths, final_norm, statistics)
-        parts = [slice(start, start + chunk_size) for start in range(0, clips, chunk_size)]
-        return self._states_in_parts(input_features, lengths, final_norm, statistics, parts, overwrite)
+        parts = row_parts(clips, -(-clips // chunk_size))
+        reading = (final_norm, statistics, parts, overwrite, first_again)
+        return self._states_in_parts(input_features, lengths, *reading)
 
     def last_layer(self, hidden_states: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
         """The last encoder layer and the final LayerNorm, frozen, with gradient to the input.
@@ -242,6 +255,7 @@ class FrozenEncoder(nn.Module):
         statistics: bool,
         parts: Sequence[slice],
         overwrite: bool,
+        first_again: bool,
     ) -> Iterator[torch.Tensor | HiddenState]:
         """As ``_states``, layer by layer, each written part by part into one slab."""
         device, states = input_features.device, None
@@ -253,6 +267,7 @@ class FrozenEncoder(nn.Module):
                     states = embedded.new_empty(input_features.shape[0], *embedded.shape[1:])
                 states[part] = embedded
             del embedded
+            again = self._embed_again(input_features, lengths) if first_again else None
             masks = [self._attention_mask(of_part, states.shape[1]) for of_part in part_lengths]
         alone = self._runs_alone(states)
         for layer in self.layers:
@@ -264,7 +279,9 @@ class FrozenEncoder(nn.Module):
                         list, zip(*(norm_with_statistics(norm, states[part]) for part in parts))
                     )
                     known = None if known[0] is None else [torch.cat(each) for each in zip(*known)]
-            yield HiddenState(states, *known) if known else states
+            mean, rstd = known or (None, None)
+            yield HiddenState(states, mean, rstd, again) if known or again else states
+            again = mean = rstd = known = None
             with torch.no_grad(), self._weights_as_they_are(device):
                 target = states if overwrite else torch.empty_like(states)
                 for part, mask in zip(parts, masks):
@@ -279,7 +296,37 @@ class FrozenEncoder(nn.Module):
                         target[part] = self.layer_norm(target[part])
                 states = target
                 del target
-        yield states
+        last = [states]
+        del states
+        yield last.pop()  # whose memory is the reader's to free
+
+    def _embed_again(
+        self, input_features: torch.Tensor, lengths: torch.Tensor | None
+    ) -> Callable[[], torch.Tensor] | None:
+        """What makes h_0 again later; None where it would run under another autocast there."""
+        follows = isinstance(self._weights_as_they_are(input_features.device), nullcontext)
+        if follows and torch.is_autocast_enabled(input_features.device.type):
+            return None
+        given = [tensor for tensor in (input_features, lengths) if tensor is not None]
+        versions = [None if tensor.is_inference() else tensor._version for tensor in given]
+
+        def again() -> torch.Tensor:
+            if versions != [None if tensor.is_inference() else tensor._version for tensor in given]:
+                raise RuntimeError(
+                    "input_features or lengths were changed in place between forward and backward, which "
+                    "reads them again with saved_activations='fp8'"
+                )
+            states = None
+            with torch.no_grad(), self._weights_as_they_are(input_features.device):
+                # In quarters: the first convolution's output then takes the memory of an 8-bit state.
+                for part in row_parts(input_features.shape[0], 4):
+                    embedded = self._embed(input_features[part], None if lengths is None else lengths[part])
+                    if states is None:
+                        states = embedded.new_empty(input_features.shape[0], *embedded.shape[1:])
+                    states[part] = embedded
+            return states
+
+        return again
 
     @staticmethod
     def _runs_alone(states: torch.Tensor) -> bool:
