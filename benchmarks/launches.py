@@ -279,11 +279,12 @@ def _widening(multiply: Callable) -> Callable:
 
 
 @contextlib.contextmanager
-def _computing_little(chunk: int, slab: int) -> Iterator[None]:
-    """For CPU tensors of one frame in place of many, which come in the same chunks and slabs."""
+def _computing_little(chunk: int, slab: int, part: int | None) -> Iterator[None]:
+    """For CPU tensors of one frame in place of many, which come in the same chunks, slabs and parts."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(chunked, "automatic_chunk", lambda *_: chunk))
         stack.enter_context(mock.patch.object(chunked, "automatic_slab", lambda *_: slab))
+        stack.enter_context(mock.patch.object(chunked, "automatic_backward_part", lambda *_: part))
         for name in ("mm", "bmm"):
             stack.enter_context(mock.patch.object(torch, name, _widening(getattr(torch, name))))
         yield
@@ -319,10 +320,14 @@ def count_launches(
         encoder, frames, device = built[0].encoder, config.max_source_positions, torch.device("meta")
         chunk = chunked.automatic_chunk(encoder, frames, device)
         slab = chunked.automatic_slab(built[0].side_network, batch_size, chunk, device)
+        part = None
+        if chosen.through_last_layer:
+            states = torch.empty(frames, encoder.hidden_size, dtype=dtype, device=device)
+            part = chunked.automatic_backward_part(encoder, built[0].side_network, batch_size, states)
         narrow = whisper_config(config, frames=1)
         narrow.d_model, narrow.encoder_attention_heads, narrow.encoder_ffn_dim = 16 * 8, 2, 16 * 8
         chosen.reduction_factor = 8
-        with _computing_little(chunk, slab):
+        with _computing_little(chunk, slab, part):
             built = _built(narrow, chosen, batch_size, dtype, "cpu")
             recorder.count = LaunchCount()
             _step(*built, recorder)

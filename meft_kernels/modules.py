@@ -5,7 +5,7 @@ Constructors, parameters and ``state_dict`` keys are the reference's; these comp
 C++ kernels compute in fp32.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from .reference.modules import (
     gated_down_params,
     norm_linear_params,
 )
+from .widening import WidenInto
 
 
 class _Folded:
@@ -119,8 +120,35 @@ class SHERL(reference.SHERL):
 
     def widen(self, hidden_state: Tensor, merged: Tensor) -> Tensor:
         """The last encoder layer's input (B, T, D) from what ``merge`` gave. Cheap: whoever backpropagates
-        through that layer in parts may compute it again."""
+        through that layer in parts may compute it again, as ``widen_into`` does."""
         return ops.gated_up(hidden_state, merged, self.out.weight, self.out.bias, self.gate)
+
+    def widen_into(
+        self,
+        hidden_state: Tensor,
+        merged: Tensor,
+        run: Callable[[Tensor, slice], Tensor],
+        backward: Callable[[Tensor, Tensor, slice], Tensor],
+        sizes: tuple[int, int],
+    ) -> Tensor:
+        """A frozen function of what ``widen`` gives, a few clips at a time, for which nothing is kept but the
+        arguments: the backward computes it again.
+
+        Args:
+            hidden_state, merged: what ``merge`` gave; no gradient goes to the hidden state.
+            run: of the widened (b, T, D) and the slice of the batch that it is of, without autograd; gives
+                (b, ...).
+            backward: of the widened, the gradient of what ``run`` gave, and the slice; gives the gradient of
+                the widened.
+            sizes: clips at a time, in the forward and in the backward.
+
+        Returns:
+            (B, ...).
+        """
+        given = self.out.weight, self.out.bias, self.gate
+        # Aliases of this step: what the kernels make of one is made once for forward and backward.
+        parameters = (parameter.view_as(parameter) for parameter in given)
+        return WidenInto.apply(run, backward, sizes, hidden_state.detach(), merged, *parameters)
 
     def forward(self, hidden_states: Iterable[Tensor | HiddenState], lengths: Tensor | None = None) -> Tensor:
         return self.widen(*self.merge(hidden_states, lengths))

@@ -286,6 +286,23 @@ def gated_up(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, gate: Tensor) -
     return call("gated_up", x, y.to(x.dtype), weight, bias, gate)
 
 
+def gated_up_sums(grad: Tensor, x: Tensor, y: Tensor, weight: Tensor) -> list[Tensor]:
+    """The backward of ``gated_up`` over some of its rows, without gradient to x, in sums that whoever goes
+    over the rows in parts adds up; ``gated_up_gradients`` makes the gradients of them.
+
+    Args:
+        grad: (..., D), of the output. x, y, weight: as in ``gated_up``.
+
+    Returns:
+        The gradient of y (..., r), and in fp32, or float64, what the weight's is made of (D, r) and what
+        those of bias and gate are made of (2, D).
+    """
+    return backends.kernel("gated_up_sums")(grad, x, y, weight)
+
+
+gated_up_gradients = reference.gated_up.gradients
+
+
 def _check_features(features: Sequence[Tensor]) -> None:
     if not features:
         raise ValueError("features must hold at least one tensor, got none")

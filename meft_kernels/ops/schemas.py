@@ -57,6 +57,12 @@ def _fake_decode(code: Tensor, scale: Tensor, shift: Tensor, like: Tensor, *stat
     return like.new_empty(code.shape)
 
 
+def _fake_gated_up_sums(grad: Tensor, x: Tensor, y: Tensor, weight: Tensor) -> list[Tensor]:
+    wide = reference.accumulation_dtype(x.dtype)
+    grad_weight = x.new_empty(weight.shape, dtype=wide)
+    return [y.new_empty(y.shape), grad_weight, x.new_empty(2, x.shape[-1], dtype=wide)]
+
+
 def _resized(x: Tensor, weight: Tensor) -> Tensor:
     """Shape of a projection of x by a weight (out, in)."""
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
@@ -126,6 +132,12 @@ def _registered() -> list[Registered]:
             _fake_encode,
         ),
         Registered(decode, "eight_bit", "decode", _fake_decode),
+        Registered(
+            "gated_up_sums(Tensor grad, Tensor x, Tensor y, Tensor weight) -> Tensor[]",
+            "gated_up",
+            "sums",
+            _fake_gated_up_sums,
+        ),
     ]
     for name, arguments in ARGUMENTS.items():
         flag = ", bool need_x" if arguments.startswith("Tensor x,") else ""

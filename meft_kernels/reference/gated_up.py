@@ -33,31 +33,40 @@ def forward(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, gate: Tensor) ->
     return out.view(x.shape)
 
 
+def sums(grad: Tensor, x: Tensor, y: Tensor, weight: Tensor) -> list[Tensor]:
+    """Gradient of y, and what those of the parameters are made of (``gradients``), summed over the rows
+    given, in the accumulation type: dout^T relu(y) (D, r); sum dout and sum dout * h (2, D)."""
+    wide, dtype = accumulation_dtype(x.dtype), x.dtype
+    rows, side = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+    grad = grad.reshape(rows.shape)
+    grad_y = torch.empty_like(side)
+    grad_weight = torch.zeros(weight.shape, dtype=wide, device=x.device)
+    totals = torch.zeros(2, weight.shape[0], dtype=wide, device=x.device)
+    for block in row_blocks(rows.shape[0], rows.shape[1], x.device):
+        g = grad[block].to(wide)
+        grad_weight += matmul(g.T, torch.relu(side[block]), dtype)
+        totals[0] += g.sum(0)
+        totals[1] += (g * rows[block]).sum(0)
+        grad_y[block] = matmul(g, weight, dtype) * (side[block] > 0)
+    return [grad_y.view(y.shape), grad_weight, totals]
+
+
+def gradients(
+    grad_weight: Tensor, totals: Tensor, weight: Tensor, bias: Tensor, gate: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of weight, bias and gate from what ``sums`` gives of all rows."""
+    keep = torch.tanh(gate.to(totals.dtype) / GATE_TEMPERATURE)
+    grad_gate = (1 - keep * keep) / GATE_TEMPERATURE * totals[1].sum()
+    return grad_weight.to(weight.dtype), totals[0].to(bias.dtype), grad_gate.to(gate.dtype)
+
+
 def backward(
     grad: Tensor, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, need_x: bool
 ) -> list[Tensor]:
     """Gradients of x (empty unless ``need_x``), y, weight, bias and gate."""
-    wide, dtype = accumulation_dtype(x.dtype), x.dtype
-    rows, side = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
-    grad = grad.reshape(rows.shape)
-    keep = torch.tanh(gate.to(wide) / GATE_TEMPERATURE)
-    grad_x = rows.new_empty(rows.shape if need_x else 0)
-    grad_y = torch.empty_like(side)
-    grad_weight, grad_bias, grad_keep = (
-        torch.zeros(t.shape, dtype=wide, device=t.device) for t in (weight, bias, gate)
-    )
-    for block in row_blocks(rows.shape[0], rows.shape[1], x.device):
-        g = grad[block].to(wide)
-        grad_weight += matmul(g.T, torch.relu(side[block]), dtype)
-        grad_bias += g.sum(0)
-        grad_keep += (g * rows[block]).sum()
-        grad_y[block] = matmul(g, weight, dtype) * (side[block] > 0)
-        if need_x:
-            grad_x[block] = keep * g
-    return [
-        grad_x.view(x.shape) if need_x else grad_x,
-        grad_y.view(y.shape),
-        grad_weight.to(weight.dtype),
-        grad_bias.to(bias.dtype),
-        ((1 - keep * keep) / GATE_TEMPERATURE * grad_keep).to(gate.dtype),
-    ]
+    grad_y, *summed = sums(grad, x, y, weight)
+    grad_x = x.new_empty(0)
+    if need_x:
+        keep = torch.tanh(gate.to(accumulation_dtype(x.dtype)) / GATE_TEMPERATURE)
+        grad_x = (keep * grad).to(x.dtype)
+    return [grad_x, grad_y, *gradients(*summed, weight, bias, gate)]

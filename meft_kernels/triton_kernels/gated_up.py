@@ -7,7 +7,7 @@ the bias, the gate and, on request, dh; the weight's gradient is a product with 
 (``host.split_product``).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import triton
@@ -15,10 +15,19 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import gated_up as reference
-from ..reference.common import GATE_TEMPERATURE
+from ..reference.common import GATE_TEMPERATURE, matmul
 from ..tune.row import Row
 from .blocks import relu
-from .host import POINTERS, aligned, compile_arguments, launch, on_device, row_for, split_product
+from .host import (
+    POINTERS,
+    aligned,
+    compile_arguments,
+    launch,
+    on_device,
+    once_per_step,
+    row_for,
+    split_product,
+)
 
 # Rows are frames of all utterances, R the side width, D the backbone's. Programs count column tiles first.
 
@@ -70,8 +79,7 @@ def gated_up_bwd_kernel(
     grad_x_ptr,  # (rows, D), only written if NEED_X
     grad_y_ptr,  # (rows, R)
     active_ptr,  # (rows, R): relu(y), for the weight's gradient
-    bias_part_ptr,  # (row tiles, D) fp32: partial sums of grad
-    gate_part_ptr,  # (row tiles, BLOCK_M) fp32: sums of grad * x over each row
+    part_ptr,  # (row tiles, 2, D) fp32: partial sums of grad, and of grad * x
     rows,
     D: tl.constexpr,
     R: tl.constexpr,
@@ -90,7 +98,6 @@ def gated_up_bwd_kernel(
     width = tl.where(tl.program_id(0) % tiles == 0, D, 0)
     keep = tl.load(keep_ptr)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    gate_sum = tl.zeros([BLOCK_M], tl.float32)
     for start in tl.range(0, D, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         inside = (row < rows)[:, None] & (k < D)[None, :]
@@ -102,13 +109,12 @@ def gated_up_bwd_kernel(
         weight = tl.load(weight_ptr + k[:, None] * R + column[None, :], mask=within, other=0.0)
         total = tl.dot(grad, weight, total, input_precision=PRECISION)
         wide = grad.to(tl.float32)
-        gate_sum += tl.sum(wide * x, 1)
-        tl.store(bias_part_ptr + tile * D + k, tl.sum(wide, 0), mask=k < width)
+        part = part_ptr + tile * 2 * D + k
+        tl.store(part, tl.sum(wide, 0), mask=k < width)
+        tl.store(part + D, tl.sum(wide * x, 0), mask=k < width)
         if NEED_X:
             grad_x = (keep * wide).to(grad_x_ptr.dtype.element_ty)
             tl.store(grad_x_ptr + offset, grad_x, mask=summed)
-    lane = tl.arange(0, BLOCK_M)
-    tl.store(gate_part_ptr + tile * BLOCK_M + lane, gate_sum, mask=lane < width * BLOCK_M)  # all or none
     inside = (row < rows)[:, None] & (column < R)[None, :]
     offset = row[:, None] * R + column[None, :]
     y = tl.load(y_ptr + offset, mask=inside, other=0.0)
@@ -121,9 +127,13 @@ def _constants(row: Row, backbone: int, side: int, **flags: bool) -> dict:
     return {"D": backbone, "R": side, "PRECISION": "ieee", **flags, **row.blocks}
 
 
-def _keep(gate: Tensor) -> Tensor:
-    """tanh(gate / temperature), fp32, left on the device."""
-    return torch.tanh(gate.float() / GATE_TEMPERATURE)
+def _keep(gate: Tensor, dtype: torch.dtype) -> Tensor:
+    """tanh(gate / temperature), fp32, left on the device. ``dtype``: of the activations."""
+    return once_per_step(gate, dtype, 0, lambda: torch.tanh(gate.float() / GATE_TEMPERATURE))
+
+
+def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return once_per_step(weight, dtype, 0, lambda: weight.to(dtype).contiguous())
 
 
 def forward(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, gate: Tensor) -> Tensor:
@@ -133,7 +143,6 @@ def forward(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, gate: Tensor) ->
     if row is None:
         return reference.forward(x, y, weight, bias, gate)
     rows, y = aligned(x, backbone), aligned(y, side)
-    weight, bias = weight.to(x.dtype).contiguous(), bias.contiguous()
     out = torch.empty_like(rows)
     programs = triton.cdiv(rows.shape[0], row.blocks["BLOCK_M"]) * triton.cdiv(
         backbone, row.blocks["BLOCK_N"]
@@ -145,9 +154,9 @@ def forward(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, gate: Tensor) ->
                 (programs,),
                 rows,
                 y,
-                weight,
-                bias,
-                _keep(gate),
+                _cast(weight, x.dtype),
+                bias.contiguous(),
+                _keep(gate, x.dtype),
                 out,
                 rows.shape[0],
                 **_constants(row, backbone, side),
@@ -156,20 +165,17 @@ def forward(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, gate: Tensor) ->
     return out.view(x.shape)
 
 
-def backward(
-    grad: Tensor, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, need_x: bool
-) -> list[Tensor]:
-    """Gradients of x (empty unless ``need_x``), y, weight, bias and gate."""
+def _run(
+    row: Row, grad: Tensor, x: Tensor, y: Tensor, weight: Tensor, keep: Tensor | None, product: Callable
+) -> tuple[Tensor, list[Tensor]]:
+    """Gradient of x, empty without ``keep``, and what ``sums`` gives; ``product``: of grad and relu(y)."""
     backbone, side = weight.shape
-    row = row_for("gated_up_bwd", x, side)
-    if row is None:
-        return reference.backward(grad, x, y, weight, bias, gate, need_x)
     rows, side_rows, grad = aligned(x, backbone), aligned(y, side), aligned(grad, backbone)
+    need_x = keep is not None
     grad_x = torch.empty_like(rows) if need_x else rows.new_empty(0)
     grad_y, active = torch.empty_like(side_rows), torch.empty_like(side_rows)
-    tiles, keep = triton.cdiv(rows.shape[0], row.blocks["BLOCK_M"]), _keep(gate)
-    bias_part = torch.empty(tiles, backbone, dtype=torch.float32, device=x.device)
-    gate_part = torch.empty(tiles, row.blocks["BLOCK_M"], dtype=torch.float32, device=x.device)
+    tiles = triton.cdiv(rows.shape[0], row.blocks["BLOCK_M"])
+    parts = torch.empty(tiles, 2, backbone, dtype=torch.float32, device=x.device)
     if tiles:
         with on_device(x):
             launch(
@@ -178,24 +184,43 @@ def backward(
                 grad,
                 rows,
                 side_rows,
-                weight.to(x.dtype).contiguous(),
-                keep,
-                grad_x if need_x else grad,  # any pointer of its type, when it is not written
+                _cast(weight, x.dtype),
+                keep if need_x else parts,  # any pointers of their types, when they do not count
+                grad_x if need_x else grad,
                 grad_y,
                 active,
-                bias_part,
-                gate_part,
+                parts,
                 rows.shape[0],
                 **_constants(row, backbone, side, NEED_X=need_x),
                 **row.options,
             )
-    return [
-        grad_x.view(x.shape) if need_x else grad_x,
+    return grad_x.view(x.shape) if need_x else grad_x, [
         grad_y.view(y.shape),
-        split_product(grad, active, x.dtype).to(weight.dtype),
-        bias_part.sum(0).to(bias.dtype),
-        ((1 - keep * keep) / GATE_TEMPERATURE * gate_part.sum()).to(gate.dtype),
+        product(grad, active, x.dtype),
+        parts.sum(0),
     ]
+
+
+def sums(grad: Tensor, x: Tensor, y: Tensor, weight: Tensor) -> list[Tensor]:
+    """Gradient of y, and what those of the parameters are made of, see ``reference.gated_up``. The rows are
+    few enough that the library's own split of a product fills the GPU."""
+    row = row_for("gated_up_bwd", x, weight.shape[1])
+    if row is None:
+        return reference.sums(grad, x, y, weight)
+    return _run(row, grad, x, y, weight, None, lambda a, b, dtype: matmul(a.T, b, dtype))[1]
+
+
+def backward(
+    grad: Tensor, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, need_x: bool
+) -> list[Tensor]:
+    """Gradients of x (empty unless ``need_x``), y, weight, bias and gate."""
+    row = row_for("gated_up_bwd", x, weight.shape[1])
+    if row is None:
+        return reference.backward(grad, x, y, weight, bias, gate, need_x)
+    grad_x, (grad_y, *summed) = _run(
+        row, grad, x, y, weight, _keep(gate, x.dtype) if need_x else None, split_product
+    )
+    return [grad_x, grad_y, *reference.gradients(*summed, weight, bias, gate)]
 
 
 def static_launches(row: Row, dtype: str, width: int) -> Iterator[tuple]:
@@ -207,6 +232,6 @@ def static_launches(row: Row, dtype: str, width: int) -> Iterator[tuple]:
         function, constants = gated_up_bwd_kernel, _constants(row, 8 * width, width, NEED_X=True)
     types = {name: POINTERS[dtype] for name in function.arg_names if name not in constants}
     for name in types:
-        if name.startswith(("bias", "keep", "gate")):
+        if name.startswith(("bias", "keep", "part")):
             types[name] = "*fp32"
     yield compile_arguments(function, {**types, "rows": "i32"}, constants)

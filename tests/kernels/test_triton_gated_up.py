@@ -36,7 +36,20 @@ def test_widths(side, dtype):
 
 @pytest.mark.parametrize("batch, frames", [(1, 1), (1, 64), (2, 37), (2, 100)])
 def test_frames(batch, frames):
-    check(Case("gated_up", batch=batch, frames=frames, width=33, side=24), torch.float32)
+    # The gate's gradient is one number, whose error is luck: several draws.
+    check(Case("gated_up", batch=batch, frames=frames, width=33, side=24), torch.float32, draws=4)
+
+
+def test_sums_of_parts_give_the_gradients():
+    inputs, grad = draw(Case("gated_up", batch=3, frames=50), torch.float32)
+    x, y, weight, bias, gate = inputs.values()
+    expected = kernel.backward(grad, *inputs.values(), False)[1:]
+    parts = [kernel.sums(grad[i : i + 1], x[i : i + 1], y[i : i + 1], weight) for i in range(3)]
+    summed = (torch.stack(each).sum(0) for each in list(zip(*parts))[1:])
+    found = [torch.cat([part[0] for part in parts]), *reference.gradients(*summed, weight, bias, gate)]
+    plain = reference.sums(grad, x, y, weight)
+    for a, b in zip([*found, *kernel.sums(grad, x, y, weight)], [*expected, *plain], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)

@@ -14,13 +14,12 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from meft_kernels import HiddenState
 from meft_kernels.reference.stand_in import device_type
 
 from .frozen import FrozenEncoder
-from .pooling import mean_over_time
+from .last_layer import pooled_through_last_layer
 
 # A chunk holds so many elements of the feed-forward block's inner width: on a GPU enough to fill it, on a CPU
 # about one utterance of 30 seconds, which uses the cache best.
@@ -32,15 +31,19 @@ _DEFAULT_INNER_ELEMENTS = 3 * 2**24
 # for that layer then: worth so many bytes.
 _WAITING_BYTES = 2**27
 
-# Backpropagating through a layer keeps about four times as much as running it. Where hidden states are kept
-# as they are, a GPU has room for half of that: fewer clips at a time would be more launches.
-_BACKWARD_SHARE = 4
-
 # What SHERL's last layer may keep for its backward, in bytes, before it is computed again instead; a layer
 # keeps about so many tensors of the backbone's width.
 _KEPT_BYTES = 2**28
 
 _KEPT_TENSORS = 16
+
+# Its backward then goes over as many clips at a time as hold an eighth of what is kept of the hidden states,
+# or so many bytes: fewer would be more launches. On a CPU it is a fourth of a chunk.
+_BACKWARD_OF_KEPT = 8
+
+_LEAST_BACKWARD_BYTES = 2**27
+
+_BACKWARD_SHARE = 4
 
 
 def automatic_chunk(encoder: FrozenEncoder, frames: int, device: torch.device) -> int:
@@ -55,6 +58,27 @@ def automatic_slab(side_network: nn.Module, clips: int, chunk: int, device: torc
     if device_type(device) == "cpu" or not hasattr(side_network, "slabs"):
         return chunk
     return max(1, -(-clips // side_network.slabs))
+
+
+def automatic_backward_part(
+    encoder: FrozenEncoder, side_network: nn.Module, clips: int, states: Tensor
+) -> int | None:
+    """Utterances per part of SHERL's last layer in the backward, of a step of ``clips``; ``states``
+    (..., T, D): of some of them. None: all, and what the layer keeps is kept."""
+    frames, width, itemsize = states.shape[-2], states.shape[-1], states.itemsize
+    if clips * frames * width * itemsize * _KEPT_TENSORS <= _KEPT_BYTES:
+        return None
+    if device_type(states.device) == "cpu":
+        return max(1, automatic_chunk(encoder, frames, states.device) // _BACKWARD_SHARE)
+    exact = side_network.saved_activations == "exact"
+    kept = clips * width * (side_network.num_layers * (itemsize if exact else 1) + itemsize)
+    inner = 2 * encoder.layers[-1].fc1.out_features
+    held = itemsize * ((4 if exact else 3) * width + (3 * width if exact else 0) + inner + width)
+    return max(1, max(kept // _BACKWARD_OF_KEPT, _LEAST_BACKWARD_BYTES // frames) // held)
+
+
+def _is_frugal(side_network: nn.Module, device: torch.device) -> bool:
+    return side_network.saved_activations != "exact" and device_type(device) != "cpu"
 
 
 def pooled_in_chunks(
@@ -129,31 +153,15 @@ def _through_last_layer(
     hidden_states: Iterable[Tensor | HiddenState],
     lengths: Tensor | None,
 ) -> Tensor:
-    """SHERL and the mean over time of the frozen last layer's output. Of a large batch that layer is computed
-    again for the backward, a few utterances at a time: kept, it would outweigh the side network.
-
-    Args:
-        whole_batch: utterances of the step, of which these are some; None: these are all.
-    """
+    """SHERL and the mean over time of the frozen last layer's output; ``whole_batch``: utterances of the
+    step, of which these are some, or None: these are all."""
     deepest, merged = side_network.merge(hidden_states, lengths)
-
-    def last(deepest: Tensor, merged: Tensor, lengths: Tensor | None) -> Tensor:
-        return mean_over_time(encoder.last_layer(side_network.widen(deepest, merged), lengths), lengths)
-
-    batch, frames, width = deepest.shape
-    size = batch
+    clips, frames, device = deepest.shape[0], deepest.shape[1], deepest.device
+    part = backward_part = clips
     if not torch.compiler.is_compiling():
-        kept = (whole_batch or batch) * frames * width * deepest.itemsize * _KEPT_TENSORS
-        if not torch.is_grad_enabled() or kept <= _KEPT_BYTES:
-            return last(deepest, merged, lengths)
-        roomy = device_type(deepest.device) != "cpu" and side_network.saved_activations == "exact"
-        share = _BACKWARD_SHARE // 2 if roomy else _BACKWARD_SHARE
-        size = max(1, automatic_chunk(encoder, frames, deepest.device) // share)
-    elif not torch.is_grad_enabled():
-        return last(deepest, merged, lengths)
-    parts = []
-    for start in range(0, max(batch, 1), max(size, 1)):
-        part = slice(start, start + size)
-        arguments = (deepest[part], merged[part], None if lengths is None else lengths[part])
-        parts.append(checkpoint(last, *arguments, use_reentrant=False, preserve_rng_state=False))
-    return torch.cat(parts)
+        part = automatic_chunk(encoder, frames, device)
+        backward_part = automatic_backward_part(encoder, side_network, whole_batch or clips, deepest)
+    frugal = _is_frugal(side_network, device)
+    return pooled_through_last_layer(
+        encoder, side_network, deepest, merged, lengths, max(part, backward_part or 0), backward_part, frugal
+    )

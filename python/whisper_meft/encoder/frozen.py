@@ -215,8 +215,14 @@ class FrozenEncoder(nn.Module):
         with self._weights_as_they_are(hidden_states.device):
             hidden_states = hidden_states.to(self.dtype)
             mask = self._attention_mask(lengths, hidden_states.shape[1])
-            run = run_with_gradient if self._runs_alone(hidden_states) else self._run
-            return self.layer_norm(run(self.layers[-1], hidden_states, mask))
+            layer = self.layers[-1]
+            if not self._runs_alone(hidden_states):
+                states = self._run(layer, hidden_states, mask)
+            elif torch.is_grad_enabled() and hidden_states.requires_grad:
+                states = run_with_gradient(layer, hidden_states, mask)
+            else:
+                states = finish_layer(layer, hidden_states, layer.self_attn_layer_norm(hidden_states), mask)
+            return self.layer_norm(states)
 
     # Each step has its own no_grad: one that spanned a yield would leak into the consumer's code.
     def _states(

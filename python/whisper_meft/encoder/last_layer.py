@@ -1,0 +1,236 @@
+"""SHERL's passage through the frozen last encoder layer, with gradient to its input alone.
+
+What the layer keeps for its backward would outweigh the side network, so that of a large batch it is computed
+again there, some clips at a time. Its weights are frozen, so a derivation by hand needs few products and
+little memory (``meft_kernels.ops.gated_up`` makes x of the side network's y and of h_{L-1}):
+
+    n = LN(x);   o = attention(n);   m = x + Wo o + bo;   u = W1 LN(m) + b1;   out = m + W2 gelu(u) + b2
+    dout = LN_encoder's backward of the pooled gradient, which is the same for all frames of a clip
+    dm = dout + LN's backward of ((dout W2) * gelu'(u)) W1
+    dx = dm + LN's backward of (dq Wq + dk Wk + dv Wv);   dq, dk and dv by attention's own backward of dm Wo
+"""
+
+import functools
+from collections.abc import Iterator
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from meft_kernels.reference.stand_in import device_type
+
+from . import layer as frozen_layer
+from .frozen import FrozenEncoder
+from .pooling import mean_over_time
+from .quantization import is_quantized
+
+
+def pooled_through_last_layer(
+    encoder: FrozenEncoder,
+    side_network: nn.Module,
+    deepest: Tensor,
+    merged: Tensor,
+    lengths: Tensor | None,
+    part: int,
+    backward_part: int | None,
+    frugal: bool = False,
+) -> Tensor:
+    """Mean over time of what the last layer and the final LayerNorm make of a SHERL's output.
+
+    Args:
+        side_network: a SHERL. deepest, merged: what its ``merge`` gave. lengths: (B,) valid frames, or None.
+        part: clips that go through the layer at a time.
+        backward_part: clips at a time in the backward, where the layer is computed again; None: what it
+            keeps is kept.
+        frugal: queries, keys and values are computed twice again rather than held.
+
+    Returns:
+        (B, D), in at least float32.
+    """
+
+    def last(deepest: Tensor, merged: Tensor, lengths: Tensor | None) -> Tensor:
+        return mean_over_time(encoder.last_layer(side_network.widen(deepest, merged), lengths), lengths)
+
+    trains = torch.is_grad_enabled()
+    if backward_part is None and trains:
+        return last(deepest, merged, lengths)
+    if not trains:
+        return torch.cat([last(*given) for given in _parts(part, deepest, merged, lengths)])
+    if torch.compiler.is_compiling() or not _is_derived(encoder, deepest):
+        given = _parts(backward_part, deepest, merged, lengths)
+        options = {"use_reentrant": False, "preserve_rng_state": False}
+        return torch.cat([checkpoint(last, *each, **options) for each in given])
+    again = _LayerAgain(encoder, lengths, frugal)
+
+    def run(states: Tensor, clips: slice) -> Tensor:
+        of_clips = None if lengths is None else lengths[clips]
+        return mean_over_time(encoder.last_layer(states, of_clips), of_clips)
+
+    return side_network.widen_into(deepest, merged, run, again.backward, (part, backward_part))
+
+
+def _is_derived(encoder: FrozenEncoder, states: Tensor) -> bool:
+    """Whether the last layer is what the derivation takes it for: frozen modules as Whisper has them, with
+    PyTorch's attention, in the type of the states. What is not is left to autograd."""
+    layer = encoder.layers[-1]
+    attention = layer.self_attn
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj)
+    linears = (*projections, layer.fc1, layer.fc2)
+    norms = (layer.self_attn_layer_norm, layer.final_layer_norm, encoder.layer_norm)
+    return (
+        encoder._runs_alone(states)
+        and states.dtype == encoder.dtype
+        and attention.config._attn_implementation == "sdpa"
+        and getattr(layer.activation_fn, "act", None) is F.gelu
+        and all(type(linear) is nn.Linear and not is_quantized(linear) for linear in linears)
+        and all(type(norm) is nn.LayerNorm for norm in norms)
+        and not any(p.requires_grad for module in (layer, encoder.layer_norm) for p in module.parameters())
+    )
+
+
+def _parts(size: int, *given: Tensor | None) -> Iterator[list[Tensor | None]]:
+    """The arguments of so many clips at a time; of no clips one part."""
+    for start in range(0, max(len(given[0]), 1), max(size, 1)):
+        yield [None if each is None else each[start : start + size] for each in given]
+
+
+class _LayerAgain:
+    """The last layer, the encoder's final LayerNorm and the mean over time, run again, and back.
+
+    Args:
+        lengths: (B,) of the whole batch. frugal: see ``pooled_through_last_layer``.
+    """
+
+    def __init__(self, encoder: FrozenEncoder, lengths: Tensor | None, frugal: bool):
+        self.encoder, self.lengths, self.frugal = encoder, lengths, frugal
+        self.layer, self.final_norm = encoder.layers[-1], encoder.layer_norm
+        self.attention = self.layer.self_attn
+
+    @functools.cached_property
+    def weights(self) -> list[Tensor]:
+        """Of the projections to queries, keys and values: all in one, their bias, and one by one."""
+        projections = [getattr(self.attention, f"{name}_proj") for name in "qkv"]
+        weights = [projection.weight.detach() for projection in projections]
+        missing = weights[0].new_zeros(len(weights[0]))
+        biases = [missing if each.bias is None else each.bias for each in projections]
+        return [torch.cat(weights), torch.cat(biases), *weights]
+
+    def backward(self, x: Tensor, grad: Tensor, clips: slice) -> Tensor:
+        """Gradient of the layer's input x (b, T, D) from that of the mean (b, D) of these clips."""
+        frames, project = x.shape[1], self.attention.out_proj
+        lengths = None if self.lengths is None else self.lengths[clips]
+        count = frames if lengths is None else lengths[:, None].to(grad.dtype)
+        grad_out = _of_frames((grad / count).to(x.dtype), lengths, frames)
+        with torch.enable_grad():
+            start = x.detach().requires_grad_()
+            mixed = self._attend(start, self.encoder._attention_mask(lengths, frames))
+        states = F.linear(_beside(mixed.detach()), project.weight, project.bias).add_(x)
+        upstream = self._feed_forward(states, grad_out)
+        del states, grad_out
+        grad_mixed = (upstream @ project.weight).unflatten(-1, (self.attention.num_heads, -1)).transpose(1, 2)
+        (grad_x,) = torch.autograd.grad(mixed, start, grad_mixed)
+        return upstream.add_(grad_x)
+
+    def heads(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Queries, keys and values (B, H, T, d), views of one tensor, and the row statistics of x."""
+        normed, *statistics = _norm(self.layer.self_attn_layer_norm, x)
+        projected = F.linear(normed, *self.weights[:2])
+        projected = projected.unflatten(-1, (3, self.attention.num_heads, self.attention.head_dim))
+        return [each.transpose(1, 2) for each in projected.unbind(2)], statistics
+
+    def _attend(self, start: Tensor, mask: Tensor | None) -> Tensor:
+        """What the heads make of x (B, H, T, d). The kernel is whichever PyTorch takes, so its backward is
+        left to autograd; where memory is dear, what that keeps of the heads is computed again for it."""
+        places: list[int] = []
+        again: list[Tensor] = []
+
+        def pack(tensor: Tensor) -> Tensor | tuple:
+            if tensor.untyped_storage()._cdata not in places:
+                return tensor
+            return tensor.shape, tensor.stride(), tensor.storage_offset()
+
+        def unpack(packed: Tensor | tuple) -> Tensor:
+            if isinstance(packed, Tensor):
+                return packed
+            if not again:
+                again.append(self.heads(start.detach())[0][0])
+            return again[0].as_strided(*packed)
+
+        heads = _Heads.apply(start, self)
+        hooks = nullcontext()
+        if self.frugal:
+            places.append(heads[0].untyped_storage()._cdata)
+            hooks = torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+        with hooks:
+            return frozen_layer.self_attention(*heads, mask, scale=self.attention.scaling)
+
+    def _feed_forward(self, states: Tensor, grad_out: Tensor) -> Tensor:
+        """Gradient of what the attention block gave, ``states``, from that of the encoder's output."""
+        layer = self.layer
+        normed, *statistics = _norm(layer.final_layer_norm, states)
+        inner = F.linear(normed, layer.fc1.weight, layer.fc1.bias)
+        del normed
+        out = F.linear(F.gelu(inner), layer.fc2.weight, layer.fc2.bias).add_(states)
+        before = out.clone() if out.dtype == torch.float16 else None
+        out = frozen_layer.clamp_half(out)
+        final_statistics = _norm(self.final_norm, out)[1:]
+        grad = _norm_backward(self.final_norm, grad_out, out, *final_statistics)
+        if before is not None:
+            grad.masked_fill_(before != out, 0)
+        del out, before
+        grad_inner = grad @ layer.fc2.weight
+        into = {"grad_input": grad_inner} if device_type(inner.device) == "cuda" else {}
+        grad_inner = torch.ops.aten.gelu_backward(grad_inner, inner, **into)
+        del inner
+        grad_normed = grad_inner @ layer.fc1.weight
+        return grad.add_(_norm_backward(layer.final_layer_norm, grad_normed, states, *statistics))
+
+
+class _Heads(torch.autograd.Function):
+    """The queries, keys and values of x, with gradient to it."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, again: _LayerAgain) -> tuple[Tensor, ...]:
+        heads, statistics = again.heads(x)
+        ctx.again = again
+        ctx.save_for_backward(x, *statistics)
+        return tuple(heads)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:
+        grad_normed = None
+        for grad, weight in zip(map(_beside, grads), ctx.again.weights[2:]):
+            rows = grad.flatten(0, 1)
+            grad_normed = rows @ weight if grad_normed is None else grad_normed.addmm_(rows, weight)
+        x, *statistics = ctx.saved_tensors
+        norm = ctx.again.layer.self_attn_layer_norm
+        return _norm_backward(norm, grad_normed.view(x.shape), x, *statistics), None
+
+
+def _beside(heads: Tensor) -> Tensor:
+    """(B, H, T, d) to (B, T, H d), a copy only where it has to be."""
+    return heads.transpose(1, 2).flatten(2)
+
+
+def _of_frames(grad_mean: Tensor, lengths: Tensor | None, frames: int) -> Tensor:
+    """(B, D) to all valid frames (B, T, D); 0 for the others."""
+    if lengths is None:
+        return grad_mean[:, None].expand(-1, frames, -1).contiguous()
+    valid = torch.arange(frames, device=lengths.device) < lengths[:, None]
+    return torch.where(valid[..., None], grad_mean[:, None], 0)
+
+
+def _norm(norm: nn.LayerNorm, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """LayerNorm with its statistics."""
+    return torch.native_layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+
+
+def _norm_backward(norm: nn.LayerNorm, grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    """Gradient of x alone."""
+    shape, wanted = norm.normalized_shape, [True, False, False]
+    arguments = (grad, x, shape, mean, rstd, norm.weight, norm.bias, wanted)
+    return torch.ops.aten.native_layer_norm_backward(*arguments)[0]

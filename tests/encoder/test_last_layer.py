@@ -1,0 +1,112 @@
+"""SHERL's passage through the frozen last layer: the backward by hand against autograd."""
+
+import pytest
+import torch
+from modelling_fixtures import LAYERS, WIDTH, tiny_whisper
+from whisper_meft.encoder import last_layer
+from whisper_meft.encoder.frozen import FrozenEncoder
+from whisper_meft.encoder.last_layer import pooled_through_last_layer
+
+from meft_kernels import SHERL
+from meft_kernels.testing import relative_error
+
+CLIPS, FRAMES = 5, 11
+
+
+def parts_of(dtype, attention="sdpa", **changes):
+    """Encoder and SHERL with a gate that lets h through, h, y and the weights of a loss."""
+    torch.manual_seed(0)
+    encoder = FrozenEncoder(tiny_whisper(attn_implementation=attention, dtype=dtype, **changes).encoder)
+    with torch.no_grad():
+        for parameter in encoder.parameters():  # biases and LayerNorms too
+            parameter.add_(0.1 * torch.randn(parameter.shape, dtype=torch.float64).to(dtype))
+    side = SHERL(WIDTH, LAYERS, reduction_factor=2, dtype=dtype)
+    torch.nn.init.constant_(side.gate, 0.03)
+    states = (torch.randn(CLIPS, FRAMES, WIDTH, dtype=torch.float64) + 0.3).to(dtype)
+    merged = torch.randn(CLIPS, FRAMES, side.side_size, dtype=torch.float64).to(dtype)
+    return encoder, side, states, merged, torch.randn(CLIPS, WIDTH, dtype=torch.float64)
+
+
+def gradients(parts, lengths, backward_part, frugal=False, retain=False):
+    """The pooled result, and gradients of y and of the parameters that the passage reads."""
+    encoder, side, states, merged, upstream = parts
+    merged = merged.clone().requires_grad_()
+    pooled = pooled_through_last_layer(encoder, side, states, merged, lengths, 2, backward_part, frugal)
+    wanted = [merged, side.out.weight, side.out.bias, side.gate]
+    loss = (pooled * upstream).sum()
+    return pooled.detach(), *torch.autograd.grad(loss, wanted, retain_graph=retain)
+
+
+@pytest.mark.parametrize("frugal", [False, True])
+@pytest.mark.parametrize("size", [1, 2, 5, 9])
+@pytest.mark.parametrize("lengths", [None, [11, 1, 4, 9, 11]])
+def test_gradients_are_those_of_autograd(lengths, size, frugal):
+    parts = parts_of(torch.float64)
+    lengths = None if lengths is None else torch.tensor(lengths)
+    expected = gradients(parts, lengths, None)
+    found = gradients(parts, lengths, size, frugal)
+    assert all(relative_error(a, b) < 1e-12 for a, b in zip(found, expected, strict=True))
+    if lengths is not None:
+        past_end = torch.arange(FRAMES) >= lengths[:, None]
+        assert not found[1][past_end].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_other_types_err_as_autograd_does(dtype):
+    parts, (encoder, side, *_) = parts_of(dtype), parts_of(torch.float64)
+    encoder.load_state_dict(parts[0].state_dict())
+    side.load_state_dict(parts[1].state_dict())
+    truth = gradients((encoder, side, *(each.double() for each in parts[2:])), None, None)
+    kept, found = (
+        [relative_error(a, b) for a, b in zip(gradients(parts, None, size), truth)] for size in (None, 2)
+    )
+    assert all(error <= 2 * yardstick + torch.finfo(dtype).eps for error, yardstick in zip(found, kept))
+
+
+def test_clamped_states_pass_no_gradient():
+    """In fp16 a layer's output is clamped, and where it is its gradient is zero."""
+    parts = parts_of(torch.float16)
+    fc2 = parts[0].layers[-1].fc2
+    with torch.no_grad():
+        fc2.bias[::3] = 65000.0
+    expected, found = (gradients(parts, None, size) for size in (None, 2))
+    assert all(relative_error(a, b) < 2e-2 for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_what_is_not_derived_is_left_to_autograd(attention, monkeypatch):
+    parts = parts_of(torch.float64, attention)
+    expected = gradients(parts, None, None)
+    if attention == "sdpa":
+        parts[0].layers[-1].activation_fn = torch.nn.GELU()
+    monkeypatch.setattr(last_layer, "_LayerAgain", None)
+    found = gradients(parts, None, 2)
+    assert all(relative_error(a, b) < 1e-12 for a, b in zip(found, expected, strict=True))
+
+
+def test_a_graph_that_is_kept_gives_the_same_again():
+    encoder, side, states, merged, upstream = parts_of(torch.float64)
+    merged.requires_grad_()
+    pooled = pooled_through_last_layer(encoder, side, states, merged, None, 2, 2)
+    loss = (pooled * upstream).sum()
+    first, second = (torch.autograd.grad(loss, [merged, side.gate], retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+def test_the_second_derivative_is_refused():
+    encoder, side, states, merged, _ = parts_of(torch.float64)
+    pooled = pooled_through_last_layer(encoder, side, states, merged.requires_grad_(), None, 2, 2)
+    (grad,) = torch.autograd.grad(pooled.square().sum(), merged, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        grad.square().sum().backward()
+
+
+def test_without_gradient_the_clips_go_in_parts(monkeypatch):
+    encoder, side, states, merged, _ = parts_of(torch.float64)
+    sizes, run = [], encoder.last_layer
+    monkeypatch.setattr(encoder, "last_layer", lambda x, *rest: sizes.append(len(x)) or run(x, *rest))
+    expected = pooled_through_last_layer(encoder, side, states, merged, None, 2, None)
+    with torch.no_grad():
+        found = pooled_through_last_layer(encoder, side, states, merged, None, 2, None)
+    assert sizes == [5, 2, 2, 1] and relative_error(found, expected) < 1e-12
+    assert pooled_through_last_layer(encoder, side, states[:0], merged[:0], None, 2, 1).shape == (0, WIDTH)
