@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
+from .guiding import GuidanceOfOwn
 from .ops.projected_attention import FeatureSlab, serves
 from .reference import HiddenState
 from .reference.modules import (
@@ -114,9 +115,14 @@ class SHERL(reference.SHERL):
             values = hidden_state.values
             # The deepest is needed again by widen: kept once as it is, it takes what two 8-bit copies would.
             keep = "exact" if down is self.down[-1] else self.saved_activations
-            features.append(ops.gated_down(values, *gated_down_params(down), keep))
+            # Aliases of this step: what the kernels make of one is made once for forward and backward.
+            parameters = (parameter.view_as(parameter) for parameter in gated_down_params(down))
+            features.append(ops.gated_down(values, *parameters, keep))
         self.check_lengths(lengths, values)
-        return values, ops.guidance(self.guide.weight, self.guide.bias, features)
+        guide = self.guide.weight, self.guide.bias
+        if torch.is_grad_enabled() and any(each.requires_grad for each in (*guide, *features)):
+            return values, GuidanceOfOwn.apply(*guide, *features)
+        return values, ops.guidance(*guide, features)
 
     def widen(self, hidden_state: Tensor, merged: Tensor) -> Tensor:
         """The last encoder layer's input (B, T, D) from what ``merge`` gave. Cheap: whoever backpropagates
@@ -135,7 +141,8 @@ class SHERL(reference.SHERL):
         arguments: the backward computes it again.
 
         Args:
-            hidden_state, merged: what ``merge`` gave; no gradient goes to the hidden state.
+            hidden_state, merged: what ``merge`` gave; no gradient goes to the hidden state, and that of
+                ``merged`` may be written over it.
             run: of the widened (b, T, D) and the slice of the batch that it is of, without autograd; gives
                 (b, ...).
             backward: of the widened, the gradient of what ``run`` gave, and the slice; gives the gradient of

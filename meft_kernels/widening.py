@@ -6,17 +6,22 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .disposing import may_dispose
+from .ops import backends
 from .ops.second_derivative import refuses_second_derivative
+from .reference import stand_in
 
 
 def parts(clips: int, size: int) -> Iterator[slice]:
-    """Slices of so many clips at a time; of no clips one."""
+    """Slices of so many clips at a time or, to be of nearly one length, fewer; of no clips one."""
+    size = -(-clips // max(-(-clips // max(size, 1)), 1))
     for start in range(0, max(clips, 1), max(size, 1)):
         yield slice(start, start + size)
 
 
 class WidenInto(torch.autograd.Function):
-    """``run(gated_up(x, y, ...), part)`` of each part, one behind the other.
+    """``run(gated_up(x, y, ...), part)`` of each part, one behind the other. y is held by this alone: its
+    gradient takes its place.
 
     Args:
         run: of the widened (b, T, D) of a slice of clips, gives (b, ...). backward: of the same and the
@@ -27,7 +32,6 @@ class WidenInto(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx,
         run: Callable[[Tensor, slice], Tensor],
         backward: Callable[[Tensor, Tensor, slice], Tensor],
         sizes: tuple[int, int],
@@ -37,29 +41,46 @@ class WidenInto(torch.autograd.Function):
         bias: Tensor,
         gate: Tensor,
     ) -> Tensor:
-        ctx.run_backward, ctx.size = backward, sizes[1]
-        ctx.save_for_backward(x, y, weight, bias, gate)
         results = []
         for part in parts(len(x), sizes[0]):
             results.append(run(ops.gated_up(x[part], y[part], weight, bias, gate), part))
         return torch.cat(results)
 
     @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        _, ctx.run_backward, (_, ctx.size), *given = inputs
+        ctx.backend = backends.current()
+        ctx.save_for_backward(*given)
+
+    @staticmethod
     @refuses_second_derivative
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, y, weight, bias, gate = ctx.saved_tensors
-        found: tuple[list[Tensor], ...] = ([], [], [])
-        with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
+        if may_dispose():
+            grad_y = y.detach()
+            torch.autograd.graph.increment_version(grad_y)  # whoever still reads y is told
+        else:
+            grad_y = y.clone()
+        parameters = (weight, bias, gate)
+        found: list[list[Tensor]] = []
+        autocast = torch.autocast(grad.device.type, enabled=False)
+        with torch.no_grad(), autocast, backends.assume_backend(ctx.backend):
             for part in parts(len(x), ctx.size):
-                wide = ops.gated_up(x[part], y[part], weight, bias, gate)
+                wide = ops.gated_up(x[part], grad_y[part], *parameters)
                 upstream = ctx.run_backward(wide, grad[part], part)
                 del wide
-                for of_parts, each in zip(found, ops.gated_up_sums(upstream, x[part], y[part], weight)):
-                    of_parts.append(each)
-                del upstream, each
-            grad_y, *summed = found
-            summed = (
-                of_parts[0] if len(of_parts) == 1 else torch.stack(of_parts).sum(0) for of_parts in summed
-            )
-            grads = ops.gated_up_gradients(*summed, weight, bias, gate)
-            return None, None, None, None, torch.cat(grad_y), *grads
+                found.append(_of_part(upstream, x[part], grad_y[part], parameters))
+                del upstream
+            summed = [torch.stack(of_parts).sum(0) for of_parts in zip(*found)]
+            grads = summed if len(summed) == len(parameters) else ops.gated_up_gradients(*summed, *parameters)
+            return None, None, None, None, grad_y, *grads
+
+
+def _of_part(grad: Tensor, x: Tensor, y: Tensor, parameters: tuple[Tensor, ...]) -> list[Tensor]:
+    """Writes the gradient of y over y, and gives what ``ops.gated_up_gradients`` takes or, of the C++ kernels
+    of a CPU, the gradients of the parameters."""
+    if stand_in.device_type(grad.device) != "cpu":
+        return ops.gated_up_sums_(grad, x, y, parameters[0])
+    _, grad_y, *grads = backends.kernel("gated_up_bwd")(grad, x, y, *parameters, False)
+    y.copy_(grad_y)
+    return grads

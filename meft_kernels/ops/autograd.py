@@ -37,11 +37,13 @@ def make_function(name: str) -> type[torch.autograd.Function]:
     class OpFunction(torch.autograd.Function):
         @staticmethod
         def forward(backend: str, keep: Keep, *arguments):
-            if name == "relu_attention" and reads_slab(backend, arguments[0]):
+            if name == "relu_attention" and is_fused(backend, arguments[0]):
                 # The features are kept as the slab that the kernel reads, and copied into it once.
                 slab = torch.stack(arguments[len(names) - 1 :])
                 packed = (*arguments[: len(names) - 1], list(slab.unbind(0)))
                 return backends.kernel(name, backend)(*packed), slab
+            if keep == "fp8" and name == "gated_down" and is_fused(backend, arguments[0]):
+                return backends.kernel("gated_down_active", backend)(*arguments)
             if backend in ("auto", "native") and keep == "exact" and native.keeps_projection(name, arguments):
                 return native.kernel(f"{name}_keeping")(*arguments)
             return backends.kernel(name, backend)(*_pack(name, arguments))
@@ -52,8 +54,12 @@ def make_function(name: str) -> type[torch.autograd.Function]:
             ctx.slab = False
             if has_flag:
                 *arguments, ctx.flag = arguments
-            arguments = kept(ctx.backend, names, ctx.keep, arguments)
-            ctx.keeping = isinstance(output, tuple)
+            ctx.keeping, active = isinstance(output, tuple), None
+            if ctx.keeping and ctx.keep == "fp8":  # of gated_down: where p > 0
+                active, ctx.keeping = output[1], False
+                ctx.mark_non_differentiable(active)
+                ctx.set_materialize_grads(False)
+            arguments = kept(ctx.backend, names, ctx.keep, arguments, active)
             if ctx.keeping and name == "relu_attention":
                 slab = output[1]
                 ctx.mark_non_differentiable(slab)
@@ -98,16 +104,17 @@ def make_function(name: str) -> type[torch.autograd.Function]:
     return OpFunction
 
 
-def reads_slab(backend: str, first: Tensor) -> bool:
-    """Whether the fused ``relu_attention`` serves, which reads its features from one slab."""
+def is_fused(backend: str, first: Tensor) -> bool:
+    """Whether Triton's kernels are those that serve; ``relu_attention``'s reads its features from one slab."""
     return backend == "triton" or (backend == "auto" and stand_in.device_type(first.device) == "cuda")
 
 
-def kept(backend: str, names: list[str], keep: Keep, arguments: list) -> list:
-    """What a Function saves of the arguments of an op that begins with x, for ``restored``."""
+def kept(backend: str, names: list[str], keep: Keep, arguments: list, active: Tensor | None = None) -> list:
+    """What a Function saves of the arguments of an op that begins with x, for ``restored``; ``active``:
+    ``gated_down``'s bits, where they are known."""
     if keep == "exact":
         return arguments
-    return _encoded(backend, names, arguments) if keep == "fp8" else [None, *arguments[1:]]
+    return _encoded(backend, names, arguments, active) if keep == "fp8" else [None, *arguments[1:]]
 
 
 def restored(backend: str, names: list[str], keep: Keep, saved: Sequence, grad: Tensor) -> tuple[list, tuple]:
@@ -118,8 +125,9 @@ def restored(backend: str, names: list[str], keep: Keep, saved: Sequence, grad: 
     return list(saved) if keep == "exact" else [keep(), *saved[1:]], ()
 
 
-def _encoded(backend: str, names: list[str], arguments: list) -> list:
-    """Arguments with x as an 8-bit copy, and at the end what the backward needs to make do with it."""
+def _encoded(backend: str, names: list[str], arguments: list, active: Tensor | None) -> list:
+    """Arguments with x as an 8-bit copy, and at the end what the backward needs to make do with it;
+    ``active``: ``gated_down``'s bits, where they are known."""
     x, *rest = arguments
     given = dict(zip(names, arguments))
     if "mean" in given:  # the backward takes the normalised x for x: its statistics are 0 and 1
@@ -127,7 +135,8 @@ def _encoded(backend: str, names: list[str], arguments: list) -> list:
         return [code, *(None if n in ("mean", "rstd") else t for n, t in zip(names[1:], rest)), *channels]
     mean, rstd = backends.kernel("row_statistics", backend)(x)
     code, *channels = backends.kernel("encode", backend)(x, mean, rstd)
-    active = reference.gated_down.active_bits(x, given["weight_1"], given["bias_1"])
+    if active is None:
+        active = reference.gated_down.active_bits(x, given["weight_1"], given["bias_1"])
     return [code, *rest, *channels, mean, rstd, active]
 
 

@@ -286,18 +286,19 @@ def gated_up(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, gate: Tensor) -
     return call("gated_up", x, y.to(x.dtype), weight, bias, gate)
 
 
-def gated_up_sums(grad: Tensor, x: Tensor, y: Tensor, weight: Tensor) -> list[Tensor]:
+def gated_up_sums_(grad: Tensor, x: Tensor, y: Tensor, weight: Tensor) -> list[Tensor]:
     """The backward of ``gated_up`` over some of its rows, without gradient to x, in sums that whoever goes
-    over the rows in parts adds up; ``gated_up_gradients`` makes the gradients of them.
+    over the rows in parts adds up; ``gated_up_gradients`` makes the gradients of them. The gradient of y is
+    written over y.
 
     Args:
         grad: (..., D), of the output. x, y, weight: as in ``gated_up``.
 
     Returns:
-        The gradient of y (..., r), and in fp32, or float64, what the weight's is made of (D, r) and what
-        those of bias and gate are made of (2, D).
+        In fp32, or float64, what the gradient of the weight is made of (D, r) and what those of bias and gate
+        are made of (2, D).
     """
-    return backends.kernel("gated_up_sums")(grad, x, y, weight)
+    return backends.kernel("gated_up_sums_")(grad, x, y, weight)
 
 
 gated_up_gradients = reference.gated_up.gradients

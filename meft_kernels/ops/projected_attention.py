@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .autograd import FUNCTIONS, activation, how_to_keep, reads_slab
+from .autograd import FUNCTIONS, activation, how_to_keep, is_fused
 from .second_derivative import in_transform, refuses_second_derivative
 
 
 def serves(x: Tensor) -> bool:
     """Whether the fused attention serves, for hidden states (B, T, D)."""
     may = not (torch.compiler.is_compiling() or in_transform())
-    return may and reads_slab(backends.current(), x)
+    return may and is_fused(backends.current(), x)
 
 
 class FeatureSlab:

@@ -60,12 +60,17 @@ def _fake_decode(code: Tensor, scale: Tensor, shift: Tensor, like: Tensor, *stat
 def _fake_gated_up_sums(grad: Tensor, x: Tensor, y: Tensor, weight: Tensor) -> list[Tensor]:
     wide = reference.accumulation_dtype(x.dtype)
     grad_weight = x.new_empty(weight.shape, dtype=wide)
-    return [y.new_empty(y.shape), grad_weight, x.new_empty(2, x.shape[-1], dtype=wide)]
+    return [grad_weight, x.new_empty(2, x.shape[-1], dtype=wide)]
 
 
 def _resized(x: Tensor, weight: Tensor) -> Tensor:
     """Shape of a projection of x by a weight (out, in)."""
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _fake_gated_down_active(x: Tensor, weight: Tensor, *_) -> tuple[Tensor, Tensor]:
+    rows, width = x.numel() // max(x.shape[-1], 1), weight.shape[0]
+    return _resized(x, weight), x.new_empty(rows, (width + 7) // 8, dtype=torch.uint8)
 
 
 _FAKES: dict[str, Callable[..., Tensor]] = {
@@ -133,9 +138,21 @@ def _registered() -> list[Registered]:
         ),
         Registered(decode, "eight_bit", "decode", _fake_decode),
         Registered(
-            "gated_up_sums(Tensor grad, Tensor x, Tensor y, Tensor weight) -> Tensor[]",
+            f"gated_down_active({ARGUMENTS['gated_down']}) -> (Tensor, Tensor)",
+            "gated_down",
+            "forward_active",
+            _fake_gated_down_active,
+        ),
+        Registered(
+            "guidance_bwd_(Tensor grad, Tensor weight, Tensor bias, Tensor(a!)[] features) -> Tensor[]",
+            "guidance",
+            "backward_",
+            lambda grad, weight, bias, features: [torch.empty_like(weight), torch.empty_like(bias)],
+        ),
+        Registered(
+            "gated_up_sums_(Tensor grad, Tensor x, Tensor(a!) y, Tensor weight) -> Tensor[]",
             "gated_up",
-            "sums",
+            "sums_",
             _fake_gated_up_sums,
         ),
     ]

@@ -81,7 +81,9 @@ def _trial(names: Sequence[str], arguments: Sequence, seed: int) -> list:
         elif name == "lengths" and argument is not None:
             small.append(torch.tensor([FRAMES, 33, FRAMES // 2][:CLIPS], dtype=argument.dtype, device=device))
         elif name == "active":
-            small.append(None)  # bits of rows that are not here; the reference serves them in any case
+            shape = None if argument is None else (CLIPS * FRAMES, argument.shape[-1])
+            bits = None if shape is None else torch.randint(256, shape, generator=generator)
+            small.append(bits if bits is None else bits.to(argument.device, argument.dtype))
         elif isinstance(argument, Tensor) and name in _ACTIVATIONS:
             small.append(normal(CLIPS, FRAMES, argument.shape[-1], like=argument, mean=0.3))
             if name in ("x", "code"):
@@ -101,9 +103,14 @@ def _wide(value):
 
 
 def _results(kernel: Callable, trial: list) -> list[Tensor]:
-    """What a kernel gives; tensors that were not asked for are empty."""
+    """What a kernel gives, and what it leaves of activations, over which it may write; tensors that were not
+    asked for are empty."""
+    trial = [[each.clone() for each in given] if isinstance(given, list) else given for given in trial]
+    trial = [given.clone() if isinstance(given, Tensor) else given for given in trial]
     result = kernel(*trial)
-    return list(result) if isinstance(result, (list, tuple)) else [result]
+    left = [each for given in trial for each in (given if isinstance(given, list) else [given])]
+    left = [each for each in left if isinstance(each, Tensor) and each.is_floating_point() and each.ndim == 3]
+    return [*(result if isinstance(result, (list, tuple)) else [result]), *left]
 
 
 def _worst(table: Tensor) -> list[Tensor]:

@@ -79,6 +79,20 @@ def forward(
     return out.view(*x.shape[:-1], weight_1.shape[0])
 
 
+def forward_active(
+    x: Tensor,
+    weight_1: Tensor,
+    bias_1: Tensor,
+    weight_2: Tensor,
+    bias_2: Tensor,
+    weight_3: Tensor,
+    bias_3: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """``forward``, and ``active_bits``."""
+    out = forward(x, weight_1, bias_1, weight_2, bias_2, weight_3, bias_3)
+    return out, active_bits(x, weight_1, bias_1)
+
+
 def backward(
     grad: Tensor,
     x: Tensor,

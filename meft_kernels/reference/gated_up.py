@@ -33,9 +33,16 @@ def forward(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, gate: Tensor) ->
     return out.view(x.shape)
 
 
-def sums(grad: Tensor, x: Tensor, y: Tensor, weight: Tensor) -> list[Tensor]:
-    """Gradient of y, and what those of the parameters are made of (``gradients``), summed over the rows
-    given, in the accumulation type: dout^T relu(y) (D, r); sum dout and sum dout * h (2, D)."""
+def sums_(grad: Tensor, x: Tensor, y: Tensor, weight: Tensor) -> list[Tensor]:
+    """Writes the gradient of y over y, and gives what those of the parameters are made of (``gradients``),
+    summed over the rows given, in the accumulation type: dout^T relu(y) (D, r); sum dout and sum dout * h
+    (2, D)."""
+    grad_y, *summed = _sums(grad, x, y, weight)
+    y.copy_(grad_y)
+    return summed
+
+
+def _sums(grad: Tensor, x: Tensor, y: Tensor, weight: Tensor) -> list[Tensor]:
     wide, dtype = accumulation_dtype(x.dtype), x.dtype
     rows, side = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
     grad = grad.reshape(rows.shape)
@@ -54,9 +61,9 @@ def sums(grad: Tensor, x: Tensor, y: Tensor, weight: Tensor) -> list[Tensor]:
 def gradients(
     grad_weight: Tensor, totals: Tensor, weight: Tensor, bias: Tensor, gate: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of weight, bias and gate from what ``sums`` gives of all rows."""
+    """Gradients of weight, bias and gate from what ``sums_`` gives of all rows."""
     keep = torch.tanh(gate.to(totals.dtype) / GATE_TEMPERATURE)
-    grad_gate = (1 - keep * keep) / GATE_TEMPERATURE * totals[1].sum()
+    grad_gate = torch.ops.aten.tanh_backward(totals[1].sum() / GATE_TEMPERATURE, keep)
     return grad_weight.to(weight.dtype), totals[0].to(bias.dtype), grad_gate.to(gate.dtype)
 
 
@@ -64,7 +71,7 @@ def backward(
     grad: Tensor, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, need_x: bool
 ) -> list[Tensor]:
     """Gradients of x (empty unless ``need_x``), y, weight, bias and gate."""
-    grad_y, *summed = sums(grad, x, y, weight)
+    grad_y, *summed = _sums(grad, x, y, weight)
     grad_x = x.new_empty(0)
     if need_x:
         keep = torch.tanh(gate.to(accumulation_dtype(x.dtype)) / GATE_TEMPERATURE)

@@ -113,3 +113,11 @@ def backward(grad: Tensor, weight: Tensor, bias: Tensor, features: list[Tensor])
         grad_bias.to(bias.dtype),
         *(target.view(last.shape) for target in grad_features),
     ]
+
+
+def backward_(grad: Tensor, weight: Tensor, bias: Tensor, features: list[Tensor]) -> list[Tensor]:
+    """Gradients of weight and bias; those of the features are written over them."""
+    grad_weight, grad_bias, *grads = backward(grad, weight, bias, features)
+    for feature, each in zip(features, grads, strict=True):
+        feature.copy_(each)
+    return [grad_weight, grad_bias]

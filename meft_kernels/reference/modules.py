@@ -107,11 +107,6 @@ class SideNetwork(nn.Module):
         """Index of the last hidden state that is read; a streaming backbone can stop after it."""
         return self.taps[-1]
 
-    @property
-    def slabs(self) -> int:
-        """In how many slabs of clips a batch is best taken on a GPU, for memory's sake: one."""
-        return 1
-
     def extra_repr(self) -> str:
         text = f"hidden_size={self.hidden_size}, num_layers={self.num_layers}, side_size={self.side_size}"
         if self.taps != tuple(range(1, self.num_layers + 1)):
@@ -471,12 +466,6 @@ class SHERL(SideNetwork):
         self.out = nn.Linear(size, hidden_size, **place)
         self.gate = nn.Parameter(torch.empty(1, **place))
         self.reset_parameters()
-
-    @property
-    def slabs(self) -> int:
-        """As ``SideNetwork.slabs``: the gradients of all layers' features, which the backward holds at once,
-        are nearly a fifth of what is kept in 8 bits."""
-        return 1 if self.saved_activations == "exact" else 2
 
     @property
     def last_layer(self) -> int:

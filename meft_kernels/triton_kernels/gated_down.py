@@ -1,10 +1,13 @@
 """SHERL's gated down-projection; see ``reference.gated_down`` for the maths.
 
 The product V1 h reads a hidden state once and is the vendor library's. Its fp32 result is worked off in
-blocks of ``BLOCK_ROWS`` frames, so that it is small and mostly still in the L2 cache when the kernel behind
-it reads it: bias, ReLU, the two r x r products over one read of p, the residual and the gate. Backward, one
-kernel recomputes these and gives dy, dg and p, a second one dp from dy and dg; the weights' gradients are
-products with the frames split in groups (``host.split_product``), since nothing is left to fuse into them.
+blocks of rows, few enough that what is held for them is bounded (``BLOCK_BYTES``). The kernel behind it does
+bias, ReLU, the two r x r products over one read of p, the residual and the gate, and on request the bits that
+say where p > 0. Backward, of half precision and where a row of the table holds the whole width, one kernel
+recomputes these and gives p, dy, dg and dp; at other widths, and in fp32, whose products have to be cut
+smaller, a second one makes dp of dy and dg. The weights' gradients are products with the frames split in
+groups (``host.split_product``), since nothing is left to fuse into them; dy and dg lie side by side, so that
+V2's and V3's are one.
 """
 
 from collections.abc import Iterator
@@ -15,28 +18,65 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import gated_down as reference
+from ..reference import stand_in
 from ..reference.common import matmul
 from ..tune.row import Row
 from .blocks import relu
-from .host import POINTERS, aligned, compile_arguments, launch, on_device, row_for, split_product
+from .host import (
+    POINTERS,
+    aligned,
+    compile_arguments,
+    launch,
+    on_device,
+    once_per_step,
+    row_for,
+    split_product,
+)
 
-BLOCK_ROWS = 2**17
+BLOCK_BYTES = 2**28  # that a block of rows may hold for the backward: V1 h in fp32, p, dy, dg and dp
 
-# Rows are frames of all utterances. R is the side width; programs count tiles of columns first.
+# Rows are frames of all utterances. R is the side width; programs count tiles of columns first. Bits are 1
+# where p > 0, the first unit's in the lowest place of a byte; a row of them takes ceil(R / 8) bytes.
 
 
 @triton.jit
-def _hidden(pre_ptr, bias_1_ptr, row, rows, column, R: tl.constexpr):
-    """relu(pre + bias) of a tile in fp32, 0 in columns beyond R."""
+def _active(active_ptr, row, rows, column, R: tl.constexpr):
+    """The bits of a tile as numbers, 0 or 1."""
+    inside = (row < rows)[:, None] & (column < R)[None, :]
+    stride: tl.constexpr = (R + 7) // 8
+    byte = tl.load(active_ptr + row[:, None] * stride + (column // 8)[None, :], mask=inside, other=0)
+    return ((byte >> (column % 8)[None, :]) & 1).to(tl.float32)
+
+
+@triton.jit
+def _store_active(active_ptr, hidden, row, rows, start, R: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    """The bits of a tile of p whose first column is ``start``, a multiple of 8."""
+    place = tl.arange(0, 8)[None, None, :]
+    bits = tl.reshape((hidden > 0).to(tl.int32), [M, N // 8, 8]) << place
+    column = start // 8 + tl.arange(0, N // 8)
+    stride: tl.constexpr = (R + 7) // 8
+    inside = (row < rows)[:, None] & (column < stride)[None, :]
+    offset = row[:, None] * stride + column[None, :]
+    tl.store(active_ptr + offset, tl.sum(bits, 2).to(tl.uint8), mask=inside)
+
+
+@triton.jit
+def _hidden(pre_ptr, bias_1_ptr, active_ptr, row, rows, column, R: tl.constexpr, ACTIVE: tl.constexpr):
+    """relu(pre + bias) of a tile in fp32, 0 in columns beyond R; with ACTIVE, where the bits say so."""
     inside = (row < rows)[:, None] & (column < R)[None, :]
     pre = tl.load(pre_ptr + row[:, None] * R + column[None, :], mask=inside, other=0.0)
     bias = tl.load(bias_1_ptr + column, mask=column < R, other=0.0).to(tl.float32)
-    return relu(pre + bias[None, :])
+    if ACTIVE:
+        hidden = (pre + bias[None, :]) * _active(active_ptr, row, rows, column, R)
+    else:
+        hidden = relu(pre + bias[None, :])
+    return hidden
 
 
 @triton.jit
 def _value_and_gate(
     pre_ptr,
+    active_ptr,
     bias_1_ptr,
     weight_2_ptr,
     bias_2_ptr,
@@ -46,6 +86,7 @@ def _value_and_gate(
     rows,
     column,
     R: tl.constexpr,
+    ACTIVE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -56,7 +97,9 @@ def _value_and_gate(
     gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in tl.range(0, R, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        p = _hidden(pre_ptr, bias_1_ptr, row, rows, k, R).to(weight_2_ptr.dtype.element_ty)
+        p = _hidden(pre_ptr, bias_1_ptr, active_ptr, row, rows, k, R, ACTIVE).to(
+            weight_2_ptr.dtype.element_ty
+        )
         inside = (k < R)[:, None] & (column < R)[None, :]
         offset = column[None, :] * R + k[:, None]
         weight_2 = tl.load(weight_2_ptr + offset, mask=inside, other=0.0)
@@ -65,8 +108,37 @@ def _value_and_gate(
         gate = tl.dot(p, weight_3, gate, input_precision=PRECISION)
     bias_2 = tl.load(bias_2_ptr + column, mask=column < R, other=0.0).to(tl.float32)
     bias_3 = tl.load(bias_3_ptr + column, mask=column < R, other=0.0).to(tl.float32)
-    hidden = _hidden(pre_ptr, bias_1_ptr, row, rows, column, R)
+    hidden = _hidden(pre_ptr, bias_1_ptr, active_ptr, row, rows, column, R, ACTIVE)
     return hidden, value + bias_2[None, :] + hidden, tl.sigmoid(gate + bias_3[None, :])
+
+
+@triton.jit
+def _gates(
+    grad_ptr,
+    hidden,
+    value,
+    gate,
+    hidden_ptr,
+    gates_ptr,
+    part_ptr,  # of the tile of rows: (2, R)
+    row,
+    rows,
+    column,
+    R: tl.constexpr,
+):
+    """dy = dz * g and dg = dz * y * g (1 - g) in fp32, stored with p and with their sums over the rows."""
+    inside = (row < rows)[:, None] & (column < R)[None, :]
+    offset = row[:, None] * R + column[None, :]
+    kind = grad_ptr.dtype.element_ty
+    tl.store(hidden_ptr + offset, hidden.to(kind), mask=inside)
+    grad_value = tl.load(grad_ptr + offset, mask=inside, other=0.0).to(tl.float32) * gate
+    grad_gate = grad_value * value * (1 - gate)
+    offset = row[:, None] * 2 * R + column[None, :]
+    tl.store(gates_ptr + offset, grad_value.to(kind), mask=inside)
+    tl.store(gates_ptr + R + offset, grad_gate.to(kind), mask=inside)
+    tl.store(part_ptr + column, tl.sum(grad_value, 0), mask=column < R)
+    tl.store(part_ptr + R + column, tl.sum(grad_gate, 0), mask=column < R)
+    return grad_value, grad_gate
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -78,8 +150,10 @@ def gated_down_fwd_kernel(
     weight_3_ptr,  # (R, R)
     bias_3_ptr,  # (R,)
     out_ptr,  # (rows, R)
+    active_ptr,  # (rows, ceil(R / 8)) uint8, only written if ACTIVE
     rows,
     R: tl.constexpr,
+    ACTIVE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -89,8 +163,9 @@ def gated_down_fwd_kernel(
     tiles: tl.constexpr = (R + BLOCK_N - 1) // BLOCK_N
     row = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    _, value, gate = _value_and_gate(
+    hidden, value, gate = _value_and_gate(
         pre_ptr,
+        active_ptr,
         bias_1_ptr,
         weight_2_ptr,
         bias_2_ptr,
@@ -100,6 +175,7 @@ def gated_down_fwd_kernel(
         rows,
         column,
         R,
+        False,
         PRECISION,
         BLOCK_M,
         BLOCK_N,
@@ -108,24 +184,27 @@ def gated_down_fwd_kernel(
     inside = (row < rows)[:, None] & (column < R)[None, :]
     out = (value * gate).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + row[:, None] * R + column[None, :], out, mask=inside)
+    if ACTIVE:
+        start = tl.program_id(0) % tiles * BLOCK_N
+        _store_active(active_ptr, hidden, row, rows, start, R, BLOCK_M, BLOCK_N)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def gated_down_bwd_gate_kernel(
     grad_ptr,  # (rows, R)
     pre_ptr,  # (rows, R) fp32
+    active_ptr,  # (rows, ceil(R / 8)) uint8, only read if ACTIVE
     bias_1_ptr,  # (R,)
     weight_2_ptr,  # (R, R), in the type of grad
     bias_2_ptr,  # (R,)
     weight_3_ptr,  # (R, R)
     bias_3_ptr,  # (R,)
     hidden_ptr,  # (rows, R): p
-    grad_value_ptr,  # (rows, R): dy
-    grad_gate_ptr,  # (rows, R): dg
-    value_part_ptr,  # (row tiles, R) fp32: partial sums of dy
-    gate_part_ptr,  # (row tiles, R) fp32: partial sums of dg
+    gates_ptr,  # (rows, 2, R): dy and dg
+    part_ptr,  # (row tiles, 2, R) fp32: partial sums of dy and dg
     rows,
     R: tl.constexpr,
+    ACTIVE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -138,6 +217,7 @@ def gated_down_bwd_gate_kernel(
     column = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     hidden, value, gate = _value_and_gate(
         pre_ptr,
+        active_ptr,
         bias_1_ptr,
         weight_2_ptr,
         bias_2_ptr,
@@ -147,35 +227,28 @@ def gated_down_bwd_gate_kernel(
         rows,
         column,
         R,
+        ACTIVE,
         PRECISION,
         BLOCK_M,
         BLOCK_N,
         BLOCK_K,
     )
-    inside = (row < rows)[:, None] & (column < R)[None, :]
-    offset = row[:, None] * R + column[None, :]
-    kind = grad_ptr.dtype.element_ty
-    tl.store(hidden_ptr + offset, hidden.to(kind), mask=inside)
-    grad = tl.load(grad_ptr + offset, mask=inside, other=0.0).to(tl.float32)
-    grad_value = grad * gate
-    tl.store(grad_value_ptr + offset, grad_value.to(kind), mask=inside)
-    tl.store(value_part_ptr + tile * R + column, tl.sum(grad_value, 0), mask=column < R)
-    grad_gate = grad_value * value * (1 - gate)
-    tl.store(grad_gate_ptr + offset, grad_gate.to(kind), mask=inside)
-    tl.store(gate_part_ptr + tile * R + column, tl.sum(grad_gate, 0), mask=column < R)
+    part_ptr += tile * 2 * R
+    _gates(grad_ptr, hidden, value, gate, hidden_ptr, gates_ptr, part_ptr, row, rows, column, R)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def gated_down_bwd_hidden_kernel(
     hidden_ptr,  # (rows, R): p
-    grad_value_ptr,  # (rows, R): dy
-    grad_gate_ptr,  # (rows, R): dg
+    active_ptr,  # (rows, ceil(R / 8)) uint8, only read if ACTIVE
+    gates_ptr,  # (rows, 2, R): dy and dg
     weight_2_ptr,  # (R, R), in the type of p
     weight_3_ptr,  # (R, R)
     grad_hidden_ptr,  # (rows, R): dp
-    hidden_part_ptr,  # (row tiles, R) fp32: partial sums of dp
+    part_ptr,  # (row tiles, R) fp32: partial sums of dp
     rows,
     R: tl.constexpr,
+    ACTIVE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -190,9 +263,9 @@ def gated_down_bwd_hidden_kernel(
     for start in tl.range(0, R, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         inside = (row < rows)[:, None] & (k < R)[None, :]
-        offset = row[:, None] * R + k[None, :]
-        grad_value = tl.load(grad_value_ptr + offset, mask=inside, other=0.0)
-        grad_gate = tl.load(grad_gate_ptr + offset, mask=inside, other=0.0)
+        offset = row[:, None] * 2 * R + k[None, :]
+        grad_value = tl.load(gates_ptr + offset, mask=inside, other=0.0)
+        grad_gate = tl.load(gates_ptr + R + offset, mask=inside, other=0.0)
         inside = (k < R)[:, None] & (column < R)[None, :]
         offset = k[:, None] * R + column[None, :]
         weight_2 = tl.load(weight_2_ptr + offset, mask=inside, other=0.0)
@@ -200,15 +273,85 @@ def gated_down_bwd_hidden_kernel(
         total = tl.dot(grad_value, weight_2, total, input_precision=PRECISION)
         total = tl.dot(grad_gate, weight_3, total, input_precision=PRECISION)
     inside = (row < rows)[:, None] & (column < R)[None, :]
+    total += tl.load(gates_ptr + row[:, None] * 2 * R + column[None, :], mask=inside, other=0.0).to(
+        tl.float32
+    )
     offset = row[:, None] * R + column[None, :]
-    total += tl.load(grad_value_ptr + offset, mask=inside, other=0.0).to(tl.float32)
-    hidden = tl.load(hidden_ptr + offset, mask=inside, other=0.0).to(tl.float32)
-    total = total * (hidden > 0).to(tl.float32)
+    if ACTIVE:
+        total = total * _active(active_ptr, row, rows, column, R)
+    else:
+        hidden = tl.load(hidden_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+        total = total * (hidden > 0).to(tl.float32)
     tl.store(grad_hidden_ptr + offset, total.to(grad_hidden_ptr.dtype.element_ty), mask=inside)
-    tl.store(hidden_part_ptr + tile * R + column, tl.sum(total, 0), mask=column < R)
+    tl.store(part_ptr + tile * R + column, tl.sum(total, 0), mask=column < R)
 
 
-def _launch(kernel, row: Row, width: int, rows: int, *arguments: Tensor) -> None:
+@triton.jit(do_not_specialize=["rows"])
+def gated_down_bwd_kernel(
+    grad_ptr,  # (rows, R)
+    pre_ptr,  # (rows, R) fp32
+    active_ptr,  # (rows, ceil(R / 8)) uint8, only read if ACTIVE
+    bias_1_ptr,  # (R,)
+    weight_2_ptr,  # (R, R), in the type of grad
+    bias_2_ptr,  # (R,)
+    weight_3_ptr,  # (R, R)
+    bias_3_ptr,  # (R,)
+    hidden_ptr,  # (rows, R): p
+    gates_ptr,  # (rows, 2, R): dy and dg
+    grad_hidden_ptr,  # (rows, R): dp
+    part_ptr,  # (row tiles, 3, R) fp32: partial sums of dy, dg and dp
+    rows,
+    R: tl.constexpr,
+    ACTIVE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,  # at least R
+    BLOCK_K: tl.constexpr,
+):
+    # dy = dz * g;  dg = dz * y * g (1 - g);  dp = (dy V2 + dy + dg V3) * 1[p > 0]
+    tile = tl.program_id(0).to(tl.int64)
+    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.arange(0, BLOCK_N)
+    hidden, value, gate = _value_and_gate(
+        pre_ptr,
+        active_ptr,
+        bias_1_ptr,
+        weight_2_ptr,
+        bias_2_ptr,
+        weight_3_ptr,
+        bias_3_ptr,
+        row,
+        rows,
+        column,
+        R,
+        ACTIVE,
+        PRECISION,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+    )
+    part_ptr += tile * 3 * R
+    grad_value, grad_gate = _gates(
+        grad_ptr, hidden, value, gate, hidden_ptr, gates_ptr, part_ptr, row, rows, column, R
+    )
+    inside = (column < R)[:, None] & (column < R)[None, :]
+    offset = column[:, None] * R + column[None, :]
+    kind = grad_ptr.dtype.element_ty
+    weight_2 = tl.load(weight_2_ptr + offset, mask=inside, other=0.0)
+    total = tl.dot(grad_value.to(kind), weight_2, grad_value, input_precision=PRECISION)
+    weight_3 = tl.load(weight_3_ptr + offset, mask=inside, other=0.0)
+    total = tl.dot(grad_gate.to(kind), weight_3, total, input_precision=PRECISION)
+    if ACTIVE:
+        total = total * _active(active_ptr, row, rows, column, R)
+    else:
+        total = total * (hidden > 0).to(tl.float32)
+    inside = (row < rows)[:, None] & (column < R)[None, :]
+    offset = row[:, None] * R + column[None, :]
+    tl.store(grad_hidden_ptr + offset, total.to(kind), mask=inside)
+    tl.store(part_ptr + 2 * R + column, tl.sum(total, 0), mask=column < R)
+
+
+def _launch(kernel, row: Row, width: int, rows: int, *arguments: Tensor, active: bool) -> None:
     """Runs a kernel over all tiles of a (rows, width) matrix."""
     programs = triton.cdiv(rows, row.blocks["BLOCK_M"]) * triton.cdiv(width, row.blocks["BLOCK_N"])
     launch(
@@ -216,13 +359,53 @@ def _launch(kernel, row: Row, width: int, rows: int, *arguments: Tensor) -> None
         (programs,),
         *arguments,
         rows,
-        **_constants(row, width),
+        **_constants(row, width, active),
         **row.options,
     )
 
 
-def _constants(row: Row, width: int) -> dict:
-    return {"R": width, "PRECISION": "ieee", **row.blocks}
+def _constants(row: Row, width: int, active: bool = False) -> dict:
+    return {"R": width, "ACTIVE": active, "PRECISION": "ieee", **row.blocks}
+
+
+def _blocks(rows: int, width: int, itemsize: int) -> Iterator[slice]:
+    """Blocks of rows of nearly one length, of which the backward holds ``BLOCK_BYTES`` at most."""
+    count = triton.cdiv(rows * width * (4 + 4 * itemsize), BLOCK_BYTES)
+    size = triton.cdiv(rows, max(count, 1) * 64) * 64
+    for start in range(0, rows, max(size, 1)):
+        yield slice(start, start + size)
+
+
+def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return once_per_step(weight, dtype, 0, lambda: weight.to(dtype).contiguous())
+
+
+def _parameters(x: Tensor, weight_1: Tensor, *given: Tensor) -> list[Tensor]:
+    """The parameters as the kernels take them, weights in the type of x; V1 in the type in which the library
+    multiplies it (``matmul``)."""
+    if stand_in.device_type(x.device) == "cuda":
+        weight_1 = _cast(weight_1, x.dtype)
+    return [weight_1, *(_cast(each, x.dtype) if each.ndim == 2 else each.contiguous() for each in given)]
+
+
+def _run(x: Tensor, given: tuple[Tensor, ...], keep_active: bool) -> tuple[Tensor, Tensor | None]:
+    """The output, and the bits if they are asked for."""
+    width = given[0].shape[0]
+    row = row_for("gated_down_fwd", x, width)
+    if row is None:
+        return reference.forward(x, *given), reference.active_bits(x, *given[:2]) if keep_active else None
+    rows = aligned(x, x.shape[-1])
+    weight_1, *parameters = _parameters(x, *given)
+    out = x.new_empty(rows.shape[0], width)
+    active = x.new_empty(rows.shape[0], triton.cdiv(width, 8), dtype=torch.uint8) if keep_active else None
+    with on_device(x):
+        for block in _blocks(rows.shape[0], width, x.itemsize):
+            pre = matmul(rows[block], weight_1.T, x.dtype)
+            target = out[block]
+            bits = target if active is None else active[block]  # any pointer, when it is not written
+            arguments = (pre, *parameters, target, bits)
+            _launch(gated_down_fwd_kernel, row, width, len(pre), *arguments, active=keep_active)
+    return out.view(*x.shape[:-1], width), active
 
 
 def forward(
@@ -235,22 +418,20 @@ def forward(
     bias_3: Tensor,
 ) -> Tensor:
     """x (..., D), V1 (r, D), V2 and V3 (r, r), biases (r,) -> (..., r) in the type of x."""
-    width = weight_1.shape[0]
-    row = row_for("gated_down_fwd", x, width)
-    if row is None:
-        return reference.forward(x, weight_1, bias_1, weight_2, bias_2, weight_3, bias_3)
-    rows = aligned(x, x.shape[-1])
-    weight_2, weight_3 = (weight.to(x.dtype).contiguous() for weight in (weight_2, weight_3))
-    bias_1, bias_2, bias_3 = (bias.contiguous() for bias in (bias_1, bias_2, bias_3))
-    out = x.new_empty(rows.shape[0], width)
-    with on_device(x):
-        for start in range(0, rows.shape[0], BLOCK_ROWS):
-            block = rows[start : start + BLOCK_ROWS]
-            pre = matmul(block, weight_1.T, x.dtype)
-            parameters = (bias_1, weight_2, bias_2, weight_3, bias_3)
-            target = out[start : start + BLOCK_ROWS]
-            _launch(gated_down_fwd_kernel, row, width, block.shape[0], pre, *parameters, target)
-    return out.view(*x.shape[:-1], width)
+    return _run(x, (weight_1, bias_1, weight_2, bias_2, weight_3, bias_3), False)[0]
+
+
+def forward_active(
+    x: Tensor,
+    weight_1: Tensor,
+    bias_1: Tensor,
+    weight_2: Tensor,
+    bias_2: Tensor,
+    weight_3: Tensor,
+    bias_3: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """``forward``, and ``reference.gated_down.active_bits``."""
+    return _run(x, (weight_1, bias_1, weight_2, bias_2, weight_3, bias_3), True)
 
 
 def backward(
@@ -265,65 +446,74 @@ def backward(
     need_x: bool,
     active: Tensor | None = None,
 ) -> list[Tensor]:
-    """Gradients of x (empty unless ``need_x``) and of the six parameters. With ``active``, for 8-bit copies,
-    the reference serves."""
+    """Gradients of x (empty unless ``need_x``) and of the six parameters; ``active``: ``active_bits`` of the
+    exact x, where x is not exact."""
     given = (weight_1, bias_1, weight_2, bias_2, weight_3, bias_3)
     width = weight_1.shape[0]
-    gate_row, hidden_row = (
-        row_for(name, x, width) for name in ("gated_down_bwd_gate", "gated_down_bwd_hidden")
-    )
-    if gate_row is None or hidden_row is None or active is not None:
+    names = ("gated_down_bwd_gate", "gated_down_bwd_hidden")
+    gate_row, hidden_row = (row_for(name, x, width) for name in names)
+    whole_row = None if x.dtype == torch.float32 else row_for("gated_down_bwd", x, width)
+    if whole_row is None and (gate_row is None or hidden_row is None):
         return reference.backward(grad, x, *given, need_x, active)
-    rows = aligned(x, x.shape[-1])
-    weight_2, weight_3 = (weight.to(x.dtype).contiguous() for weight in (weight_2, weight_3))
-    bias_1, bias_2, bias_3 = (bias.contiguous() for bias in (bias_1, bias_2, bias_3))
-    grad = aligned(grad, width)
+    rows, grad = aligned(x, x.shape[-1]), aligned(grad, width)
+    projection, *parameters = _parameters(x, *given)
+    weights = parameters[1], parameters[3]
     grad_x = rows.new_empty(rows.shape if need_x else 0)
     sums: list[Tensor] = []
+    flag = {"active": active is not None}
     with on_device(x):
-        for start in range(0, rows.shape[0], BLOCK_ROWS):
-            block, g = rows[start : start + BLOCK_ROWS], grad[start : start + BLOCK_ROWS]
-            count = block.shape[0]
-            pre = matmul(block, weight_1.T, x.dtype)
-            hidden, grad_value, grad_gate, grad_hidden = (torch.empty_like(g) for _ in range(4))
-            value_part, gate_part, hidden_part = (
-                pre.new_empty(triton.cdiv(count, row.blocks["BLOCK_M"]), width)
-                for row in (gate_row, gate_row, hidden_row)
+        for block in _blocks(rows.shape[0], width, x.itemsize):
+            g = grad[block]
+            pre = matmul(rows[block], projection.T, x.dtype)
+            bits = pre if active is None else active[block]  # any pointer, when it is not read
+            hidden, grad_hidden, gates = (
+                torch.empty_like(g),
+                torch.empty_like(g),
+                g.new_empty(len(g), 2, width),
             )
-            parameters = (bias_1, weight_2, bias_2, weight_3, bias_3)
-            saved = (hidden, grad_value, grad_gate)
-            parts = (value_part, gate_part)
-            kernel = gated_down_bwd_gate_kernel
-            _launch(kernel, gate_row, width, count, g, pre, *parameters, *saved, *parts)
-            results = (grad_hidden, hidden_part)
-            kernel = gated_down_bwd_hidden_kernel
-            _launch(kernel, hidden_row, width, count, *saved, weight_2, weight_3, *results)
-            gradients = (
-                split_product(grad_hidden, block, x.dtype),
-                hidden_part.sum(0),
-                split_product(grad_value, hidden, x.dtype),
-                value_part.sum(0),
-                split_product(grad_gate, hidden, x.dtype),
-                gate_part.sum(0),
-            )
+            given_here = (g, pre, bits, *parameters, hidden, gates)
+
+            def parts(row: Row, *shape: int, like: Tensor = pre) -> Tensor:
+                return like.new_empty(triton.cdiv(len(like), row.blocks["BLOCK_M"]), *shape, width)
+
+            if whole_row is not None:
+                part = parts(whole_row, 3)
+                arguments = (*given_here, grad_hidden, part)
+                _launch(gated_down_bwd_kernel, whole_row, width, len(g), *arguments, **flag)
+                value_sum, gate_sum, hidden_sum = part.sum(0)
+            else:
+                part, hidden_part = parts(gate_row, 2), parts(hidden_row)
+                _launch(gated_down_bwd_gate_kernel, gate_row, width, len(g), *given_here, part, **flag)
+                arguments = (hidden, bits, gates, *weights, grad_hidden, hidden_part)
+                _launch(gated_down_bwd_hidden_kernel, hidden_row, width, len(g), *arguments, **flag)
+                (value_sum, gate_sum), hidden_sum = part.sum(0), hidden_part.sum(0)
+            del pre, bits, given_here, arguments
+            by_gate = split_product(gates.flatten(1), hidden, x.dtype)
+            of_hidden = split_product(grad_hidden, rows[block], x.dtype)
+            gradients = (of_hidden, hidden_sum, by_gate[:width], value_sum, by_gate[width:], gate_sum)
             sums = [total + more for total, more in zip(sums, gradients, strict=True)] if sums else gradients
             if need_x:
-                grad_x[start : start + BLOCK_ROWS] = matmul(grad_hidden, weight_1, x.dtype)
+                grad_x[block] = matmul(grad_hidden, projection, x.dtype)
     sums = sums or [torch.zeros(t.shape, device=x.device) for t in given]  # of no rows
     grads = [total.to(t.dtype) for total, t in zip(sums, given, strict=True)]
     return [grad_x.view(x.shape) if need_x else grad_x, *grads]
 
 
 def static_launches(row: Row, dtype: str, width: int) -> Iterator[tuple]:
-    """The row's kernel: function, signature, constexprs and attributes, as ``triton.compile`` takes them."""
+    """The row's kernel, that with bits, as ``triton.compile`` takes it: function, signature, constexprs and
+    attributes."""
+    if row.kernel == "gated_down_bwd" and dtype == "fp32":
+        return  # it serves half precision
     function = {
         "gated_down_fwd": gated_down_fwd_kernel,
+        "gated_down_bwd": gated_down_bwd_kernel,
         "gated_down_bwd_gate": gated_down_bwd_gate_kernel,
         "gated_down_bwd_hidden": gated_down_bwd_hidden_kernel,
     }[row.kernel]
-    constants = _constants(row, width)
+    constants = _constants(row, width, True)
     types = {name: POINTERS[dtype] for name in function.arg_names if name not in constants}
     for name in types:
-        if name == "pre_ptr" or name.startswith("bias") or name.endswith("part_ptr"):
+        if name in ("pre_ptr", "part_ptr") or name.startswith("bias"):
             types[name] = "*fp32"
+    types["active_ptr"] = "*u8"
     yield compile_arguments(function, {**types, "rows": "i32"}, constants)

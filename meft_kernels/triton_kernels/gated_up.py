@@ -77,7 +77,7 @@ def gated_up_bwd_kernel(
     weight_ptr,  # (D, R), in the type of x
     keep_ptr,  # (1,) fp32
     grad_x_ptr,  # (rows, D), only written if NEED_X
-    grad_y_ptr,  # (rows, R)
+    grad_y_ptr,  # (rows, R), which may be y_ptr
     active_ptr,  # (rows, R): relu(y), for the weight's gradient
     part_ptr,  # (row tiles, 2, D) fp32: partial sums of grad, and of grad * x
     rows,
@@ -120,6 +120,7 @@ def gated_up_bwd_kernel(
     y = tl.load(y_ptr + offset, mask=inside, other=0.0)
     tl.store(active_ptr + offset, relu(y).to(y.dtype), mask=inside)
     total = total * (y > 0).to(tl.float32)
+    tl.debug_barrier()  # all threads have read y, where it is written over
     tl.store(grad_y_ptr + offset, total.to(grad_y_ptr.dtype.element_ty), mask=inside)
 
 
@@ -166,14 +167,22 @@ def forward(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, gate: Tensor) ->
 
 
 def _run(
-    row: Row, grad: Tensor, x: Tensor, y: Tensor, weight: Tensor, keep: Tensor | None, product: Callable
-) -> tuple[Tensor, list[Tensor]]:
-    """Gradient of x, empty without ``keep``, and what ``sums`` gives; ``product``: of grad and relu(y)."""
+    row: Row,
+    grad: Tensor,
+    x: Tensor,
+    side_rows: Tensor,
+    grad_y: Tensor,
+    weight: Tensor,
+    keep: Tensor | None,
+    product: Callable,
+) -> list[Tensor]:
+    """Gradient of x, empty without ``keep``, and what ``sums_`` gives. ``side_rows``: y, (rows, r);
+    ``grad_y``: where its gradient goes, which may be the same. ``product``: of grad and relu(y)."""
     backbone, side = weight.shape
-    rows, side_rows, grad = aligned(x, backbone), aligned(y, side), aligned(grad, backbone)
+    rows, grad = aligned(x, backbone), aligned(grad, backbone)
     need_x = keep is not None
     grad_x = torch.empty_like(rows) if need_x else rows.new_empty(0)
-    grad_y, active = torch.empty_like(side_rows), torch.empty_like(side_rows)
+    active = torch.empty_like(side_rows)
     tiles = triton.cdiv(rows.shape[0], row.blocks["BLOCK_M"])
     parts = torch.empty(tiles, 2, backbone, dtype=torch.float32, device=x.device)
     if tiles:
@@ -194,20 +203,21 @@ def _run(
                 **_constants(row, backbone, side, NEED_X=need_x),
                 **row.options,
             )
-    return grad_x.view(x.shape) if need_x else grad_x, [
-        grad_y.view(y.shape),
-        product(grad, active, x.dtype),
-        parts.sum(0),
-    ]
+    grad_x = grad_x.view(x.shape) if need_x else grad_x
+    return [grad_x, product(grad, active, x.dtype), parts.sum(0)]
 
 
-def sums(grad: Tensor, x: Tensor, y: Tensor, weight: Tensor) -> list[Tensor]:
-    """Gradient of y, and what those of the parameters are made of, see ``reference.gated_up``. The rows are
-    few enough that the library's own split of a product fills the GPU."""
+def sums_(grad: Tensor, x: Tensor, y: Tensor, weight: Tensor) -> list[Tensor]:
+    """Writes the gradient of y over y, and gives what those of the parameters are made of, see
+    ``reference.gated_up``. The rows are so few that the library's own split of a product fills the GPU."""
     row = row_for("gated_up_bwd", x, weight.shape[1])
     if row is None:
-        return reference.sums(grad, x, y, weight)
-    return _run(row, grad, x, y, weight, None, lambda a, b, dtype: matmul(a.T, b, dtype))[1]
+        return reference.sums_(grad, x, y, weight)
+    rows = aligned(y, weight.shape[1])
+    summed = _run(row, grad, x, rows, rows, weight, None, lambda a, b, dtype: matmul(a.T, b, dtype))[1:]
+    if rows.untyped_storage()._cdata != y.untyped_storage()._cdata:  # y lies otherwise
+        y.copy_(rows.view(y.shape))
+    return summed
 
 
 def backward(
@@ -217,10 +227,10 @@ def backward(
     row = row_for("gated_up_bwd", x, weight.shape[1])
     if row is None:
         return reference.backward(grad, x, y, weight, bias, gate, need_x)
-    grad_x, (grad_y, *summed) = _run(
-        row, grad, x, y, weight, _keep(gate, x.dtype) if need_x else None, split_product
-    )
-    return [grad_x, grad_y, *reference.gradients(*summed, weight, bias, gate)]
+    rows, keep = aligned(y, weight.shape[1]), _keep(gate, x.dtype) if need_x else None
+    grad_y = torch.empty_like(rows)
+    grad_x, *summed = _run(row, grad, x, rows, grad_y, weight, keep, split_product)
+    return [grad_x, grad_y.view(y.shape), *reference.gradients(*summed, weight, bias, gate)]
 
 
 def static_launches(row: Row, dtype: str, width: int) -> Iterator[tuple]:

@@ -107,7 +107,7 @@ def guidance_fwd_kernel(
 @triton.jit(do_not_specialize=["rows", "groups"])
 def guidance_bwd_kernel(
     shallow,  # K pointers to (rows, D)
-    grad_shallow,  # K pointers to (rows, D)
+    grad_shallow,  # K pointers to (rows, D), which may be the same, as grad_deep_ptr may be deep_ptr
     deep_ptr,  # (rows, D)
     grad_deep_ptr,  # (rows, D)
     grad_ptr,  # (rows, D)
@@ -123,6 +123,7 @@ def guidance_bwd_kernel(
     EPS: tl.constexpr,
     PRECISION: tl.constexpr,
     MIX_PRECISION: tl.constexpr,  # of mixing (fp32) times features
+    IN_PLACE: tl.constexpr,
     BLOCK_T: tl.constexpr,  # frames
     BLOCK_D: tl.constexpr,
 ):
@@ -186,6 +187,8 @@ def guidance_bwd_kernel(
                 alpha[:, :, None] * g[:, None, :] + grad_logits[:, :, None] * (w[None, :] * q)[:, None, :]
             )
             grad_x = tl.dot(mixing, x, grad_x, input_precision=MIX_PRECISION)
+            if IN_PLACE:
+                tl.debug_barrier()  # all threads have read what is written over
             tl.store(targets + offset[:, None, :], grad_x.to(deep_ptr.dtype.element_ty), mask=stored)
             weighted = tl.sum(grad_logits[:, :, None] * x, 1)
             grad_q = g + w[None, :] * weighted
@@ -202,7 +205,7 @@ def _slots(layers: int) -> int:
     return max(16, triton.next_power_of_2(layers))  # tl.dot needs 16
 
 
-def _constants(row: Row, dtype: torch.dtype, width: int, layers: int) -> dict:
+def _constants(row: Row, dtype: torch.dtype, width: int, layers: int, in_place: bool = False) -> dict:
     """The constexpr arguments of a row's kernel for K ``layers``."""
     wide = dtype == torch.float32
     constants = {"D": width, "SLOTS": _slots(layers), "EPS": GUIDANCE_EPS, "PRECISION": "ieee", **row.blocks}
@@ -213,6 +216,7 @@ def _constants(row: Row, dtype: torch.dtype, width: int, layers: int) -> dict:
         # overflow in fp16 for short vectors. Three tf32 products keep 21 bits on the tensor cores; AMD's
         # have fp32.
         constants["MIX_PRECISION"] = "ieee" if wide else row.precision
+        constants["IN_PLACE"] = in_place
     return constants
 
 
@@ -244,19 +248,28 @@ def forward(weight: Tensor, bias: Tensor, features: list[Tensor]) -> Tensor:
     return out.view(last.shape)
 
 
-def backward(grad: Tensor, weight: Tensor, bias: Tensor, features: list[Tensor]) -> list[Tensor]:
-    """Gradients of weight, bias and of each feature."""
-    last, layers = features[-1], len(features) - 1
-    width = last.shape[-1]
-    row = row_for("guidance_bwd", last, width)
-    if layers == 0 or layers > MAX_SLOTS or row is None:
-        return reference.backward(grad, weight, bias, features)
-    *shallow, deep = (aligned(feature, width) for feature in features)
-    grad = aligned(grad, width)
-    *grad_shallow, grad_deep = (torch.empty_like(deep) for _ in features)
+def _row(last: Tensor, layers: int) -> Row | None:
+    """The backward's row, or None where the reference has to serve."""
+    row = row_for("guidance_bwd", last, last.shape[-1])
+    return None if layers == 0 or layers > MAX_SLOTS else row
+
+
+def _run(
+    row: Row,
+    grad: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    features: list[Tensor],
+    targets: list[Tensor],
+    in_place: bool,
+) -> list[Tensor]:
+    """Gradients of weight and bias; those of the features (rows, r) go to ``targets``."""
+    *shallow, deep = features
+    *grad_shallow, grad_deep = targets
+    width = deep.shape[-1]
     groups, programs = split(triton.cdiv(deep.shape[0], row.blocks["BLOCK_T"]), resident=RESIDENT)
     weight_parts = torch.empty(programs, width, dtype=torch.float32, device=deep.device)
-    bias_parts = torch.empty(programs, _slots(layers), dtype=torch.float32, device=deep.device)
+    bias_parts = torch.empty(programs, _slots(len(shallow)), dtype=torch.float32, device=deep.device)
     if deep.numel():
         with on_device(deep):
             launch(
@@ -266,21 +279,46 @@ def backward(grad: Tensor, weight: Tensor, bias: Tensor, features: list[Tensor])
                 tuple(grad_shallow),
                 deep,
                 grad_deep,
-                grad,
+                aligned(grad, width),
                 weight.contiguous(),
                 bias,
                 weight_parts,
                 bias_parts,
                 deep.shape[0],
                 groups,
-                **_constants(row, deep.dtype, width, layers),
+                **_constants(row, deep.dtype, width, len(shallow), in_place),
                 **row.options,
             )
     return [
         weight_parts.sum(0)[None].to(weight.dtype),
         bias_parts.sum().reshape(bias.shape).to(bias.dtype),
-        *(gradient.view(last.shape) for gradient in (*grad_shallow, grad_deep)),
     ]
+
+
+def backward(grad: Tensor, weight: Tensor, bias: Tensor, features: list[Tensor]) -> list[Tensor]:
+    """Gradients of weight, bias and of each feature."""
+    last = features[-1]
+    row = _row(last, len(features) - 1)
+    if row is None:
+        return reference.backward(grad, weight, bias, features)
+    rows = [aligned(feature, last.shape[-1]) for feature in features]
+    targets = [torch.empty_like(each) for each in rows]
+    gradients = _run(row, grad, weight, bias, rows, targets, False)
+    return [*gradients, *(target.view(last.shape) for target in targets)]
+
+
+def backward_(grad: Tensor, weight: Tensor, bias: Tensor, features: list[Tensor]) -> list[Tensor]:
+    """Gradients of weight and bias; those of the features are written over them."""
+    last = features[-1]
+    row = _row(last, len(features) - 1)
+    rows = [aligned(feature, last.shape[-1]) for feature in features]
+    own = all(a.untyped_storage()._cdata == b.untyped_storage()._cdata for a, b in zip(rows, features))
+    if row is None or not own:  # of another layout
+        grad_weight, grad_bias, *grads = backward(grad, weight, bias, features)
+        for feature, each in zip(features, grads, strict=True):
+            feature.copy_(each)
+        return [grad_weight, grad_bias]
+    return _run(row, grad, weight, bias, rows, rows, True)
 
 
 def static_launches(row: Row, dtype: str, width: int) -> Iterator[tuple]:
@@ -288,7 +326,7 @@ def static_launches(row: Row, dtype: str, width: int) -> Iterator[tuple]:
     signature, constexprs and attributes, as ``triton.compile`` takes them."""
     kind = POINTERS[dtype]
     for layers in (10, 30):
-        constants = _constants(row, TORCH_TYPES[dtype], width, layers)
+        constants = _constants(row, TORCH_TYPES[dtype], width, layers, True)
         if row.kernel == "guidance_fwd":
             function, names = guidance_fwd_kernel, {"shallow": (kind,) * layers}
             names |= {"deep_ptr": kind, "weight_ptr": "*fp32", "bias_ptr": "*fp32", "out_ptr": kind}

@@ -7,7 +7,7 @@ from whisper_meft.encoder import last_layer
 from whisper_meft.encoder.frozen import FrozenEncoder
 from whisper_meft.encoder.last_layer import pooled_through_last_layer
 
-from meft_kernels import SHERL
+from meft_kernels import SHERL, counting, use_backend
 from meft_kernels.testing import relative_error
 
 CLIPS, FRAMES = 5, 11
@@ -110,3 +110,23 @@ def test_without_gradient_the_clips_go_in_parts(monkeypatch):
         found = pooled_through_last_layer(encoder, side, states, merged, None, 2, None)
     assert sizes == [5, 2, 2, 1] and relative_error(found, expected) < 1e-12
     assert pooled_through_last_layer(encoder, side, states[:0], merged[:0], None, 2, 1).shape == (0, WIDTH)
+
+
+@pytest.mark.parametrize("frugal", [False, True])
+def test_on_a_gpu_gradients_take_the_place_of_what_was_kept(frugal):
+    """Unless the graph is kept: then the backward can run again."""
+    encoder, side, first, _, upstream = parts_of(torch.float64)
+    states = [first + layer for layer in range(LAYERS)]
+
+    def run(times=1):
+        deepest, merged = side.merge(states)
+        pooled = pooled_through_last_layer(encoder, side, deepest, merged, None, 2, 2, frugal)
+        loss = (pooled * upstream).sum()
+        kept = [left > 1 for left in range(times, 0, -1)]
+        return [torch.autograd.grad(loss, list(side.parameters()), retain_graph=keep) for keep in kept]
+
+    (expected,) = run()
+    with counting.standing_for("cuda", (9, 0), launching=True), use_backend("reference"):
+        found = [*run(), *run(times=3)]
+    for grads in found:
+        assert all(relative_error(a, b) < 1e-12 for a, b in zip(grads, expected, strict=True))

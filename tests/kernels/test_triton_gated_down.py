@@ -8,7 +8,7 @@ pytest.importorskip("triton")
 from triton_fixtures import DEVICE, assert_as_good_as_reference, run
 
 from meft_kernels.reference import gated_down as reference
-from meft_kernels.testing import Case
+from meft_kernels.testing import Case, relative_error
 from meft_kernels.triton_kernels import gated_down as kernel
 from meft_kernels.triton_kernels import host
 from meft_kernels.tune import choice
@@ -42,9 +42,29 @@ def test_frames(batch, frames):
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_blocks_of_rows(dtype, monkeypatch):
     """Several blocks, the last one short, and several groups of rows in the weights' gradients."""
-    monkeypatch.setattr(kernel, "BLOCK_ROWS", 128)
+    monkeypatch.setattr(kernel, "BLOCK_BYTES", 128 * 24 * (4 + 4 * dtype.itemsize))
     monkeypatch.setattr(host, "LEAST_ROWS", 48)
     check(Case("gated_down", batch=2, frames=150, width=48, side=24), dtype, draws=1)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("side", [5, 24, 96, 160])
+def test_bits_take_the_place_of_signs(side, dtype):
+    """Those of the forward, and a backward that is told them, of an x that has other signs."""
+    inputs, grad = draw(Case("gated_down", batch=2, frames=37, width=64, side=side), dtype)
+    x, *parameters = inputs.values()
+    out, bits = kernel.forward_active(x, *parameters)
+    expected_out, expected_bits = reference.forward_active(x, *parameters)
+    torch.testing.assert_close(out, expected_out, rtol=4e-3, atol=4e-3)
+    assert torch.equal(bits, expected_bits) and torch.equal(out, kernel.forward(x, *parameters))
+    copy = x + 0.3 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x)
+    assert not torch.equal(reference.active_bits(copy, *parameters[:2]), bits)
+    given = (copy, *parameters, True, bits)
+    truth = reference.backward(grad.double(), *(each.double() for each in given[:7]), True, bits)
+    plain, fused = reference.backward(grad, *given), kernel.backward(grad, *given)
+    for a, b, c in zip(fused, plain, truth, strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        assert relative_error(a, c) <= 2 * relative_error(b, c) + 4 * torch.finfo(dtype).eps
 
 
 def test_no_frames():

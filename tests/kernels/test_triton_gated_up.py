@@ -8,7 +8,7 @@ pytest.importorskip("triton")
 from triton_fixtures import DEVICE, assert_as_good_as_reference, run
 
 from meft_kernels.reference import gated_up as reference
-from meft_kernels.testing import Case
+from meft_kernels.testing import Case, relative_error
 from meft_kernels.triton_kernels import gated_up as kernel
 from meft_kernels.triton_kernels import host
 from meft_kernels.tune import choice
@@ -40,16 +40,20 @@ def test_frames(batch, frames):
     check(Case("gated_up", batch=batch, frames=frames, width=33, side=24), torch.float32, draws=4)
 
 
-def test_sums_of_parts_give_the_gradients():
-    inputs, grad = draw(Case("gated_up", batch=3, frames=50), torch.float32)
+@pytest.mark.parametrize("dtype", [*TYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("module", [kernel, reference])
+def test_sums_of_parts_give_the_gradients(module, dtype):
+    """y is written over, whatever its layout."""
+    inputs, grad = draw(Case("gated_up", batch=3, frames=50), dtype)
     x, y, weight, bias, gate = inputs.values()
-    expected = kernel.backward(grad, *inputs.values(), False)[1:]
-    parts = [kernel.sums(grad[i : i + 1], x[i : i + 1], y[i : i + 1], weight) for i in range(3)]
-    summed = (torch.stack(each).sum(0) for each in list(zip(*parts))[1:])
-    found = [torch.cat([part[0] for part in parts]), *reference.gradients(*summed, weight, bias, gate)]
-    plain = reference.sums(grad, x, y, weight)
-    for a, b in zip([*found, *kernel.sums(grad, x, y, weight)], [*expected, *plain], strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    expected = module.backward(grad, *inputs.values(), False)[1:]
+    apart = y.repeat(1, 1, 2)[..., : y.shape[-1]]
+    flat = torch.cat([y.new_zeros(1), y.flatten()])[1:].view(y.shape)
+    for given in (y.clone(), apart, flat):
+        parts = [module.sums_(*(t[i : i + 1] for t in (grad, x, given)), weight) for i in range(3)]
+        summed = (torch.stack(each).sum(0) for each in zip(*parts))
+        found = [given, *reference.gradients(*summed, weight, bias, gate)]
+        assert all(relative_error(a, b) < 40 * torch.finfo(dtype).eps for a, b in zip(found, expected))
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)

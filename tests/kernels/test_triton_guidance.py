@@ -180,3 +180,19 @@ def test_what_no_row_serves_goes_to_the_reference(monkeypatch):
     expected = run(reference, inputs, grad, names(case))
     got = run(kernel, inputs, grad, names(case))
     assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("dtype", [*TYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("module", [kernel, reference])
+@pytest.mark.parametrize("layout", ["rows", "strided", "unaligned"])
+def test_gradients_over_the_features(layout, module, dtype):
+    case = Case("guidance", batch=2, frames=5, side=24, layers=4)
+    inputs, grad = draw(case, dtype)
+    expected = module.backward(grad, *inputs.values())
+    features = [each.clone() for each in inputs["features"]]
+    if layout == "strided":
+        features[0] = features[0].mT.contiguous().mT
+    elif layout == "unaligned":
+        features[1] = torch.cat([grad.new_zeros(1), features[1].flatten()])[1:].view(grad.shape)
+    found = module.backward_(grad, inputs["weight"], inputs["bias"], features)
+    assert all(torch.equal(a, b) for a, b in zip([*found, *features], expected, strict=True))

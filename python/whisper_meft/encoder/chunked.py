@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from meft_kernels import HiddenState
+from meft_kernels.reference.modules import SideNetwork
 from meft_kernels.reference.stand_in import device_type
 
 from .frozen import FrozenEncoder
@@ -37,9 +38,9 @@ _KEPT_BYTES = 2**28
 
 _KEPT_TENSORS = 16
 
-# Its backward then goes over as many clips at a time as hold an eighth of what is kept of the hidden states,
-# or so many bytes: fewer would be more launches. On a CPU it is a fourth of a chunk.
-_BACKWARD_OF_KEPT = 8
+# Its backward then goes over as many clips at a time as hold a ninth of what is kept of the hidden states, or
+# so many bytes: fewer would be more launches. On a CPU it is a fourth of a chunk.
+_BACKWARD_OF_KEPT = 9
 
 _LEAST_BACKWARD_BYTES = 2**27
 
@@ -55,9 +56,8 @@ def automatic_chunk(encoder: FrozenEncoder, frames: int, device: torch.device) -
 def automatic_slab(side_network: nn.Module, clips: int, chunk: int, device: torch.device) -> int:
     """Utterances that a side network takes at a time, of so many ``clips``; ``chunk``: those that the
     backbone takes."""
-    if device_type(device) == "cpu" or not hasattr(side_network, "slabs"):
-        return chunk
-    return max(1, -(-clips // side_network.slabs))
+    on_cpu = device_type(device) == "cpu"
+    return max(1, clips) if not on_cpu and isinstance(side_network, SideNetwork) else chunk
 
 
 def automatic_backward_part(
@@ -65,20 +65,17 @@ def automatic_backward_part(
 ) -> int | None:
     """Utterances per part of SHERL's last layer in the backward, of a step of ``clips``; ``states``
     (..., T, D): of some of them. None: all, and what the layer keeps is kept."""
-    frames, width, itemsize = states.shape[-2], states.shape[-1], states.itemsize
+    frames, width, itemsize = max(states.shape[-2], 1), states.shape[-1], states.itemsize
     if clips * frames * width * itemsize * _KEPT_TENSORS <= _KEPT_BYTES:
         return None
     if device_type(states.device) == "cpu":
         return max(1, automatic_chunk(encoder, frames, states.device) // _BACKWARD_SHARE)
     exact = side_network.saved_activations == "exact"
-    kept = clips * width * (side_network.num_layers * (itemsize if exact else 1) + itemsize)
-    inner = 2 * encoder.layers[-1].fc1.out_features
-    held = itemsize * ((4 if exact else 3) * width + (3 * width if exact else 0) + inner + width)
-    return max(1, max(kept // _BACKWARD_OF_KEPT, _LEAST_BACKWARD_BYTES // frames) // held)
-
-
-def _is_frugal(side_network: nn.Module, device: torch.device) -> bool:
-    return side_network.saved_activations != "exact" and device_type(device) != "cpu"
+    kept = clips * frames * width * (side_network.num_layers * (itemsize if exact else 1) + itemsize)
+    # Of the feed-forward block's inner width the layer holds two tensors, of the backbone's so many.
+    tensors = 8 if exact else 4
+    held = frames * itemsize * (tensors * width + 2 * encoder.layers[-1].fc1.out_features)
+    return max(1, max(kept // _BACKWARD_OF_KEPT, _LEAST_BACKWARD_BYTES) // held)
 
 
 def pooled_in_chunks(
@@ -161,7 +158,7 @@ def _through_last_layer(
     if not torch.compiler.is_compiling():
         part = automatic_chunk(encoder, frames, device)
         backward_part = automatic_backward_part(encoder, side_network, whole_batch or clips, deepest)
-    frugal = _is_frugal(side_network, device)
-    return pooled_through_last_layer(
-        encoder, side_network, deepest, merged, lengths, max(part, backward_part or 0), backward_part, frugal
-    )
+    # Where 8-bit copies say that memory is dear.
+    frugal = side_network.saved_activations != "exact" and device_type(device) != "cpu"
+    sizes = max(part, backward_part or 0), backward_part
+    return pooled_through_last_layer(encoder, side_network, deepest, merged, lengths, *sizes, frugal)

@@ -24,7 +24,7 @@ from meft_kernels.reference.stand_in import device_type
 
 from . import layer as frozen_layer
 from .frozen import FrozenEncoder
-from .pooling import mean_over_time
+from .pooling import mean_over_time, past_end, sum_over_time
 from .quantization import is_quantized
 
 
@@ -67,9 +67,10 @@ def pooled_through_last_layer(
 
     def run(states: Tensor, clips: slice) -> Tensor:
         of_clips = None if lengths is None else lengths[clips]
-        return mean_over_time(encoder.last_layer(states, of_clips), of_clips)
+        return sum_over_time(encoder.last_layer(states, of_clips), of_clips)
 
-    return side_network.widen_into(deepest, merged, run, again.backward, (part, backward_part))
+    total = side_network.widen_into(deepest, merged, run, again.backward, (part, backward_part))
+    return total / (deepest.shape[1] if lengths is None else lengths[:, None].to(total.dtype))
 
 
 def _is_derived(encoder: FrozenEncoder, states: Tensor) -> bool:
@@ -98,7 +99,7 @@ def _parts(size: int, *given: Tensor | None) -> Iterator[list[Tensor | None]]:
 
 
 class _LayerAgain:
-    """The last layer, the encoder's final LayerNorm and the mean over time, run again, and back.
+    """The last layer, the encoder's final LayerNorm and the sum over time, run again, and back.
 
     Args:
         lengths: (B,) of the whole batch. frugal: see ``pooled_through_last_layer``.
@@ -119,17 +120,15 @@ class _LayerAgain:
         return [torch.cat(weights), torch.cat(biases), *weights]
 
     def backward(self, x: Tensor, grad: Tensor, clips: slice) -> Tensor:
-        """Gradient of the layer's input x (b, T, D) from that of the mean (b, D) of these clips."""
-        frames, project = x.shape[1], self.attention.out_proj
+        """Gradient of the layer's input x (b, T, D) from that of the sum (b, D) of these clips."""
+        project = self.attention.out_proj
         lengths = None if self.lengths is None else self.lengths[clips]
-        count = frames if lengths is None else lengths[:, None].to(grad.dtype)
-        grad_out = _of_frames((grad / count).to(x.dtype), lengths, frames)
         with torch.enable_grad():
             start = x.detach().requires_grad_()
-            mixed = self._attend(start, self.encoder._attention_mask(lengths, frames))
+            mixed = self._attend(start, self.encoder._attention_mask(lengths, x.shape[1]))
         states = F.linear(_beside(mixed.detach()), project.weight, project.bias).add_(x)
-        upstream = self._feed_forward(states, grad_out)
-        del states, grad_out
+        upstream = self._feed_forward(states, grad, lengths)
+        del states
         grad_mixed = (upstream @ project.weight).unflatten(-1, (self.attention.num_heads, -1)).transpose(1, 2)
         (grad_x,) = torch.autograd.grad(mixed, start, grad_mixed)
         return upstream.add_(grad_x)
@@ -167,8 +166,8 @@ class _LayerAgain:
         with hooks:
             return frozen_layer.self_attention(*heads, mask, scale=self.attention.scaling)
 
-    def _feed_forward(self, states: Tensor, grad_out: Tensor) -> Tensor:
-        """Gradient of what the attention block gave, ``states``, from that of the encoder's output."""
+    def _feed_forward(self, states: Tensor, grad: Tensor, lengths: Tensor | None) -> Tensor:
+        """Gradient of what the attention block gave, ``states``, from that of the sum over time."""
         layer = self.layer
         normed, *statistics = _norm(layer.final_layer_norm, states)
         inner = F.linear(normed, layer.fc1.weight, layer.fc1.bias)
@@ -177,7 +176,7 @@ class _LayerAgain:
         before = out.clone() if out.dtype == torch.float16 else None
         out = frozen_layer.clamp_half(out)
         final_statistics = _norm(self.final_norm, out)[1:]
-        grad = _norm_backward(self.final_norm, grad_out, out, *final_statistics)
+        grad = _norm_backward(self.final_norm, _of_frames(grad, lengths, out), out, *final_statistics)
         if before is not None:
             grad.masked_fill_(before != out, 0)
         del out, before
@@ -216,12 +215,10 @@ def _beside(heads: Tensor) -> Tensor:
     return heads.transpose(1, 2).flatten(2)
 
 
-def _of_frames(grad_mean: Tensor, lengths: Tensor | None, frames: int) -> Tensor:
-    """(B, D) to all valid frames (B, T, D); 0 for the others."""
-    if lengths is None:
-        return grad_mean[:, None].expand(-1, frames, -1).contiguous()
-    valid = torch.arange(frames, device=lengths.device) < lengths[:, None]
-    return torch.where(valid[..., None], grad_mean[:, None], 0)
+def _of_frames(grad: Tensor, lengths: Tensor | None, like: Tensor) -> Tensor:
+    """(B, D) to all valid frames, 0 for the others: (B, T, D) in the type of ``like``, which is as large."""
+    grad_out = torch.empty_like(like).copy_(grad[:, None])
+    return grad_out if lengths is None else grad_out.masked_fill_(past_end(lengths, like)[..., None], 0)
 
 
 def _norm(norm: nn.LayerNorm, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

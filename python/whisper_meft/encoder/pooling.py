@@ -6,13 +6,24 @@ import torch
 from torch import Tensor, nn
 
 
+def past_end(lengths: Tensor, states: Tensor) -> Tensor:
+    """(B,) valid frames to (B, T): which of the frames of ``states`` (B, T, ...) lie behind them."""
+    return torch.arange(states.shape[1], device=states.device) >= lengths[:, None]
+
+
+def sum_over_time(states: Tensor, lengths: Tensor | None) -> Tensor:
+    """(B, T, D) -> (B, D), the sum over each clip's valid frames, accumulated in at least float32."""
+    if lengths is not None:
+        states = states.masked_fill(past_end(lengths, states)[..., None], 0)
+    return states.sum(1, dtype=torch.promote_types(states.dtype, torch.float32))
+
+
 def mean_over_time(states: Tensor, lengths: Tensor | None) -> Tensor:
     """(B, T, D) -> (B, D), the mean over each clip's valid frames, accumulated in at least float32."""
-    dtype = torch.promote_types(states.dtype, torch.float32)
     if lengths is None:
-        return states.mean(1, dtype=dtype)
-    keep = torch.arange(states.shape[1], device=states.device) < lengths[:, None]
-    return states.masked_fill(~keep[..., None], 0).sum(1, dtype=dtype) / lengths[:, None].to(dtype)
+        return states.mean(1, dtype=torch.promote_types(states.dtype, torch.float32))
+    total = sum_over_time(states, lengths)
+    return total / lengths[:, None].to(total.dtype)
 
 
 class LastState(nn.Module):
