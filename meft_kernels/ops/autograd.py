@@ -105,7 +105,7 @@ def make_function(name: str) -> type[torch.autograd.Function]:
 
 
 def is_fused(backend: str, first: Tensor) -> bool:
-    """Whether Triton's kernels are those that serve; ``relu_attention``'s reads its features from one slab."""
+    """Whether Triton's kernels are those that serve; ``relu_attention``'s reads a slab."""
     return backend == "triton" or (backend == "auto" and stand_in.device_type(first.device) == "cuda")
 
 

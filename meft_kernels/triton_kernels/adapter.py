@@ -19,19 +19,30 @@ from ..reference import adapter as reference
 from ..reference.common import NORM_EPS, matmul, row_blocks
 from ..tune.row import TORCH_TYPES, Row
 from .blocks import (
-    adapter_pair,
-    adapter_pair_bwd,
-    affine_pair,
+    accumulate,
+    add,
+    affine,
+    cast,
     chunks,
+    contract,
     gelu_with_slope,
-    load_pair,
+    load_parameter,
+    load_rows,
+    load_tile,
+    load_vector,
     load_weights,
+    mlp,
+    mlp_bwd,
+    multiply,
+    packed_width,
     pair_constants,
-    standardize_pair,
-    standardize_pair_bwd,
-    store_pair,
+    standardize,
+    standardize_bwd,
+    store_rows,
     store_sums,
-    vector_pair,
+    store_tile,
+    store_weights,
+    zero_rows,
 )
 from .host import (
     POINTERS,
@@ -46,20 +57,30 @@ from .host import (
 )
 
 
+@triton.jit
+def _affine_input(
+    x_ptr, norm_weight_ptr, norm_bias_ptr, row, rows,
+    R: tl.constexpr, SIZES: tl.constexpr, EPS: tl.constexpr,
+):  # fmt: skip
+    """m = gamma standardize(x) + beta in fp32."""
+    x = cast(load_rows(x_ptr, row, rows, R, SIZES), tl.float32)
+    n, _ = standardize(x, R, SIZES, EPS)
+    return affine(n, norm_weight_ptr, norm_bias_ptr, R, SIZES)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def adapter_fwd_kernel(
     x_ptr,  # (rows, R)
     norm_weight_ptr,  # (R,)
     norm_bias_ptr,  # (R,)
-    weight_1_ptr,  # (HIDDEN, R0 + R1), zero outside the real one
+    weight_1_ptr,  # (HIDDEN, sum(SIZES)), zero outside the real one
     bias_1_ptr,  # (HIDDEN,)
-    weight_2_ptr,  # (HIDDEN, R0 + R1), transposed
+    weight_2_ptr,  # (HIDDEN, sum(SIZES)), transposed
     bias_2_ptr,  # (R,)
     out_ptr,  # (rows, R)
     rows,
     R: tl.constexpr,
-    R0: tl.constexpr,
-    R1: tl.constexpr,
+    SIZES: tl.constexpr,
     HIDDEN: tl.constexpr,
     EPS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -68,27 +89,18 @@ def adapter_fwd_kernel(
     # y = W2 gelu(W1 (gamma n + beta) + b1) + b2,  n = standardize(x)
     kind = weight_1_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    x0, x1 = load_pair(x_ptr, row, rows, R, R0, R1)
-    n0, n1, _ = standardize_pair(x0.to(tl.float32), x1.to(tl.float32), R, R0, R1, EPS)
-    m0, m1 = affine_pair(n0, n1, norm_weight_ptr, norm_bias_ptr, R, R0, R1)
-    y0, y1 = adapter_pair(
-        m0.to(kind), m1.to(kind), weight_1_ptr, bias_1_ptr, weight_2_ptr, BLOCK_M, R0, R1, HIDDEN, BLOCK_H
-    )
-    b0, b1 = vector_pair(bias_2_ptr, R, R0, R1)
-    store_pair(out_ptr, row, rows, y0 + b0, y1 + b1, R, R0, R1)
+    m = _affine_input(x_ptr, norm_weight_ptr, norm_bias_ptr, row, rows, R, SIZES, EPS)
+    y = mlp(cast(m, kind), weight_1_ptr, bias_1_ptr, weight_2_ptr, BLOCK_M, SIZES, HIDDEN, BLOCK_H)
+    store_rows(out_ptr, row, rows, add(y, load_parameter(bias_2_ptr, R, SIZES)), R, SIZES)
 
 
 @triton.jit
-def norm_gradient_pair(
-    d0, d1, v0, v1, norm_weight_ptr, part_ptr,
-    R: tl.constexpr, R0: tl.constexpr, R1: tl.constexpr, EPS: tl.constexpr,
-):  # fmt: skip
+def norm_gradient(d, v, norm_weight_ptr, part_ptr, R: tl.constexpr, SIZES: tl.constexpr, EPS: tl.constexpr):
     """dv of m = gamma standardize(v) + beta from dm; sum dm n and sum dm go to part_ptr (2, R)."""
-    n0, n1, rstd = standardize_pair(v0, v1, R, R0, R1, EPS)
-    store_sums(part_ptr, d0 * n0, d1 * n1, R, R0, R1)
-    store_sums(part_ptr + R, d0, d1, R, R0, R1)
-    w0, w1 = vector_pair(norm_weight_ptr, R, R0, R1)
-    return standardize_pair_bwd(d0 * w0, d1 * w1, n0, n1, rstd, R, R1)
+    n, rstd = standardize(v, R, SIZES, EPS)
+    store_sums(part_ptr, multiply(d, n), R, SIZES)
+    store_sums(part_ptr + R, d, R, SIZES)
+    return standardize_bwd(multiply(d, load_parameter(norm_weight_ptr, R, SIZES)), n, rstd, R)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -97,16 +109,15 @@ def adapter_bwd_kernel(
     x_ptr,  # (rows, R)
     norm_weight_ptr,  # (R,)
     norm_bias_ptr,  # (R,)
-    weight_1_ptr,  # (HIDDEN, R0 + R1) as in adapter_fwd_kernel
+    weight_1_ptr,  # (HIDDEN, sum(SIZES)) as in adapter_fwd_kernel
     bias_1_ptr,  # (HIDDEN,)
-    weight_2_ptr,  # (HIDDEN, R0 + R1)
+    weight_2_ptr,  # (HIDDEN, sum(SIZES))
     affine_ptr,  # (rows, R)
     grad_x_ptr,  # (rows, R)
     part_ptr,  # (programs, 3, R) fp32
     rows,
     R: tl.constexpr,
-    R0: tl.constexpr,
-    R1: tl.constexpr,
+    SIZES: tl.constexpr,
     HIDDEN: tl.constexpr,
     EPS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -118,39 +129,34 @@ def adapter_bwd_kernel(
     pid = tl.program_id(0).to(tl.int64)
     row = pid * BLOCK_M + tl.arange(0, BLOCK_M)
     part = part_ptr + pid * 3 * R
-    x0, x1 = load_pair(x_ptr, row, rows, R, R0, R1)
-    n0, n1, _ = standardize_pair(x0.to(tl.float32), x1.to(tl.float32), R, R0, R1, EPS)
-    m0, m1 = affine_pair(n0, n1, norm_weight_ptr, norm_bias_ptr, R, R0, R1)
-    store_pair(affine_ptr, row, rows, m0, m1, R, R0, R1)
-    g0, g1 = load_pair(grad_ptr, row, rows, R, R0, R1)
-    d0, d1 = adapter_pair_bwd(
-        g0.to(kind), g1.to(kind), m0.to(kind), m1.to(kind),
-        weight_1_ptr, bias_1_ptr, weight_2_ptr, BLOCK_M, R0, R1, HIDDEN, BLOCK_H,
+    m = _affine_input(x_ptr, norm_weight_ptr, norm_bias_ptr, row, rows, R, SIZES, EPS)
+    store_rows(affine_ptr, row, rows, m, R, SIZES)
+    g = load_rows(grad_ptr, row, rows, R, SIZES)
+    d = mlp_bwd(
+        cast(g, kind), cast(m, kind),
+        weight_1_ptr, bias_1_ptr, weight_2_ptr, BLOCK_M, SIZES, HIDDEN, BLOCK_H,
     )  # fmt: skip
     # Loaded again: what lives through the loop above costs registers there.
-    g0, g1 = load_pair(grad_ptr, row, rows, R, R0, R1, True)
-    store_sums(part + 2 * R, g0.to(tl.float32), g1.to(tl.float32), R, R0, R1)
-    x0, x1 = load_pair(x_ptr, row, rows, R, R0, R1, True)
-    dx0, dx1 = norm_gradient_pair(
-        d0, d1, x0.to(tl.float32), x1.to(tl.float32), norm_weight_ptr, part, R, R0, R1, EPS
-    )
-    store_pair(grad_x_ptr, row, rows, dx0, dx1, R, R0, R1)
+    g = load_rows(grad_ptr, row, rows, R, SIZES, True)
+    store_sums(part + 2 * R, cast(g, tl.float32), R, SIZES)
+    x = cast(load_rows(x_ptr, row, rows, R, SIZES, True), tl.float32)
+    dx = norm_gradient(d, x, norm_weight_ptr, part, R, SIZES, EPS)
+    store_rows(grad_x_ptr, row, rows, dx, R, SIZES)
 
 
 @triton.jit(do_not_specialize=["rows", "steps"])
 def adapter_bwd_weight_kernel(
     grad_ptr,  # (rows, R)
     affine_ptr,  # (rows, R), m
-    weight_1_ptr,  # (HIDDEN, R0 + R1)
+    weight_1_ptr,  # (HIDDEN, sum(SIZES))
     bias_1_ptr,  # (HIDDEN,)
-    weight_2_ptr,  # (HIDDEN, R0 + R1)
-    part_ptr,  # (splits, 2, HIDDEN, R0 + R1) fp32
+    weight_2_ptr,  # (HIDDEN, sum(SIZES))
+    part_ptr,  # (splits, 2, HIDDEN, sum(SIZES)) fp32
     bias_part_ptr,  # (splits, HIDDEN) fp32
     rows,
     steps,  # blocks of rows per split
     R: tl.constexpr,
-    R0: tl.constexpr,
-    R1: tl.constexpr,
+    SIZES: tl.constexpr,
     HIDDEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -160,41 +166,27 @@ def adapter_bwd_weight_kernel(
     start = tl.program_id(0) * BLOCK_H
     split = tl.program_id(1).to(tl.int64)
     hidden = start + tl.arange(0, BLOCK_H)
-    w0, w1 = load_weights(weight_1_ptr, start, BLOCK_H, R0, R1)
-    v0, v1 = load_weights(weight_2_ptr, start, BLOCK_H, R0, R1)
+    weight_1 = load_weights(weight_1_ptr, start, BLOCK_H, SIZES)
+    weight_2 = load_weights(weight_2_ptr, start, BLOCK_H, SIZES)
     bias = tl.load(bias_1_ptr + hidden).to(tl.float32)[:, None]
-    dw0 = tl.zeros([BLOCK_H, R0], tl.float32)
-    dw1 = tl.zeros([BLOCK_H, R1 if R1 > 0 else R0], tl.float32)
-    dv0 = tl.zeros([BLOCK_H, R0], tl.float32)
-    dv1 = tl.zeros([BLOCK_H, R1 if R1 > 0 else R0], tl.float32)
-    db = tl.zeros([BLOCK_H], tl.float32)
+    grad_1 = zero_rows(BLOCK_H, SIZES)
+    grad_2 = zero_rows(BLOCK_H, SIZES)
+    grad_bias = tl.zeros([BLOCK_H], tl.float32)
     for step in tl.range(0, steps):
         row = (split * steps + step) * BLOCK_M + tl.arange(0, BLOCK_M)
-        m0, m1 = load_pair(affine_ptr, row, rows, R, R0, R1)
-        g0, g1 = load_pair(grad_ptr, row, rows, R, R0, R1)
-        p = tl.dot(w0, m0.T, input_precision="ieee")
-        da = tl.dot(v0, g0.T, input_precision="ieee")
-        if R1 > 0:
-            p = tl.dot(w1, m1.T, p, input_precision="ieee")
-            da = tl.dot(v1, g1.T, da, input_precision="ieee")
+        m = load_rows(affine_ptr, row, rows, R, SIZES)
+        g = load_rows(grad_ptr, row, rows, R, SIZES)
+        p = contract(weight_1, m)
+        da = contract(weight_2, g)
         a, slope = gelu_with_slope(p + bias)
         dp = da * slope  # zero beyond the last row, as g is
-        db += tl.sum(dp, 1)
-        dw0 = tl.dot(dp.to(kind), m0, dw0, input_precision="ieee")
-        dv0 = tl.dot(a.to(kind), g0, dv0, input_precision="ieee")
-        if R1 > 0:
-            dw1 = tl.dot(dp.to(kind), m1, dw1, input_precision="ieee")
-            dv1 = tl.dot(a.to(kind), g1, dv1, input_precision="ieee")
-    WIDTH: tl.constexpr = R0 + R1
-    part = part_ptr + split * 2 * HIDDEN * WIDTH + hidden[:, None] * WIDTH
-    column = tl.arange(0, R0)[None, :]
-    tl.store(part + column, dw0)
-    tl.store(part + HIDDEN * WIDTH + column, dv0)
-    if R1 > 0:
-        column = R0 + tl.arange(0, R1)[None, :]
-        tl.store(part + column, dw1)
-        tl.store(part + HIDDEN * WIDTH + column, dv1)
-    tl.store(bias_part_ptr + split * HIDDEN + hidden, db)
+        grad_bias += tl.sum(dp, 1)
+        grad_1 = accumulate(dp.to(kind), m, grad_1)
+        grad_2 = accumulate(a.to(kind), g, grad_2)
+    part_ptr += split * 2 * HIDDEN * packed_width(SIZES)
+    store_weights(part_ptr, start, grad_1, BLOCK_H, SIZES)
+    store_weights(part_ptr + HIDDEN * packed_width(SIZES), start, grad_2, BLOCK_H, SIZES)
+    tl.store(bias_part_ptr + split * HIDDEN + hidden, grad_bias)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -205,17 +197,14 @@ def adapter_bwd_normed_kernel(
     affine_ptr,  # (rows, R)
     rows,
     R: tl.constexpr,
-    R0: tl.constexpr,
-    R1: tl.constexpr,
+    SIZES: tl.constexpr,
     EPS: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
     # m = gamma standardize(x) + beta
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    x0, x1 = load_pair(x_ptr, row, rows, R, R0, R1)
-    n0, n1, _ = standardize_pair(x0.to(tl.float32), x1.to(tl.float32), R, R0, R1, EPS)
-    m0, m1 = affine_pair(n0, n1, norm_weight_ptr, norm_bias_ptr, R, R0, R1)
-    store_pair(affine_ptr, row, rows, m0, m1, R, R0, R1)
+    m = _affine_input(x_ptr, norm_weight_ptr, norm_bias_ptr, row, rows, R, SIZES, EPS)
+    store_rows(affine_ptr, row, rows, m, R, SIZES)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -228,8 +217,7 @@ def adapter_bwd_input_kernel(
     part_ptr,  # (programs, 3, R) fp32
     rows,
     R: tl.constexpr,
-    R0: tl.constexpr,
-    R1: tl.constexpr,
+    SIZES: tl.constexpr,
     EPS: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
@@ -237,14 +225,12 @@ def adapter_bwd_input_kernel(
     pid = tl.program_id(0).to(tl.int64)
     row = pid * BLOCK_M + tl.arange(0, BLOCK_M)
     part = part_ptr + pid * 3 * R
-    g0, g1 = load_pair(grad_ptr, row, rows, R, R0, R1)
-    store_sums(part + 2 * R, g0.to(tl.float32), g1.to(tl.float32), R, R0, R1)
-    x0, x1 = load_pair(x_ptr, row, rows, R, R0, R1)
-    d0, d1 = load_pair(grad_affine_ptr, row, rows, R, R0, R1)
-    dx0, dx1 = norm_gradient_pair(
-        d0, d1, x0.to(tl.float32), x1.to(tl.float32), norm_weight_ptr, part, R, R0, R1, EPS
-    )
-    store_pair(grad_x_ptr, row, rows, dx0, dx1, R, R0, R1)
+    g = load_rows(grad_ptr, row, rows, R, SIZES)
+    store_sums(part + 2 * R, cast(g, tl.float32), R, SIZES)
+    x = cast(load_rows(x_ptr, row, rows, R, SIZES), tl.float32)
+    d = load_rows(grad_affine_ptr, row, rows, R, SIZES)
+    dx = norm_gradient(d, x, norm_weight_ptr, part, R, SIZES, EPS)
+    store_rows(grad_x_ptr, row, rows, dx, R, SIZES)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -264,15 +250,11 @@ def adapter_bwd_hidden_kernel(
     pid = tl.program_id(0).to(tl.int64)
     row = pid * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = (row < rows)[:, None] & (column < H)[None, :]
-    offset = row[:, None] * H + column[None, :]
-    p = tl.load(hidden_ptr + offset, mask=inside, other=0.0)
-    da = tl.load(grad_hidden_ptr + offset, mask=inside, other=0.0)
-    bias = tl.load(bias_1_ptr + column, mask=column < H, other=0.0).to(tl.float32)
-    a, slope = gelu_with_slope(p + bias[None, :])
-    dp = da * slope
-    tl.store(active_ptr + offset, a.to(active_ptr.dtype.element_ty), mask=inside)
-    tl.store(grad_ptr + offset, dp.to(grad_ptr.dtype.element_ty), mask=inside)
+    p = load_tile(hidden_ptr, row, rows, column, H)
+    a, slope = gelu_with_slope(p + load_vector(bias_1_ptr, column, H)[None, :])
+    dp = load_tile(grad_hidden_ptr, row, rows, column, H) * slope
+    store_tile(active_ptr, row, rows, column, a, H)
+    store_tile(grad_ptr, row, rows, column, dp, H)
     tl.store(part_ptr + pid * H + column, tl.sum(dp, 0), mask=column < H)
 
 
@@ -288,8 +270,8 @@ def fitted(row: Row, dtype: torch.dtype, width: int) -> Row:
 def packed(
     weight_1: Tensor, bias_1: Tensor, weight_2: Tensor, dtype: torch.dtype, block: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """W1 (H, R0 + R1), b1 (H,) and W2 transposed (H, R0 + R1) as the kernels read them: weights in ``dtype``,
-    H rounded up to ``block`` hidden columns, zeros outside."""
+    """W1 (H, r), b1 (H,) and W2 transposed (H, r) as the kernels read them: weights in ``dtype``, H rounded
+    up to ``block`` hidden columns and r to the sum of its ``chunks``, zeros outside."""
 
     def make() -> tuple[Tensor, Tensor, Tensor]:
         hidden, width = weight_1.shape

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..reference import eight_bit as reference
 from ..tune.row import Row
+from .blocks import load_statistic, load_tile, store_tile
 from .host import POINTERS, aligned, compile_arguments, flat, launch, on_device, row_for
 
 # Programs work through STEPS tiles of BLOCK_M rows, one tile of BLOCK_N columns wide. They count column tiles
@@ -47,11 +48,8 @@ def from_e4m3(code):
 @triton.jit
 def normed_tile(x_ptr, mean_ptr, rstd_ptr, row, rows, column, D: tl.constexpr):
     """n = (x - mean) * rstd in fp32; 0 in rows outside the matrix."""
-    inside = (row < rows)[:, None] & (column < D)[None, :]
-    x = tl.load(x_ptr + row[:, None] * D + column[None, :], mask=inside, other=0.0).to(tl.float32)
-    mean = tl.load(mean_ptr + row, mask=row < rows, other=0.0)[:, None]
-    rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)[:, None]
-    return (x - mean) * rstd
+    x = load_tile(x_ptr, row, rows, column, D).to(tl.float32)
+    return (x - load_statistic(mean_ptr, row, rows)) * load_statistic(rstd_ptr, row, rows)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -121,9 +119,8 @@ def eight_bit_encode_kernel(
     for step in tl.range(0, STEPS):
         row = (group * STEPS + step) * BLOCK_M + tl.arange(0, BLOCK_M)
         n = normed_tile(x_ptr, mean_ptr, rstd_ptr, row, rows, column, D)
-        code = to_e4m3((n - shift[None, :]) * inverse[None, :]).to(tl.uint8)
-        inside = (row < rows)[:, None] & within[None, :]
-        tl.store(code_ptr + row[:, None] * D + column[None, :], code, mask=inside)
+        code = to_e4m3((n - shift[None, :]) * inverse[None, :])
+        store_tile(code_ptr, row, rows, column, code, D)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -149,14 +146,11 @@ def eight_bit_decode_kernel(
     shift = tl.load(shift_ptr + column, mask=column < D, other=0.0)[None, :]
     for step in tl.range(0, STEPS):
         row = (group * STEPS + step) * BLOCK_M + tl.arange(0, BLOCK_M)
-        inside = (row < rows)[:, None] & (column < D)[None, :]
-        offset = row[:, None] * D + column[None, :]
-        out = from_e4m3(tl.load(code_ptr + offset, mask=inside, other=0)) * scale + shift
+        out = from_e4m3(load_tile(code_ptr, row, rows, column, D)) * scale + shift
         if OF_X:
-            mean = tl.load(mean_ptr + row, mask=row < rows, other=0.0)
-            std = 1.0 / tl.load(rstd_ptr + row, mask=row < rows, other=1.0)
-            out = out * std[:, None] + mean[:, None]
-        tl.store(out_ptr + offset, out.to(out_ptr.dtype.element_ty), mask=inside)
+            std = 1.0 / load_statistic(rstd_ptr, row, rows)
+            out = out * std + load_statistic(mean_ptr, row, rows)
+        store_tile(out_ptr, row, rows, column, out, D)
 
 
 def _grid(row: Row, rows: int, width: int) -> tuple[int, int]:

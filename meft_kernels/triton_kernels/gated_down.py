@@ -21,7 +21,7 @@ from ..reference import gated_down as reference
 from ..reference import stand_in
 from ..reference.common import matmul
 from ..tune.row import Row
-from .blocks import relu
+from .blocks import load_tile, load_vector, relu, store_tile
 from .host import (
     POINTERS,
     aligned,
@@ -54,22 +54,17 @@ def _store_active(active_ptr, hidden, row, rows, start, R: tl.constexpr, M: tl.c
     place = tl.arange(0, 8)[None, None, :]
     bits = tl.reshape((hidden > 0).to(tl.int32), [M, N // 8, 8]) << place
     column = start // 8 + tl.arange(0, N // 8)
-    stride: tl.constexpr = (R + 7) // 8
-    inside = (row < rows)[:, None] & (column < stride)[None, :]
-    offset = row[:, None] * stride + column[None, :]
-    tl.store(active_ptr + offset, tl.sum(bits, 2).to(tl.uint8), mask=inside)
+    store_tile(active_ptr, row, rows, column, tl.sum(bits, 2), (R + 7) // 8)
 
 
 @triton.jit
 def _hidden(pre_ptr, bias_1_ptr, active_ptr, row, rows, column, R: tl.constexpr, ACTIVE: tl.constexpr):
     """relu(pre + bias) of a tile in fp32, 0 in columns beyond R; with ACTIVE, where the bits say so."""
-    inside = (row < rows)[:, None] & (column < R)[None, :]
-    pre = tl.load(pre_ptr + row[:, None] * R + column[None, :], mask=inside, other=0.0)
-    bias = tl.load(bias_1_ptr + column, mask=column < R, other=0.0).to(tl.float32)
+    hidden = load_tile(pre_ptr, row, rows, column, R) + load_vector(bias_1_ptr, column, R)[None, :]
     if ACTIVE:
-        hidden = (pre + bias[None, :]) * _active(active_ptr, row, rows, column, R)
+        hidden = hidden * _active(active_ptr, row, rows, column, R)
     else:
-        hidden = relu(pre + bias[None, :])
+        hidden = relu(hidden)
     return hidden
 
 
@@ -97,19 +92,15 @@ def _value_and_gate(
     gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in tl.range(0, R, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        p = _hidden(pre_ptr, bias_1_ptr, active_ptr, row, rows, k, R, ACTIVE).to(
-            weight_2_ptr.dtype.element_ty
-        )
-        inside = (k < R)[:, None] & (column < R)[None, :]
-        offset = column[None, :] * R + k[:, None]
-        weight_2 = tl.load(weight_2_ptr + offset, mask=inside, other=0.0)
-        weight_3 = tl.load(weight_3_ptr + offset, mask=inside, other=0.0)
-        value = tl.dot(p, weight_2, value, input_precision=PRECISION)
-        gate = tl.dot(p, weight_3, gate, input_precision=PRECISION)
-    bias_2 = tl.load(bias_2_ptr + column, mask=column < R, other=0.0).to(tl.float32)
-    bias_3 = tl.load(bias_3_ptr + column, mask=column < R, other=0.0).to(tl.float32)
+        p = _hidden(pre_ptr, bias_1_ptr, active_ptr, row, rows, k, R, ACTIVE)
+        p = p.to(weight_2_ptr.dtype.element_ty)
+        weight_2 = load_tile(weight_2_ptr, column, R, k, R)
+        weight_3 = load_tile(weight_3_ptr, column, R, k, R)
+        value = tl.dot(p, weight_2.T, value, input_precision=PRECISION)
+        gate = tl.dot(p, weight_3.T, gate, input_precision=PRECISION)
     hidden = _hidden(pre_ptr, bias_1_ptr, active_ptr, row, rows, column, R, ACTIVE)
-    return hidden, value + bias_2[None, :] + hidden, tl.sigmoid(gate + bias_3[None, :])
+    value += load_vector(bias_2_ptr, column, R)[None, :] + hidden
+    return hidden, value, tl.sigmoid(gate + load_vector(bias_3_ptr, column, R)[None, :])
 
 
 @triton.jit
@@ -127,15 +118,11 @@ def _gates(
     R: tl.constexpr,
 ):
     """dy = dz * g and dg = dz * y * g (1 - g) in fp32, stored with p and with their sums over the rows."""
-    inside = (row < rows)[:, None] & (column < R)[None, :]
-    offset = row[:, None] * R + column[None, :]
-    kind = grad_ptr.dtype.element_ty
-    tl.store(hidden_ptr + offset, hidden.to(kind), mask=inside)
-    grad_value = tl.load(grad_ptr + offset, mask=inside, other=0.0).to(tl.float32) * gate
+    store_tile(hidden_ptr, row, rows, column, hidden, R)
+    grad_value = load_tile(grad_ptr, row, rows, column, R).to(tl.float32) * gate
     grad_gate = grad_value * value * (1 - gate)
-    offset = row[:, None] * 2 * R + column[None, :]
-    tl.store(gates_ptr + offset, grad_value.to(kind), mask=inside)
-    tl.store(gates_ptr + R + offset, grad_gate.to(kind), mask=inside)
+    store_tile(gates_ptr, row, rows, column, grad_value, R, STRIDE=2 * R)
+    store_tile(gates_ptr + R, row, rows, column, grad_gate, R, STRIDE=2 * R)
     tl.store(part_ptr + column, tl.sum(grad_value, 0), mask=column < R)
     tl.store(part_ptr + R + column, tl.sum(grad_gate, 0), mask=column < R)
     return grad_value, grad_gate
@@ -181,9 +168,7 @@ def gated_down_fwd_kernel(
         BLOCK_N,
         BLOCK_K,
     )
-    inside = (row < rows)[:, None] & (column < R)[None, :]
-    out = (value * gate).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + row[:, None] * R + column[None, :], out, mask=inside)
+    store_tile(out_ptr, row, rows, column, value * gate, R)
     if ACTIVE:
         start = tl.program_id(0) % tiles * BLOCK_N
         _store_active(active_ptr, hidden, row, rows, start, R, BLOCK_M, BLOCK_N)
@@ -262,27 +247,19 @@ def gated_down_bwd_hidden_kernel(
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in tl.range(0, R, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        inside = (row < rows)[:, None] & (k < R)[None, :]
-        offset = row[:, None] * 2 * R + k[None, :]
-        grad_value = tl.load(gates_ptr + offset, mask=inside, other=0.0)
-        grad_gate = tl.load(gates_ptr + R + offset, mask=inside, other=0.0)
-        inside = (k < R)[:, None] & (column < R)[None, :]
-        offset = k[:, None] * R + column[None, :]
-        weight_2 = tl.load(weight_2_ptr + offset, mask=inside, other=0.0)
-        weight_3 = tl.load(weight_3_ptr + offset, mask=inside, other=0.0)
+        grad_value = load_tile(gates_ptr, row, rows, k, R, STRIDE=2 * R)
+        grad_gate = load_tile(gates_ptr + R, row, rows, k, R, STRIDE=2 * R)
+        weight_2 = load_tile(weight_2_ptr, k, R, column, R)
+        weight_3 = load_tile(weight_3_ptr, k, R, column, R)
         total = tl.dot(grad_value, weight_2, total, input_precision=PRECISION)
         total = tl.dot(grad_gate, weight_3, total, input_precision=PRECISION)
-    inside = (row < rows)[:, None] & (column < R)[None, :]
-    total += tl.load(gates_ptr + row[:, None] * 2 * R + column[None, :], mask=inside, other=0.0).to(
-        tl.float32
-    )
-    offset = row[:, None] * R + column[None, :]
+    total += load_tile(gates_ptr, row, rows, column, R, STRIDE=2 * R).to(tl.float32)
     if ACTIVE:
         total = total * _active(active_ptr, row, rows, column, R)
     else:
-        hidden = tl.load(hidden_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+        hidden = load_tile(hidden_ptr, row, rows, column, R).to(tl.float32)
         total = total * (hidden > 0).to(tl.float32)
-    tl.store(grad_hidden_ptr + offset, total.to(grad_hidden_ptr.dtype.element_ty), mask=inside)
+    store_tile(grad_hidden_ptr, row, rows, column, total, R)
     tl.store(part_ptr + tile * R + column, tl.sum(total, 0), mask=column < R)
 
 
@@ -334,20 +311,16 @@ def gated_down_bwd_kernel(
     grad_value, grad_gate = _gates(
         grad_ptr, hidden, value, gate, hidden_ptr, gates_ptr, part_ptr, row, rows, column, R
     )
-    inside = (column < R)[:, None] & (column < R)[None, :]
-    offset = column[:, None] * R + column[None, :]
     kind = grad_ptr.dtype.element_ty
-    weight_2 = tl.load(weight_2_ptr + offset, mask=inside, other=0.0)
+    weight_2 = load_tile(weight_2_ptr, column, R, column, R)
     total = tl.dot(grad_value.to(kind), weight_2, grad_value, input_precision=PRECISION)
-    weight_3 = tl.load(weight_3_ptr + offset, mask=inside, other=0.0)
+    weight_3 = load_tile(weight_3_ptr, column, R, column, R)
     total = tl.dot(grad_gate.to(kind), weight_3, total, input_precision=PRECISION)
     if ACTIVE:
         total = total * _active(active_ptr, row, rows, column, R)
     else:
         total = total * (hidden > 0).to(tl.float32)
-    inside = (row < rows)[:, None] & (column < R)[None, :]
-    offset = row[:, None] * R + column[None, :]
-    tl.store(grad_hidden_ptr + offset, total.to(kind), mask=inside)
+    store_tile(grad_hidden_ptr, row, rows, column, total, R)
     tl.store(part_ptr + 2 * R + column, tl.sum(total, 0), mask=column < R)
 
 

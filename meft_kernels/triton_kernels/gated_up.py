@@ -17,7 +17,7 @@ from torch import Tensor
 from ..reference import gated_up as reference
 from ..reference.common import GATE_TEMPERATURE, matmul
 from ..tune.row import Row
-from .blocks import relu
+from .blocks import load_tile, load_vector, relu, store_tile
 from .host import (
     POINTERS,
     aligned,
@@ -55,18 +55,12 @@ def gated_up_fwd_kernel(
     out = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in tl.range(0, R, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        inside = (row < rows)[:, None] & (k < R)[None, :]
-        y = tl.load(y_ptr + row[:, None] * R + k[None, :], mask=inside, other=0.0)
-        inside = (k < R)[:, None] & (column < D)[None, :]
-        weight = tl.load(weight_ptr + column[None, :] * R + k[:, None], mask=inside, other=0.0)
-        out = tl.dot(relu(y).to(weight.dtype), weight, out, input_precision=PRECISION)
-    inside = (row < rows)[:, None] & (column < D)[None, :]
-    # Rows times D may pass 2^31.
-    offset = row[:, None] * D + column[None, :]
-    x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + column, mask=column < D, other=0.0).to(tl.float32)
-    out += bias[None, :] + tl.load(keep_ptr) * x
-    tl.store(out_ptr + offset, out.to(out_ptr.dtype.element_ty), mask=inside)
+        y = load_tile(y_ptr, row, rows, k, R)
+        weight = load_tile(weight_ptr, column, D, k, R)
+        out = tl.dot(relu(y).to(weight.dtype), weight.T, out, input_precision=PRECISION)
+    x = load_tile(x_ptr, row, rows, column, D).to(tl.float32)
+    out += load_vector(bias_ptr, column, D)[None, :] + tl.load(keep_ptr) * x
+    store_tile(out_ptr, row, rows, column, out, D)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -94,34 +88,29 @@ def gated_up_bwd_kernel(
     tile = (tl.program_id(0) // tiles).to(tl.int64)
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    # Of the programs on these rows the first one does the sums and dh: for the others the width is 0.
-    width = tl.where(tl.program_id(0) % tiles == 0, D, 0)
+    # Of the programs on these rows the first one does the sums and dh: the others get no rows and no width.
+    first = tl.program_id(0) % tiles == 0
+    summed = tl.where(first, rows, 0)
+    width = tl.where(first, D, 0)
     keep = tl.load(keep_ptr)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in tl.range(0, D, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        inside = (row < rows)[:, None] & (k < D)[None, :]
-        summed = (row < rows)[:, None] & (k < width)[None, :]
-        offset = row[:, None] * D + k[None, :]
-        grad = tl.load(grad_ptr + offset, mask=inside, other=0.0)
-        x = tl.load(x_ptr + offset, mask=summed, other=0.0).to(tl.float32)
-        within = (k < D)[:, None] & (column < R)[None, :]
-        weight = tl.load(weight_ptr + k[:, None] * R + column[None, :], mask=within, other=0.0)
+        grad = load_tile(grad_ptr, row, rows, k, D)
+        x = load_tile(x_ptr, row, summed, k, D).to(tl.float32)
+        weight = load_tile(weight_ptr, k, D, column, R)
         total = tl.dot(grad, weight, total, input_precision=PRECISION)
         wide = grad.to(tl.float32)
         part = part_ptr + tile * 2 * D + k
         tl.store(part, tl.sum(wide, 0), mask=k < width)
         tl.store(part + D, tl.sum(wide * x, 0), mask=k < width)
         if NEED_X:
-            grad_x = (keep * wide).to(grad_x_ptr.dtype.element_ty)
-            tl.store(grad_x_ptr + offset, grad_x, mask=summed)
-    inside = (row < rows)[:, None] & (column < R)[None, :]
-    offset = row[:, None] * R + column[None, :]
-    y = tl.load(y_ptr + offset, mask=inside, other=0.0)
-    tl.store(active_ptr + offset, relu(y).to(y.dtype), mask=inside)
+            store_tile(grad_x_ptr, row, summed, k, keep * wide, D)
+    y = load_tile(y_ptr, row, rows, column, R)
+    store_tile(active_ptr, row, rows, column, relu(y), R)
     total = total * (y > 0).to(tl.float32)
     tl.debug_barrier()  # all threads have read y, where it is written over
-    tl.store(grad_y_ptr + offset, total.to(grad_y_ptr.dtype.element_ty), mask=inside)
+    store_tile(grad_y_ptr, row, rows, column, total, R)
 
 
 def _constants(row: Row, backbone: int, side: int, **flags: bool) -> dict:

@@ -21,24 +21,29 @@ from .adapter import (
     constants,
     fitted,
     gradients,
-    norm_gradient_pair,
+    norm_gradient,
     packed,
     pointer_types,
     weight_gradients,
 )
 from .blocks import (
-    adapter_pair,
-    adapter_pair_bwd,
-    affine_pair,
-    load_pair,
+    add,
+    affine,
+    cast,
+    load_parameter,
+    load_rows,
+    mlp,
+    mlp_bwd,
+    multiply,
     pair_constants,
-    standardize_pair,
-    store_pair,
+    scale,
+    standardize,
+    store_rows,
     store_sums,
-    vector_pair,
+    subtract,
 )
 from .host import aligned, compile_arguments, flat, launch, on_device, row_for
-from .norm_linear import folded_gradients, projected, store_scaled, unfold_pair
+from .norm_linear import folded_gradients, projected, store_scaled, unfold
 
 
 @triton.jit
@@ -51,27 +56,25 @@ def _gate(gate_ptr, TEMPERATURE: tl.constexpr):
 @triton.jit
 def _down_and_state(
     raw_ptr, mean_ptr, rstd_ptr, centre_ptr, down_bias_ptr, state_ptr, row, rows,
-    R: tl.constexpr, R0: tl.constexpr, R1: tl.constexpr, AGAIN: tl.constexpr = False,
+    R: tl.constexpr, SIZES: tl.constexpr, AGAIN: tl.constexpr = False,
 ):  # fmt: skip
-    """The pairs z and state in fp32."""
-    raw0, raw1 = load_pair(raw_ptr, row, rows, R, R0, R1, AGAIN)
-    z0, z1 = unfold_pair(raw0, raw1, row, rows, mean_ptr, rstd_ptr, centre_ptr, down_bias_ptr, R, R0, R1)
-    s0, s1 = load_pair(state_ptr, row, rows, R, R0, R1, AGAIN)
-    return z0, z1, s0.to(tl.float32), s1.to(tl.float32)
+    """z and state in fp32."""
+    raw = load_rows(raw_ptr, row, rows, R, SIZES, AGAIN)
+    z = unfold(raw, row, rows, mean_ptr, rstd_ptr, centre_ptr, down_bias_ptr, R, SIZES)
+    return z, cast(load_rows(state_ptr, row, rows, R, SIZES, AGAIN), tl.float32)
 
 
 @triton.jit
-def _mixed_pair(
+def _mixed(
     raw_ptr, mean_ptr, rstd_ptr, centre_ptr, down_bias_ptr, state_ptr, gate_ptr, row, rows,
-    R: tl.constexpr, R0: tl.constexpr, R1: tl.constexpr, TEMPERATURE: tl.constexpr,
-    AGAIN: tl.constexpr = False,
+    R: tl.constexpr, SIZES: tl.constexpr, TEMPERATURE: tl.constexpr, AGAIN: tl.constexpr = False,
 ):  # fmt: skip
     """v = u * state + (1 - u) * z."""
-    z0, z1, s0, s1 = _down_and_state(
-        raw_ptr, mean_ptr, rstd_ptr, centre_ptr, down_bias_ptr, state_ptr, row, rows, R, R0, R1, AGAIN
+    z, s = _down_and_state(
+        raw_ptr, mean_ptr, rstd_ptr, centre_ptr, down_bias_ptr, state_ptr, row, rows, R, SIZES, AGAIN
     )
     keep, take = _gate(gate_ptr, TEMPERATURE)
-    return keep * s0 + take * z0, keep * s1 + take * z1
+    return add(scale(keep, s), scale(take, z))
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -85,15 +88,14 @@ def ladder_fwd_kernel(
     gate_ptr,  # (1,)
     norm_weight_ptr,  # (R,)
     norm_bias_ptr,  # (R,)
-    weight_1_ptr,  # (HIDDEN, R0 + R1), zero outside the real one
+    weight_1_ptr,  # (HIDDEN, sum(SIZES)), zero outside the real one
     bias_1_ptr,  # (HIDDEN,)
-    weight_2_ptr,  # (HIDDEN, R0 + R1), transposed
+    weight_2_ptr,  # (HIDDEN, sum(SIZES)), transposed
     bias_2_ptr,  # (R,)
     out_ptr,  # (rows, R)
     rows,
     R: tl.constexpr,
-    R0: tl.constexpr,
-    R1: tl.constexpr,
+    SIZES: tl.constexpr,
     HIDDEN: tl.constexpr,
     EPS: tl.constexpr,
     TEMPERATURE: tl.constexpr,
@@ -103,36 +105,33 @@ def ladder_fwd_kernel(
     # z = rstd * (raw - mean * c) + b;  v = u s + (1 - u) z;  out = v + W2 gelu(W1 LN(v) + b1) + b2
     kind = weight_1_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    v0, v1 = _mixed_pair(
+    v = _mixed(
         raw_ptr, mean_ptr, rstd_ptr, centre_ptr, down_bias_ptr, state_ptr, gate_ptr, row, rows,
-        R, R0, R1, TEMPERATURE,
+        R, SIZES, TEMPERATURE,
     )  # fmt: skip
-    n0, n1, _ = standardize_pair(v0, v1, R, R0, R1, EPS)
-    m0, m1 = affine_pair(n0, n1, norm_weight_ptr, norm_bias_ptr, R, R0, R1)
-    y0, y1 = adapter_pair(
-        m0.to(kind), m1.to(kind), weight_1_ptr, bias_1_ptr, weight_2_ptr, BLOCK_M, R0, R1, HIDDEN, BLOCK_H
-    )
-    b0, b1 = vector_pair(bias_2_ptr, R, R0, R1)
-    store_pair(out_ptr, row, rows, v0 + y0 + b0, v1 + y1 + b1, R, R0, R1)
+    n, _ = standardize(v, R, SIZES, EPS)
+    m = affine(n, norm_weight_ptr, norm_bias_ptr, R, SIZES)
+    y = mlp(cast(m, kind), weight_1_ptr, bias_1_ptr, weight_2_ptr, BLOCK_M, SIZES, HIDDEN, BLOCK_H)
+    out = add(add(v, y), load_parameter(bias_2_ptr, R, SIZES))
+    store_rows(out_ptr, row, rows, out, R, SIZES)
 
 
 @triton.jit
 def _store_gradients(
-    dv0, dv1, raw_ptr, mean_ptr, rstd_ptr, centre_ptr, down_bias_ptr, state_ptr, gate_ptr,
+    dv, raw_ptr, mean_ptr, rstd_ptr, centre_ptr, down_bias_ptr, state_ptr, gate_ptr,
     grad_state_ptr, scaled_ptr, part_ptr, row, rows,
-    R: tl.constexpr, R0: tl.constexpr, R1: tl.constexpr, TEMPERATURE: tl.constexpr,
+    R: tl.constexpr, SIZES: tl.constexpr, TEMPERATURE: tl.constexpr,
 ):  # fmt: skip
     """ds = u dv and rstd dz, dz = (1 - u) dv; parts (3, R): sum dz, sum rstd dz mean, sum dv (s - z)."""
     keep, take = _gate(gate_ptr, TEMPERATURE)
-    store_pair(grad_state_ptr, row, rows, keep * dv0, keep * dv1, R, R0, R1)
-    z0, z1, s0, s1 = _down_and_state(
-        raw_ptr, mean_ptr, rstd_ptr, centre_ptr, down_bias_ptr, state_ptr, row, rows, R, R0, R1
+    store_rows(grad_state_ptr, row, rows, scale(keep, dv), R, SIZES)
+    z, s = _down_and_state(
+        raw_ptr, mean_ptr, rstd_ptr, centre_ptr, down_bias_ptr, state_ptr, row, rows, R, SIZES
     )
-    store_sums(part_ptr + 2 * R, dv0 * (s0 - z0), dv1 * (s1 - z1), R, R0, R1)
-    dz0 = take * dv0
-    dz1 = take * dv1
-    store_sums(part_ptr, dz0, dz1, R, R0, R1)
-    store_scaled(scaled_ptr, part_ptr + R, dz0, dz1, row, rows, mean_ptr, rstd_ptr, R, R0, R1)
+    store_sums(part_ptr + 2 * R, multiply(dv, subtract(s, z)), R, SIZES)
+    dz = scale(take, dv)
+    store_sums(part_ptr, dz, R, SIZES)
+    store_scaled(scaled_ptr, part_ptr + R, dz, row, rows, mean_ptr, rstd_ptr, R, SIZES)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -156,8 +155,7 @@ def ladder_bwd_kernel(
     part_ptr,  # (programs, 6, R) fp32
     rows,
     R: tl.constexpr,
-    R0: tl.constexpr,
-    R1: tl.constexpr,
+    SIZES: tl.constexpr,
     HIDDEN: tl.constexpr,
     EPS: tl.constexpr,
     TEMPERATURE: tl.constexpr,
@@ -170,30 +168,29 @@ def ladder_bwd_kernel(
     pid = tl.program_id(0).to(tl.int64)
     row = pid * BLOCK_M + tl.arange(0, BLOCK_M)
     part = part_ptr + pid * 6 * R
-    v0, v1 = _mixed_pair(
+    v = _mixed(
         raw_ptr, mean_ptr, rstd_ptr, centre_ptr, down_bias_ptr, state_ptr, gate_ptr, row, rows,
-        R, R0, R1, TEMPERATURE,
+        R, SIZES, TEMPERATURE,
     )  # fmt: skip
-    n0, n1, _ = standardize_pair(v0, v1, R, R0, R1, EPS)
-    m0, m1 = affine_pair(n0, n1, norm_weight_ptr, norm_bias_ptr, R, R0, R1)
-    store_pair(affine_ptr, row, rows, m0, m1, R, R0, R1)
-    g0, g1 = load_pair(grad_ptr, row, rows, R, R0, R1)
-    d0, d1 = adapter_pair_bwd(
-        g0.to(kind), g1.to(kind), m0.to(kind), m1.to(kind),
-        weight_1_ptr, bias_1_ptr, weight_2_ptr, BLOCK_M, R0, R1, HIDDEN, BLOCK_H,
+    n, _ = standardize(v, R, SIZES, EPS)
+    m = affine(n, norm_weight_ptr, norm_bias_ptr, R, SIZES)
+    store_rows(affine_ptr, row, rows, m, R, SIZES)
+    g = load_rows(grad_ptr, row, rows, R, SIZES)
+    d = mlp_bwd(
+        cast(g, kind), cast(m, kind),
+        weight_1_ptr, bias_1_ptr, weight_2_ptr, BLOCK_M, SIZES, HIDDEN, BLOCK_H,
     )  # fmt: skip
     # Loaded again: what lives through the loop above costs registers there.
-    v0, v1 = _mixed_pair(
+    v = _mixed(
         raw_ptr, mean_ptr, rstd_ptr, centre_ptr, down_bias_ptr, state_ptr, gate_ptr, row, rows,
-        R, R0, R1, TEMPERATURE, True,
+        R, SIZES, TEMPERATURE, True,
     )  # fmt: skip
-    dv0, dv1 = norm_gradient_pair(d0, d1, v0, v1, norm_weight_ptr, part, R, R0, R1, EPS)
-    g0, g1 = load_pair(grad_ptr, row, rows, R, R0, R1, True)
-    store_sums(part + 2 * R, g0.to(tl.float32), g1.to(tl.float32), R, R0, R1)
+    dv = norm_gradient(d, v, norm_weight_ptr, part, R, SIZES, EPS)
+    g = cast(load_rows(grad_ptr, row, rows, R, SIZES, True), tl.float32)
+    store_sums(part + 2 * R, g, R, SIZES)
     _store_gradients(
-        dv0 + g0.to(tl.float32), dv1 + g1.to(tl.float32),
-        raw_ptr, mean_ptr, rstd_ptr, centre_ptr, down_bias_ptr, state_ptr, gate_ptr,
-        grad_state_ptr, scaled_ptr, part + 3 * R, row, rows, R, R0, R1, TEMPERATURE,
+        add(dv, g), raw_ptr, mean_ptr, rstd_ptr, centre_ptr, down_bias_ptr, state_ptr, gate_ptr,
+        grad_state_ptr, scaled_ptr, part + 3 * R, row, rows, R, SIZES, TEMPERATURE,
     )  # fmt: skip
 
 
@@ -209,18 +206,17 @@ def ladder_bwd_mixed_kernel(
     mixed_ptr,  # (rows, R) fp32
     rows,
     R: tl.constexpr,
-    R0: tl.constexpr,
-    R1: tl.constexpr,
+    SIZES: tl.constexpr,
     TEMPERATURE: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
     # v = u s + (1 - u) z
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    v0, v1 = _mixed_pair(
+    v = _mixed(
         raw_ptr, mean_ptr, rstd_ptr, centre_ptr, down_bias_ptr, state_ptr, gate_ptr, row, rows,
-        R, R0, R1, TEMPERATURE,
+        R, SIZES, TEMPERATURE,
     )  # fmt: skip
-    store_pair(mixed_ptr, row, rows, v0, v1, R, R0, R1)
+    store_rows(mixed_ptr, row, rows, v, R, SIZES)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -239,20 +235,18 @@ def ladder_bwd_split_kernel(
     part_ptr,  # (programs, 3, R) fp32
     rows,
     R: tl.constexpr,
-    R0: tl.constexpr,
-    R1: tl.constexpr,
+    SIZES: tl.constexpr,
     TEMPERATURE: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
     # dv += g;  ds = u dv;  dz = (1 - u) dv;  parts: sum dz, sum rstd dz mean, sum dv (s - z)
     pid = tl.program_id(0).to(tl.int64)
     row = pid * BLOCK_M + tl.arange(0, BLOCK_M)
-    g0, g1 = load_pair(grad_ptr, row, rows, R, R0, R1)
-    dv0, dv1 = load_pair(grad_mixed_ptr, row, rows, R, R0, R1)
+    g = cast(load_rows(grad_ptr, row, rows, R, SIZES), tl.float32)
+    dv = load_rows(grad_mixed_ptr, row, rows, R, SIZES)
     _store_gradients(
-        dv0 + g0.to(tl.float32), dv1 + g1.to(tl.float32),
-        raw_ptr, mean_ptr, rstd_ptr, centre_ptr, down_bias_ptr, state_ptr, gate_ptr,
-        grad_state_ptr, scaled_ptr, part_ptr + pid * 3 * R, row, rows, R, R0, R1, TEMPERATURE,
+        add(dv, g), raw_ptr, mean_ptr, rstd_ptr, centre_ptr, down_bias_ptr, state_ptr, gate_ptr,
+        grad_state_ptr, scaled_ptr, part_ptr + pid * 3 * R, row, rows, R, SIZES, TEMPERATURE,
     )  # fmt: skip
 
 

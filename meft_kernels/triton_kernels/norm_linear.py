@@ -14,7 +14,18 @@ from torch import Tensor
 from ..reference import norm_linear as reference
 from ..reference.common import matmul, row_blocks, standardize_bwd
 from ..tune.row import Row
-from .blocks import load_pair, pair_constants, store_pair, store_sums, vector_pair
+from .blocks import (
+    add,
+    cast,
+    load_parameter,
+    load_rows,
+    load_statistic,
+    pair_constants,
+    scale,
+    store_rows,
+    store_sums,
+    subtract,
+)
 from .host import (
     POINTERS,
     aligned,
@@ -29,16 +40,13 @@ from .host import (
 
 
 @triton.jit
-def unfold_pair(
-    raw0, raw1, row, rows, mean_ptr, rstd_ptr, centre_ptr, bias_ptr,
-    R: tl.constexpr, R0: tl.constexpr, R1: tl.constexpr,
-):  # fmt: skip
+def unfold(raw, row, rows, mean_ptr, rstd_ptr, centre_ptr, bias_ptr, R: tl.constexpr, SIZES: tl.constexpr):
     """z = rstd * (raw - mean * c) + b in fp32."""
-    mean = tl.load(mean_ptr + row, mask=row < rows, other=0.0)[:, None]
-    rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)[:, None]
-    c0, c1 = vector_pair(centre_ptr, R, R0, R1)
-    b0, b1 = vector_pair(bias_ptr, R, R0, R1)
-    return rstd * (raw0 - mean * c0) + b0, rstd * (raw1 - mean * c1) + b1
+    mean = load_statistic(mean_ptr, row, rows)
+    rstd = load_statistic(rstd_ptr, row, rows)
+    c = load_parameter(centre_ptr, R, SIZES)
+    b = load_parameter(bias_ptr, R, SIZES)
+    return add(scale(rstd, subtract(raw, scale(mean, c))), b)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -51,39 +59,24 @@ def norm_linear_fwd_kernel(
     out_ptr,  # (rows, R)
     rows,
     R: tl.constexpr,
-    R0: tl.constexpr,
-    R1: tl.constexpr,
+    SIZES: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
     # z = rstd * (raw - mean * c) + b
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    raw0, raw1 = load_pair(raw_ptr, row, rows, R, R0, R1)
-    z0, z1 = unfold_pair(raw0, raw1, row, rows, mean_ptr, rstd_ptr, centre_ptr, bias_ptr, R, R0, R1)
-    store_pair(out_ptr, row, rows, z0, z1, R, R0, R1)
+    raw = load_rows(raw_ptr, row, rows, R, SIZES)
+    z = unfold(raw, row, rows, mean_ptr, rstd_ptr, centre_ptr, bias_ptr, R, SIZES)
+    store_rows(out_ptr, row, rows, z, R, SIZES)
 
 
 @triton.jit
-def store_scaled(
-    ptr,
-    part_ptr,
-    dz0,
-    dz1,
-    row,
-    rows,
-    mean_ptr,
-    rstd_ptr,
-    R: tl.constexpr,
-    R0: tl.constexpr,
-    R1: tl.constexpr,
-):
+def store_scaled(ptr, part_ptr, dz, row, rows, mean_ptr, rstd_ptr, R: tl.constexpr, SIZES: tl.constexpr):
     """dzr = rstd * dz to ptr, and sum dzr * mean (R,) to part_ptr: of the rounded dzr, as the product takes
     it, so that a large mean cancels."""
-    mean = tl.load(mean_ptr + row, mask=row < rows, other=0.0)[:, None]
-    rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)[:, None]
-    d0 = (rstd * dz0).to(ptr.dtype.element_ty)
-    d1 = (rstd * dz1).to(ptr.dtype.element_ty)
-    store_pair(ptr, row, rows, d0, d1, R, R0, R1)
-    store_sums(part_ptr, d0.to(tl.float32) * mean, d1.to(tl.float32) * mean, R, R0, R1)
+    mean = load_statistic(mean_ptr, row, rows)
+    d = cast(scale(load_statistic(rstd_ptr, row, rows), dz), ptr.dtype.element_ty)
+    store_rows(ptr, row, rows, d, R, SIZES)
+    store_sums(part_ptr, scale(mean, cast(d, tl.float32)), R, SIZES)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -95,19 +88,16 @@ def norm_linear_bwd_kernel(
     part_ptr,  # (programs, 2, R) fp32
     rows,
     R: tl.constexpr,
-    R0: tl.constexpr,
-    R1: tl.constexpr,
+    SIZES: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
     # dzr = rstd * dz;  parts: sum dz, sum dzr * mean
     pid = tl.program_id(0).to(tl.int64)
     row = pid * BLOCK_M + tl.arange(0, BLOCK_M)
-    g0, g1 = load_pair(grad_ptr, row, rows, R, R0, R1)
-    g0 = g0.to(tl.float32)
-    g1 = g1.to(tl.float32)
+    g = cast(load_rows(grad_ptr, row, rows, R, SIZES), tl.float32)
     part = part_ptr + pid * 2 * R
-    store_sums(part, g0, g1, R, R0, R1)
-    store_scaled(scaled_ptr, part + R, g0, g1, row, rows, mean_ptr, rstd_ptr, R, R0, R1)
+    store_sums(part, g, R, SIZES)
+    store_scaled(scaled_ptr, part + R, g, row, rows, mean_ptr, rstd_ptr, R, SIZES)
 
 
 def projected(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

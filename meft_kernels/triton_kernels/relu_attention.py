@@ -26,56 +26,52 @@ from ..reference import relu_attention as reference
 from ..reference import stand_in
 from ..reference.common import ATTENTION_EPS, softmax_bwd
 from ..tune.row import TORCH_TYPES, Row
-from .blocks import chunks, load_pair, load_tile, pair_constants, relu, store_pair, store_sums, store_tile
+from .blocks import (
+    accumulate,
+    add,
+    cast,
+    chunks,
+    contract,
+    keep_rows,
+    load_parameter,
+    load_rows,
+    multiply,
+    pair_constants,
+    relu,
+    scale,
+    store_rows,
+    store_sums,
+    zero_rows,
+)
 from .host import POINTERS, aligned, compile_arguments, launch, on_device, row_for, stacked
 
 FP32_WIDTH = 192  # widest rows of the kernels in fp32
 SUM_PROGRAMS = 36  # of the sums over a clip's frames: 3 waves for 10 clips, with a multiprocessor each
 
-# A clip's rows are R columns wide, in two tiles of R0 and R1 columns (see ``blocks``). Programs count blocks
-# of a clip's rows first, so that its features stay in the L2 cache.
+# A clip's rows are R columns wide, in tiles of SIZES columns (see ``blocks``). Programs count blocks of a
+# clip's rows first, so that its features stay in the L2 cache.
 
 
 @triton.jit
 def _block(
-    block0,  # descriptors of (clips, rows, R) with tiles (1, SIZE, R0) and (1, SIZE, R1), or None
-    block1,
+    first,  # descriptors of (clips, rows, R) with tiles (1, COUNT, SIZES[0]) and, if there are two SIZES,
+    second,  # (1, COUNT, SIZES[1]); or None
     ptr,  # where there is none, the clip's rows
     clip,
     start,
     rows,
     R: tl.constexpr,
-    R0: tl.constexpr,
-    R1: tl.constexpr,
-    SIZE: tl.constexpr,
+    SIZES: tl.constexpr,
+    COUNT: tl.constexpr,
 ):
-    """SIZE rows of a clip, zero beyond the last. Descriptors spare the registers of pointers and masks."""
-    if block0 is None:
-        x0, x1 = load_pair(ptr, start + tl.arange(0, SIZE), rows, R, R0, R1)
+    """COUNT rows of a clip, zero beyond the last. Descriptors spare the registers of pointers and masks."""
+    if first is None:
+        return load_rows(ptr, start + tl.arange(0, COUNT), rows, R, SIZES)
     else:
-        x0 = block0.load([clip, start, 0]).reshape([SIZE, R0])
-        x1 = x0
-        if R1 > 0:
-            x1 = block1.load([clip, start, R0]).reshape([SIZE, R1])
-    return x0, x1
-
-
-@triton.jit
-def _scores(a0, a1, b0, b1, R1: tl.constexpr):
-    """a b^T in fp32."""
-    s = tl.dot(a0, b0.T, input_precision="ieee")
-    if R1 > 0:
-        s = tl.dot(a1, b1.T, s, input_precision="ieee")
-    return s
-
-
-@triton.jit
-def _accumulate(p, b0, b1, y0, y1, R1: tl.constexpr):
-    """y + p b."""
-    y0 = tl.dot(p, b0, y0, input_precision="ieee")
-    if R1 > 0:
-        y1 = tl.dot(p, b1, y1, input_precision="ieee")
-    return y0, y1
+        x = (first.load([clip, start, 0]).reshape([COUNT, SIZES[0]]),)
+        if second is not None:
+            x += (second.load([clip, start, SIZES[0]]).reshape([COUNT, SIZES[1]]),)
+        return x
 
 
 @triton.jit(do_not_specialize=["batch", "frames", "size"])
@@ -88,8 +84,7 @@ def relu_attention_sum_kernel(
     frames,
     size,  # frames of a part, a multiple of BLOCK_M
     R: tl.constexpr,
-    R0: tl.constexpr,
-    R1: tl.constexpr,
+    SIZES: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
     # sums over frames, of F_l or F_l * factor, in an order that the other clips have no part in
@@ -99,19 +94,16 @@ def relu_attention_sum_kernel(
     rows = frames
     if lengths_ptr is not None:
         rows = tl.load(lengths_ptr + clip)
-    sum0 = tl.zeros([BLOCK_M, R0], tl.float32)
-    sum1 = tl.zeros([BLOCK_M, R1 if R1 > 0 else R0], tl.float32)
+    sums = zero_rows(BLOCK_M, SIZES)
     for start in tl.range(part * size, tl.minimum(rows, (part + 1) * size), BLOCK_M):
         row = start + tl.arange(0, BLOCK_M)
-        f0, f1 = load_pair(features_ptr + pair * frames * R, row, rows, R, R0, R1)
-        f0, f1 = f0.to(tl.float32), f1.to(tl.float32)
+        f = cast(load_rows(features_ptr + pair * frames * R, row, rows, R, SIZES), tl.float32)
         if factor_ptr is not None:
-            h0, h1 = load_pair(factor_ptr + clip * frames * R, row, rows, R, R0, R1)
-            f0, f1 = f0 * h0.to(tl.float32), f1 * h1.to(tl.float32)
-        sum0 += f0
-        sum1 += f1
+            factor = load_rows(factor_ptr + clip * frames * R, row, rows, R, SIZES)
+            f = multiply(f, cast(factor, tl.float32))
+        sums = add(sums, f)
     pairs = tl.num_programs(0).to(tl.int64)
-    store_sums(sums_ptr + (part * pairs + pair) * R, sum0, sum1, R, R0, R1)
+    store_sums(sums_ptr + (part * pairs + pair) * R, sums, R, SIZES)
 
 
 @triton.jit(do_not_specialize=["layers", "batch", "frames"])
@@ -127,8 +119,7 @@ def relu_attention_fwd_kernel(
     batch,
     frames,
     R: tl.constexpr,
-    R0: tl.constexpr,
-    R1: tl.constexpr,
+    SIZES: tl.constexpr,
     EPS: tl.constexpr,
     BLOCK_M: tl.constexpr,  # queries
     BLOCK_N: tl.constexpr,  # keys
@@ -139,28 +130,25 @@ def relu_attention_fwd_kernel(
     row = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     keys = tl.load(lengths_ptr + clip)
     start_of_clip = clip.to(tl.int64) * frames * R
-    q0, q1 = load_pair(anchor_ptr + start_of_clip, row, frames, R, R0, R1)
-    out0 = tl.zeros([BLOCK_M, R0], tl.float32)
-    out1 = tl.zeros([BLOCK_M, R1 if R1 > 0 else R0], tl.float32)
+    q = load_rows(anchor_ptr + start_of_clip, row, frames, R, SIZES)
+    out = zero_rows(BLOCK_M, SIZES)
     feature_ptr = features_ptr + start_of_clip
     pair = clip
     for layer in tl.range(0, layers):
-        y0 = tl.zeros([BLOCK_M, R0], tl.float32)
-        y1 = tl.zeros([BLOCK_M, R1 if R1 > 0 else R0], tl.float32)
+        y = zero_rows(BLOCK_M, SIZES)
         total = tl.zeros([BLOCK_M], tl.float32)
         for start in tl.range(0, keys, BLOCK_N):
-            f0, f1 = _block(keys0, keys1, feature_ptr, pair, start, keys, R, R0, R1, BLOCK_N)
-            p = relu(_scores(q0, q1, f0, f1, R1))
+            f = _block(keys0, keys1, feature_ptr, pair, start, keys, R, SIZES, BLOCK_N)
+            p = relu(contract(q, f))
             total += tl.sum(p, 1)
-            y0, y1 = _accumulate(p.to(f0.dtype), f0, f1, y0, y1, R1)
+            y = accumulate(p.to(f[0].dtype), f, y)
         gate = tl.load(gates_ptr + clip * layers + layer)
-        scale = (gate / (total + EPS))[:, None]
-        f0, f1 = load_pair(feature_ptr, row, frames, R, R0, R1)
-        out0 += scale * y0 + gate * f0.to(tl.float32)
-        out1 += scale * y1 + gate * f1.to(tl.float32)
+        attended = scale((gate / (total + EPS))[:, None], y)
+        f = cast(load_rows(feature_ptr, row, frames, R, SIZES), tl.float32)
+        out = add(out, add(attended, scale(gate, f)))
         feature_ptr += batch.to(tl.int64) * frames * R
         pair += batch
-    store_pair(out_ptr + start_of_clip, row, frames, out0, out1, R, R0, R1)
+    store_rows(out_ptr + start_of_clip, row, frames, out, R, SIZES)
 
 
 @triton.jit(do_not_specialize=["boost", "layers", "batch", "frames"])
@@ -180,8 +168,7 @@ def relu_attention_bwd_anchor_kernel(
     batch,
     frames,
     R: tl.constexpr,
-    R0: tl.constexpr,
-    R1: tl.constexpr,
+    SIZES: tl.constexpr,
     EPS: tl.constexpr,
     BLOCK_M: tl.constexpr,  # queries
     BLOCK_N: tl.constexpr,  # keys
@@ -194,10 +181,9 @@ def relu_attention_bwd_anchor_kernel(
     row = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     keys = tl.load(lengths_ptr + clip)
     start_of_clip = clip.to(tl.int64) * frames * R
-    q0, q1 = load_pair(anchor_ptr + start_of_clip, row, frames, R, R0, R1)
-    g0, g1 = load_pair(grad_ptr + start_of_clip, row, frames, R, R0, R1)
-    out0 = tl.zeros([BLOCK_M, R0], tl.float32)
-    out1 = tl.zeros([BLOCK_M, R1 if R1 > 0 else R0], tl.float32)
+    q = load_rows(anchor_ptr + start_of_clip, row, frames, R, SIZES)
+    g = load_rows(grad_ptr + start_of_clip, row, frames, R, SIZES)
+    out = zero_rows(BLOCK_M, SIZES)
     feature_ptr = features_ptr + start_of_clip
     statistic = clip.to(tl.int64) * frames + row
     pair = clip
@@ -205,47 +191,25 @@ def relu_attention_bwd_anchor_kernel(
         total = tl.zeros([BLOCK_M], tl.float32)
         delta = tl.zeros([BLOCK_M], tl.float32)
         for start in tl.range(0, keys, BLOCK_N):
-            f0, f1 = _block(keys0, keys1, feature_ptr, pair, start, keys, R, R0, R1, BLOCK_N)
-            p = relu(_scores(q0, q1, f0, f1, R1))
+            f = _block(keys0, keys1, feature_ptr, pair, start, keys, R, SIZES, BLOCK_N)
+            p = relu(contract(q, f))
             total += tl.sum(p, 1)
-            delta += tl.sum(p * _scores(g0, g1, f0, f1, R1), 1)
+            delta += tl.sum(p * contract(g, f), 1)
         delta = delta / (total + EPS)
-        scale = boost * tl.load(gates_ptr + clip * layers + layer) / (total + EPS)
+        k = boost * tl.load(gates_ptr + clip * layers + layer) / (total + EPS)
         for start in tl.range(0, keys, BLOCK_N):
-            f0, f1 = _block(keys0, keys1, feature_ptr, pair, start, keys, R, R0, R1, BLOCK_N)
-            s = _scores(q0, q1, f0, f1, R1)
-            e = _scores(g0, g1, f0, f1, R1)
-            x = tl.where(s > 0, scale[:, None] * (e - delta[:, None]), 0.0)
-            out0, out1 = _accumulate(x.to(f0.dtype), f0, f1, out0, out1, R1)
+            f = _block(keys0, keys1, feature_ptr, pair, start, keys, R, SIZES, BLOCK_N)
+            s = contract(q, f)
+            e = contract(g, f)
+            x = tl.where(s > 0, k[:, None] * (e - delta[:, None]), 0.0)
+            out = accumulate(x.to(f[0].dtype), f, out)
         tl.store(delta_ptr + statistic, delta, mask=row < frames)
-        tl.store(scale_ptr + statistic, scale, mask=row < frames)
+        tl.store(scale_ptr + statistic, k, mask=row < frames)
         feature_ptr += batch.to(tl.int64) * frames * R
         pair += batch
         statistic += batch.to(tl.int64) * frames
-    lower = tl.div_rn(1.0, boost)
-    store_pair(grad_anchor_ptr + start_of_clip, row, frames, out0 * lower, out1 * lower, R, R0, R1)
-
-
-@triton.jit
-def _store_with_share(
-    out_ptr,
-    y,
-    gate,
-    grad_ptr,
-    share_ptr,
-    key,
-    keys,
-    frames,
-    R: tl.constexpr,
-    START: tl.constexpr,
-    SIZE: tl.constexpr,
-):
-    """y + gate * grad, and the share in valid rows."""
-    column = START + tl.arange(0, SIZE)
-    share = tl.load(share_ptr + column, mask=column < R, other=0.0)
-    y += gate * load_tile(grad_ptr, key, frames, R, START, SIZE).to(tl.float32)
-    y += tl.where((key < keys)[:, None], share[None, :], 0.0)
-    store_tile(out_ptr, key, frames, y, R, START, SIZE)
+    out = scale(tl.div_rn(1.0, boost), out)
+    store_rows(grad_anchor_ptr + start_of_clip, row, frames, out, R, SIZES)
 
 
 @triton.jit(do_not_specialize=["boost", "layers", "batch", "frames"])
@@ -268,8 +232,7 @@ def relu_attention_bwd_features_kernel(
     batch,
     frames,
     R: tl.constexpr,
-    R0: tl.constexpr,
-    R1: tl.constexpr,
+    SIZES: tl.constexpr,
     BLOCK_M: tl.constexpr,  # queries
     BLOCK_N: tl.constexpr,  # keys
 ):
@@ -284,33 +247,27 @@ def relu_attention_bwd_features_kernel(
     keys = tl.load(lengths_ptr + clip)
     start_of_clip = clip.to(tl.int64) * frames * R
     start_of_pair = pair.to(tl.int64) * frames
-    f0, f1 = load_pair(features_ptr + start_of_pair * R, key, keys, R, R0, R1)
-    y0 = tl.zeros([BLOCK_N, R0], tl.float32)
-    y1 = tl.zeros([BLOCK_N, R1 if R1 > 0 else R0], tl.float32)
+    f = load_rows(features_ptr + start_of_pair * R, key, keys, R, SIZES)
+    y = zero_rows(BLOCK_N, SIZES)
     queries = tl.where(first < keys, frames, 0)  # a block beyond the clip's length gets no attention
     for start in tl.range(0, queries, BLOCK_M):
         row = start + tl.arange(0, BLOCK_M)
-        q0, q1 = _block(
-            queries0, queries1, anchor_ptr + start_of_clip, clip, start, frames, R, R0, R1, BLOCK_M
-        )
-        g0, g1 = _block(grads0, grads1, grad_ptr + start_of_clip, clip, start, frames, R, R0, R1, BLOCK_M)
+        q = _block(queries0, queries1, anchor_ptr + start_of_clip, clip, start, frames, R, SIZES, BLOCK_M)
+        g = _block(grads0, grads1, grad_ptr + start_of_clip, clip, start, frames, R, SIZES, BLOCK_M)
         delta = tl.load(delta_ptr + start_of_pair + row, mask=row < frames, other=0.0)[None, :]
-        scale = tl.load(scale_ptr + start_of_pair + row, mask=row < frames, other=0.0)[None, :]
-        s = _scores(f0, f1, q0, q1, R1)
-        e = _scores(f0, f1, g0, g1, R1)
-        x = tl.where(s > 0, scale * (e - delta), 0.0)
-        y0, y1 = _accumulate(x.to(q0.dtype), q0, q1, y0, y1, R1)
-        p = scale * relu(s)
-        y0, y1 = _accumulate(p.to(g0.dtype), g0, g1, y0, y1, R1)
-    lower = tl.div_rn(1.0, boost)
-    y0, y1 = y0 * lower, y1 * lower
+        k = tl.load(scale_ptr + start_of_pair + row, mask=row < frames, other=0.0)[None, :]
+        s = contract(f, q)
+        e = contract(f, g)
+        x = tl.where(s > 0, k * (e - delta), 0.0)
+        y = accumulate(x.to(q[0].dtype), q, y)
+        p = k * relu(s)
+        y = accumulate(p.to(g[0].dtype), g, y)
+    y = scale(tl.div_rn(1.0, boost), y)
     gate = tl.load(gates_ptr + clip * layers + layer)
-    grad_ptr += start_of_clip
-    share_ptr += (clip.to(tl.int64) * layers + layer) * R
-    grad_features_ptr += start_of_pair * R
-    _store_with_share(grad_features_ptr, y0, gate, grad_ptr, share_ptr, key, keys, frames, R, 0, R0)
-    if R1 > 0:
-        _store_with_share(grad_features_ptr, y1, gate, grad_ptr, share_ptr, key, keys, frames, R, R0, R1)
+    g = cast(load_rows(grad_ptr + start_of_clip, key, frames, R, SIZES), tl.float32)
+    share = load_parameter(share_ptr + (clip.to(tl.int64) * layers + layer) * R, R, SIZES)
+    y = add(add(y, scale(gate, g)), keep_rows(key < keys, share))
+    store_rows(grad_features_ptr + start_of_pair * R, key, frames, y, R, SIZES)
 
 
 def _row(kernel: str, x: Tensor) -> Row | None:
@@ -340,13 +297,13 @@ def _uses_descriptors(row: Row, width: int, dtype: torch.dtype) -> bool:
 
 
 def _descriptors(x: Tensor, row: Row, size: int) -> tuple:
-    """Descriptors of (clips, rows, R) in tiles of ``size`` rows by R0 and by R1 columns; (None, None) where
+    """Descriptors of (clips, rows, R) in tiles of ``size`` rows by one or two widths; (None, None) where
     the kernel has to load through pointers."""
     width = x.shape[-1]
     if not _uses_descriptors(row, width, x.dtype) or stand_in.active():
         return None, None
-    first, second = (TensorDescriptor.from_tensor(x, [1, size, c]) if c else None for c in chunks(width))
-    return first, second
+    found = [TensorDescriptor.from_tensor(x, [1, size, columns]) for columns in chunks(width)]
+    return found[0], found[1] if len(found) > 1 else None
 
 
 def _keys(slab: Tensor, lengths: Tensor | None, row: Row) -> tuple:
@@ -600,9 +557,9 @@ def static_launches(row: Row, dtype: str, width: int) -> Iterator[tuple]:
     if function is relu_attention_sum_kernel:
         constants["factor_ptr"] = None
     for name, rows in _TILES[function].items():
+        constants |= {f"{name}0": None, f"{name}1": None}
         for index, columns in enumerate(chunks(width)):
-            if columns and _uses_descriptors(row, width, TORCH_TYPES[dtype]):
+            if _uses_descriptors(row, width, TORCH_TYPES[dtype]):
+                del constants[f"{name}{index}"]
                 types[f"{name}{index}"] = f"tensordesc<{dtype}[1, {row.blocks[rows]}, {columns}]>"
-            else:
-                constants[f"{name}{index}"] = None
     yield compile_arguments(function, types, constants)

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..reference.common import NORM_EPS
 from ..reference.common import row_statistics as reference
 from ..tune.row import Row
+from .blocks import load_tile
 from .host import POINTERS, aligned, compile_arguments, launch, on_device, row_for
 
 
@@ -27,10 +28,9 @@ def row_statistics_kernel(
     # mean = sum(x) / D;  rstd = 1 / sqrt(sum((x - mean)^2) / D + eps)
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.arange(0, PADDED_D)
-    inside = (row < rows)[:, None] & (column < D)[None, :]
-    x = tl.load(x_ptr + row[:, None] * D + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    x = load_tile(x_ptr, row, rows, column, D, D == PADDED_D).to(tl.float32)
     mean = tl.sum(x, 1) / D
-    centred = tl.where(inside, x - mean[:, None], 0.0)
+    centred = tl.where((column < D)[None, :], x - mean[:, None], 0.0)
     rstd = tl.rsqrt(tl.sum(centred * centred, 1) / D + EPS)
     tl.store(mean_ptr + row, mean, mask=row < rows)
     tl.store(rstd_ptr + row, rstd, mask=row < rows)
