@@ -84,7 +84,7 @@ class UniPT(_Folded, reference.UniPT):
         stream, keep = self.read(hidden_states), self.saved_activations
         first = next(stream)
         self.check_lengths(lengths, first.values)
-        slab = FeatureSlab(len(folded)) if serves(first.values) else None
+        slab = FeatureSlab(len(folded)) if serves(first.values, self.side_size) else None
         project = ops.folded_linear if slab is None else slab.add
         again = first.again
         features = [project(first.values, *folded[0], first.statistics, keep, again)]

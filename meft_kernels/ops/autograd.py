@@ -37,12 +37,12 @@ def make_function(name: str) -> type[torch.autograd.Function]:
     class OpFunction(torch.autograd.Function):
         @staticmethod
         def forward(backend: str, keep: Keep, *arguments):
-            if name == "relu_attention" and is_fused(backend, arguments[0]):
+            if name == "relu_attention" and is_fused(name, backend, arguments[0]):
                 # The features are kept as the slab that the kernel reads, and copied into it once.
                 slab = torch.stack(arguments[len(names) - 1 :])
                 packed = (*arguments[: len(names) - 1], list(slab.unbind(0)))
                 return backends.kernel(name, backend)(*packed), slab
-            if keep == "fp8" and name == "gated_down" and is_fused(backend, arguments[0]):
+            if keep == "fp8" and name == "gated_down" and is_fused(name, backend, arguments[0]):
                 return backends.kernel("gated_down_active", backend)(*arguments)
             if backend in ("auto", "native") and keep == "exact" and native.keeps_projection(name, arguments):
                 return native.kernel(f"{name}_keeping")(*arguments)
@@ -104,9 +104,14 @@ def make_function(name: str) -> type[torch.autograd.Function]:
     return OpFunction
 
 
-def is_fused(backend: str, first: Tensor) -> bool:
-    """Whether Triton's kernels are those that serve; ``relu_attention``'s reads a slab."""
-    return backend == "triton" or (backend == "auto" and stand_in.device_type(first.device) == "cuda")
+def is_fused(name: str, backend: str, first: Tensor) -> bool:
+    """Whether Triton's kernels are those that serve an op whose first activation is ``first``; that of
+    ``relu_attention`` reads its features from one slab."""
+    return backend == "triton" or (
+        backend == "auto"
+        and stand_in.device_type(first.device) == "cuda"
+        and not backends.library_is_faster(name, (first,))
+    )
 
 
 def kept(backend: str, names: list[str], keep: Keep, arguments: list, active: Tensor | None = None) -> list:

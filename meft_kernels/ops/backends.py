@@ -7,13 +7,16 @@ dispatch key takes over with no change here or above. ``torch.ops.meft_reference
 
 import functools
 import importlib.util
+import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 
 from .. import native
+from ..reference import stand_in
+from ..tune.row import FAMILIES, architecture, architecture_of
 from .schemas import OP_NAMES
 
 NAMESPACES = {  # under ``torch.ops``
@@ -24,6 +27,23 @@ NAMESPACES = {  # under ``torch.ops``
 }
 BACKENDS = tuple(NAMESPACES)
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+# What `auto` leaves to the reference in fp32, whose products are the vendor library's: by op and family of
+# cards, the smallest side width r at which the fused kernel cannot win by the roofline. Without matrix
+# instructions for fp32 its 16 x 16 tiles take operands from shared memory: of the forward's instructions 38 %
+# are FMA, of the backward's 51 % (compiled for sm_90 at r = 96), so that it reaches no more of the peak. The
+# library reaches about 80 %, but the T x T scores cross the memory bus 5 times, 21 times in the backward.
+# Forward in us, per layer and clip of T = 1500 frames (9e6 r FLOP, 9 MB of scores):
+#   H100   67 TFLOP/s, 3.35 TB/s   fused 0.354 r   library 0.168 r + 13.4   even at r =  72 (backward  74)
+#   A100   19.5        2.0         fused 1.216 r   library 0.577 r + 22.5                35            36
+#   B200   80          8.0         fused 0.296 r   library 0.141 r +  5.6                36            37
+#   3090   35.6        0.94        fused 0.666 r   library 0.316 r + 48.0               137           139
+# An H200's memory brings the library in front from r = 50, a 4090's cache from 60; with TF32 allowed, its
+# products on Hopper are 7 times as fast. The other ops stay fused: the library would write and read more than
+# it saves (docs/kernels/index.md). AMD's cards have matrix instructions for fp32. None of this was timed.
+FASTER_BY_LIBRARY: dict[str, dict[str, int]] = {
+    "relu_attention": {"hopper": 75, "ampere": 37, "blackwell": 38, "consumer": 140}
+}
 
 _current = "auto"
 
@@ -75,6 +95,22 @@ def assume_backend(name: str) -> Iterator[None]:
         _current = previous
 
 
+def library_is_faster(op: str, arguments: Sequence) -> bool:
+    """Whether ``auto`` leaves a call of an op or its backward to the reference on CUDA, see
+    ``FASTER_BY_LIBRARY``: by the first of its arguments, of those ops an activation or a gradient to one."""
+    widths, first = FASTER_BY_LIBRARY.get(op), arguments[0]
+    if widths is None or first.dtype != torch.float32:
+        return False
+    return first.shape[-1] >= widths.get(_family(first.device), math.inf)
+
+
+def _family(device: torch.device) -> str:
+    """The family of the card that a tensor is on or stands for."""
+    if stand_in.standing() or device.type != "cuda":
+        return FAMILIES[architecture(stand_in.capability(device))]
+    return FAMILIES[architecture_of(device)]
+
+
 def uses_native() -> bool:
     """Whether the current choice of kernels takes the C++ ones on the CPU, where they were built."""
     return _current in ("auto", "native")
@@ -87,7 +123,11 @@ def backend_status() -> dict[str, tuple[str, str]]:
         registered = "encode" if name == "eight_bit" else name
         has = functools.partial(torch._C._dispatch_has_kernel_for_dispatch_key, f"meft::{registered}")
         if torch.cuda.is_available() and has("CUDA"):
-            status[name] = ("triton", "each kernel is checked against the reference at its first use")
+            why = "each kernel is checked against the reference at its first use"
+            width = FASTER_BY_LIBRARY.get(name, {}).get(_family(torch.device("cuda")))
+            if width is not None:
+                why += f"; in float32 the reference from side width {width}, where its products are faster"
+            status[name] = ("triton", why)
         elif has("CPU"):
             status[name] = ("native", native.REASON)
         else:

@@ -16,10 +16,11 @@ from .autograd import FUNCTIONS, activation, how_to_keep, is_fused
 from .second_derivative import in_transform, refuses_second_derivative
 
 
-def serves(x: Tensor) -> bool:
-    """Whether the fused attention serves, for hidden states (B, T, D)."""
-    may = not (torch.compiler.is_compiling() or in_transform())
-    return may and is_fused(backends.current(), x)
+def serves(x: Tensor, side_size: int) -> bool:
+    """Whether the fused attention serves, for projections of hidden states (B, T, D) to that width."""
+    if torch.compiler.is_compiling() or in_transform():
+        return False
+    return is_fused("relu_attention", backends.current(), activation(x[:0, :, :side_size]))
 
 
 class FeatureSlab:

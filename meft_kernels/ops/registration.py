@@ -1,8 +1,9 @@
 """Registration of every op under ``torch.ops``, in the namespace of each backend, and with it the kernels
 that serve each device.
 
-On CUDA ``auto`` is Triton's kernel, once it has passed its check there (``self_check``), on the CPU the C++
-one, where it was built (``native``), and everywhere else the reference.
+On CUDA ``auto`` is Triton's kernel, once it has passed its check there (``self_check``) and unless the vendor
+library is faster (``backends.library_is_faster``), on the CPU the C++ one, where it was built (``native``),
+and everywhere else the reference.
 """
 
 import functools
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from .. import native, reference
 from . import schemas, self_check
-from .backends import HAS_TRITON, NAMESPACES
+from .backends import HAS_TRITON, NAMESPACES, library_is_faster
 
 # Without a Triton kernel: the quadratic form is a few small products.
 WITHOUT_TRITON = {"pooled_upsample"}
@@ -61,12 +62,15 @@ def _triton_kernel(name: str, function: str) -> Callable:
     return lambda *arguments: getattr(module(), function)(*arguments)
 
 
-def _checked(schema: str, plain: Callable, fused: Callable) -> Callable:
-    """``fused`` on devices where it passes its check against ``plain`` at first use, ``plain`` on others."""
+def _checked(schema: str, op: str, plain: Callable, fused: Callable) -> Callable:
+    """``fused`` on devices where it passes its check against ``plain`` at first use, ``plain`` on others and
+    where it cannot be the faster one."""
     name, arguments = schema.split(") ->")[0].split("(", 1)
     names = [argument.split()[-1].split("=")[0] for argument in arguments.split(", ")]
 
     def run(*given):
+        if library_is_faster(op, given):
+            return plain(*given)
         return self_check.choose(name, names, given, plain, fused)(*given)
 
     return run
@@ -116,7 +120,11 @@ def _register() -> list[torch.library.Library]:
             library.impl(name, fused if use_fused else plain, "CompositeExplicitAutograd")
             if backend == "auto" and HAS_TRITON and row.op not in WITHOUT_TRITON:
                 in_place = row.function == "backward_in_place"
-                checked = _checked_in_place(plain, fused) if in_place else _checked(row.schema, plain, fused)
+                checked = (
+                    _checked_in_place(plain, fused)
+                    if in_place
+                    else _checked(row.schema, row.op, plain, fused)
+                )
                 library.impl(name, checked, "CUDA")
             if backend in ("auto", "native") and native.has(name):
                 library.impl(name, _without_autocast(native.chosen(name, plain)), "CPU")
@@ -141,5 +149,8 @@ def host_code(name: str, backend: str, device_type: str) -> Callable | None:
     on_cuda = device_type == "cuda"
     if backend in ("auto", "native") and not on_cuda:
         return None if native.has(name) else plain
-    use_fused = backend == "triton" or (backend == "auto" and on_cuda and HAS_TRITON)
-    return fused if use_fused and op not in WITHOUT_TRITON else plain
+    if op in WITHOUT_TRITON or not (backend == "triton" or (backend == "auto" and on_cuda and HAS_TRITON)):
+        return plain
+    if backend == "triton":
+        return fused
+    return lambda *given: (plain if library_is_faster(op, given) else fused)(*given)
