@@ -45,12 +45,13 @@ from .blocks import (
     zero_rows,
 )
 from .host import (
-    POINTERS,
+    ACTIVATION,
     aligned,
     compile_arguments,
     launch,
     on_device,
     once_per_step,
+    pointer_types,
     row_for,
     split,
     split_product,
@@ -441,28 +442,40 @@ def backward(
     ]
 
 
-_FLOAT = ("norm_weight_ptr", "norm_bias_ptr", "bias_1_ptr", "bias_2_ptr", "part_ptr", "bias_part_ptr")
-
-
-def pointer_types(function, dtype: str, wide: tuple[str, ...] = ()) -> dict[str, str]:
-    """Types of a jit function's arguments: pointers to ``dtype``, but fp32 for those named in ``wide``,
-    partial sums and parameters that are not weights; numbers int32."""
-    found = {}
-    for parameter in function.params:
-        if parameter.name.endswith("_ptr"):
-            found[parameter.name] = "*fp32" if parameter.name in (*wide, *_FLOAT) else POINTERS[dtype]
-        elif not parameter.is_constexpr:
-            found[parameter.name] = "i32"
-    return found
+NORM = {"norm_weight_ptr": "*fp32", "norm_bias_ptr": "*fp32"}
+WEIGHTS = {"weight_1_ptr": ACTIVATION, "bias_1_ptr": "*fp32", "weight_2_ptr": ACTIVATION}
+_TYPES = {
+    adapter_fwd_kernel: {
+        **{"x_ptr": ACTIVATION, **NORM, **WEIGHTS, "bias_2_ptr": "*fp32"},
+        **{"out_ptr": ACTIVATION, "rows": "i32"},
+    },
+    adapter_bwd_kernel: {
+        **{"grad_ptr": ACTIVATION, "x_ptr": ACTIVATION, **NORM, **WEIGHTS},
+        **{"affine_ptr": ACTIVATION, "grad_x_ptr": ACTIVATION, "part_ptr": "*fp32", "rows": "i32"},
+    },
+    adapter_bwd_weight_kernel: {
+        **{"grad_ptr": ACTIVATION, "affine_ptr": ACTIVATION, **WEIGHTS},
+        **{"part_ptr": "*fp32", "bias_part_ptr": "*fp32", "rows": "i32", "steps": "i32"},
+    },
+    adapter_bwd_normed_kernel: {"x_ptr": ACTIVATION, **NORM, "affine_ptr": ACTIVATION, "rows": "i32"},
+    adapter_bwd_input_kernel: {
+        **{"grad_ptr": ACTIVATION, "grad_affine_ptr": "*fp32", "x_ptr": ACTIVATION},
+        **{"norm_weight_ptr": "*fp32", "grad_x_ptr": ACTIVATION, "part_ptr": "*fp32", "rows": "i32"},
+    },
+    adapter_bwd_hidden_kernel: {
+        **{"hidden_ptr": "*fp32", "grad_hidden_ptr": "*fp32", "bias_1_ptr": "*fp32"},
+        **{"active_ptr": ACTIVATION, "grad_ptr": ACTIVATION, "part_ptr": "*fp32", "rows": "i32"},
+    },
+}
 
 
 def static_launches(row: Row, dtype: str, width: int) -> Iterator[tuple]:
     """The row's kernel as ``triton.compile`` takes it: UniPT's adapter of a backbone 8 times as wide as its
     side ``width``; the width of ``adapter_bwd_hidden`` is the hidden one."""
     row = fitted(row, TORCH_TYPES[dtype], width)
-    function = globals()[f"{row.kernel}_kernel"]
+    function = next(kernel for kernel in _TYPES if kernel.__name__ == f"{row.kernel}_kernel")
+    types = pointer_types(_TYPES[function], dtype)
     if function is adapter_bwd_hidden_kernel:
-        types = pointer_types(function, dtype, ("hidden_ptr", "grad_hidden_ptr"))
         yield compile_arguments(function, types, {"H": width, **row.blocks})
         return
     block = row.blocks.get("BLOCK_H", 0)
@@ -470,5 +483,4 @@ def static_launches(row: Row, dtype: str, width: int) -> Iterator[tuple]:
     values = constants(row, width, hidden) if block else pair_constants(row, width)
     if function is not adapter_bwd_weight_kernel:
         values["EPS"] = NORM_EPS
-    types = pointer_types(function, dtype, ("grad_affine_ptr",))
     yield compile_arguments(function, types, values)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..reference import eight_bit as reference
 from ..tune.row import Row
 from .blocks import load_statistic, load_tile, store_tile
-from .host import POINTERS, aligned, compile_arguments, flat, launch, on_device, row_for
+from .host import ACTIVATION, aligned, compile_arguments, flat, launch, on_device, pointer_types, row_for
 
 # Programs work through STEPS tiles of BLOCK_M rows, one tile of BLOCK_N columns wide. They count column tiles
 # first, so that programs that run side by side read whole rows.
@@ -239,16 +239,21 @@ def decode(
     return out.view(code.shape)
 
 
+_STATISTICS = {"mean_ptr": "*fp32", "rstd_ptr": "*fp32"}
+_CODES = {"code_ptr": "*u8", "scale_ptr": "*fp32", "shift_ptr": "*fp32"}
+_TYPES = {
+    eight_bit_channels_kernel: {"x_ptr": ACTIVATION, **_STATISTICS, "part_ptr": "*fp32", "rows": "i32"},
+    eight_bit_encode_kernel: {
+        **{"x_ptr": ACTIVATION, **_STATISTICS, "total_ptr": "*fp32", "extreme_ptr": "*fp32"},
+        **{**_CODES, "rows": "i32"},
+    },
+    eight_bit_decode_kernel: {**_CODES, **_STATISTICS, "out_ptr": ACTIVATION, "rows": "i32"},
+}
+
+
 def static_launches(row: Row, dtype: str, width: int) -> Iterator[tuple]:
     """The row's kernel as ``triton.compile`` takes it, for rows ``width`` wide; the decoding one of x."""
-    kernels = {
-        "eight_bit_channels": (eight_bit_channels_kernel, {}),
-        "eight_bit_encode": (eight_bit_encode_kernel, {"LARGEST": reference.LARGEST}),
-        "eight_bit_decode": (eight_bit_decode_kernel, {"OF_X": True}),
-    }
-    function, flags = kernels[row.kernel]
-    constants = {"D": width, **flags, **row.blocks}
-    types = {name: "*fp32" for name in function.arg_names if name not in constants}
-    types |= {name: POINTERS[dtype] for name in ("x_ptr", "out_ptr") if name in types}
-    types |= {"code_ptr": "*u8"} if "code_ptr" in types else {}
-    yield compile_arguments(function, {**types, "rows": "i32"}, constants)
+    flags = {"eight_bit_encode": {"LARGEST": reference.LARGEST}, "eight_bit_decode": {"OF_X": True}}
+    constants = {"D": width, **flags.get(row.kernel, {}), **row.blocks}
+    function = next(kernel for kernel in _TYPES if kernel.__name__ == f"{row.kernel}_kernel")
+    yield compile_arguments(function, pointer_types(_TYPES[function], dtype), constants)

@@ -23,12 +23,13 @@ from ..reference.common import matmul
 from ..tune.row import Row
 from .blocks import load_tile, load_vector, relu, store_tile
 from .host import (
-    POINTERS,
+    ACTIVATION,
     aligned,
     compile_arguments,
     launch,
     on_device,
     once_per_step,
+    pointer_types,
     row_for,
     split_product,
 )
@@ -472,21 +473,31 @@ def backward(
     return [grad_x.view(x.shape) if need_x else grad_x, *grads]
 
 
+_HIDDEN = {"pre_ptr": "*fp32", "active_ptr": "*u8", "bias_1_ptr": "*fp32"}
+_WEIGHTS = {
+    **{"weight_2_ptr": ACTIVATION, "bias_2_ptr": "*fp32"},
+    **{"weight_3_ptr": ACTIVATION, "bias_3_ptr": "*fp32"},
+}
+_GATES = {"hidden_ptr": ACTIVATION, "gates_ptr": ACTIVATION}
+_PART = {"part_ptr": "*fp32", "rows": "i32"}
+_TYPES = {
+    gated_down_fwd_kernel: {**_HIDDEN, **_WEIGHTS, "out_ptr": ACTIVATION, "rows": "i32"},
+    gated_down_bwd_kernel: {
+        **{"grad_ptr": ACTIVATION, **_HIDDEN, **_WEIGHTS, **_GATES},
+        **{"grad_hidden_ptr": ACTIVATION, **_PART},
+    },
+    gated_down_bwd_gate_kernel: {"grad_ptr": ACTIVATION, **_HIDDEN, **_WEIGHTS, **_GATES, **_PART},
+    gated_down_bwd_hidden_kernel: {
+        **{**_GATES, "active_ptr": "*u8", "weight_2_ptr": ACTIVATION, "weight_3_ptr": ACTIVATION},
+        **{"grad_hidden_ptr": ACTIVATION, **_PART},
+    },
+}
+
+
 def static_launches(row: Row, dtype: str, width: int) -> Iterator[tuple]:
-    """The row's kernel, that with bits, as ``triton.compile`` takes it: function, signature, constexprs and
-    attributes."""
+    """The row's kernel, that with bits: function, signature, constexprs and attributes, as
+    ``triton.compile`` takes them."""
     if row.kernel == "gated_down_bwd" and dtype == "fp32":
         return  # it serves half precision
-    function = {
-        "gated_down_fwd": gated_down_fwd_kernel,
-        "gated_down_bwd": gated_down_bwd_kernel,
-        "gated_down_bwd_gate": gated_down_bwd_gate_kernel,
-        "gated_down_bwd_hidden": gated_down_bwd_hidden_kernel,
-    }[row.kernel]
-    constants = _constants(row, width, True)
-    types = {name: POINTERS[dtype] for name in function.arg_names if name not in constants}
-    for name in types:
-        if name in ("pre_ptr", "part_ptr") or name.startswith("bias"):
-            types[name] = "*fp32"
-    types["active_ptr"] = "*u8"
-    yield compile_arguments(function, {**types, "rows": "i32"}, constants)
+    function = next(kernel for kernel in _TYPES if kernel.__name__ == f"{row.kernel}_kernel")
+    yield compile_arguments(function, pointer_types(_TYPES[function], dtype), _constants(row, width, True))

@@ -19,12 +19,13 @@ from ..reference.common import GATE_TEMPERATURE, matmul
 from ..tune.row import Row
 from .blocks import load_tile, load_vector, relu, store_tile
 from .host import (
-    POINTERS,
+    ACTIVATION,
     aligned,
     compile_arguments,
     launch,
     on_device,
     once_per_step,
+    pointer_types,
     row_for,
     split_product,
 )
@@ -222,6 +223,19 @@ def backward(
     return [grad_x, grad_y.view(y.shape), *reference.gradients(*summed, weight, bias, gate)]
 
 
+_TYPES = {
+    gated_up_fwd_kernel: {
+        **{"x_ptr": ACTIVATION, "y_ptr": ACTIVATION, "weight_ptr": ACTIVATION, "bias_ptr": "*fp32"},
+        **{"keep_ptr": "*fp32", "out_ptr": ACTIVATION, "rows": "i32"},
+    },
+    gated_up_bwd_kernel: {
+        **{"grad_ptr": ACTIVATION, "x_ptr": ACTIVATION, "y_ptr": ACTIVATION, "weight_ptr": ACTIVATION},
+        **{"keep_ptr": "*fp32", "grad_x_ptr": ACTIVATION, "grad_y_ptr": ACTIVATION},
+        **{"active_ptr": ACTIVATION, "part_ptr": "*fp32", "rows": "i32"},
+    },
+}
+
+
 def static_launches(row: Row, dtype: str, width: int) -> Iterator[tuple]:
     """The row's kernel, the backward with dh, in front of a backbone 8 times as wide: function, signature,
     constexprs and attributes, as ``triton.compile`` takes them."""
@@ -229,8 +243,4 @@ def static_launches(row: Row, dtype: str, width: int) -> Iterator[tuple]:
         function, constants = gated_up_fwd_kernel, _constants(row, 8 * width, width)
     else:
         function, constants = gated_up_bwd_kernel, _constants(row, 8 * width, width, NEED_X=True)
-    types = {name: POINTERS[dtype] for name in function.arg_names if name not in constants}
-    for name in types:
-        if name.startswith(("bias", "keep", "part")):
-            types[name] = "*fp32"
-    yield compile_arguments(function, {**types, "rows": "i32"}, constants)
+    yield compile_arguments(function, pointer_types(_TYPES[function], dtype), constants)

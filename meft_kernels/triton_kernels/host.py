@@ -14,6 +14,7 @@ from ..tune import choice
 from ..tune.row import TORCH_TYPES, Architecture, Row, architecture, architecture_of
 
 POINTERS = {name: f"*{name}" for name in TORCH_TYPES}  # to activations, in Triton's words
+ACTIVATION = "activation"  # in a kernel's types, a pointer to the type of the activations
 # Long sums are cut into parts that fill so many multiprocessors (an H100's) so many times. The numbers are
 # fixed, and not the device's, so that the order of a sum, and with it its bits, is the same on every card.
 MULTIPROCESSORS, WAVES = 132, 2
@@ -130,6 +131,11 @@ def _rows_per_part(rows: int, tiles: int) -> int:
         if rows % (8 * parts) == 0:
             return rows // parts
     return size
+
+
+def pointer_types(types: dict[str, str], dtype: str) -> dict[str, str]:
+    """A kernel's types, by argument, for activations of ``dtype``."""
+    return {name: POINTERS[dtype] if kind is ACTIVATION else kind for name, kind in types.items()}
 
 
 def compile_arguments(function, types: dict, constants: dict) -> tuple:

@@ -18,12 +18,13 @@ from ..reference import ladder as reference
 from ..reference.common import GATE_TEMPERATURE, NORM_EPS
 from ..tune.row import TORCH_TYPES, Row
 from .adapter import (
+    NORM,
+    WEIGHTS,
     constants,
     fitted,
     gradients,
     norm_gradient,
     packed,
-    pointer_types,
     weight_gradients,
 )
 from .blocks import (
@@ -42,7 +43,7 @@ from .blocks import (
     store_sums,
     subtract,
 )
-from .host import aligned, compile_arguments, flat, launch, on_device, row_for
+from .host import ACTIVATION, aligned, compile_arguments, flat, launch, on_device, pointer_types, row_for
 from .norm_linear import folded_gradients, projected, store_scaled, unfold
 
 
@@ -390,16 +391,32 @@ def _split_gradients(
     return parts.sum(0), tuple(adapter_grads)
 
 
-_FLOAT = ("raw_ptr", "mean_ptr", "rstd_ptr", "centre_ptr", "down_bias_ptr", "gate_ptr", "mixed_ptr")
+_MIXED = {
+    **{"raw_ptr": "*fp32", "mean_ptr": "*fp32", "rstd_ptr": "*fp32", "centre_ptr": "*fp32"},
+    **{"down_bias_ptr": "*fp32", "state_ptr": ACTIVATION, "gate_ptr": "*fp32"},
+}
+_GRADIENTS = {"grad_state_ptr": ACTIVATION, "scaled_ptr": ACTIVATION, "part_ptr": "*fp32", "rows": "i32"}
+_TYPES = {
+    ladder_fwd_kernel: {
+        **{**_MIXED, **NORM, **WEIGHTS},
+        **{"bias_2_ptr": "*fp32", "out_ptr": ACTIVATION, "rows": "i32"},
+    },
+    ladder_bwd_kernel: {
+        **{"grad_ptr": ACTIVATION, **_MIXED, **NORM, **WEIGHTS},
+        **{"affine_ptr": ACTIVATION, **_GRADIENTS},
+    },
+    ladder_bwd_mixed_kernel: {**_MIXED, "mixed_ptr": "*fp32", "rows": "i32"},
+    ladder_bwd_split_kernel: {"grad_ptr": ACTIVATION, "grad_mixed_ptr": "*fp32", **_MIXED, **_GRADIENTS},
+}
 
 
 def static_launches(row: Row, dtype: str, width: int) -> Iterator[tuple]:
     """The row's kernel as ``triton.compile`` takes it, for side width ``width`` and 256 hidden columns."""
     row = fitted(row, TORCH_TYPES[dtype], width)
-    function = globals()[f"{row.kernel}_kernel"]
+    function = next(kernel for kernel in _TYPES if kernel.__name__ == f"{row.kernel}_kernel")
     if "BLOCK_H" in row.blocks:
         values = {**constants(row, width, 256), "EPS": NORM_EPS}
     else:
         values = pair_constants(row, width)
-    types = pointer_types(function, dtype, (*_FLOAT, "grad_mixed_ptr"))
+    types = pointer_types(_TYPES[function], dtype)
     yield compile_arguments(function, types, {**values, "TEMPERATURE": GATE_TEMPERATURE})

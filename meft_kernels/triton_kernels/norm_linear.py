@@ -27,13 +27,14 @@ from .blocks import (
     subtract,
 )
 from .host import (
-    POINTERS,
+    ACTIVATION,
     aligned,
     compile_arguments,
     flat,
     launch,
     on_device,
     once_per_step,
+    pointer_types,
     row_for,
     split_product,
 )
@@ -191,19 +192,20 @@ def backward(
     ]
 
 
+_STATISTICS = {"mean_ptr": "*fp32", "rstd_ptr": "*fp32"}
+_TYPES = {
+    norm_linear_fwd_kernel: {
+        **{"raw_ptr": "*fp32", **_STATISTICS, "centre_ptr": "*fp32", "bias_ptr": "*fp32"},
+        **{"out_ptr": ACTIVATION, "rows": "i32"},
+    },
+    norm_linear_bwd_kernel: {
+        **{"grad_ptr": ACTIVATION, **_STATISTICS, "scaled_ptr": ACTIVATION, "part_ptr": "*fp32"},
+        **{"rows": "i32"},
+    },
+}
+
+
 def static_launches(row: Row, dtype: str, width: int) -> Iterator[tuple]:
     """The row's kernel as ``triton.compile`` takes it, for side width ``width`` and fp32 parameters."""
-    statistics = {"mean_ptr": "*fp32", "rstd_ptr": "*fp32"}
-    if row.kernel == "norm_linear_fwd":
-        kernel = norm_linear_fwd_kernel
-        types = {"raw_ptr": "*fp32", **statistics, "centre_ptr": "*fp32", "bias_ptr": "*fp32"}
-        types |= {"out_ptr": POINTERS[dtype]}
-    else:
-        kernel = norm_linear_bwd_kernel
-        types = {
-            "grad_ptr": POINTERS[dtype],
-            **statistics,
-            "scaled_ptr": POINTERS[dtype],
-            "part_ptr": "*fp32",
-        }
-    yield compile_arguments(kernel, {**types, "rows": "i32"}, pair_constants(row, width))
+    function = next(kernel for kernel in _TYPES if kernel.__name__ == f"{row.kernel}_kernel")
+    yield compile_arguments(function, pointer_types(_TYPES[function], dtype), pair_constants(row, width))

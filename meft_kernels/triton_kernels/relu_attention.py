@@ -43,7 +43,7 @@ from .blocks import (
     store_sums,
     zero_rows,
 )
-from .host import POINTERS, aligned, compile_arguments, launch, on_device, row_for, stacked
+from .host import ACTIVATION, aligned, compile_arguments, launch, on_device, pointer_types, row_for, stacked
 
 FP32_WIDTH = 192  # widest rows of the kernels in fp32
 SUM_PROGRAMS = 36  # of the sums over a clip's frames: 3 waves for 10 clips, with a multiprocessor each
@@ -508,20 +508,18 @@ def _gradients(
     ]
 
 
-# Arguments of the kernels, in Triton's words but for _ACTIVATIONS, a pointer to their type. A name in _TILES
-# is two descriptors or none, of tiles with so many rows.
-_ACTIVATIONS = "activations"
+# Types of the kernels' arguments. A name in _TILES is two descriptors or none, of tiles with so many rows.
 _SIZES = dict.fromkeys(("layers", "batch", "frames"), "i32")
 _GATED = {"gates_ptr": "*fp32", "lengths_ptr": "*i32"}
-_INPUTS = dict.fromkeys(("grad_ptr", "anchor_ptr", "features_ptr"), _ACTIVATIONS)
+_INPUTS = dict.fromkeys(("grad_ptr", "anchor_ptr", "features_ptr"), ACTIVATION)
 _STATISTICS = {"delta_ptr": "*fp32", "scale_ptr": "*fp32", "boost": "fp32"}
 _TYPES = {
     relu_attention_sum_kernel: {
-        **{"features_ptr": _ACTIVATIONS, "lengths_ptr": "*i32", "sums_ptr": "*fp32"},
+        **{"features_ptr": ACTIVATION, "lengths_ptr": "*i32", "sums_ptr": "*fp32"},
         **dict.fromkeys(("batch", "frames", "size"), "i32"),
     },
     relu_attention_fwd_kernel: {
-        **dict.fromkeys(("anchor_ptr", "features_ptr", "out_ptr"), _ACTIVATIONS),
+        **dict.fromkeys(("anchor_ptr", "features_ptr", "out_ptr"), ACTIVATION),
         **_GATED,
         **_SIZES,
     },
@@ -534,7 +532,7 @@ _TYPES = {
     },
     relu_attention_bwd_features_kernel: {
         **{**_INPUTS, **_GATED, **_STATISTICS, **_SIZES},
-        **{"share_ptr": "*fp32", "grad_features_ptr": _ACTIVATIONS},
+        **{"share_ptr": "*fp32", "grad_features_ptr": ACTIVATION},
     },
 }
 _TILES = {
@@ -552,8 +550,7 @@ def static_launches(row: Row, dtype: str, width: int) -> Iterator[tuple]:
         return
     function = next(kernel for kernel in _TYPES if kernel.__name__ == f"{row.kernel}_kernel")
     constants = _constants(row, width)
-    kinds = {_ACTIVATIONS: POINTERS[dtype]}
-    types = {name: kinds.get(kind, kind) for name, kind in _TYPES[function].items()}
+    types = pointer_types(_TYPES[function], dtype)
     if function is relu_attention_sum_kernel:
         constants["factor_ptr"] = None
     for name, rows in _TILES[function].items():
