@@ -24,8 +24,12 @@ def chunks(width: int) -> tuple[int, ...]:
 
 
 def pair_constants(row: Row, width: int) -> dict:
-    """The constexpr arguments of a kernel on rows of ``width`` columns."""
-    return {"R": width, "SIZES": chunks(width), **row.blocks}
+    """The constexpr arguments of a kernel on rows of ``width`` columns: the row's block sizes, and the tiles,
+    of which the row may ask for two halves in the place of one that is wider than "TILE"."""
+    sizes, blocks = chunks(width), dict(row.blocks)
+    if len(sizes) == 1 and sizes[0] > blocks.pop("TILE", sizes[0]):
+        sizes = (sizes[0] // 2,) * 2
+    return {"R": width, "SIZES": sizes, **blocks}
 
 
 @triton.jit

@@ -14,7 +14,7 @@ from .row import Row
 # Compiled for sm_90 in bf16 (registers per thread, spills, shared memory), not measured. Two blocks of 4
 # warps on a multiprocessor hide each other's loads; above width 96 the accumulators need 8 warps.
 _ROWS = "row-wise, bound by memory; tiles of 16 KB on average, no spill at any width"
-_SERIALISED = "one tile of 128: with 8 warps or 2 stages triton 3.6's wgmma run one at a time"
+_SERIALISED = "one tile: with 8 warps or 2 stages its wgmma run one at a time, as ptxas says (C7515)"
 _SMALL = "100 KB of shared memory: half the rows"
 
 _LST: tuple[Row, ...] = (
@@ -23,12 +23,14 @@ _LST: tuple[Row, ...] = (
     Row("norm_linear_fwd", (193, 1280), {"BLOCK_M": 8}, 4, 1, _ROWS),
     Row("norm_linear_bwd", (1, 192), {"BLOCK_M": 32}, 4, 1, _ROWS),
     Row("norm_linear_bwd", (193, 1280), {"BLOCK_M": 8}, 4, 1, _ROWS),
+    Row("adapter_fwd", (1, 32), {"BLOCK_M": 64, "BLOCK_H": 64}, 4, 1, _SERIALISED, "hopper"),
+    Row("adapter_fwd", (49, 64), {"BLOCK_M": 64, "BLOCK_H": 64}, 4, 1, _SERIALISED, "hopper"),
+    Row("adapter_fwd", (97, 128), {"BLOCK_M": 64, "BLOCK_H": 64}, 4, 1, _SERIALISED, "hopper"),
     Row("adapter_fwd", (1, 96), {"BLOCK_M": 64, "BLOCK_H": 64}, 4, 2, "156 registers at 96, 60 KB"),
-    Row("adapter_fwd", (128, 128), {"BLOCK_M": 64, "BLOCK_H": 64}, 4, 1, _SERIALISED, "hopper"),
     Row("adapter_fwd", (97, 384), {"BLOCK_M": 64, "BLOCK_H": 32}, 8, 2, "225 registers at 384, 144 KB"),
     Row("adapter_fwd", (193, 384), {"BLOCK_M": 32, "BLOCK_H": 32}, 8, 2, _SMALL, "consumer", "hmma"),
-    Row("adapter_bwd", (1, 96), {"BLOCK_M": 64, "BLOCK_H": 64}, 4, 2, "255 registers at 96, no spill, 72 KB"),
-    Row("adapter_bwd", (128, 128), {"BLOCK_M": 64, "BLOCK_H": 64}, 4, 1, _SERIALISED, "hopper"),
+    Row("adapter_bwd", (97, 128), {"BLOCK_M": 64, "BLOCK_H": 64}, 4, 1, _SERIALISED, "hopper"),
+    Row("adapter_bwd", (1, 96), {"BLOCK_M": 64, "BLOCK_H": 64}, 4, 2, "250 registers at 96, no spill, 72 KB"),
     Row("adapter_bwd", (129, 192), {"BLOCK_M": 64, "BLOCK_H": 32}, 4, 1,
         "no spill at 192; 8 warps have 256 registers and spill 0.5 KB", "amd"),
     Row("adapter_bwd", (97, 192), {"BLOCK_M": 64, "BLOCK_H": 32}, 8, 2, "241 registers at 192, 96 KB"),
@@ -46,8 +48,10 @@ _LST: tuple[Row, ...] = (
     Row("adapter_bwd_input", (641, 1280), {"BLOCK_M": 8}, 8, 1, _ROWS),
     Row("adapter_bwd_hidden", (1, 8192), {"BLOCK_M": 64, "BLOCK_N": 64}, 4, 1,
         "width is the hidden one; partial sums take 1/64 of what is read"),
+    Row("ladder_fwd", (1, 32), {"BLOCK_M": 64, "BLOCK_H": 64}, 4, 1, _SERIALISED, "hopper"),
+    Row("ladder_fwd", (49, 64), {"BLOCK_M": 64, "BLOCK_H": 64}, 4, 1, _SERIALISED, "hopper"),
+    Row("ladder_fwd", (97, 128), {"BLOCK_M": 64, "BLOCK_H": 64}, 4, 1, _SERIALISED, "hopper"),
     Row("ladder_fwd", (1, 96), {"BLOCK_M": 64, "BLOCK_H": 64}, 4, 2, "233 registers at 96, 60 KB"),
-    Row("ladder_fwd", (128, 128), {"BLOCK_M": 64, "BLOCK_H": 64}, 4, 1, _SERIALISED, "hopper"),
     Row("ladder_fwd", (97, 127), {"BLOCK_M": 64, "BLOCK_H": 64}, 8, 2, "97 spills with 32 hidden columns"),
     Row("ladder_fwd", (128, 256), {"BLOCK_M": 64, "BLOCK_H": 32}, 8, 2, "212 registers at 192, 72 KB"),
     Row("ladder_fwd", (257, 384), {"BLOCK_M": 32, "BLOCK_H": 32}, 8, 2, "64 rows spill", mma="hmma"),
@@ -56,9 +60,11 @@ _LST: tuple[Row, ...] = (
     Row("ladder_bwd", (1, 96), {"BLOCK_M": 64, "BLOCK_H": 32}, 4, 1,
         "254 registers at 96, 2 blocks per CU, no spill; 8 warps spill 1.5 KB", "amd"),
     Row("ladder_bwd", (128, 128), {"BLOCK_M": 64, "BLOCK_H": 32}, 4, 1, "274 registers, no spill", "amd"),
-    Row("ladder_bwd", (81, 96), {"BLOCK_M": 64, "BLOCK_H": 64}, 8, 2, "232 registers; 4 warps spill"),
-    Row("ladder_bwd", (128, 128), {"BLOCK_M": 64, "BLOCK_H": 32}, 8, 2,
-        "213 registers; 97 and 160 spill. Triton 3.6 serialises wgmma here, in other blocks it spills"),
+    Row("ladder_bwd", (96, 96), {"BLOCK_M": 64, "BLOCK_H": 64}, 8, 2,
+        "232 registers; 4 warps spill, and so do the masks of the widths from 81"),
+    Row("ladder_bwd", (128, 128), {"BLOCK_M": 64, "BLOCK_H": 32, "TILE": 64}, 8, 2,
+        "166 registers as two tiles; as one triton 3.6's wgmma run one at a time", "hopper"),
+    Row("ladder_bwd", (128, 128), {"BLOCK_M": 64, "BLOCK_H": 32}, 8, 2, "213 registers; 97 and 160 spill"),
     Row("ladder_bwd_mixed", (1, 192), {"BLOCK_M": 32}, 8, 1, _ROWS),
     Row("ladder_bwd_mixed", (193, 640), {"BLOCK_M": 16}, 8, 1, _ROWS),
     Row("ladder_bwd_mixed", (641, 1280), {"BLOCK_M": 8}, 8, 1, _ROWS),
