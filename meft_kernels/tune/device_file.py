@@ -10,7 +10,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 
 import torch
@@ -138,8 +138,8 @@ def write(rows: Sequence[Row]) -> Path:
 
 
 def table_lines(path: Path) -> list[str]:
-    """The rows of a file that :func:`write` wrote, as Python for the table: sizes on one line, the reason on
-    the next.
+    """The rows of a file that :func:`write` wrote, as Python in the form of the table: sizes on one line,
+    the reason on the next, and by name what is not the usual.
 
     Raises:
         ValueError: the file cannot be read or is of another kind.
@@ -152,13 +152,13 @@ def table_lines(path: Path) -> list[str]:
         raise ValueError(f"{path} holds no rows that a search wrote: {error}") from error
     lines = []
     for row in rows:
-        kernel, blocks, reason, *rest = map(
-            json.dumps, (row.kernel, row.blocks, f"{name}: {row.reason}", row.family, row.mma)
-        )
-        if row.precision != Row.precision:
-            rest.append(f"precision={json.dumps(row.precision)}")
-        if row.descriptors:
-            rest.append("descriptors=True")
+        kernel, blocks, reason = map(json.dumps, (row.kernel, row.blocks, f"{name}: {row.reason}"))
         lines.append(f"    Row({kernel}, {row.widths}, {blocks}, {row.num_warps}, {row.num_stages},")
-        lines.append(f"        {', '.join([reason, *rest])}),")
+        unusual = (field.name for field in fields(row) if field.default is not MISSING)
+        named = [
+            f"{each}={getattr(row, each)!r}".replace("'", '"')
+            for each in unusual
+            if getattr(row, each) != getattr(Row, each)
+        ]
+        lines.append(f"        {', '.join([reason, *named])}),")
     return lines

@@ -1,10 +1,11 @@
 """The table of block sizes, rows measured on a device, and the static gate that compiles without a GPU."""
 
+import ast
 import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -126,6 +127,20 @@ def test_every_row_has_a_reason_and_a_module():
         assert row.widths[0] <= row.widths[1]
         assert row.num_warps in (1, 2, 4, 8)
         assert static_check.module_name(row.kernel)
+
+
+def test_rows_are_written_in_one_form():
+    """Sizes on one line, the reason on the next, and by name, in order, what is not the usual."""
+    tree = ast.parse((ROOT / "meft_kernels/tune/table.py").read_text(encoding="utf-8"))
+    calls = [node for node in ast.walk(tree) if getattr(getattr(node, "func", None), "id", "") == "Row"]
+    assert len(calls) == len(TABLE)
+    names = [each.name for each in fields(Row)]
+    for call in calls:
+        lines = [argument.lineno - call.lineno for argument in call.args]
+        assert lines == [0, 0, 0, 0, 0, 1], f"line {call.lineno} of table.py"
+        given = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+        assert sorted(given, key=names.index) == list(given), f"line {call.lineno} of table.py"
+        assert all(value != getattr(Row, name) for name, value in given.items()), f"line {call.lineno}"
 
 
 def test_every_row_can_be_searched():
