@@ -39,7 +39,7 @@ class FrozenEncoder(nn.Module):
         whisper_encoder: ``transformers.models.whisper.modeling_whisper.WhisperEncoder``.
         dtype: number format to hold the weights in (``"bfloat16"`` or ``torch.bfloat16``, ...); ``None``
             keeps it.
-        quantization: ``"int8"`` or ``"fp8"`` holds the layers' linear weights in 8 bits
+        quantization: ``"int8"`` or ``"fp8"`` holds the linear weights of all layers but the first in 8 bits
             (:mod:`whisper_meft.encoder.quantization`), in the modules that are shared, where they are: put
             ``whisper_encoder`` on its device first. They then run as they are, also under autocast.
         whole_last_layer: the last layer is not quantised, so that a gradient can go through it.

@@ -8,6 +8,8 @@ from meft_kernels.reference.common import NORM_EPS
 from meft_kernels.reference.stand_in import device_type
 from meft_kernels.self_attention import self_attention
 
+from .quantization import project
+
 # Rows go through the feed-forward block so many elements of its inner width at a time.
 _INNER_ELEMENTS = {"cpu": 2**22}
 
@@ -50,11 +52,8 @@ def attend(attention: nn.Module, normed: torch.Tensor, mask: torch.Tensor | None
         return attention(hidden_states=normed, attention_mask=mask)[0]
     heads = (*normed.shape[:-1], attention.num_heads, attention.head_dim)
     # Scaled before the product and not in it, as Whisper was trained.
-    projected = (
-        attention.q_proj(normed).mul_(attention.scaling),
-        attention.k_proj(normed),
-        attention.v_proj(normed),
-    )
+    projected = project(normed, attention.q_proj, attention.k_proj, attention.v_proj)
+    projected[0].mul_(attention.scaling)
     mixed = self_attention(*(states.view(heads).transpose(1, 2) for states in projected), mask, scale=1.0)
     del projected
     mixed = mixed.transpose(1, 2).reshape(normed.shape)  # where that is a copy, the only one from here on

@@ -12,7 +12,7 @@ import torch
 from ..audio import VERSION as READING
 from ..data.examples import Example
 from ..encoder.frozen import FrozenEncoder
-from ..encoder.quantization import weights_digest
+from ..encoder.quantization import REVISION, weights_digest
 from ..errors import UserError
 
 FORMAT = 2  # 1 had no checksums of indices and no config of the backbone
@@ -59,7 +59,7 @@ def cache_key(
         "backbone": encoder.original.digest if encoder.original else weights_digest(encoder.backbone_state()),
         "backbone_config": _beside_the_weights(encoder),
         "backbone_dtype": str(encoder.dtype).removeprefix("torch."),
-        "backbone_quantization": encoder.quantization,
+        "backbone_quantization": encoder.quantization and f"{encoder.quantization}, revision {REVISION}",
         "autocast": autocast if encoder.dtype == torch.float32 and not encoder.quantization else None,
         "feature_extractor": json.loads(json.dumps(options, sort_keys=True, default=str)),
         "max_frames": max_frames,

@@ -64,8 +64,8 @@ class MeftConfig:
     backbone_quantization: str | None = field(
         default=None,
         metadata={
-            "help": "Hold the linear layers of the frozen backbone in 8 bits: int8 or fp8, through torchao; "
-            "unset keeps them as they are. Methods that train inside the encoder cannot."
+            "help": "Hold the frozen backbone's linear weights, but the first layer's, in 8 bits: int8, or "
+            "fp8 through torchao; unset keeps them as they are. Methods that train inside the encoder cannot."
         },
     )
 

@@ -11,6 +11,9 @@ class MeftModelConfig(PreTrainedConfig):
         base_model_name_or_path: the backbone: hub name, absolute folder, or folder relative to this file.
         base_model_fingerprint: a few of its weights, to recognise it
             (:func:`whisper_meft.encoder.fingerprint.fingerprint`).
+        quantization_revision: how the backbone was rounded that it was trained on
+            (:data:`whisper_meft.encoder.quantization.REVISION`); None where it was not, or before there were
+            several.
         hidden_size, num_hidden_layers, num_mel_bins, max_source_positions: the backbone's sizes.
         classifier_proj_size: width of the projector. Labels are in ``id2label`` and ``label2id`` as usual.
     """
@@ -20,6 +23,7 @@ class MeftModelConfig(PreTrainedConfig):
     meft: dict | None = None
     base_model_name_or_path: str | None = None
     base_model_fingerprint: str | None = None
+    quantization_revision: int | None = None
     hidden_size: int = 768
     num_hidden_layers: int = 12
     num_mel_bins: int = 80

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, WhisperForAudioClassification
 
 from ..encoder.dtypes import parse_dtype
 from ..encoder.fingerprint import same_backbone
+from ..encoder.quantization import REVISION
 from ..errors import UserError, one_line
 from ..files import read_json
 from ..methods import MeftConfig
@@ -52,6 +53,7 @@ def load(
     folder = _fetch(name_or_path, hub_options) / subfolder
     config = saved_config if isinstance(saved_config, MeftModelConfig) else read_config(folder)
     dtype = parse_dtype(None if dtype == "auto" else dtype)
+    trained_on = config.meft.get("backbone_quantization"), config.quantization_revision
     # A backbone that is loaded already stays as it is.
     config = _with_changes(config, dtype, isinstance(backbone, nn.Module), quantization)
     MeftConfig.from_dict(config.meft)  # so that bad options are reported before anything is loaded
@@ -71,6 +73,13 @@ def load(
         warnings.warn(
             f"the backbone {name or 'given'} has other weights than the one that {folder} was trained "
             "with: its scores will be wrong",
+            stacklevel=3,
+        )
+    if trained_on[0] and model.encoder.quantization and trained_on[1] != REVISION:
+        warnings.warn(
+            f"{folder} was trained on a backbone that an earlier version rounded to {trained_on[0]} in "
+            "another way: its scores may differ a little; train it again, or compare with "
+            "quantization='none' (--backbone_quantization none)",
             stacklevel=3,
         )
     return model.eval()

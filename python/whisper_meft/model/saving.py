@@ -12,6 +12,7 @@ from huggingface_hub import HfApi
 from transformers import PreTrainedModel
 
 from ..encoder.fingerprint import fingerprint
+from ..encoder.quantization import REVISION
 from ..errors import UserError
 from ..files import replacing, write_text
 from ..once import warn_once
@@ -41,6 +42,7 @@ def save(
     config.base_model_fingerprint = None
     if not model.meft_config.trains_backbone:
         config.base_model_fingerprint = fingerprint(model.encoder)
+    config.quantization_revision = REVISION if model.encoder.quantization else None
     # The number format that was trained with, so that the scores come out the same after loading.
     config.meft = model.meft_config.to_dict() | {
         "backbone_dtype": str(model.encoder.dtype).removeprefix("torch.")

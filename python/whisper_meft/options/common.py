@@ -37,8 +37,8 @@ class ModelArguments:
     backbone_quantization: Literal["int8", "fp8"] | None = field(
         default=None,
         metadata={
-            "help": "hold the frozen linear layers in 8 bits and multiply in them, through torchao; methods "
-            "that train inside the encoder cannot"
+            "help": "hold the frozen linear layers, but the first layer's, in 8 bits and multiply in them "
+            "(fp8 through torchao); methods that train inside the encoder cannot"
         },
     )
     backbone_compile: bool = field(

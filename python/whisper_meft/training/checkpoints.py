@@ -16,6 +16,7 @@ from pathlib import Path
 
 from transformers.configuration_utils import PreTrainedConfig
 
+from ..encoder.quantization import REVISION
 from ..errors import UserError
 from ..files import read_json
 
@@ -257,6 +258,8 @@ def check_same_model(checkpoint: Path, config: PreTrainedConfig) -> None:
         (name, saved.get(name), now.get(name)) for name in ("label2id", "hidden_size", "num_hidden_layers")
     ]
     pairs += [(name, (saved.get("meft") or {}).get(name), value) for name, value in now["meft"].items()]
+    if now["meft"].get("backbone_quantization"):
+        pairs.append(("quantization_revision", saved.get("quantization_revision"), REVISION))
     for name, before, after in pairs:
         if before != after:
             raise UserError(
