@@ -17,13 +17,14 @@ from . import (
     relu_attention,
 )
 from .common import accumulation_dtype, row_statistics
-from .modules import LST, SAVED_ACTIVATIONS, SHERL, HiddenState, UniPT
+from .modules import LST, SAVED_ACTIVATIONS, SHERL, SHERL_STARTS, HiddenState, UniPT
 
 __all__ = [
     "HiddenState",
     "LST",
     "SAVED_ACTIVATIONS",
     "SHERL",
+    "SHERL_STARTS",
     "UniPT",
     "accumulation_dtype",
     "adapter",

@@ -15,6 +15,7 @@ from . import adapter, gated_down, gated_up, guidance, ladder, norm_linear, pool
 from .common import NORM_EPS
 
 SAVED_ACTIVATIONS = ("exact", "fp8")
+SHERL_STARTS = ("published", "even", "zero_shot")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -444,8 +445,18 @@ class SHERL(SideNetwork):
     not read. With the gate at its initial 0, h_{L-1} does not reach the last layer at step 0, as in the
     published code.
 
+    The published start is ill-conditioned: scores e = relu(w . (z * q) + b) / rho begin near 0 on either side
+    of the kink, and their gradient goes with 1 / (sum e + 1e-6), up to a million times larger on the frames
+    where all of them are small. Other starts leave the formula as it is and set b to 1, so that the weights
+    begin at about 1 / rho each.
+
     Args:
         hidden_size, num_layers, reduction_factor, saved_activations, device, dtype: see ``LST``.
+        start: of the parameters: ``"published"``; ``"even"`` with b = 1; ``"zero_shot"`` with b = 1, the gate
+            at 1, where tanh(gate / 0.1) is 1, and Wo and bo zero, so that x = h_{L-1} at step 0.
+
+    Raises:
+        ValueError: see ``SideNetwork``, or ``start`` is another word.
     """
 
     def __init__(
@@ -456,8 +467,13 @@ class SHERL(SideNetwork):
         saved_activations: str = "exact",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        start: str = "published",
     ) -> None:
         super().__init__(hidden_size, num_layers, reduction_factor, None, saved_activations)
+        if start not in SHERL_STARTS:
+            accepted = " or ".join(map(repr, SHERL_STARTS))
+            raise ValueError(f"start must be {accepted}, got {start!r}")
+        self.start = start
         self.taps = tuple(range(1, num_layers))
         place = {"device": device, "dtype": dtype}
         size = self.side_size
@@ -466,6 +482,15 @@ class SHERL(SideNetwork):
         self.out = nn.Linear(size, hidden_size, **place)
         self.gate = nn.Parameter(torch.empty(1, **place))
         self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As ``SideNetwork.reset_parameters``, and what ``start`` says."""
+        super().reset_parameters()
+        if self.start != "published":
+            nn.init.ones_(self.guide.bias)
+        if self.start == "zero_shot":
+            nn.init.ones_(self.gate)
+            nn.init.zeros_(self.out.weight)
 
     @property
     def last_layer(self) -> int:

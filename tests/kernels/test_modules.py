@@ -387,3 +387,47 @@ def _root():
     from pathlib import Path
 
     return Path(__file__).parents[2]
+
+
+def sherl_gradients(side, states, direction):
+    """Of the trained tensors by name, for a fixed direction of the output."""
+    side.zero_grad()
+    (side(states) * direction).sum().backward()
+    return {name: p.grad.flatten().clone() for name, p in side.named_parameters() if p.numel() > 1}
+
+
+def test_other_starts_of_sherl_are_well_conditioned():
+    """Perturbed hidden states turn the published start's gradient and hardly that of the others (float64)."""
+    generator = torch.Generator().manual_seed(0)
+    states = [torch.randn(4, 200, 64, generator=generator, dtype=torch.float64) for _ in range(5)]
+    noise = [torch.randn(h.shape, generator=generator, dtype=torch.float64) for h in states]
+    perturbed = [h + 2e-3 * n for h, n in zip(states, noise)]
+    direction = torch.randn(4, 200, 64, generator=generator, dtype=torch.float64)
+    least = {}
+    for start in ("published", "even"):
+        torch.manual_seed(0)
+        side = reference.SHERL(64, 5, 4, dtype=torch.float64, start=start)
+        pairs = [sherl_gradients(side, each, direction) for each in (states, perturbed)]
+        cosines = {n: torch.cosine_similarity(pairs[0][n], pairs[1][n], dim=0).item() for n in pairs[0]}
+        least[start] = min(cosine for name, cosine in cosines.items() if "down" in name)
+    assert least["published"] < 0.9 and 1 - least["even"] < 0.05 * (1 - least["published"]), least
+
+
+@pytest.mark.parametrize("package", [meft_kernels, reference])
+def test_starts_of_sherl_differ_in_what_they_say(package):
+    sides = {}
+    for start in reference.SHERL_STARTS:
+        torch.manual_seed(0)
+        sides[start] = package.SHERL(16, 3, 2, start=start).state_dict()
+    published, even, zero = sides.values()
+    assert [n for n in published if not torch.equal(published[n], even[n])] == ["guide.bias"]
+    differ = {"guide.bias", "gate", "out.weight"}
+    assert {n for n in published if not torch.equal(published[n], zero[n])} == differ
+    states = [torch.randn(2, 5, 16) for _ in range(3)]
+    side = package.SHERL(16, 3, 2, start="zero_shot")
+    out = side(states)
+    assert torch.equal(out, states[2])
+    out.square().sum().backward()
+    assert side.out.weight.grad.norm() > 0  # from which all others follow
+    with pytest.raises(ValueError, match="start must be 'published' or 'even' or 'zero_shot', got 'zero'"):
+        package.SHERL(16, 3, 2, start="zero")

@@ -25,6 +25,7 @@ from whisper_meft import (
     MeftTrainer,
     MeZOConfig,
     S2LoRAConfig,
+    SHERLConfig,
     UserError,
     get_meft_model,
 )
@@ -711,3 +712,18 @@ def test_an_option_of_another_method_is_named(work, tmp_path, capsys):
     assert "'r' is not an option of full, accepted are max_frames" in capsys.readouterr().err
     assert main(command(work, tmp_path / "out", "full", backbone_dtype="bfloat16")) == 1
     assert "backbone_dtype must be None or float32 for full" in capsys.readouterr().err
+
+
+def test_sherl_starts_where_it_is_told():
+    features, labels = batch(3)
+    base = tiny_whisper()
+    expected = base.encoder.eval()(features).last_hidden_state
+    model = get_meft_model(base, SHERLConfig(reduction_factor=2, start="zero_shot"))
+    *_, deepest = [state for state, _ in zip(model.encoder.stream(features), range(LAYERS))]
+    assert torch.equal(model.side_network([*model.encoder.stream(features)][:LAYERS]), deepest)
+    torch.testing.assert_close(model.encoder.last_layer(deepest), expected)
+    model(features, labels=labels).loss.backward()
+    assert model.side_network.out.weight.grad.norm() > 0
+    assert MeftConfig.from_dict(model.meft_config.to_dict()).start == "zero_shot"
+    with pytest.raises(UserError, match="start must be 'published' or 'even' or 'zero_shot', got 'none'"):
+        SHERLConfig(start="none")

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 import meft_kernels
-from meft_kernels.reference import SAVED_ACTIVATIONS
+from meft_kernels.reference import SAVED_ACTIVATIONS, SHERL_STARTS
 
 from ..errors import UserError
 from .base import MeftConfig
@@ -159,6 +159,20 @@ class SHERLConfig(SideNetworkConfig):
     method: ClassVar[str] = "sherl"
     through_last_layer: ClassVar[bool] = True
 
+    start: str = field(
+        default="published",
+        metadata={
+            "help": "Where it starts: 'published'; 'even' with the layers' scores away from zero, where the "
+            "published start's gradient is ill-conditioned; 'zero_shot' the same, and the last layer reads "
+            "what it always read."
+        },
+    )
+
+    def validate(self) -> None:
+        super().validate()
+        if self.start not in SHERL_STARTS:
+            raise UserError(f"start must be {' or '.join(map(repr, SHERL_STARTS))}, got {self.start!r}")
+
     def check_backbone(self, hidden_size: int, num_layers: int, max_source_positions: int) -> None:
         super().check_backbone(hidden_size, num_layers, max_source_positions)
         if num_layers < 2:
@@ -170,5 +184,6 @@ class SHERLConfig(SideNetworkConfig):
             num_layers,
             reduction_factor=self.reduction_factor,
             saved_activations=self.saved_activations,
+            start=self.start,
             **place,
         )

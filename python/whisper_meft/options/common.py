@@ -99,6 +99,13 @@ class MethodArguments:
             "copies (default: exact)"
         },
     )
+    start: Literal["published", "even", "zero_shot"] | None = field(
+        default=None,
+        metadata={
+            "help": "where sherl starts: as published, with even scores of the layers, or with those and the "
+            "last layer's usual input (default: published)"
+        },
+    )
     chunk_size: int | None = field(
         default=None,
         metadata={
