@@ -4,9 +4,15 @@ Speed and bytes are those of a Whisper with random weights on clips of 6 seconds
 thread, all kinds taking turns. How far the features move and what that does to the accuracy is measured on
 the demo's task (synthetic accents, the shipped backbone): a side network is trained on each kind's hidden
 states from the same starts on the same batches, for several seeds.
+
+With ``--model_name_or_path`` and ``--audio`` errors are those of pretrained weights on recordings, padded to
+the window and trimmed, and ``--train_data`` and ``--test_data`` give the accuracy of a logistic regression on
+the mean of the last state. ``torchao's int8`` stands beside ours there: all layers, inputs without a zero
+point.
 """
 
 import argparse
+import os
 import statistics
 import sys
 import tempfile
@@ -22,13 +28,14 @@ from whisper_meft import FrozenEncoder, LSTConfig, get_meft_model
 from whisper_meft.encoder.quantization import nbytes
 from whisper_meft.encoder.sizes import WHISPER_SIZES, whisper_config
 from whisper_meft.errors import UserError, one_line
+from whisper_meft.evaluation.logistic import LogisticRegression
 from whisper_meft.files import check_writable
 from whisper_meft.memory.counting import estimate
 from whisper_meft.model.backbone import load_backbone
 from whisper_meft.synthetic.shipped import shipped_backbone
 from whisper_meft.synthetic.speech import make_accent_corpus
 
-from . import record
+from . import record, recordings
 from .saved_activations import features_and_labels
 from .steps import TOY
 from .timing import summary
@@ -132,6 +139,96 @@ def on_the_demo(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     return found
 
 
+# On recordings; compiled layers compute the same.
+PEER = "torchao's int8"
+REAL_KINDS = ("float32", "bfloat16", PEER, "int8", "fp8")
+
+
+def real_encoder(model: str, kind: str) -> FrozenEncoder:
+    """The encoder of a checkpoint as ``kind`` says."""
+    base = load_backbone(model, dtype=torch.float32, argument="model_name_or_path")
+    if kind != PEER:
+        return encoder_of(base, kind)
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    encoder = FrozenEncoder(base.encoder)
+    quantize_(encoder.layers, Int8DynamicActivationInt8WeightConfig())
+    return encoder
+
+
+def pooled(encoder: FrozenEncoder, features: Tensor, lengths: Tensor) -> Tensor:
+    """The mean of the normed last state over each clip's own frames, (N, D)."""
+    return torch.stack([normed.mean(0) for _, normed in recordings.last_states(encoder, features, lengths)])
+
+
+def on_recordings(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for each kind: ``padded`` and ``trimmed`` errors (:func:`benchmarks.recordings.errors`),
+    ``seconds`` of a forward of one padded clip, ``backbone_bytes``, and where there are labels ``accuracy``
+    and ``changed``: the share of test clips that get another class than from float32."""
+    model = options.model_name_or_path
+    features, lengths = recordings.log_mel(model, recordings.choose(options.audio, options.audio_clips))
+    task = None
+    if options.train_data:
+        sets = [
+            [recordings.choose(each) for each in given] for given in (options.train_data, options.test_data)
+        ]
+        names = sorted({example.label for part in sets[0] for example in part})
+        if None in names or len(names) < 2:
+            raise UserError(f"train_data must have labels of two classes or more, got {names}")
+        task = []
+        for parts in sets:
+            labels = [example.label for part in parts for example in part]
+            if unknown := sorted(set(map(str, labels)) - set(names)):
+                raise UserError(f"test_data has classes that train_data lacks: {', '.join(unknown)}")
+            mels = [recordings.log_mel(model, part) for part in parts]
+            inputs = (torch.cat([mel[which] for mel in mels]) for which in (0, 1))
+            task.append((*inputs, torch.tensor([names.index(label) for label in labels])))
+    rows, exact, predicted, encoders = [], None, None, {}
+    for kind in REAL_KINDS:
+        encoders[kind] = encoder = real_encoder(model, kind)
+        states = {
+            "padded": list(recordings.last_states(encoder, features, None)),
+            "trimmed": list(recordings.last_states(encoder, features, lengths)),
+        }
+        exact = exact or states
+        row: dict[str, Any] = {"kind": kind, "backbone_bytes": nbytes(encoder), "seconds": []}
+        row |= {name: recordings.errors(states[name], exact[name]) for name in states}
+        if task:
+            train, test = ((pooled(encoder, *part[:2]), part[2]) for part in task)
+            classes = LogisticRegression(len(names), 0.01).fit(*train).predict(test[0])
+            predicted = classes if predicted is None else predicted
+            row["accuracy"] = (classes == test[1]).double().mean().item()
+            row["changed"] = (classes != predicted).double().mean().item()
+        rows.append(row)
+        print(f"{kind}: " + ", ".join(f"{name} {row[name]['normed']:.2%}" for name in states), flush=True)
+    for number in range(options.rounds + 1):
+        for row in rows:
+            start = time.process_time()
+            for _ in encoders[row["kind"]].stream(features[:1]):
+                pass
+            if number:
+                row["seconds"].append(time.process_time() - start)
+    return [row | {"seconds": summary(row["seconds"])} for row in rows]
+
+
+REAL_HEADER = (
+    *("", "× float32", "backbone, MiB", "error padded: raw", "normed", "median frame", "worst", "pooled"),
+    *("trimmed: raw", "normed", "median frame", "worst", "pooled", "accuracy", "other class"),
+)
+
+
+def real_cells(rows: list[dict]) -> list[list[str]]:
+    """The rows as text under ``REAL_HEADER``."""
+    text = []
+    for row in rows:
+        ratio = rows[0]["seconds"]["median"] / row["seconds"]["median"]
+        line = [row["kind"], f"{ratio:.2f}", f"{row['backbone_bytes'] / 2**20:.0f}"]
+        for name in ("padded", "trimmed"):
+            line += [f"{row[name][key]:.2%}" for key in ("raw", "normed", "median", "worst", "pooled")]
+        text.append(line + [f"{row[key]:.1%}" if key in row else "" for key in ("accuracy", "changed")])
+    return text
+
+
 HEADER = ("", "forward, ms", "× float32", "backbone, MiB", "counted step, GiB", "feature error", "accuracy")
 
 
@@ -162,9 +259,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks.backbones", description=__doc__.split("\n\n")[0]
     )
     parser.add_argument("--model", default="small", help=f"sizes for the speed: {', '.join(WHISPER_SIZES)}")
-    defaults = {"batch": 4, "rounds": 5, "seeds": 3, "steps": 200, "clips": 150, "test_clips": 100}
+    defaults = {
+        "batch": 4,
+        "rounds": 5,
+        "seeds": 3,
+        "steps": 200,
+        "clips": 150,
+        "test_clips": 100,
+        "audio_clips": 8,
+    }
     for name, value in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=value, help=f"default: {value}")
+    parser.add_argument(
+        "--model_name_or_path", help="pretrained weights in place of the demo's and random ones"
+    )
+    parser.add_argument("--audio", help="recordings to measure errors on: folder, manifest or data set")
+    parser.add_argument("--train_data", nargs="+", help="labelled recordings that a regression is fitted to")
+    parser.add_argument("--test_data", nargs="+", help="those that it is scored on")
     parser.add_argument("--corpus", help="folder to keep the corpus in (default: a temporary one)")
     parser.add_argument("--output", help="folder of the record (default: benchmarks/results)")
     options = parser.parse_args(argv)
@@ -172,10 +283,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in defaults:
             if getattr(options, name) < 1:
                 raise UserError(f"{name} must be a positive integer, got {getattr(options, name)}")
+        if bool(options.model_name_or_path) != bool(options.audio):
+            raise UserError("model_name_or_path and audio go together: give both or none")
+        if bool(options.train_data) != bool(options.test_data) or (options.train_data and not options.audio):
+            raise UserError("train_data, test_data and audio go together: give all or audio alone")
         if options.model not in ("toy", *WHISPER_SIZES):
             raise UserError(f"model must be one of {', '.join(WHISPER_SIZES)}, got {options.model!r}")
         check_writable((Path(options.output) if options.output else record.RESULTS) / "backbones.json")
         torch.set_num_threads(1)
+        if options.audio:
+            return _report_recordings(options, argv)
         learned = on_the_demo(options)
         rows = [{"kind": kind} | row | learned[kind] for kind, row in speeds(options).items()]
     except UserError as error:
@@ -183,11 +300,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     for line in [HEADER, *cells(rows)]:
         print(f"{line[0]:<20}" + "".join(f"{cell:>18}" for cell in line[1:]))
+    shapes = {key: getattr(options, key) for key in ("model", *defaults) if key != "audio_clips"}
     path = record.write(
         "backbones",
         {"rows": rows},
         command=" ".join(["python -m benchmarks.backbones", *argv]),
-        shapes={k: v for k, v in vars(options).items() if k not in ("corpus", "output")},
+        shapes=shapes,
+        directory=options.output,
+        device="cpu",
+    )
+    print(path)
+    return 0
+
+
+def _report_recordings(options: argparse.Namespace, argv: list[str]) -> int:
+    rows = on_recordings(options)
+    for line in [REAL_HEADER, *real_cells(rows)]:
+        print(f"{line[0]:<16}" + "".join(f"{cell:>18}" for cell in line[1:]))
+    shapes = {
+        "model": Path(options.model_name_or_path).name,
+        "clips": options.audio_clips,
+        "rounds": options.rounds,
+    }
+    path = record.write(
+        "backbones_real",
+        {"rows": rows, "load": os.getloadavg()[0]},
+        command=" ".join(["python -m benchmarks.backbones", *argv]),
+        shapes=shapes,
         directory=options.output,
         device="cpu",
     )
