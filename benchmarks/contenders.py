@@ -1,6 +1,7 @@
 """A peer at one case with its inputs: prepared and warmed up, run in rounds, asked for its memory."""
 
 import functools
+from collections.abc import Callable
 from dataclasses import asdict
 
 import torch
@@ -13,16 +14,26 @@ from .timing import measure_memory, rotations, time_step
 
 
 class Inputs:
-    """Sets of random inputs of one case, enough of them that none stays in the cache; shared by all peers."""
+    """Sets of inputs of one case, enough of them that none stays in the cache; shared by all peers.
 
-    def __init__(self, case: AnyCase, dtype: torch.dtype, device: torch.device) -> None:
-        self.case, self.dtype, self.device = case, dtype, device
+    ``change`` makes others of the random ones that are drawn, given the number of the set too.
+    """
+
+    def __init__(
+        self,
+        case: AnyCase,
+        dtype: torch.dtype,
+        device: torch.device,
+        change: Callable[[dict, int], dict] | None = None,
+    ) -> None:
+        self.case, self.dtype, self.device, self._change = case, dtype, device, change
         first = self._draw(0)
         count = rotations(sum(t.nbytes for t in flat_tensors(first).values()), device)
         self.sets = [first, *(self._draw(seed) for seed in range(1, count))]
 
     def _draw(self, seed: int) -> dict:
-        return self.case.inputs(self.dtype, self.device, seed, draw_on=self.device)
+        drawn = self.case.inputs(self.dtype, self.device, seed, draw_on=self.device)
+        return drawn if self._change is None else self._change(drawn, seed)
 
 
 class Local:

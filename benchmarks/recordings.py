@@ -23,6 +23,11 @@ from whisper_meft.files import check_writable, replacing
 from whisper_meft.model.backbone import load_backbone
 from whisper_meft.model.pretrained import load_feature_extractor
 
+import meft_kernels
+from meft_kernels import ops
+from meft_kernels.reference.modules import gated_down_params, norm_linear_params
+from meft_kernels.testing import AnyCase, NetworkCase, flat_tensors
+
 
 def choose(source: str, number: int | None = None) -> ExampleSet:
     """``number`` examples of a source in a random order that is always the same; None: all as they come.
@@ -96,6 +101,58 @@ def read_states(path: str | Path) -> tuple[list[Tensor], Tensor]:
     if lengths is None or len(states) < 2 or len(shapes) != 1 or len(min(shapes, key=str) or ()) != 3:
         raise UserError(f"--states must be a file that benchmarks.recordings wrote, got {path}")
     return states, lengths
+
+
+def valid_states(states: Sequence[Tensor], lengths: Tensor) -> list[Tensor]:
+    """The states of the frames that all clips have."""
+    return [state[:, : int(lengths.min())].contiguous() for state in states]
+
+
+@torch.no_grad()
+def on_states(case: AnyCase, states: Sequence[Tensor], inputs: dict, seed: int) -> dict:
+    """A case's random inputs with recorded hidden states in the place of the random ones, and in the place of
+    random side states what the side networks make of them at their published start.
+
+    Args:
+        case: of the sizes of ``states``. states: h_0 to h_L, (B, T, D). inputs: as ``case.inputs`` gave them.
+        seed: chooses the layer that an op of one layer reads, and the parameters of the side states.
+    """
+    flat = flat_tensors(inputs)
+    like = next(flat[name] for name in ("x", "hidden_states[0]", "features[0]") if name in flat)
+    real = [state.to(like) for state in states]
+    if isinstance(case, NetworkCase):
+        return inputs | {"hidden_states": real}
+    layer = seed % len(real)
+    if case.op in ("row_statistics", "eight_bit", "norm_linear"):
+        return inputs | {"x": real[layer]}
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": case.width, "num_layers": len(real) - 1}
+    sizes["reduction_factor"] = case.width // case.side
+    if case.op in ("gated_down", "guidance", "gated_up"):
+        side = meft_kernels.SHERL(**sizes, device=like.device)
+        layer = min(layer, len(real) - 2)  # h_L is not read
+        if case.op == "gated_down":
+            return inputs | {"x": real[layer]}
+        features = [
+            ops.gated_down(state, *gated_down_params(down)) for state, down in zip(real[:-1], side.down)
+        ]
+        if case.op == "guidance":
+            return inputs | {"features": features[-case.layers :]}
+        merged = ops.guidance(side.guide.weight, side.guide.bias, features)
+        return inputs | {"x": real[-2], "y": merged}
+    if case.op == "relu_attention" or (case.op == "pooled_upsample" and inputs["relu"]):
+        side = meft_kernels.UniPT(**sizes, device=like.device)
+        if case.op == "pooled_upsample":
+            return inputs | {"x": side.state(real, None)}
+        down = [norm_linear_params(each) for each in side.down]
+        *features, anchor = (ops.norm_linear(state, *of) for state, of in zip(real, down))
+        return inputs | {"anchor": anchor, "features": features[-case.layers :]}
+    layer = max(layer, 1)
+    side = meft_kernels.LST(**sizes, layers=range(1, layer + 1), device=like.device)
+    if case.op != "ladder":
+        return inputs | {"x": side.state(real, None)}
+    state = ops.norm_linear(real[0], *norm_linear_params(side.down[0]))
+    return inputs | {"x": real[layer], "state": state}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

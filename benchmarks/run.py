@@ -4,22 +4,28 @@ Peers take turns in one run: ``eager`` (the reference's definition; under autoca
 ``compiled`` (torch.compile of it), ``block`` (the nearest published building block), ``ops:BACKEND`` (ours)
 and, with ``--base REV``, ``ops:BACKEND@REV`` (ours at another revision, in a process of its own).
 
+With ``--states FILE`` (of ``benchmarks.recordings``) every case has the sizes of recorded hidden states and
+is measured twice, on random inputs and on those: how much a kernel leaves out depends on the data.
+
 An op that fails its check against float64 is not measured: one line says so and the exit status is 1. A share
 is the least time that the bytes moved ("bw") or the matrix products ("mm") need at the copy bandwidth and the
 matrix-product rate measured in this run, over the time taken. Memory is what one forward and backward take
 beside their inputs: the peak, and what is kept from the forward for the backward.
 
-The record's figures are ``ceilings``, ``memory_counter``, ``base`` (commit or None), ``notes`` (peer and what
-it is, or why it is not there) and ``rows``: op, case, side, width, layers, peer, direction, seconds
-(``median``, ``p20``, ``p80``), ``host_median`` (CUDA: launching), ``rounds``, ``bytes``, ``flops``,
-``bandwidth_share``, ``matmul_share``, ``bound``, ``ratio_to_eager`` (below 1 is faster), and in bytes
-``peak`` and ``kept``.
+The record's figures are ``ceilings``, ``memory_counter``, ``base`` (commit or None), ``notes`` (peer and
+what it is, or why it is not there) and ``rows``: op, case, with ``--states`` ``inputs`` ("random" or
+"real"), side, width, layers, peer, direction, seconds (``median``, ``p20``, ``p80``), ``host_median``
+(CUDA: launching), ``rounds``, ``bytes``, ``flops``, ``bandwidth_share``, ``matmul_share``, ``bound``,
+``ratio_to_eager`` (below 1 is faster), and in bytes ``peak`` and ``kept``.
 """
 
 import argparse
+import functools
+import itertools
+import os
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +38,7 @@ from whisper_meft.errors import UserError, one_line
 from meft_kernels import ops
 from meft_kernels.testing import SIDE_NETWORKS, AnyCase, real_case
 
-from . import ceilings, contenders, peers, record, revisions
+from . import ceilings, contenders, peers, record, recordings, revisions
 from .timing import DIRECTIONS, summary
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -59,12 +65,13 @@ class Run:
     notes: dict[str, str] = field(default_factory=dict)
     failed: list[str] = field(default_factory=list)
 
-    def measure(self, case: AnyCase) -> list[dict]:
-        """Rows of one case; peers that cannot run leave a note, wrong ones a line in ``failed``."""
+    def measure(self, case: AnyCase, change: Callable | None = None) -> list[dict]:
+        """Rows of one case; peers that cannot run leave a note, wrong ones a line in ``failed``. ``change``:
+        of the inputs, see ``contenders.Inputs``."""
         good = [backend for backend in self.backends if self._passes(case, backend)]
         if not good:
             return []
-        made = list(self._contenders(case, good))
+        made = list(self._contenders(case, good, change))
         seconds: dict[str, list[dict[str, float]]] = {contender.name: [] for contender in made}
         for index in range(self.repeats):
             turn = index % max(1, len(made))
@@ -107,9 +114,9 @@ class Run:
         self.failed.append(line)
         print(f"benchmarks.run: {line}", file=sys.stderr, flush=True)
 
-    def _contenders(self, case: AnyCase, backends: list[str]) -> Iterator:
+    def _contenders(self, case: AnyCase, backends: list[str], change: Callable | None) -> Iterator:
         try:
-            inputs = contenders.Inputs(case, self.dtype, self.device)
+            inputs = contenders.Inputs(case, self.dtype, self.device, change)
         except torch.OutOfMemoryError as error:
             self._missing("inputs", case, error)
             return
@@ -273,6 +280,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--base", metavar="REV", help="a git revision to measure in the same run; native: it is built first"
     )
+    parser.add_argument(
+        "--states",
+        type=Path,
+        help="recorded hidden states to measure on beside random ones, with their sizes",
+    )
     parser.add_argument("--repeats", type=_positive, help="rounds (default: 30 on CUDA, 7 on a CPU)")
     parser.add_argument("--threads", type=_positive, default=1, help="on a CPU (default: 1)")
     parser.add_argument("--output", type=Path, help="folder of the record (default: benchmarks/results)")
@@ -291,6 +303,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         UserError: an unknown option, or a value that is not accepted here.
     """
     options = _parser().parse_args(argv)
+    if options.states is not None:
+        own = [name for name in ("width", "batch", "frames", "layers", "base") if getattr(options, name)]
+        if own:
+            raise UserError(f"--{own[0]} does not go with --states, whose sizes are the recorded ones")
+        options.states = recordings.valid_states(*recordings.read_states(options.states))
+        batch, frames, width = options.states[0].shape
+        options.width, options.batch, options.frames = [width], batch, frames
+        options.layers = len(options.states) - 1
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device must be cpu here, got cuda: there is no CUDA device")
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -397,19 +417,27 @@ def _run(options: argparse.Namespace, stack: ExitStack, command: str) -> int:
     )
     counter = "CUDA allocator" if device.type == "cuda" else "CPU allocations, as torch profiles them"
     path = None
-    for case in wanted:
-        rows = run.measure(case)
+    changes = {"random": None}
+    if options.states is not None:
+        changes["real"] = lambda case: functools.partial(recordings.on_states, case, options.states)
+    for case, (inputs, change) in itertools.product(wanted, changes.items()):
+        rows = run.measure(case, change and change(case))
         if not rows:
             continue
+        if options.states is not None:
+            print(f"{inputs} inputs:")
+            for row in rows:
+                row["inputs"] = inputs
         print("\n".join(table(case, rows, [case.cost(dtype), case.cost(dtype, True)])), flush=True)
         # After each case, so that a run that is cut off leaves what it has.
         path = record.write(
-            "run",
+            "run" if options.states is None else "run_states",
             {
                 "ceilings": top.as_dict(),
                 "memory_counter": counter,
                 "base": revision.commit if revision else None,
                 "notes": run.notes,
+                "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
                 "rows": run.rows,
             },
             command=command,
