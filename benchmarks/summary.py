@@ -84,6 +84,21 @@ def _backbone(records: list[dict]) -> list[str] | None:
     return [what, f"{'; '.join(won)} as fast as {rows[0]['kind']}", "; ".join(lost)]
 
 
+def _real_backbone(records: list[dict]) -> list[str] | None:
+    found = _first(records, "backbones_real")
+    if found is None:
+        return None
+    first, *rows = rows_of(found)
+    text = "; ".join(f"{row['kind']} {row['padded']['normed']:.1%}" for row in rows)
+    ours = {row["kind"]: row["padded"]["normed"] for row in rows}
+    worse = [f"{kind} behind bfloat16" for kind in ("int8", "fp8") if ours[kind] > ours["bfloat16"]]
+    if "accuracy" in first:
+        lost = [f"{row['kind']} {100 * (first['accuracy'] - row['accuracy']):.1f}" for row in rows]
+        worse.append(f"points of accuracy: {', '.join(lost)}")
+    what = f"error of the last normed state, {found['shapes']['model']} on recordings of people, padded"
+    return [what, text, "; ".join(worse)]
+
+
 def _ops(records: list[dict]) -> list[str] | None:
     won, lost = [], []
     for found in newest(records, "run"):
@@ -124,7 +139,7 @@ def _accuracy(records: list[dict]) -> list[list[str]]:
 
 def summary(records: list[dict]) -> list[str]:
     """One table over all records; a row for each kind of measurement that there is."""
-    kinds = (_memory, _step, _epoch, _backbone, _ops)
+    kinds = (_memory, _step, _epoch, _backbone, _real_backbone, _ops)
     lines = [line for line in (kind(records) for kind in kinds) if line] + _accuracy(records)
     lines = [[what, result, lost or "nowhere"] for what, result, lost in lines]
     return [markdown(HEADER, lines, text=3)] if lines else []

@@ -257,6 +257,51 @@ def other_backbones(records: list[dict]) -> list[str]:
     return blocks
 
 
+def _load(found: dict) -> str:
+    """How busy the machine was, where a record says so."""
+    load = found["figures"].get("load")
+    return "" if load is None else f"load {load:.1f} on {found['environment']['cores']} cores; "
+
+
+def real_backbones(records: list[dict]) -> list[str]:
+    """The frozen backbone in other number formats on pretrained weights and recordings."""
+    blocks = []
+    for found in newest(records, "backbones_real"):
+        shapes = found["shapes"]
+        title = f"{shapes['model']}, {shapes['clips']} recordings; {_load(found)}{source(found)}"
+        rows = found["figures"]["rows"]
+        table = [backbones.REAL_HEADER, *backbones.real_cells(rows)]
+        if "accuracy" not in rows[0]:  # measured without a task
+            table = [line[:-2] for line in table]
+        blocks.append(f"{title}\n\n{markdown(table[0], table[1:])}")
+    return blocks
+
+
+def real_states(records: list[dict]) -> list[str]:
+    """Ops and side networks on recorded hidden states beside random ones: time over eager PyTorch's; those
+    that lose are named under the table."""
+    header = ("op", "random, ms", "÷ eager", "recorded, ms", "÷ eager", "recorded ÷ random")
+    blocks = []
+    for found in newest(records, "run_states"):
+        rows = [row for row in rows_of(found) if row["peer"] in ("ops:native", "ops:triton")]
+        rows = [row for row in rows if row["direction"] == "both" or row["op"] == "row_statistics"]
+        cells, lost = [], []
+        for op in dict.fromkeys(row["op"] for row in rows):
+            by = {row["inputs"]: row for row in rows if row["op"] == op}
+            if by.keys() != {"random", "real"}:
+                continue
+            cell = [op]
+            for row in by.values():
+                ratio = row["ratio_to_eager"]
+                cell += [f"{1e3 * row['median']:.2f}", "" if ratio is None else f"{ratio:.2f}"]
+                if ratio is not None and ratio >= 1:
+                    lost.append(f"{op} on {row['inputs']} inputs {ratio:.2f}")
+            cells.append([*cell, f"{by['real']['median'] / by['random']['median']:.2f}"])
+        text = f"{_shapes_of_ops(found)}{_load(found)}{source(found)}\n\n{markdown(header, cells)}"
+        blocks.append(f"{text}\n\nBehind eager PyTorch: {', '.join(lost) or 'none'}.")
+    return blocks
+
+
 TABLES: dict[str, Callable[[list[dict]], list[str]]] = {
     "train_step": train_steps,
     "memory": memory,
@@ -267,4 +312,6 @@ TABLES: dict[str, Callable[[list[dict]], list[str]]] = {
     "resident": resident,
     "throughput": speeds,
     "backbones": other_backbones,
+    "backbones_real": real_backbones,
+    "states": real_states,
 }
