@@ -152,6 +152,12 @@ def _gated_up(x, y, weight, bias, gate):
     return torch.addcmul(F.linear(torch.relu(y), weight, bias), torch.tanh(10 * gate), x)
 
 
+def _linear_cross_entropy(x, weight, labels, label_smoothing):
+    logits = F.linear(x, weight).flatten(0, -2)
+    options = {"reduction": "none", "label_smoothing": label_smoothing}
+    return F.cross_entropy(logits, labels.flatten(), **options).view(labels.shape)
+
+
 _BLOCKS: dict[str, tuple[Callable[..., Tensor], str]] = {
     "row_statistics": (
         lambda x: torch.native_layer_norm(x, x.shape[-1:], None, None, 1e-5)[0],
@@ -170,6 +176,10 @@ _BLOCKS: dict[str, tuple[Callable[..., Tensor], str]] = {
     ),
     "gated_down": (_gated_down, "three torch.nn.Linear, ReLU and sigmoid in the input's type"),
     "gated_up": (_gated_up, "torch.nn.Linear and addcmul in the input's type"),
+    "linear_cross_entropy": (
+        _linear_cross_entropy,
+        "torch.nn.Linear and cross_entropy in the input's type, all logits kept",
+    ),
 }
 
 

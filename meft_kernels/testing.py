@@ -55,11 +55,19 @@ class _Draws:
         how = {**self._how, "dtype": torch.int64}
         return torch.randint(1, frames + 1, (batch,), **how).to(self.device)
 
+    def labels(self, batch: int, tokens: int, vocabulary: int) -> Tensor:
+        """Token numbers, of which every third is ignored, but not a clip's first."""
+        how = {**self._how, "dtype": torch.int64}
+        labels = torch.randint(0, vocabulary, (batch, tokens), **how)
+        labels[:, 2::3] = reference.linear_cross_entropy.IGNORED
+        return labels.to(self.device)
+
 
 @dataclass(frozen=True)
 class Case:
     """One op at one shape: B ``batch``, T ``frames``, D ``width``, r ``side``, adapter width ``adapter_dim``,
-    ``layers`` tensors where the op takes a list, and whether utterances have ``lengths``."""
+    ``layers`` tensors where the op takes a list, and whether utterances have ``lengths``. Of
+    ``linear_cross_entropy`` ``frames`` are tokens and ``side`` is the vocabulary."""
 
     op: str
     batch: int = 2
@@ -79,6 +87,8 @@ class Case:
     @property
     def frozen(self) -> frozenset[str]:
         """Inputs that carry no gradient in training: hidden states of the frozen backbone."""
+        if self.op == "linear_cross_entropy":  # the head
+            return frozenset({"weight"})
         return frozenset({"x"} if self.op in _READS_BACKBONE else ())
 
     def inputs(
@@ -144,6 +154,15 @@ class Case:
         if self.op == "gated_up":
             out = {"weight": weight(d, r), "bias": parameter(d), "gate": parameter(1, std=0.1)}
             return {"x": activation(d), "y": activation(r) - 0.7, **out}
+        if self.op == "linear_cross_entropy":
+            labels = draws.labels(self.batch, self.frames, r)
+            smoothing = 0.1 if self.layers % 2 == 0 else 0.0
+            return {
+                "x": activation(d),
+                "weight": weight(r, d),
+                "labels": labels,
+                "label_smoothing": smoothing,
+            }
         raise ValueError(f"op must be one of {', '.join(map(repr, ops.OP_NAMES[1:]))}, got {self.op!r}")
 
     def function(self) -> Callable[..., Tensor]:
@@ -185,6 +204,8 @@ class Case:
                 rows * (2 * shallow * shallow * r + 4 * shallow * r),
             ),
             "gated_up": (rows * d * r, 2 * rows * d * r),
+            # The frozen head's gradient needs no logits again: the forward has it.
+            "linear_cross_entropy": (rows * d * r, rows * d * r),
         }[self.op]
 
 

@@ -15,6 +15,7 @@ from meft_kernels.tune.table import TABLE
 GPUS = {"H100": 3.35e12, "H200": 4.8e12}  # bytes per second
 PRODUCTS = 990e12  # FLOP per second of either, dense bf16
 BATCH, FRAMES = 128, 1500
+TOKENS, VOCABULARY = 64, 51865
 FACTORS = (16, 8, 4, 2)
 WIDTH, LAYERS = 768, 12  # of whisper-small
 
@@ -52,6 +53,8 @@ def floors(op: str) -> str:
     )
     if op == "eight_bit":
         return f"{text}\n\n{_eight_bit_floors()}"
+    if op == "linear_cross_entropy":
+        return _head_floors()
     one = op == "row_statistics"  # the side width does not matter, and there is no backward
     rows = []
     for side in [WIDTH // factor for factor in FACTORS[: 1 if one else None]]:
@@ -87,6 +90,20 @@ def _eight_bit_floors() -> str:
             ("encode", *_bounds(elements * (2 * half + code), 0)),
             ("decode", *_bounds(elements * (code + half), 0)),
         ],
+    )
+
+
+def _head_floors() -> str:
+    """Of the decoder's head, with a gradient to its input alone."""
+    case = testing.Case("linear_cross_entropy", BATCH, TOKENS, WIDTH, VOCABULARY)
+    costs = [case.cost(torch.bfloat16, backward) for backward in (False, True)]
+    return (
+        f"What no kernel can do without, at {BATCH} clips of {TOKENS} tokens, {VOCABULARY} to choose from, "
+        f"in bfloat16 on Whisper-small, no token ignored; see [how to read it](index.md#floors).\n\n"
+        + _table(
+            ("", *_BOUNDS),
+            [(name, *_bounds(cost.bytes, cost.flops)) for name, cost in zip(("forward", "backward"), costs)],
+        )
     )
 
 

@@ -4,6 +4,7 @@ Each op saves its inputs for the backward and nothing else: what the forward com
 C++ kernels keep, of fp32 activations, the projection (..., r) of a hidden state as well: that is most of what
 there is to recompute (``native.keeps_projection``). With ``saved_activations="fp8"`` the leading input x, a
 hidden state, is kept as an 8-bit normalised copy instead; one that is cheap to make again is not kept at all.
+``linear_cross_entropy`` of a frozen head keeps the gradient itself.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,7 +31,7 @@ def _pack(name: str, arguments: Sequence) -> tuple:
 def make_function(name: str) -> type[torch.autograd.Function]:
     """The autograd Function of an op; its first arguments are the backend and how x is kept (``Keep``)."""
     names = schemas.ARGUMENT_NAMES[name]
-    has_flag = names[-1] == "relu"
+    has_flag = names[-1] in ("relu", "label_smoothing")  # no tensor
     takes_need_x = names[0] == "x"
     differentiable = [argument not in schemas.CONSTANT for argument in names if argument != "features"]
 
@@ -163,6 +164,28 @@ def _decoded(backend: str, names: list[str], saved: Sequence, grad: Tensor) -> t
 FUNCTIONS = {name: make_function(name) for name in schemas.ARGUMENTS}
 
 
+class FrozenHeadFunction(torch.autograd.Function):
+    """``linear_cross_entropy`` with a gradient to x alone, which the forward computes and keeps."""
+
+    @staticmethod
+    def forward(backend: str, *arguments):
+        return backends.kernel("linear_cross_entropy_with_gradient", backend)(*arguments)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        grad_x = output[1]
+        ctx.mark_non_differentiable(grad_x)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(grad_x)
+
+    @staticmethod
+    @refuses_second_derivative
+    def backward(ctx, grad, _):
+        (grad_x,) = ctx.saved_tensors
+        # In the wide type: one token's share of a mean may be too small for half precision.
+        return None, (grad[..., None] * grad_x).to(grad_x.dtype), None, None, None
+
+
 def how_to_keep(x: Tensor, saved_activations: str, again: Callable[[], Tensor] | None = None) -> Keep:
     """How x is kept for a backward; ``again`` makes it again.
 
@@ -183,6 +206,8 @@ def call(
     """Runs an op with autograd where a gradient is asked for, else its kernel alone."""
     keep = how_to_keep(arguments[0], saved_activations, again)
     if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
+        if name == "linear_cross_entropy" and not arguments[1].requires_grad:
+            return FrozenHeadFunction.apply(backends.current(), *arguments)[0]
         out = FUNCTIONS[name].apply(backends.current(), keep, *arguments)
         return out[0] if isinstance(out, tuple) else out
     return backends.kernel(name)(*_pack(name, arguments))

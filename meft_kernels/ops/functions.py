@@ -304,6 +304,55 @@ def gated_up_sums_(grad: Tensor, x: Tensor, y: Tensor, weight: Tensor) -> list[T
 gated_up_gradients = reference.gated_up.gradients
 
 
+def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Every token's ``cross_entropy(x @ weight.T, labels)``, with one chunk's logits in memory at a time; see
+    ``reference.linear_cross_entropy``.
+
+    Where ``weight`` needs no gradient, a frozen head, that of x is computed in the forward, and nothing but
+    it is kept; else the backward computes the logits again. How many tokens count is read from the device.
+
+    Args:
+        x: (..., D). weight: (V, D), no bias. labels: (...) token numbers, int32 or int64; tokens labelled
+            -100 have loss and gradient zero and are never computed.
+        label_smoothing: share of the target that is spread over all tokens, from 0 to below 1.
+
+    Returns:
+        (...), in fp32, float64 for float64: divide its sum by the number of tokens that count, or whatever
+        else the mean is over.
+
+    Raises:
+        TypeError: labels are not integers, or x is not floating point.
+        ValueError: a shape that does not fit, another ``label_smoothing``, or (seen on the CPU alone) a label
+            outside the vocabulary.
+    """
+    _check_head(x, weight, labels, label_smoothing)
+    return call("linear_cross_entropy", activation(x), weight, labels, float(label_smoothing))
+
+
+def _check_head(x: Tensor, weight: Tensor, labels: Tensor, label_smoothing: float) -> None:
+    if not x.is_floating_point() or not weight.is_floating_point():
+        raise TypeError(f"x and weight must be floating point, got {x.dtype} and {weight.dtype}")
+    if labels.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"labels must be int32 or int64 token numbers, got {labels.dtype}")
+    if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"x must have shape (..., D) and weight (V, D), got {tuple(x.shape)} and {tuple(weight.shape)}"
+        )
+    if labels.shape != x.shape[:-1]:
+        raise ValueError(f"labels must have shape {tuple(x.shape[:-1])}, got {tuple(labels.shape)}")
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing must be from 0 to below 1, got {label_smoothing!r}")
+    # Looking at values would stall a GPU; fake tensors have none.
+    readable = type(labels) is Tensor and labels.device.type == "cpu"
+    if readable and not torch.compiler.is_compiling() and labels.numel():
+        counted = labels[labels != reference.linear_cross_entropy.IGNORED]
+        low, high = (int(counted.min()), int(counted.max())) if counted.numel() else (0, 0)
+        if low < 0 or high >= weight.shape[0]:
+            raise ValueError(
+                f"labels must lie in 0..{weight.shape[0] - 1} or be -100, got {low if low < 0 else high}"
+            )
+
+
 def _check_features(features: Sequence[Tensor]) -> None:
     if not features:
         raise ValueError("features must hold at least one tensor, got none")

@@ -19,8 +19,8 @@ from .. import native, reference
 from . import schemas, self_check
 from .backends import HAS_TRITON, NAMESPACES, library_is_faster
 
-# Without a Triton kernel: the quadratic form is a few small products.
-WITHOUT_TRITON = {"pooled_upsample"}
+# Without a Triton kernel: nearly all of their time are products that PyTorch does well.
+WITHOUT_TRITON = {"pooled_upsample", "linear_cross_entropy"}
 
 
 class HostCode(NamedTuple):

@@ -29,9 +29,10 @@ ARGUMENTS = {
     "Tensor weight_3, Tensor bias_3",
     "guidance": "Tensor weight, Tensor bias, Tensor[] features",
     "gated_up": "Tensor x, Tensor y, Tensor weight, Tensor bias, Tensor gate",
+    "linear_cross_entropy": "Tensor x, Tensor weight, Tensor labels, float label_smoothing",
 }
 OP_NAMES = ("row_statistics", *ARGUMENTS)
-CONSTANT = {"mean", "rstd", "lengths", "relu"}  # arguments that take no gradient
+CONSTANT = {"mean", "rstd", "lengths", "relu", "labels", "label_smoothing"}  # arguments that take no gradient
 
 # Ops whose forward computes a projection (..., r) of x, by far the most of it, that their C++ kernels can
 # hand on to the backward: what reference/<op>.py calls it.
@@ -82,6 +83,9 @@ _FAKES: dict[str, Callable[..., Tensor]] = {
     "gated_down": lambda x, weight, *_: _resized(x, weight),
     "guidance": lambda weight, bias, features: features[-1].new_empty(features[-1].shape),
     "gated_up": lambda x, *_: x.new_empty(x.shape),
+    "linear_cross_entropy": lambda x, *_: x.new_empty(
+        x.shape[:-1], dtype=reference.accumulation_dtype(x.dtype)
+    ),
 }
 
 
@@ -169,7 +173,14 @@ def _registered() -> list[Registered]:
     rows.append(
         Registered(in_place, "relu_attention", "backward_in_place", _fake_relu_attention_backward_in_place)
     )
+    arguments = ARGUMENTS["linear_cross_entropy"]
+    both = f"linear_cross_entropy_with_gradient({arguments}) -> (Tensor, Tensor)"
+    rows.append(Registered(both, "linear_cross_entropy", "forward_with_gradient", _fake_with_gradient))
     return rows
+
+
+def _fake_with_gradient(x: Tensor, *arguments) -> tuple[Tensor, Tensor]:
+    return _FAKES["linear_cross_entropy"](x, *arguments), x.new_empty(x.shape)
 
 
 REGISTERED = _registered()

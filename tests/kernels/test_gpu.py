@@ -9,6 +9,7 @@ import torch
 import meft_kernels
 from meft_kernels import ops, reference, use_backend
 from meft_kernels.ops import self_check
+from meft_kernels.ops.registration import WITHOUT_TRITON
 from meft_kernels.testing import (
     Case,
     assert_as_good_as_torch,
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.gpu
 
 WIDTHS = (384, 512, 768, 1024, 1280)
 FACTORS = (2, 4, 8, 16)
-FUSED = [name for name in ops.OP_NAMES if name not in ("row_statistics", "pooled_upsample")]
+FUSED = [name for name in ops.OP_NAMES if name != "row_statistics" and name not in WITHOUT_TRITON]
 
 
 @pytest.fixture(autouse=True)

@@ -200,7 +200,9 @@ def test_compiles_as_one_graph(case):
         assert torch.allclose(compiled(**inputs), expected["out"], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("case", [c for c in ONE_EACH if c.op != "guidance"], ids=by_name)
+@pytest.mark.parametrize(
+    "case", [c for c in ONE_EACH if c.op not in ("guidance", "linear_cross_entropy")], ids=by_name
+)
 def test_autocast_saves_half_precision_activations(case):
     inputs = case.inputs(torch.float32)
     parameters = {

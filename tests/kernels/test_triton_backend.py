@@ -7,6 +7,7 @@ import torch
 
 import meft_kernels
 from meft_kernels import use_backend
+from meft_kernels.ops.registration import WITHOUT_TRITON
 from meft_kernels.testing import CASES, assert_as_good_as_torch
 
 pytest.importorskip("triton")
@@ -18,7 +19,7 @@ DEVICE = "cuda" if CUDA else "cpu"
 FUSED = [
     replace(case, frames=min(case.frames, 13))
     for case in CASES
-    if case.op != "pooled_upsample" and case.batch < 3
+    if case.op not in WITHOUT_TRITON and case.batch < 3
 ]
 
 
