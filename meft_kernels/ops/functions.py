@@ -5,6 +5,7 @@ Under autocast, fp32 activations are cast on entry; parameters stay fp32 masters
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from .. import reference

@@ -96,7 +96,7 @@ def _check_shapes(
     config = copy.deepcopy(config)
     config.meft = config.meft | {"backbone_quantization": None}
     with torch.device("meta"):
-        skeleton = cls(config, WhisperForAudioClassification(base.config))
+        skeleton = cls(config, cls.base_class(base.config))
     saved = skeleton.saved_names()
     check_names(tensors, {name: t for name, t in skeleton.state_dict().items() if name in saved}, folder)
 

@@ -1,41 +1,25 @@
 """A Whisper encoder, what a method trains of it or beside it, and a head as one Hugging Face model."""
 
-import os
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
-from transformers import (
-    AutoConfig,
-    AutoModelForAudioClassification,
-    PreTrainedModel,
-    WhisperForAudioClassification,
-)
-from transformers.configuration_utils import PreTrainedConfig
+from transformers import AutoConfig, AutoModelForAudioClassification, WhisperForAudioClassification
 from transformers.modeling_outputs import SequenceClassifierOutput
-from transformers.utils import logging as hf_logging
 
-from ..encoder.cached import pooled_of_cached, states_read
+from ..encoder.cached import pooled_of_cached
 from ..encoder.chunked import pooled_in_chunks
-from ..encoder.frozen import FrozenEncoder
 from ..encoder.graphed import GraphedReader
 from ..errors import UserError
 from ..methods import MeftConfig
-from ..padding import frames_of_mask, frames_with_sound
 from .backbone import resolve_backbone
+from .base import MeftBase, check_tensors
 from .config import MeftModelConfig
-from .in_any_trainer import serve_in_every_trainer
-from .loading import load
 from .loss import classification_loss, refuse_backward, with_penalty
 from .merging import merged_classifier
-from .saving import save, upload
-
-logger = hf_logging.get_logger("whisper_meft")
 
 
-class MeftModel(PreTrainedModel):
+class MeftModel(MeftBase):
     """A Whisper encoder, a side network that reads its hidden states, and a classifier.
 
     Made by :func:`get_meft_model` or :meth:`from_pretrained`. ``side_network``, ``projector`` and
@@ -52,30 +36,10 @@ class MeftModel(PreTrainedModel):
         UserError: the options do not fit the backbone.
     """
 
-    config_class = MeftModelConfig
-    base_model_prefix = "meft"  # names no attribute: nothing of this model is a stock base model
-    main_input_name = "input_features"
-    # A frozen backbone saves no activations and recomputes nothing, a tuned one recomputes layer by layer.
-    supports_gradient_checkpointing = True
-    # forward takes num_items_in_batch: gradient accumulation then gives the gradient of the whole batch.
-    accepts_loss_kwargs = True
-    _supports_sdpa = True
-    _supports_flash_attn = True
+    base_class = WhisperForAudioClassification
 
-    def __init__(self, config: MeftModelConfig, base: WhisperForAudioClassification):
-        super().__init__(config)
-        self.meft_config = MeftConfig.from_dict(config.meft)
-        if any(name.endswith("base_layer") for name, _ in base.encoder.named_modules()):
-            raise UserError(
-                "base already carries an adapter of an earlier model: load it anew, or merge that model first"
-            )
-        self.encoder = self.meft_config.build_encoder(base.encoder)
-        check_sizes(config, self.encoder)
-        self.meft_config.check_backbone(
-            config.hidden_size, config.num_hidden_layers, config.max_source_positions
-        )
-        # Masters in float32 whatever the backbone's number format.
-        place = {"device": self.encoder.conv1.weight.device, "dtype": torch.float32}
+    def build(self, base: WhisperForAudioClassification, **place: Any) -> None:
+        config = self.config
         sizes = config.hidden_size, config.num_hidden_layers
         self.side_network = self.meft_config.build_side_network(*sizes, **place)
         self.projector = nn.Linear(config.hidden_size, config.classifier_proj_size, **place)
@@ -83,54 +47,7 @@ class MeftModel(PreTrainedModel):
         for linear in (self.projector, self.classifier):
             nn.init.normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
-        self.post_init()
-        if type(self.meft_config).trainer_callback is not MeftConfig.trainer_callback:
-            serve_in_every_trainer()
         self._graphed: GraphedReader | None = None
-        # Whether whoever trains the model adds `penalty()` to the loss, where it computes one itself.
-        self.penalty_elsewhere = False
-        # Trainer compares with the exact names when it loads a checkpoint, and then reports none missing.
-        self._keys_to_ignore_on_save = {f"encoder.{name}" for name in self.encoder.frozen_names()}
-        # Every process loads the backbone itself; torch's DistributedDataParallel need not send it around.
-        self._ddp_params_and_buffers_to_ignore = sorted(self._keys_to_ignore_on_save)
-
-    def _init_weights(self, module: nn.Module) -> None:
-        """Nothing: every part initialises itself, and the backbone is already loaded."""
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.encoder.conv1
-
-    def saved_names(self) -> set[str]:
-        """Names of the tensors that :meth:`save_pretrained` writes: all but those that stay as loaded."""
-        return set(self.state_dict()) - self._keys_to_ignore_on_save
-
-    def _set_gradient_checkpointing(
-        self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, **kwargs: Any
-    ) -> None:
-        if enable and getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
-            raise UserError(
-                "gradient checkpointing with use_reentrant=True would lose the gradients behind frozen "
-                "layers; use_reentrant=False is accepted"
-            )
-        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
-
-    @property
-    def states_read(self) -> tuple[int, ...]:
-        """Indices of the hidden states that the method reads; h_0 is the embedding, h_i layer i's output.
-
-        Raises:
-            UserError: the method trains inside the encoder, so that its states change with every step.
-        """
-        if not self.meft_config.frozen_encoder:
-            raise UserError(
-                f"hidden states cannot be computed ahead for {self.meft_config.method}, which trains inside "
-                "the encoder"
-            )
-        return states_read(self.side_network, self.encoder.num_layers)
-
-    def set_attn_implementation(self, attn_implementation: str) -> None:
-        """Chooses the encoder's attention: ``"sdpa"``, ``"eager"`` or ``"flash_attention_2"``."""
-        self.encoder.config._attn_implementation = attn_implementation
 
     def use_cuda_graphs(self, use: bool = True) -> None:
         """Captures what a training step computes between log-mel and the clip's vector, forward and backward,
@@ -207,7 +124,7 @@ class MeftModel(PreTrainedModel):
             )
         if (input_features is None) == (hidden_states is None):
             raise UserError("one of input_features and hidden_states is needed, and not both")
-        _check_tensors(
+        check_tensors(
             input_features=input_features,
             attention_mask=attention_mask,
             labels=labels,
@@ -242,46 +159,6 @@ class MeftModel(PreTrainedModel):
             return (logits,) if loss is None else (loss, logits)
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
-    def penalty(self) -> torch.Tensor | None:
-        """What the method adds to the loss in training, a scalar, or None.
-
-        The loss that :meth:`forward` returns holds it. Where you compute another from the scores, add it
-        there and say so by ``penalty_elsewhere = True``.
-        """
-        return self.meft_config.penalty(self.encoder)
-
-    def _frames_to_compute(
-        self, features: torch.Tensor, attention_mask: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The features to encode, and the clips' lengths (B,) in encoder frames or None if padding counts."""
-        max_frames = self.meft_config.max_frames
-        if max_frames == "fidelity" or not isinstance(features, torch.Tensor) or features.ndim != 3:
-            return features, None  # the encoder reports a wrong shape
-        # The encoder counts pairs of frames: what lies behind the clip's end in the last pair is cut here.
-        if attention_mask is None:
-            frames = frames_with_sound(features)
-        else:
-            frames = frames_of_mask(attention_mask, features)
-        if isinstance(max_frames, int):
-            features = features[..., : 2 * max_frames]
-        past_end = torch.arange(features.shape[2], device=features.device) >= frames[:, None]
-        features = features.masked_fill(past_end[:, None, :], 0)
-        # A clip without sound counts as one frame, so that means and softmaxes stay finite.
-        return features, ((frames + 1) // 2).clamp(1, max((features.shape[2] + 1) // 2, 1))
-
-    def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Numbers of trainable and of all parameters."""
-        sizes = [(p.numel(), p.requires_grad) for p in self.parameters()]
-        return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)
-
-    def print_trainable_parameters(self) -> None:
-        """Prints how much of the model trains, in PEFT's words."""
-        trainable, total = self.get_nb_trainable_parameters()
-        print(
-            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: "
-            f"{100 * trainable / total:.4f}"
-        )
-
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> WhisperForAudioClassification:
         """A plain Whisper classifier in float32 with the same scores, for methods that only change the
         encoder's weights: the LoRA family, and those that train the weights themselves.
@@ -292,109 +169,6 @@ class MeftModel(PreTrainedModel):
             UserError: side networks and adapters cannot be merged.
         """
         return merged_classifier(self)
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        is_main_process: bool = True,
-        state_dict: dict[str, torch.Tensor] | None = None,
-        push_to_hub: bool = False,
-        save_backbone: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        """Writes what was trained, the options and the labels; the frozen backbone only when asked to.
-
-        Each file is written beside its place and renamed, so there is never half a file.
-
-        Args:
-            save_directory: folder, made as needed. Gets ``config.json``, ``model.safetensors`` and a
-                ``README.md`` where there is none.
-            is_main_process: ``False`` writes nothing (other processes of a distributed run).
-            state_dict: tensors to save instead of the model's own, such as those gathered from several
-                processes.
-            push_to_hub: upload the folder afterwards; ``repo_id`` and :meth:`push_to_hub`'s options in
-                ``kwargs``.
-            save_backbone: also write the encoder to ``backbone/`` and refer to it there: the folder then
-                needs nothing else.
-            kwargs: options of ``PreTrainedModel.save_pretrained`` that have no meaning here are ignored.
-
-        Raises:
-            UserError: the folder cannot be written.
-        """
-        if is_main_process:
-            save(self, Path(save_directory), state_dict, save_backbone)
-            if push_to_hub:
-                known = ("commit_message", "private", "token", "revision")
-                options = {name: kwargs[name] for name in known if name in kwargs}
-                repo_id = kwargs.get("repo_id") or Path(save_directory).name
-                self.push_to_hub(repo_id, save_backbone=save_backbone, **options)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        save_backbone: bool = False,
-        commit_message: str = "Upload side network",
-        private: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        **kwargs: Any,
-    ) -> Any:
-        """Uploads what :meth:`save_pretrained` writes to the model hub.
-
-        Args:
-            repo_id: name of the repository, made as needed. save_backbone: see :meth:`save_pretrained`.
-            commit_message, private, token, revision, create_pr: see ``huggingface_hub.HfApi``.
-            kwargs: other options of ``PreTrainedModel.push_to_hub`` are ignored.
-
-        Raises:
-            UserError: the backbone is a local folder, which nobody else could find.
-        """
-        options = {"commit_message": commit_message, "revision": revision, "create_pr": create_pr}
-        return upload(self, repo_id, save_backbone, private, token, **options)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike,
-        backbone: str | os.PathLike | nn.Module | None = None,
-        dtype: str | torch.dtype | None = None,
-        attn_implementation: str | None = None,
-        quantization: str | None = None,
-        device: str | torch.device | None = None,
-        **kwargs: Any,
-    ) -> "MeftModel":
-        """Loads a saved model and the backbone that it belongs to.
-
-        Args:
-            pretrained_model_name_or_path: folder that :meth:`save_pretrained` wrote, or its name on the model
-                hub.
-            backbone: hub name, folder, or loaded ``WhisperForAudioClassification`` to use instead of the one
-                that the saved config names.
-            dtype: number format of the backbone's weights; unset takes the saved one. The rest is float32.
-            attn_implementation: the backbone's attention, as in transformers.
-            quantization: of the backbone, ``"int8"``, ``"fp8"`` or ``"none"``; unset takes the saved one.
-            device: where the model goes; the backbone is quantised there.
-            kwargs: ``revision``, ``token``, ``cache_dir``, ``local_files_only``, ``force_download``;
-                ``subfolder`` of a local folder; ``config`` is accepted for the Auto classes.
-
-        Returns:
-            The model in evaluation mode.
-
-        Raises:
-            UserError: folder, config, weights or backbone are missing, damaged or do not belong together.
-        """
-        return load(
-            cls,
-            pretrained_model_name_or_path,
-            backbone=backbone,
-            dtype=dtype,
-            attn_implementation=attn_implementation,
-            quantization=quantization,
-            device=device,
-            **kwargs,
-        )
 
 
 def graphs_refused(config: MeftConfig) -> str | None:
@@ -448,36 +222,6 @@ def get_meft_model(base: WhisperForAudioClassification, config: MeftConfig) -> M
             getattr(model, part).weight.copy_(getattr(base, part).weight)
             getattr(model, part).bias.copy_(getattr(base, part).bias)
     return model.train()
-
-
-def _check_tensors(**arguments: Any) -> None:
-    """Raises UserError, by name, for one of forward's arguments that is neither a tensor nor None."""
-    for name, value in arguments.items():
-        if value is not None and not isinstance(value, torch.Tensor):
-            kind = type(value)
-            raise UserError(
-                f"{name} must be a torch.Tensor, got {kind.__module__.partition('.')[0]}'s {kind.__name__}: "
-                "turn arrays and lists into tensors first (return_tensors='pt' of the feature extractor)"
-            )
-
-
-def check_sizes(config: PreTrainedConfig, encoder: FrozenEncoder) -> None:
-    """Raises UserError unless ``encoder`` has the sizes in ``config``, a MeftModelConfig or WhisperConfig."""
-    expected = {
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_mel_bins": config.num_mel_bins,
-        "max_source_positions": config.max_source_positions,
-    }
-    found = {
-        "hidden_size": encoder.hidden_size,
-        "num_hidden_layers": encoder.num_layers,
-        "num_mel_bins": encoder.num_mel_bins,
-        "max_source_positions": encoder.max_source_positions,
-    }
-    wrong = [f"{k} is {found[k]} where {expected[k]} is needed" for k in expected if found[k] != expected[k]]
-    if wrong:
-        raise UserError(f"the backbone does not fit the side network: {', '.join(wrong)}")
 
 
 # `import whisper_meft` has made these names known (auto_classes.py); here are the classes, by the public way.

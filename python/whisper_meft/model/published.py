@@ -20,9 +20,10 @@ from ..files import read_json, replacing, write_json, write_text
 from ..methods import MeftConfig
 from ..methods.side_networks import LSTConfig, SHERLConfig, UniPTConfig, tapped_layers
 from .backbone import load_backbone, resolve_backbone
+from .base import check_sizes
 from .config import MeftModelConfig
 from .declared import check_declared_sizes
-from .module import MeftModel, check_sizes, get_meft_model
+from .module import MeftModel, get_meft_model
 from .weights import check_names, load_checked, read_weights
 from .whole_folder import whole_folder
 
