@@ -6,10 +6,10 @@
 """
 
 from . import ops, reference
-from .modules import LST, SHERL, UniPT
+from .modules import LST, SHERL, CausalUniPT, UniPT
 from .ops import use_backend
 from .reference import HiddenState
 
 __version__ = "0.1.0"
 
-__all__ = ["LST", "HiddenState", "SHERL", "UniPT", "ops", "reference", "use_backend"]
+__all__ = ["CausalUniPT", "LST", "HiddenState", "SHERL", "UniPT", "ops", "reference", "use_backend"]

@@ -31,6 +31,12 @@ class _Folded:
         together = (torch.stack(each) for each in zip(*map(norm_linear_params, self.down)))
         return list(zip(*(each.unbind(0) for each in ops.fold(*together))))
 
+    def widen(self, state: Tensor) -> Tensor:
+        """The output (B, T, D) from the side state (B, T, r)."""
+        if self.correction:
+            return ops.norm_linear(state, *norm_linear_params(self.up))
+        return super().widen(state)
+
     def pooled(
         self,
         hidden_states: Iterable[Tensor | HiddenState],
@@ -101,6 +107,21 @@ class UniPT(_Folded, reference.UniPT):
         else:
             merged = slab.attend(anchor, *gate, lengths)
         return anchor + ops.adapter(merged, *adapter_params(self.adapter))
+
+
+class CausalUniPT(_Folded, reference.CausalUniPT):
+    __doc__ = reference.CausalUniPT.__doc__
+
+    def features(self, hidden_states: Iterable[Tensor | HiddenState]) -> list[Tensor]:
+        """F_0 to F_L, each (B, U, r)."""
+        return [
+            ops.folded_linear(state.values, *projection, state.statistics, self.saved_activations)
+            for projection, state in zip(self.fold(), self.read(hidden_states), strict=True)
+        ]
+
+    def adapt(self, merged: Tensor) -> Tensor:
+        """W2 gelu(W1 LN(G) + b1) + b2, (B, U, r)."""
+        return ops.adapter(merged, *adapter_params(self.adapter))
 
 
 class SHERL(reference.SHERL):

@@ -7,6 +7,7 @@ has no kernel of its own. ``LST``, ``UniPT`` and ``SHERL`` are the readable modu
 
 from . import (
     adapter,
+    causal_attention,
     eight_bit,
     gated_down,
     gated_up,
@@ -18,9 +19,10 @@ from . import (
     relu_attention,
 )
 from .common import accumulation_dtype, row_statistics
-from .modules import LST, SAVED_ACTIVATIONS, SHERL, SHERL_STARTS, HiddenState, UniPT
+from .modules import LST, SAVED_ACTIVATIONS, SHERL, SHERL_STARTS, CausalUniPT, HiddenState, UniPT
 
 __all__ = [
+    "CausalUniPT",
     "HiddenState",
     "LST",
     "SAVED_ACTIVATIONS",
@@ -29,6 +31,7 @@ __all__ = [
     "UniPT",
     "accumulation_dtype",
     "adapter",
+    "causal_attention",
     "eight_bit",
     "gated_down",
     "gated_up",

@@ -11,11 +11,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import adapter, gated_down, gated_up, guidance, ladder, norm_linear, pooled_upsample, relu_attention
+from . import (
+    adapter,
+    causal_attention,
+    gated_down,
+    gated_up,
+    guidance,
+    ladder,
+    norm_linear,
+    pooled_upsample,
+    relu_attention,
+)
 from .common import NORM_EPS
 
 SAVED_ACTIVATIONS = ("exact", "fp8")
 SHERL_STARTS = ("published", "even", "zero_shot")
+OPEN_GATE = 2.0  # tanh of this over the temperature is one, in float64 too
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -296,18 +307,35 @@ def gated_down_params(module: GatedDown) -> tuple[Tensor, ...]:
 
 
 class _Upsampled(SideNetwork):
-    """A side network whose output is LN(Wu f(LN(s)) + bu) of a side state s, f being identity or ReLU."""
+    """A side network whose output is LN(Wu f(LN(s)) + bu) of a side state s, f being identity or ReLU.
+
+    As a ``correction`` it is Wu LN(s) + bu, with Wu and bu zero at the start: what is added to the backbone's
+    own output, which it leaves as it is until it has learned something. There is no LayerNorm behind it."""
 
     relu_before_up: bool
+    correction: bool
     up: NormLinear
-    norm: nn.LayerNorm
+    norm: nn.LayerNorm | None
+
+    def _build_up(self, correction: bool, device, dtype) -> None:
+        self.correction = correction
+        self.up = NormLinear(self.side_size, self.hidden_size, device=device, dtype=dtype)
+        self.norm = (
+            None if correction else nn.LayerNorm(self.hidden_size, eps=NORM_EPS, device=device, dtype=dtype)
+        )
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if self.correction:
+            nn.init.zeros_(self.up.linear.weight)
 
     def state(self, hidden_states: Iterable[Tensor], lengths: Tensor | None) -> Tensor:
         """The side state (B, T, r) that the output is made from."""
         raise NotImplementedError
 
     def forward(self, hidden_states: Iterable[Tensor], lengths: Tensor | None = None) -> Tensor:
-        """The side network's output, a replacement for the encoder's.
+        """The side network's output, a replacement for the encoder's or, as a ``correction``, what is added
+        to that.
 
         Args:
             hidden_states: h_0 to h_L, raw layer outputs (B, T, D); any iterable, consumed as a stream.
@@ -319,7 +347,12 @@ class _Upsampled(SideNetwork):
         Raises:
             TypeError, ValueError: see ``read`` and ``check_lengths``.
         """
-        state = self.state(hidden_states, lengths)
+        return self.widen(self.state(hidden_states, lengths))
+
+    def widen(self, state: Tensor) -> Tensor:
+        """The output (B, T, D) from the side state (B, T, r)."""
+        if self.correction:
+            return norm_linear.definition(state, *norm_linear_params(self.up))
         normed = nn.functional.layer_norm(
             state.to(self.up.norm.weight.dtype), (self.side_size,), *norm_params(self.up.norm), NORM_EPS
         )
@@ -327,11 +360,19 @@ class _Upsampled(SideNetwork):
         return self.norm(up).to(state.dtype)
 
     def pooled(self, hidden_states: Iterable[Tensor], lengths: Tensor | None = None) -> Tensor:
-        """The mean of ``forward`` over each utterance's valid frames, (B, D); arguments as there."""
+        """The mean of ``forward`` over each utterance's valid frames, (B, D); arguments as there.
+
+        Raises:
+            ValueError: of a ``correction``, as which it has no mean of its own.
+        """
         state = self.state(hidden_states, lengths)
         return pooled_upsample.definition(state, *self.pool_params(), lengths, self.relu_before_up)
 
     def pool_params(self) -> tuple[Tensor, ...]:
+        if self.correction:
+            raise ValueError(
+                "pooled is for correction=False: a correction is added to an output frame by frame"
+            )
         return (*norm_linear_params(self.up), *norm_params(self.norm))
 
 
@@ -347,6 +388,7 @@ class LST(_Upsampled):
         hidden_size, num_layers, reduction_factor, layers, saved_activations: see ``SideNetwork``. A layer
             left out of ``layers`` has no rung.
         adapter_dim: width of each rung's adapter.
+        correction: ``out = Wu LN(s_L) + bu``, zero at the start, to be added to the backbone's own output.
         device, dtype: of the parameters; fp32 masters are meant to be kept beside half-precision states.
     """
 
@@ -360,6 +402,7 @@ class LST(_Upsampled):
         adapter_dim: int = 256,
         layers: Sequence[int] | None = None,
         saved_activations: str = "exact",
+        correction: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -369,8 +412,7 @@ class LST(_Upsampled):
         size, rungs = self.side_size, len(self.taps)
         self.down = nn.ModuleList(NormLinear(hidden_size, size, **place) for _ in range(rungs + 1))
         self.rungs = nn.ModuleList(Rung(size, adapter_dim, **place) for _ in range(rungs))
-        self.up = NormLinear(size, hidden_size, **place)
-        self.norm = nn.LayerNorm(hidden_size, eps=NORM_EPS, **place)
+        self._build_up(correction, **place)
         self.reset_parameters()
 
     def state(self, hidden_states: Iterable[Tensor], lengths: Tensor | None) -> Tensor:
@@ -397,7 +439,8 @@ class UniPT(_Upsampled):
     valid frames.
 
     Args:
-        hidden_size, num_layers, reduction_factor, layers, saved_activations, device, dtype: see ``LST``.
+        hidden_size, num_layers, reduction_factor, layers, saved_activations, correction, device, dtype: see
+            ``LST``. The correction has no ReLU: ``out = Wu LN(Z) + bu``.
     """
 
     relu_before_up = True
@@ -409,6 +452,7 @@ class UniPT(_Upsampled):
         reduction_factor: int = 8,
         layers: Sequence[int] | None = None,
         saved_activations: str = "exact",
+        correction: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -419,8 +463,7 @@ class UniPT(_Upsampled):
         # No attribute here is called "gate": reset_parameters zeroes bare gates, and this one is a Linear.
         self.gate = nn.Linear(size, 1, **place)
         self.adapter = Adapter(size, hidden_size, **place)
-        self.up = NormLinear(size, hidden_size, **place)
-        self.norm = nn.LayerNorm(hidden_size, eps=NORM_EPS, **place)
+        self._build_up(correction, **place)
         self.reset_parameters()
 
     def state(self, hidden_states: Iterable[Tensor], lengths: Tensor | None) -> Tensor:
@@ -432,6 +475,50 @@ class UniPT(_Upsampled):
         self.check_lengths(lengths, anchor)
         merged = relu_attention.definition(anchor, self.gate.weight, self.gate.bias, lengths, features)
         return anchor + adapter.definition(merged, *adapter_params(self.adapter))
+
+
+class CausalUniPT(UniPT):
+    """``UniPT`` beside a decoder, where no token may see what follows it: see ``reference.causal_attention``.
+
+        F_i = W_i LN(d_i) + b_i;   A = F_L;   G = causal_attention(A, F_0 .. F_{L-1})
+        Z = A + W2 gelu(W1 LN(G) + b1) + b2;   out as UniPT's
+
+    Args:
+        as ``UniPT``.
+    """
+
+    def state(
+        self,
+        hidden_states: Iterable[Tensor],
+        lengths: Tensor | None,
+        past: Callable[[list[Tensor]], list[Tensor]] | None = None,
+        valid: Tensor | None = None,
+    ) -> Tensor:
+        """Z, (B, U, r).
+
+        Args:
+            hidden_states, lengths: as ``forward``'s. past: given the features F_0 .. F_{L-1}, each (B, U, r),
+                of these tokens, gives those of all tokens so far, (B, K, r); None: there are no others.
+            valid: (B, K), true for tokens that may be looked at; None: all.
+        """
+        *features, anchor = self.features(hidden_states)
+        self.check_lengths(lengths, anchor)
+        keys = None if past is None else past(features)
+        gate = self.gate.weight, self.gate.bias
+        merged = causal_attention.definition(anchor, *gate, features, keys, valid)
+        return anchor + self.adapt(merged)
+
+    def features(self, hidden_states: Iterable[Tensor]) -> list[Tensor]:
+        """F_0 to F_L, each (B, U, r)."""
+        stream = zip(self.down, self.read(hidden_states), strict=True)
+        return [norm_linear.definition(state.values, *norm_linear_params(down)) for down, state in stream]
+
+    def adapt(self, merged: Tensor) -> Tensor:
+        """W2 gelu(W1 LN(G) + b1) + b2, (B, U, r)."""
+        return adapter.definition(merged, *adapter_params(self.adapter))
+
+    def pool_params(self) -> tuple[Tensor, ...]:
+        raise ValueError("pooled is not for CausalUniPT: each token's output is its own")
 
 
 class SHERL(SideNetwork):
@@ -452,8 +539,9 @@ class SHERL(SideNetwork):
 
     Args:
         hidden_size, num_layers, reduction_factor, saved_activations, device, dtype: see ``LST``.
-        start: of the parameters: ``"published"``; ``"even"`` with b = 1; ``"zero_shot"`` with b = 1, the gate
-            at 1, where tanh(gate / 0.1) is 1, and Wo and bo zero, so that x = h_{L-1} at step 0.
+        start: of the parameters: ``"published"``; ``"even"`` with b = 1; ``"zero_shot"`` with b = 1, an open
+            gate, where tanh(gate / 0.1) is 1, and Wo and bo zero, so that x = h_{L-1} until it has learned
+            something.
 
     Raises:
         ValueError: see ``SideNetwork``, or ``start`` is another word.
@@ -489,7 +577,7 @@ class SHERL(SideNetwork):
         if self.start != "published":
             nn.init.ones_(self.guide.bias)
         if self.start == "zero_shot":
-            nn.init.ones_(self.gate)
+            nn.init.constant_(self.gate, OPEN_GATE)
             nn.init.zeros_(self.out.weight)
 
     @property

@@ -1,0 +1,138 @@
+"""Side networks whose output is added to the backbone's: zero at the start, exact, and causal for tokens."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import meft_kernels
+from meft_kernels import reference
+
+WIDTH, LAYERS, FACTOR = 24, 3, 4
+NETWORKS = pytest.mark.parametrize("name", ["LST", "UniPT", "CausalUniPT"])
+PACKAGES = pytest.mark.parametrize("package", [meft_kernels, reference], ids=["ops", "reference"])
+
+
+def build(package, name, trained=True, **options):
+    torch.manual_seed(0)
+    side = getattr(package, name)(WIDTH, LAYERS, FACTOR, correction=True, dtype=torch.float64, **options)
+    if trained:
+        with torch.no_grad():
+            for parameter in side.parameters():
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return side
+
+
+def states(tokens=7, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        0.5 + torch.randn(2, tokens, WIDTH, generator=generator, dtype=torch.float64)
+        for _ in range(LAYERS + 1)
+    ]
+
+
+@PACKAGES
+@NETWORKS
+def test_zero_at_the_start_with_a_gradient_to_the_widening(name, package):
+    side = build(package, name, trained=False)
+    out = side(states())
+    assert out.shape == (2, 7, WIDTH) and not out.any()
+    (out * torch.randn_like(out)).sum().backward()
+    assert side.up.linear.weight.grad.norm() > 0.1 and side.norm is None
+    assert not any(key.startswith("norm.") for key in side.state_dict())
+
+
+@PACKAGES
+@NETWORKS
+def test_the_correction_is_the_widened_state(name, package):
+    side, hidden_states = build(package, name), states()
+    state = side.state(hidden_states, None)
+    up = side.up
+    normed = F.layer_norm(state, state.shape[-1:], up.norm.weight, up.norm.bias, 1e-5)
+    torch.testing.assert_close(side(hidden_states), F.linear(normed, up.linear.weight, up.linear.bias))
+    with pytest.raises(ValueError, match="pooled is (for correction=False|not for CausalUniPT)"):
+        side.pooled(hidden_states)
+
+
+@NETWORKS
+def test_outputs_and_gradients_are_the_readable_modules(name):
+    fast, plain = build(meft_kernels, name), build(reference, name)
+    upstream = torch.randn(2, 7, WIDTH, dtype=torch.float64)
+    results = [side(states()) for side in (fast, plain)]
+    torch.testing.assert_close(*results, rtol=1e-10, atol=1e-11)
+    for out in results:
+        out.backward(upstream)
+    for (key, ours), theirs in zip(fast.named_parameters(), plain.parameters()):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-8, atol=1e-9, msg=key)
+
+
+@PACKAGES
+def test_causal_unipt_token_by_token(package):
+    """Each token worked out alone from the formulas, with only what came before it."""
+    side, hidden_states = build(package, "CausalUniPT"), states()
+
+    def projected(i):
+        down = side.down[i]
+        normed = F.layer_norm(hidden_states[i], (WIDTH,), down.norm.weight, down.norm.bias, 1e-5)
+        return F.linear(normed, down.linear.weight, down.linear.bias)
+
+    *features, anchor = map(projected, range(LAYERS + 1))
+    found = side.state(hidden_states, None)
+    for clip in range(2):
+        for t in range(7):
+            a, merged, confidence = anchor[clip, t], [], []
+            for feature in features:
+                before = feature[clip, : t + 1]
+                scores = torch.relu(before @ a)
+                merged.append(scores @ before / (scores.sum() + 1e-7) + feature[clip, t])
+                confidence.append((side.gate.weight[0] * a * feature[clip, t]).sum())
+            mixed = sum(c * m for c, m in zip(torch.stack(confidence).softmax(0), merged))
+            adapter = side.adapter
+            normed = F.layer_norm(mixed, mixed.shape, adapter.norm.weight, adapter.norm.bias, 1e-5)
+            expected = a + adapter.linear_2(F.gelu(adapter.linear_1(normed)))
+            torch.testing.assert_close(found[clip, t], expected, rtol=1e-9, atol=1e-10)
+
+
+@PACKAGES
+@pytest.mark.parametrize("name", ["LST", "CausalUniPT"])
+def test_a_token_does_not_see_the_ones_behind_it(name, package):
+    side = build(package, name)
+    before, changed = states(), states()
+    for state in changed:
+        state[:, 4:] = torch.randn_like(state[:, 4:])
+    a, b = side(before), side(changed)
+    assert torch.equal(a[:, :4], b[:, :4]) and not torch.allclose(a[:, 4:], b[:, 4:])
+
+
+@PACKAGES
+def test_causal_unipt_with_a_cache_is_the_same(package):
+    side, hidden_states = build(package, "CausalUniPT"), states()
+    whole, cache, parts = side.state(hidden_states, None), [], []
+
+    def past(features):
+        cache[:] = [torch.cat(both, 1) for both in zip(cache, features)] if cache else features
+        return cache
+
+    for part in (slice(0, 3), slice(3, 4), slice(4, 7)):
+        parts.append(side.state([state[:, part] for state in hidden_states], None, past=past))
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-11, atol=1e-12)
+
+
+@PACKAGES
+def test_causal_unipt_leaves_out_tokens_that_are_not_valid(package):
+    side, hidden_states = build(package, "CausalUniPT"), states()
+    short = side.state([state[:, 2:] for state in hidden_states], None)
+    valid = torch.arange(7).expand(2, 7) >= 2
+    padded = side.state(hidden_states, None, valid=valid)
+    torch.testing.assert_close(padded[:, 2:], short, rtol=1e-11, atol=1e-12)
+
+
+@PACKAGES
+def test_sherl_that_starts_at_zero_shot(package):
+    side = package.SHERL(WIDTH, LAYERS, FACTOR, start="zero_shot", dtype=torch.float64)
+    hidden_states = states()
+    out = side(hidden_states)
+    assert torch.equal(out, hidden_states[LAYERS - 1])
+    (out * torch.randn_like(out)).sum().backward()
+    assert side.out.weight.grad.norm() > 0
+    with pytest.raises(ValueError, match="start must be 'published' or 'even' or 'zero_shot', got 'open'"):
+        package.SHERL(WIDTH, LAYERS, FACTOR, start="open")
