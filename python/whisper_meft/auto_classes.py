@@ -11,7 +11,12 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
-MODEL_TYPE, CONFIG, MODEL = "whisper_meft", "MeftModelConfig", "MeftModel"
+MODEL_TYPE, CONFIG = "whisper_meft", "MeftModelConfig"
+# By the mapping of each Auto class.
+MODELS = {
+    "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING": "MeftModel",
+    "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING": "MeftForConditionalGeneration",
+}
 PACKAGE = __name__.partition(".")[0]
 
 
@@ -21,17 +26,18 @@ def _know_the_config(module: ModuleType) -> None:
     mapping._modules[MODEL_TYPE] = sys.modules[PACKAGE]
 
 
-def _know_the_model(module: ModuleType) -> None:
-    mapping = module.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING
-    mapping._model_mapping.setdefault(MODEL_TYPE, MODEL)
-    mapping._config_mapping.setdefault(MODEL_TYPE, CONFIG)
-    mapping._reverse_config_mapping.setdefault(CONFIG, MODEL_TYPE)
-    mapping._modules[MODEL_TYPE] = sys.modules[PACKAGE]
+def _know_the_models(module: ModuleType) -> None:
+    for name, model in MODELS.items():
+        mapping = getattr(module, name)
+        mapping._model_mapping.setdefault(MODEL_TYPE, model)
+        mapping._config_mapping.setdefault(MODEL_TYPE, CONFIG)
+        mapping._reverse_config_mapping.setdefault(CONFIG, MODEL_TYPE)
+        mapping._modules[MODEL_TYPE] = sys.modules[PACKAGE]
 
 
 _STEPS = {
     "transformers.models.auto.configuration_auto": _know_the_config,
-    "transformers.models.auto.modeling_auto": _know_the_model,
+    "transformers.models.auto.modeling_auto": _know_the_models,
 }
 
 

@@ -9,7 +9,7 @@ side network, forward and backward, launches what it launches once per layer and
 chunk: what the cache holds decides there.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 
 import torch
@@ -20,7 +20,7 @@ from meft_kernels.reference.modules import SideNetwork
 from meft_kernels.reference.stand_in import device_type
 
 from .frozen import FrozenEncoder
-from .last_layer import pooled_through_last_layer
+from .last_layer import pooled_through_last_layer, states_through_last_layer
 
 # A chunk holds so many elements of the feed-forward block's inner width: on a GPU enough to fill it, on a CPU
 # about one utterance of 30 seconds, which uses the cache best.
@@ -102,32 +102,113 @@ def pooled_in_chunks(
     Raises:
         UserError: see :meth:`FrozenEncoder.stream`.
     """
+    fold = getattr(side_network, "fold", None)
+    if fold is not None:  # once for all chunks
+        read = partial(side_network.pooled, folded=fold())
+    elif through_last_layer:
+        read = partial(_pooled_through_last_layer, encoder, side_network, features.shape[0])
+    else:
+        read = side_network.pooled
+    slabs = _slabs(encoder, side_network, features, lengths, chunk_size, final_norm)
+    pooled = [read(states, of_part) for states, of_part in slabs]
+    return pooled[0] if len(pooled) == 1 else torch.cat(pooled)
+
+
+def corrected_in_chunks(
+    encoder: FrozenEncoder,
+    side_network: nn.Module,
+    features: Tensor,
+    lengths: Tensor | None,
+    chunk_size: int | None = None,
+    through_last_layer: bool = False,
+) -> Iterator[Tensor]:
+    """The encoder's output with a side network's correction, for a decoder to read: LN(h_L) plus what
+    ``side_network`` makes of the hidden states, or, of a SHERL, the frozen last layer's output for its input.
+
+    Args:
+        as :func:`pooled_in_chunks`.
+
+    Yields:
+        (b, T, D) of some of the clips, in order, in the type of the hidden states.
+    """
+    if through_last_layer:
+        read = partial(_through_last_layer, encoder, side_network, features.shape[0])
+    else:
+        read = partial(_corrected, encoder, side_network, side_network.fold())
+    for states, of_part in _slabs(encoder, side_network, features, lengths, chunk_size, False):
+        yield read(states, of_part)
+
+
+def _corrected(
+    encoder: FrozenEncoder,
+    side_network: nn.Module,
+    folded: list[tuple[Tensor, Tensor]],
+    hidden_states: Iterable[Tensor | HiddenState],
+    lengths: Tensor | None,
+) -> Tensor:
+    last = None
+
+    def remembered() -> Iterator[Tensor | HiddenState]:
+        nonlocal last
+        for state in hidden_states:
+            last = state
+            yield state
+
+    stream = remembered()
+    state = side_network.state(stream, lengths, folded)
+    for _ in stream:  # layers behind the last that is tapped
+        pass
+    return encoder.normed_output(last.values if isinstance(last, HiddenState) else last).add(
+        side_network.widen(state)
+    )
+
+
+def _through_last_layer(
+    encoder: FrozenEncoder,
+    side_network: nn.Module,
+    whole_batch: int,
+    hidden_states: Iterable[Tensor | HiddenState],
+    lengths: Tensor | None,
+) -> Tensor:
+    """SHERL and the frozen last layer's output for some of the ``whole_batch`` utterances of a step."""
+    deepest, merged = side_network.merge(hidden_states, lengths)
+    part = None
+    if torch.is_grad_enabled():
+        part = len(deepest)
+        if not torch.compiler.is_compiling():
+            part = automatic_backward_part(encoder, side_network, whole_batch, deepest)
+    return states_through_last_layer(encoder, side_network, deepest, merged, lengths, part)
+
+
+def _slabs(
+    encoder: FrozenEncoder,
+    side_network: nn.Module,
+    features: Tensor,
+    lengths: Tensor | None,
+    chunk_size: int | None,
+    final_norm: bool,
+) -> Iterator[tuple[Iterator[Tensor | HiddenState], Tensor | None]]:
+    """The hidden states of as many clips as ``side_network`` takes at a time, and their lengths; arguments as
+    for :func:`pooled_in_chunks`."""
     clips, frames = features.shape[0], (features.shape[-1] + 1) // 2
     slab = chunk_size
     if chunk_size is None and not torch.compiler.is_compiling():
         chunk_size = automatic_chunk(encoder, frames, features.device)
         slab = automatic_slab(side_network, clips, chunk_size, features.device)
-    fold = getattr(side_network, "fold", None)
-    if fold is not None:  # once for all chunks
-        read = partial(side_network.pooled, folded=fold())
-    elif through_last_layer:
-        read = partial(_through_last_layer, encoder, side_network, clips)
-    else:
-        read = side_network.pooled
+    folds = hasattr(side_network, "fold")
     keeps = torch.is_grad_enabled() and getattr(side_network, "saved_activations", None) == "exact"
     waiting = 0
     if slab != chunk_size:
         waiting = slab * frames * encoder.hidden_size * encoder.dtype.itemsize
-    statistics = fold is not None and (not waiting or (keeps and waiting <= _WAITING_BYTES))
-    first_again = fold is not None and torch.is_grad_enabled() and not keeps
+    statistics = folds and (not waiting or (keeps and waiting <= _WAITING_BYTES))
+    first_again = folds and torch.is_grad_enabled() and not keeps
     reading = (final_norm, statistics, chunk_size, not keeps, first_again)
     if slab is None or clips <= slab:
-        return read(encoder.stream(features, lengths, *reading), lengths)
-    pooled = []
+        yield encoder.stream(features, lengths, *reading), lengths
+        return
     for start in range(0, clips, slab):
         of_part = None if lengths is None else lengths[start : start + slab]
-        pooled.append(read(encoder.stream(features[start : start + slab], of_part, *reading), of_part))
-    return torch.cat(pooled)
+        yield encoder.stream(features[start : start + slab], of_part, *reading), of_part
 
 
 def pooled_states(
@@ -139,11 +220,11 @@ def pooled_states(
 ) -> Tensor:
     """As :func:`pooled_in_chunks`, of hidden states that are there already, the whole batch at once."""
     if through_last_layer:
-        return _through_last_layer(encoder, side_network, None, hidden_states, lengths)
+        return _pooled_through_last_layer(encoder, side_network, None, hidden_states, lengths)
     return side_network.pooled(hidden_states, lengths)
 
 
-def _through_last_layer(
+def _pooled_through_last_layer(
     encoder: FrozenEncoder,
     side_network: nn.Module,
     whole_batch: int | None,

@@ -30,11 +30,16 @@ def own_state(encoder: nn.Module) -> dict[str, torch.Tensor]:
 
 def same_backbone(encoder: nn.Module, saved: str) -> bool:
     """Whether :func:`fingerprint` of ``encoder`` agrees with ``saved``, up to rounding to half precision."""
+    return same_fingerprint(fingerprint(encoder), saved)
+
+
+def same_fingerprint(found: str, saved: str) -> bool:
+    """Whether two fingerprints agree, up to rounding to half precision."""
     try:
         expected = torch.frombuffer(bytearray.fromhex(saved), dtype=torch.float32)
     except (ValueError, TypeError):
         return False
-    found = torch.frombuffer(bytearray.fromhex(fingerprint(encoder)), dtype=torch.float32)
+    found = torch.frombuffer(bytearray.fromhex(found), dtype=torch.float32)
     if expected.shape != found.shape:
         return False
     # bfloat16 rounds by 0.2 % (root mean square); training changes weights by more.

@@ -224,6 +224,15 @@ class FrozenEncoder(nn.Module):
                 states = finish_layer(layer, hidden_states, layer.self_attn_layer_norm(hidden_states), mask)
             return self.layer_norm(states)
 
+    def normed_output(self, last_state: torch.Tensor) -> torch.Tensor:
+        """The encoder's output, from the raw output of its last layer: the final LayerNorm, without gradient.
+
+        Args:
+            last_state: (B, T, hidden size), what :meth:`stream` yields last.
+        """
+        with torch.no_grad(), self._weights_as_they_are(last_state.device):
+            return self.layer_norm(last_state)
+
     # Each step has its own no_grad: one that spanned a yield would leak into the consumer's code.
     def _states(
         self,

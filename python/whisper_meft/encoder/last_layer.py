@@ -73,6 +73,27 @@ def pooled_through_last_layer(
     return total / (deepest.shape[1] if lengths is None else lengths[:, None].to(total.dtype))
 
 
+def states_through_last_layer(
+    encoder: FrozenEncoder,
+    side_network: nn.Module,
+    deepest: Tensor,
+    merged: Tensor,
+    lengths: Tensor | None,
+    part: int | None,
+) -> Tensor:
+    """What the last layer and the final LayerNorm make of a SHERL's output, (B, T, D); arguments as for
+    :func:`pooled_through_last_layer`, ``part``: clips at a time that are computed again in the backward, or
+    None: what the layer keeps is kept."""
+
+    def last(deepest: Tensor, merged: Tensor, lengths: Tensor | None) -> Tensor:
+        return encoder.last_layer(side_network.widen(deepest, merged), lengths)
+
+    if part is None:
+        return last(deepest, merged, lengths)
+    options = {"use_reentrant": False, "preserve_rng_state": False}
+    return torch.cat([checkpoint(last, *each, **options) for each in _parts(part, deepest, merged, lengths)])
+
+
 def _is_derived(encoder: FrozenEncoder, states: Tensor) -> bool:
     """Whether the last layer is what the derivation takes it for: frozen modules as Whisper has them, with
     PyTorch's attention, in the type of the states. What is not is left to autograd."""

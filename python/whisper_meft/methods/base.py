@@ -42,6 +42,8 @@ class MeftConfig:
     trains_backbone: ClassVar[bool] = False
     # The result is an encoder of the backbone's own form, so a plain Whisper classifier can be made of it.
     can_merge: ClassVar[bool] = False
+    # Whether the method is there for recognition too, beside classification.
+    transcribes: ClassVar[bool] = False
     # Trained tensors whose gradient is identically zero.
     without_gradient: ClassVar[tuple[str, ...]] = ()
 

@@ -12,10 +12,12 @@ from ..errors import UserError
 from .base import MeftConfig
 from .checks import check_positive_int
 
+PLACEMENTS = ("encoder", "decoder")
+
 _LAYERS_HELP = (
-    "Encoder layers to tap: their numbers from 1; 'every:k' for the last layer and every k-th before it; "
-    "'last:n' for the last n. Unset taps all. The embedding is always read, and layers behind the last "
-    "tapped one are not run."
+    "Layers to tap, of the encoder or of the part that placement names: their numbers from 1; 'every:k' for "
+    "the last layer and every k-th before it; 'last:n' for the last n. Unset taps all. The embedding is "
+    "always read, and layers of a classifier's encoder behind the last tapped one are not run."
 )
 
 
@@ -48,7 +50,9 @@ def tapped_layers(layers: list[int] | str | None, num_layers: int) -> list[int] 
 
 @dataclass(kw_only=True)
 class SideNetworkConfig(MeftConfig):
-    """Options of the methods that put a narrow network beside a frozen encoder."""
+    """Options of the methods that put a narrow network beside a frozen encoder or decoder."""
+
+    transcribes: ClassVar[bool] = True
 
     reduction_factor: int = field(
         default=8,
@@ -69,8 +73,25 @@ class SideNetworkConfig(MeftConfig):
         },
     )
 
+    placement: str = field(
+        default="encoder",
+        metadata={
+            "help": "Where the side network stands: of a recogniser 'encoder' corrects what the decoder "
+            "hears, 'decoder' what it writes; a classifier has an encoder alone."
+        },
+    )
+
+    def build_correction(self, hidden_size: int, num_layers: int, **place: Any) -> nn.Module:
+        """The side network of a recogniser, which adds to the output of the encoder or the decoder: new,
+        float32, such that it adds nothing yet. Arguments as for :meth:`build_side_network`, of the part that
+        it reads."""
+        raise NotImplementedError
+
     def validate(self) -> None:
         super().validate()
+        if self.placement not in PLACEMENTS:
+            accepted = " or ".join(map(repr, PLACEMENTS))
+            raise UserError(f"placement must be {accepted}, got {self.placement!r}")
         check_positive_int("reduction_factor", self.reduction_factor)
         if self.saved_activations not in SAVED_ACTIVATIONS:
             accepted = " or ".join(map(repr, SAVED_ACTIVATIONS))
@@ -128,6 +149,9 @@ class LSTConfig(SideNetworkConfig):
             **place,
         )
 
+    def build_correction(self, hidden_size: int, num_layers: int, **place: Any) -> nn.Module:
+        return self.build_side_network(hidden_size, num_layers, correction=True, **place)
+
 
 @dataclass(kw_only=True)
 class UniPTConfig(SideNetworkConfig):
@@ -141,8 +165,13 @@ class UniPTConfig(SideNetworkConfig):
 
     layers: list[int] | str | None = field(default=None, metadata={"help": _LAYERS_HELP})
 
+    def build_correction(self, hidden_size: int, num_layers: int, **place: Any) -> nn.Module:
+        return self.build_side_network(hidden_size, num_layers, correction=True, **place)
+
     def build_side_network(self, hidden_size: int, num_layers: int, **place: Any) -> nn.Module:
-        return meft_kernels.UniPT(
+        # Beside a decoder no token may see the next.
+        kind = meft_kernels.UniPT if self.placement == "encoder" else meft_kernels.CausalUniPT
+        return kind(
             hidden_size,
             num_layers,
             reduction_factor=self.reduction_factor,
@@ -159,19 +188,22 @@ class SHERLConfig(SideNetworkConfig):
     method: ClassVar[str] = "sherl"
     through_last_layer: ClassVar[bool] = True
 
-    start: str = field(
-        default="published",
+    start: str | None = field(
+        default=None,
         metadata={
             "help": "Where it starts: 'published'; 'even' with the layers' scores away from zero, where the "
             "published start's gradient is ill-conditioned; 'zero_shot' the same, and the last layer reads "
-            "what it always read."
+            "what it always read. Unset is 'published' for classification and 'zero_shot' for recognition."
         },
     )
 
     def validate(self) -> None:
         super().validate()
-        if self.start not in SHERL_STARTS:
-            raise UserError(f"start must be {' or '.join(map(repr, SHERL_STARTS))}, got {self.start!r}")
+        if self.start not in (None, *SHERL_STARTS):
+            raise UserError(f"start must be None, {' or '.join(map(repr, SHERL_STARTS))}, got {self.start!r}")
+
+    def build_correction(self, hidden_size: int, num_layers: int, **place: Any) -> nn.Module:
+        return self._build(hidden_size, num_layers, self.start or "zero_shot", **place)
 
     def check_backbone(self, hidden_size: int, num_layers: int, max_source_positions: int) -> None:
         super().check_backbone(hidden_size, num_layers, max_source_positions)
@@ -179,11 +211,14 @@ class SHERLConfig(SideNetworkConfig):
             raise UserError(f"sherl needs a backbone of at least 2 layers, got {num_layers}")
 
     def build_side_network(self, hidden_size: int, num_layers: int, **place: Any) -> nn.Module:
+        return self._build(hidden_size, num_layers, self.start or "published", **place)
+
+    def _build(self, hidden_size: int, num_layers: int, start: str, **place: Any) -> nn.Module:
         return meft_kernels.SHERL(
             hidden_size,
             num_layers,
             reduction_factor=self.reduction_factor,
             saved_activations=self.saved_activations,
-            start=self.start,
+            start=start,
             **place,
         )

@@ -10,7 +10,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import nn
-from transformers import WhisperForAudioClassification
+from transformers import PreTrainedModel, WhisperForAudioClassification
 from transformers.utils import logging as hf_logging
 
 from ..encoder.fingerprint import own_state
@@ -72,9 +72,11 @@ def load_backbone(
     dtype: torch.dtype | None = None,
     attn_implementation: str | None = None,
     argument: str = "backbone",
+    kind: type[PreTrainedModel] = WhisperForAudioClassification,
     **hub_options: Any,
-) -> WhisperForAudioClassification:
-    """Loads a Whisper checkpoint's encoder, with its classification head or, where it has none, a new one.
+) -> PreTrainedModel:
+    """Loads a Whisper checkpoint's encoder, with its classification head or, where it has none, a new one; or
+    with its decoder.
 
     Args:
         name: a hub name, a folder, or the name of a shipped backbone; see :func:`resolve_backbone`.
@@ -83,6 +85,7 @@ def load_backbone(
         attn_implementation: ``"sdpa"``, ``"eager"`` or ``"flash_attention_2"``; ``None`` is transformers'
             choice.
         argument: what messages call ``name``.
+        kind: the class to load, ``WhisperForAudioClassification`` or ``WhisperForConditionalGeneration``.
         hub_options: ``token``, ``revision``, ``cache_dir``, ``local_files_only`` and the like.
 
     Raises:
@@ -102,19 +105,19 @@ def load_backbone(
         options["attn_implementation"] = attn_implementation
     try:
         with quiet_transformers():
-            base, report = WhisperForAudioClassification.from_pretrained(
-                where, ignore_mismatched_sizes=True, **options
-            )
+            base, report = kind.from_pretrained(where, ignore_mismatched_sizes=True, **options)
     except Exception as error:  # whatever a broken folder or an unreachable hub gives
         raise UserError(
             f"{argument}: cannot load {called}: {one_line(error)}; name another folder or hub model with "
             f"{argument}=... (--{argument})"
         ) from error
     mismatched = [each[0] if isinstance(each, tuple) else each for each in report["mismatched_keys"]]
-    broken = sorted(key for key in [*report["missing_keys"], *mismatched] if key.startswith("encoder."))
+    needed = ("encoder.", "model.encoder.", "model.decoder.", "proj_out.")
+    broken = sorted(key for key in [*report["missing_keys"], *mismatched] if key.startswith(needed))
     if broken:
+        part = "encoder" if "encoder." in broken[0] else "decoder"
         raise UserError(
-            f"{argument}: {called} lacks {len(broken)} encoder tensors (or has them in another shape), the "
+            f"{argument}: {called} lacks {len(broken)} {part} tensors (or has them in another shape), the "
             f"first is {broken[0]}: is it a Whisper checkpoint?"
         )
     base.head_is_new = any(key.startswith(HEAD) for key in [*report["missing_keys"], *mismatched])
@@ -185,15 +188,27 @@ def write_backbone(encoder: nn.Module, folder: str | os.PathLike) -> None:
     Raises:
         UserError: the encoder is quantised, or the folder cannot be written.
     """
+    tensors = {f"encoder.{name}": tensor for name, tensor in own_state(encoder).items()}
+    config = type(encoder.config).from_dict(encoder.config.to_dict())
+    config.architectures = ["WhisperForAudioClassification"]
+    config.dtype = encoder.dtype
+    write_whisper(encoder, tensors, config, folder)
+
+
+def write_whisper(
+    encoder: nn.Module, tensors: dict[str, torch.Tensor], config: Any, folder: str | os.PathLike
+) -> None:
+    """Writes tensors and config of a Whisper as an ordinary Hugging Face folder.
+
+    Raises:
+        UserError: the encoder is quantised, or the folder cannot be written.
+    """
     if getattr(encoder, "quantization", None) is not None:
         raise UserError(
             f"a backbone that is quantised to {encoder.quantization} cannot be saved, its weights are "
             "rounded: leave save_backbone out, and keep the checkpoint that it was loaded from"
         )
-    tensors = {f"encoder.{k}": v.detach().cpu().contiguous() for k, v in own_state(encoder).items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with replacing(Path(folder) / "model.safetensors") as temporary:
         safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt"})
-    config = type(encoder.config).from_dict(encoder.config.to_dict())
-    config.architectures = ["WhisperForAudioClassification"]
-    config.dtype = encoder.dtype
     write_text(Path(folder) / "config.json", config.to_json_string())

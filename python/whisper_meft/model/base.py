@@ -11,10 +11,12 @@ from transformers import PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 
 from ..encoder.cached import states_read
+from ..encoder.fingerprint import fingerprint
 from ..encoder.frozen import FrozenEncoder
 from ..errors import UserError
 from ..methods import MeftConfig
 from ..padding import frames_of_mask, frames_with_sound
+from .backbone import write_backbone
 from .config import MeftModelConfig
 from .in_any_trainer import serve_in_every_trainer
 from .loading import load
@@ -32,7 +34,8 @@ class MeftBase(PreTrainedModel):
         UserError: the options do not fit the backbone.
     """
 
-    # transformers' Whisper model of the task.
+    # What the model does, and transformers' Whisper model that does it.
+    task: ClassVar[str]
     base_class: ClassVar[type[PreTrainedModel]]
 
     config_class = MeftModelConfig
@@ -46,6 +49,8 @@ class MeftBase(PreTrainedModel):
     _supports_flash_attn = True
 
     def __init__(self, config: MeftModelConfig, base: PreTrainedModel):
+        if not isinstance(base, self.base_class):
+            raise UserError(f"base must be a {self.base_class.__name__}, got {type(base).__name__}")
         super().__init__(config)
         self.meft_config = MeftConfig.from_dict(config.meft)
         whisper_encoder = base.get_encoder()
@@ -55,9 +60,7 @@ class MeftBase(PreTrainedModel):
             )
         self.encoder = self.meft_config.build_encoder(whisper_encoder)
         check_sizes(config, self.encoder)
-        self.meft_config.check_backbone(
-            config.hidden_size, config.num_hidden_layers, config.max_source_positions
-        )
+        self.check_method()
         # Masters in float32 whatever the backbone's number format.
         place = {"device": self.encoder.conv1.weight.device, "dtype": torch.float32}
         self.build(base, **place)
@@ -71,6 +74,13 @@ class MeftBase(PreTrainedModel):
         # Every process loads the backbone itself; torch's DistributedDataParallel need not send it around.
         self._ddp_params_and_buffers_to_ignore = sorted(self._keys_to_ignore_on_save)
 
+    def check_method(self) -> None:
+        """Raises UserError where the method's options do not fit the task or the backbone."""
+        config = self.config
+        self.meft_config.check_backbone(
+            config.hidden_size, config.num_hidden_layers, config.max_source_positions
+        )
+
     def build(self, base: PreTrainedModel, **place: Any) -> None:
         """Makes ``side_network`` and all else that the task needs beside ``encoder``; ``place``: the device
         and number format of what trains."""
@@ -79,6 +89,14 @@ class MeftBase(PreTrainedModel):
     def frozen_names(self) -> set[str]:
         """Names in ``state_dict`` of the tensors that stay as they were loaded."""
         return {f"encoder.{name}" for name in self.encoder.frozen_names()}
+
+    def fingerprint(self) -> str:
+        """A few of the backbone's weights in hexadecimal, to recognise it."""
+        return fingerprint(self.encoder)
+
+    def write_backbone(self, folder: str | os.PathLike) -> None:
+        """Writes the backbone as an ordinary Hugging Face folder, which the task needs nothing else for."""
+        write_backbone(self.encoder, folder)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: every part initialises itself, and the backbone is already loaded."""

@@ -15,29 +15,34 @@ def model_card(config: PreTrainedConfig) -> str:
         config: a ``MeftModelConfig``.
     """
     base, method = config.base_model_name_or_path, config.meft["method"]
-    head = {"library_name": "whisper_meft", "pipeline_tag": "audio-classification"}
+    transcribes = config.task == "transcription"
+    tag = "automatic-speech-recognition" if transcribes else "audio-classification"
+    head = {"library_name": "whisper_meft", "pipeline_tag": tag}
     if base and base != "backbone" and not os.path.isabs(base):
         head["base_model"] = base
     known = base and not os.path.isabs(base)
     where = "" if not known else " in `backbone/`" if base == "backbone" else f", {markdown(base)}"
     if "reduction_factor" in config.meft:
         title = f"{method.upper()} side network"
+        beside = "" if transcribes else " and classifier"
+        of = f"Whisper, beside its {config.meft['placement']}" if transcribes else "Whisper encoder"
         what = (
-            f"A {method.upper()} side network and classifier (reduction factor "
-            f"{config.meft['reduction_factor']}) for a frozen Whisper encoder{where}."
+            f"A {method.upper()} side network{beside} (reduction factor "
+            f"{config.meft['reduction_factor']}) for a frozen {of}{where}."
         )
     else:
         title = f"Whisper classifier trained by {method}"
         what = f"What method {method} trains of a Whisper encoder{where}, and a classifier."
-    lines = ["---", *(f"{k}: {json.dumps(v)}" for k, v in head.items()), "tags:", "- audio-classification"]
+    lines = ["---", *(f"{k}: {json.dumps(v)}" for k, v in head.items()), "tags:", f"- {tag}"]
     lines += ["- whisper", f"- {method}", "---", "", f"# {title}", "", what, ""]
+    if not transcribes:
+        lines += [f"Labels: {', '.join(markdown(v) for v in config.id2label.values())}.", ""]
+    name = "MeftForConditionalGeneration" if transcribes else "MeftModel"
     lines += [
-        f"Labels: {', '.join(markdown(v) for v in config.id2label.values())}.",
-        "",
         "```python",
-        "from whisper_meft import MeftModel",
+        f"from whisper_meft import {name}",
         "",
-        'model = MeftModel.from_pretrained("path/or/name/of/this/folder")',
+        f'model = {name}.from_pretrained("path/or/name/of/this/folder")',
         "```",
         "",
     ]

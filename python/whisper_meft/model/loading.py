@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
 from torch import nn
-from transformers import PreTrainedModel, WhisperForAudioClassification
+from transformers import GenerationConfig, PreTrainedModel
 
 from ..encoder.dtypes import parse_dtype
-from ..encoder.fingerprint import same_backbone
+from ..encoder.fingerprint import same_fingerprint
 from ..encoder.quantization import REVISION
 from ..errors import UserError, one_line
 from ..files import read_json
@@ -52,6 +52,11 @@ def load(
 
     folder = _fetch(name_or_path, hub_options) / subfolder
     config = saved_config if isinstance(saved_config, MeftModelConfig) else read_config(folder)
+    if config.task != cls.task:
+        raise UserError(
+            f"{folder} holds a model for {config.task}, {cls.__name__} is for {cls.task}: load it by "
+            f"{'MeftModel' if cls.task == 'transcription' else 'MeftForConditionalGeneration'}"
+        )
     dtype = parse_dtype(None if dtype == "auto" else dtype)
     trained_on = config.meft.get("backbone_quantization"), config.quantization_revision
     # A backbone that is loaded already stays as it is.
@@ -59,22 +64,25 @@ def load(
     MeftConfig.from_dict(config.meft)  # so that bad options are reported before anything is loaded
     tensors = read_weights(folder)
 
-    base, name = _backbone_of(config, folder, backbone, attn_implementation, hub_options)
+    base, name = _backbone_of(cls, config, folder, backbone, attn_implementation, hub_options)
     config.base_model_name_or_path = name or None
     if device is not None:
-        base.encoder.to(device)
+        base.get_encoder().to(device)
     _check_shapes(cls, config, base, tensors, folder)
     model = cls(config, base).to(device)
     model.name_or_path = config.name_or_path = os.fspath(name_or_path)
     if attn_implementation is not None:
         model.set_attn_implementation(attn_implementation)
     load_checked(model, tensors, folder)
-    if config.base_model_fingerprint and not same_backbone(model.encoder, config.base_model_fingerprint):
+    saved = config.base_model_fingerprint
+    if saved and not same_fingerprint(model.fingerprint(), saved):
         warnings.warn(
             f"the backbone {name or 'given'} has other weights than the one that {folder} was trained "
             "with: its scores will be wrong",
             stacklevel=3,
         )
+    if getattr(model, "generation_config", None) and (folder / "generation_config.json").is_file():
+        model.generation_config = _generation_config(folder)
     if trained_on[0] and model.encoder.quantization and trained_on[1] != REVISION:
         warnings.warn(
             f"{folder} was trained on a backbone that an earlier version rounded to {trained_on[0]} in "
@@ -85,10 +93,18 @@ def load(
     return model.eval()
 
 
+def _generation_config(folder: Path) -> GenerationConfig:
+    values = read_json(folder / "generation_config.json")
+    try:
+        return GenerationConfig.from_dict(values)
+    except Exception as error:
+        raise UserError(f"{folder / 'generation_config.json'} cannot be used: {one_line(error)}") from error
+
+
 def _check_shapes(
     cls: type[PreTrainedModel],
     config: MeftModelConfig,
-    base: WhisperForAudioClassification,
+    base: PreTrainedModel,
     tensors: dict[str, torch.Tensor],
     folder: Path,
 ) -> None:
@@ -116,14 +132,17 @@ def _with_changes(
 
 
 def _backbone_of(
+    cls: type[PreTrainedModel],
     config: MeftModelConfig,
     folder: Path,
     backbone: str | os.PathLike | nn.Module | None,
     attn_implementation: str | None,
     hub_options: dict[str, Any],
-) -> tuple[WhisperForAudioClassification, str | None]:
+) -> tuple[PreTrainedModel, str | None]:
     """The backbone that is given or else the one that the config names, and its name."""
     if isinstance(backbone, nn.Module):
+        if not isinstance(backbone, cls.base_class):
+            raise UserError(f"backbone must be a {cls.base_class.__name__}, got {type(backbone).__name__}")
         return backbone, getattr(getattr(backbone, "config", None), "_name_or_path", None)
     name = config.base_model_name_or_path if backbone is None else os.fspath(backbone)
     if not name:
@@ -132,7 +151,8 @@ def _backbone_of(
     # The token and the like go along; the revision is that of the side network, not of the backbone.
     options = {k: v for k, v in hub_options.items() if k != "revision"}
     dtype = parse_dtype(config.meft.get("backbone_dtype"))
-    return load_backbone(name, dtype=dtype, attn_implementation=attn_implementation, **options), name
+    options |= {"dtype": dtype, "attn_implementation": attn_implementation, "kind": cls.base_class}
+    return load_backbone(name, **options), name
 
 
 def _fetch(name: str | os.PathLike, hub_options: dict[str, Any]) -> Path:

@@ -4,7 +4,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForAudioClassification, WhisperForAudioClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForAudioClassification,
+    WhisperForAudioClassification,
+    WhisperForConditionalGeneration,
+)
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from ..encoder.cached import pooled_of_cached
@@ -17,6 +22,7 @@ from .base import MeftBase, check_tensors
 from .config import MeftModelConfig
 from .loss import classification_loss, refuse_backward, with_penalty
 from .merging import merged_classifier
+from .transcription import MeftForConditionalGeneration
 
 
 class MeftModel(MeftBase):
@@ -36,7 +42,16 @@ class MeftModel(MeftBase):
         UserError: the options do not fit the backbone.
     """
 
+    task = "classification"
     base_class = WhisperForAudioClassification
+
+    def check_method(self) -> None:
+        if getattr(self.meft_config, "placement", "encoder") != "encoder":
+            raise UserError(
+                "placement must be 'encoder' for classification, which has no decoder, got "
+                f"{self.meft_config.placement!r}"
+            )
+        super().check_method()
 
     def build(self, base: WhisperForAudioClassification, **place: Any) -> None:
         config = self.config
@@ -180,13 +195,15 @@ def graphs_refused(config: MeftConfig) -> str | None:
     return None
 
 
-def get_meft_model(base: WhisperForAudioClassification, config: MeftConfig) -> MeftModel:
-    """Makes the model that a method trains out of a Whisper classifier.
+def get_meft_model(
+    base: WhisperForAudioClassification | WhisperForConditionalGeneration, config: MeftConfig
+) -> MeftModel | MeftForConditionalGeneration:
+    """Makes the model that a method trains out of a Whisper classifier or recogniser.
 
     Args:
         base: gives the encoder (shared with it and frozen but for what the method trains, cast if
-            ``config.backbone_dtype`` says so), the start values of the head (copied, as float32) and the
-            labels.
+            ``config.backbone_dtype`` says so); a classifier the start values of the head (copied, as float32)
+            and the labels, a recogniser the decoder (shared, frozen, cast) and how it generates.
         config: :class:`LSTConfig`, :class:`LoRAConfig`, :class:`FullConfig` ...: the method and its options.
 
     Returns:
@@ -195,8 +212,12 @@ def get_meft_model(base: WhisperForAudioClassification, config: MeftConfig) -> M
     Raises:
         UserError: ``base`` or ``config`` is of another kind, or they do not fit each other.
     """
-    if not isinstance(base, WhisperForAudioClassification):
-        raise UserError(f"base must be a WhisperForAudioClassification, got {type(base).__name__}")
+    transcribes = isinstance(base, WhisperForConditionalGeneration)
+    if not transcribes and not isinstance(base, WhisperForAudioClassification):
+        raise UserError(
+            "base must be a WhisperForAudioClassification or a WhisperForConditionalGeneration, got "
+            f"{type(base).__name__}"
+        )
     if not isinstance(config, MeftConfig):
         known = ", ".join(each.__name__ for each in MeftConfig.methods().values())
         raise UserError(
@@ -212,10 +233,14 @@ def get_meft_model(base: WhisperForAudioClassification, config: MeftConfig) -> M
         num_hidden_layers=sizes.encoder_layers,
         num_mel_bins=sizes.num_mel_bins,
         max_source_positions=sizes.max_source_positions,
-        classifier_proj_size=sizes.classifier_proj_size,
-        id2label=dict(sizes.id2label),
-        label2id=dict(sizes.label2id),
     )
+    if transcribes:
+        model_config.task = MeftForConditionalGeneration.task
+        for name in MeftForConditionalGeneration.taken_from_base:
+            setattr(model_config, name, getattr(sizes, name))
+        return MeftForConditionalGeneration(model_config, base).train()
+    model_config.classifier_proj_size = sizes.classifier_proj_size
+    model_config.id2label, model_config.label2id = dict(sizes.id2label), dict(sizes.label2id)
     model = MeftModel(model_config, base)
     with torch.no_grad():
         for part in ("projector", "classifier"):

@@ -11,12 +11,11 @@ import torch
 from huggingface_hub import HfApi
 from transformers import PreTrainedModel
 
-from ..encoder.fingerprint import fingerprint
 from ..encoder.quantization import REVISION
 from ..errors import UserError
 from ..files import replacing, write_text
 from ..once import warn_once
-from .backbone import backbone_reference, write_backbone
+from .backbone import backbone_reference
 from .card import model_card
 
 
@@ -41,14 +40,14 @@ def save(
     # Where the backbone's own weights train, all of them are saved: which they came from does not matter.
     config.base_model_fingerprint = None
     if not model.meft_config.trains_backbone:
-        config.base_model_fingerprint = fingerprint(model.encoder)
+        config.base_model_fingerprint = model.fingerprint()
     config.quantization_revision = REVISION if model.encoder.quantization else None
     # The number format that was trained with, so that the scores come out the same after loading.
     config.meft = model.meft_config.to_dict() | {
         "backbone_dtype": str(model.encoder.dtype).removeprefix("torch.")
     }
     if save_backbone:
-        write_backbone(model.encoder, folder / "backbone")
+        model.write_backbone(folder / "backbone")
         config.base_model_name_or_path = "backbone"
     else:
         config.base_model_name_or_path = backbone_reference(model.config.base_model_name_or_path, folder)
@@ -61,6 +60,8 @@ def save(
         safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt"})
     if not (folder / "README.md").exists():
         write_text(folder / "README.md", model_card(config))
+    if getattr(model, "generation_config", None) is not None:
+        write_text(folder / "generation_config.json", model.generation_config.to_json_string())
     write_text(folder / "config.json", config.to_json_string())
 
 

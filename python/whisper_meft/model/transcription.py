@@ -1,0 +1,347 @@
+"""A frozen Whisper that transcribes, and a side network that corrects it, as one Hugging Face model."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForSpeechSeq2Seq, WhisperForConditionalGeneration
+from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
+from transformers.models.whisper.modeling_whisper import shift_tokens_right
+
+from meft_kernels import ops
+
+from ..decoder.chunked import decoded_in_chunks
+from ..decoder.corrected import CorrectedDecoder
+from ..decoder.frozen import FrozenDecoder
+from ..encoder.chunked import automatic_chunk, corrected_in_chunks
+from ..encoder.dtypes import parse_dtype
+from ..encoder.fingerprint import fingerprint
+from ..errors import UserError
+from ..files import write_text
+from ..methods import MeftConfig
+from ..padding import frames_with_sound
+from .backbone import write_whisper
+from .base import MeftBase, check_tensors
+from .config import MeftModelConfig
+from .merging import check_mergeable
+
+
+class MeftForConditionalGeneration(MeftBase):
+    """A frozen Whisper and a side network that corrects what its decoder hears, or what it writes.
+
+    Made by :func:`get_meft_model` or :meth:`from_pretrained`. ``side_network`` trains and is what is saved;
+    ``encoder`` and ``decoder`` are the frozen backbone. Before training it transcribes as the backbone does.
+
+    Args:
+        config: sizes and the method's options.
+        base: the model whose modules are used; shared, not copied.
+
+    Raises:
+        UserError: the options do not fit the backbone, or the method is not there for recognition.
+    """
+
+    task = "transcription"
+    base_class = WhisperForConditionalGeneration
+    # Of the backbone's config, the entries that Trainers and generation look for in a model's own.
+    taken_from_base = (
+        "decoder_layers",
+        "vocab_size",
+        "max_target_positions",
+        "is_encoder_decoder",
+        "pad_token_id",
+        "bos_token_id",
+        "eos_token_id",
+        "decoder_start_token_id",
+    )
+
+    def check_method(self) -> None:
+        config, options = self.config, self.meft_config
+        if not options.transcribes:
+            able = ", ".join(name for name, each in MeftConfig.methods().items() if each.transcribes)
+            raise UserError(f"method must be one of {able} for recognition, got {options.method!r}")
+        if options.max_frames == "longest":
+            raise UserError(
+                "max_frames must be 'fidelity' or a number for recognition, got 'longest': a clip's text "
+                "would depend on the other clips of its batch"
+            )
+        layers = config.num_hidden_layers if options.placement == "encoder" else config.decoder_layers
+        options.check_backbone(config.hidden_size, layers, config.max_source_positions)
+
+    def build(self, base: WhisperForConditionalGeneration, **place: Any) -> None:
+        config, options = self.config, self.meft_config
+        self.decoder = FrozenDecoder(base, parse_dtype(options.backbone_dtype))
+        sizes = {
+            "decoder_layers": self.decoder.num_layers,
+            "vocab_size": self.decoder.proj_out.weight.shape[0],
+        }
+        for name, found in sizes.items():
+            if getattr(config, name) != found:
+                raise UserError(
+                    f"the backbone does not fit the side network: {name} is {found} where "
+                    f"{getattr(config, name)} is needed"
+                )
+        layers = config.num_hidden_layers if options.placement == "encoder" else config.decoder_layers
+        self.side_network = options.build_correction(config.hidden_size, layers, **place)
+        self.generation_config = base.generation_config
+
+    def frozen_names(self) -> set[str]:
+        return super().frozen_names() | {f"decoder.{name}" for name in self.decoder.state_dict()}
+
+    def fingerprint(self) -> str:
+        return fingerprint(self.encoder) + fingerprint(self.decoder)
+
+    @property
+    def states_read(self) -> tuple[int, ...]:
+        """Not there for recognition yet.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(
+            "hidden states cannot be computed ahead for recognition yet: leave the feature cache out"
+        )
+
+    def set_attn_implementation(self, attn_implementation: str) -> None:
+        """Chooses the attention of both: ``"sdpa"``, ``"eager"`` or ``"flash_attention_2"``."""
+        super().set_attn_implementation(attn_implementation)
+        self.decoder.config._attn_implementation = attn_implementation
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        return True
+
+    def get_encoder(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """What generation takes for the encoder: called with ``input_features``, gives what the decoder
+        reads."""
+        return _Encoder(self)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.decoder.proj_out
+
+    def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
+        """What the decoder reads to predict ``labels`` (B, U): the start token, then all but the last."""
+        config = self.decoder.config
+        return shift_tokens_right(labels, config.pad_token_id, config.decoder_start_token_id)
+
+    def forward(
+        self,
+        input_features: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        encoder_outputs: Any = None,
+        labels: torch.Tensor | None = None,
+        return_dict: bool | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        return_logits: bool | None = None,
+        label_smoothing: float = 0.0,
+        **kwargs: Any,
+    ) -> Seq2SeqLMOutput | tuple[torch.Tensor, ...]:
+        """The mean cross-entropy of ``labels``, and the scores of every token of the vocabulary.
+
+        Args:
+            input_features: (B, mel bins, frames) log-mel from the backbone's feature extractor.
+            attention_mask: accepted and not read: Whisper hears padding as silence.
+            decoder_input_ids: (B, U) tokens that the decoder reads; unset are the labels, shifted.
+            decoder_attention_mask: (B, U), 0 for padding on the left of ``decoder_input_ids``.
+            encoder_outputs: in place of ``input_features``, what :meth:`get_encoder` gave, or its first entry
+                (B, T, D) in a tuple.
+            labels: (B, U) token numbers; -100 is skipped.
+            return_dict: ``False`` gives a tuple.
+            num_items_in_batch: what the summed loss is divided by, from Trainer; without it the labels that
+                count.
+            return_logits: whether to compute scores beside a loss, which does not need them; unset only in
+                evaluation mode.
+            label_smoothing: share of the loss's target that is spread over the vocabulary.
+            kwargs: ignored, for callers that pass options of other models.
+
+        Returns:
+            ``loss`` (a float32 scalar) if ``labels`` are given, and ``logits`` (B, U, vocabulary) unless they
+            are left out.
+
+        Raises:
+            UserError: wrong shape, dtype, device or label, more tokens than the decoder has positions, or
+                sound behind ``max_frames``.
+        """
+        check_tensors(
+            input_features=input_features,
+            attention_mask=attention_mask,
+            decoder_input_ids=decoder_input_ids,
+            decoder_attention_mask=decoder_attention_mask,
+            labels=labels,
+        )
+        if (input_features is None) == (encoder_outputs is None):
+            raise UserError("one of input_features and encoder_outputs is needed, and not both")
+        if labels is None and decoder_input_ids is None:
+            raise UserError("labels or decoder_input_ids are needed: to transcribe, call generate")
+        clips = len(input_features if encoder_outputs is None else encoder_outputs[0])
+        self._check_tokens(clips, labels=labels, decoder_input_ids=decoder_input_ids)
+        if decoder_input_ids is None:
+            decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+        elif labels is not None and labels.shape != decoder_input_ids.shape:
+            raise UserError(
+                f"labels must have the shape of decoder_input_ids, {tuple(decoder_input_ids.shape)}, got "
+                f"{tuple(labels.shape)}"
+            )
+        if encoder_outputs is None:
+            heard = self._heard(input_features)
+        else:
+            heard = iter((encoder_outputs[0],))
+        if self.meft_config.placement == "encoder":
+            output = decoded_in_chunks(self.decoder, decoder_input_ids, heard, decoder_attention_mask)
+        else:
+            output = self._corrected(decoder_input_ids, heard, decoder_attention_mask)
+        loss = None if labels is None else self._loss(output, labels, num_items_in_batch, label_smoothing)
+        logits = None
+        if labels is None or (not self.training if return_logits is None else return_logits):
+            with self.decoder.weights_as_they_are(output.device):
+                logits = self.decoder.proj_out(output)
+        if return_dict is False:
+            return tuple(each for each in (loss, logits) if each is not None)
+        return Seq2SeqLMOutput(loss=loss, logits=logits)
+
+    def generate(self, input_features: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        """Transcribes: Hugging Face's ``WhisperForConditionalGeneration.generate``, with all its arguments
+        (beams, language, timestamps, long form) and results.
+
+        Args:
+            input_features: (B, mel bins, frames). kwargs: see there; ``encoder_outputs`` are what
+                :meth:`get_encoder` gave.
+
+        Raises:
+            UserError: sound behind ``max_frames``.
+        """
+        corrected = self.meft_config.placement != "encoder"
+        decoder = CorrectedDecoder(self.decoder, self.side_network) if corrected else self.decoder
+        whisper = self.decoder.whisper(
+            _Encoder(self), decoder.whisper_decoder() if corrected else decoder.around()
+        )
+        whisper.generation_config = self.generation_config
+        with self.decoder.weights_as_they_are(self.encoder.conv1.weight.device):
+            return whisper.generate(input_features, **kwargs)
+
+    def _heard(self, features: torch.Tensor) -> Iterator[torch.Tensor]:
+        """What the decoder reads of the audio, (b, T, D) of some clips after the other."""
+        options, lengths = self.meft_config, None
+        if options.max_frames != "fidelity" and features.ndim == 3:
+            most = 2 * options.max_frames
+            if features.shape[2] > most and not torch.compiler.is_compiling() and len(features):
+                # Two frames more are the overlap of the last window with a clip that ends there.
+                heard = int(frames_with_sound(features).max())
+                if heard > most + 2:
+                    raise UserError(
+                        f"a clip has sound up to frame {heard} of its log-mel, max_frames "
+                        f"{options.max_frames} keeps {most} of them: its text would not be what is heard"
+                    )
+            features = features[..., :most]
+            lengths = torch.full(
+                (len(features),), (features.shape[2] + 1) // 2, dtype=torch.long, device=features.device
+            )
+        if options.placement == "encoder":
+            given = (self.encoder, self.side_network, features, lengths, options.chunk_size)
+            return corrected_in_chunks(*given, options.through_last_layer)
+        with torch.no_grad():
+            return iter((self._encoded(features, lengths),))
+
+    @torch.no_grad()
+    def _encoded(self, features: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
+        """The frozen encoder's own output (B, T, D)."""
+        size = self.meft_config.chunk_size
+        if size is None:
+            frames = (features.shape[-1] + 1) // 2
+            size = automatic_chunk(self.encoder, frames, features.device)
+        states = None
+        for states in self.encoder.stream(features, lengths, chunk_size=size, overwrite=True):  # noqa: B007
+            pass
+        return self.encoder.normed_output(states)
+
+    def _corrected(
+        self, input_ids: torch.Tensor, heard: Iterator[torch.Tensor], mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        decoder = CorrectedDecoder(self.decoder, self.side_network).whisper_decoder()
+        (heard,) = heard
+        return self.decoder.run(decoder, input_ids, heard, mask)
+
+    def _loss(
+        self,
+        output: torch.Tensor,
+        labels: torch.Tensor,
+        num_items_in_batch: torch.Tensor | int | None,
+        label_smoothing: float,
+    ) -> torch.Tensor:
+        labels = labels.to(output.device)
+        head = self.decoder.proj_out.weight
+        losses = ops.linear_cross_entropy(output, head, labels, label_smoothing)
+        if num_items_in_batch is None:
+            num_items_in_batch = (labels != -100).sum()
+        elif isinstance(num_items_in_batch, torch.Tensor):
+            num_items_in_batch = num_items_in_batch.to(output.device)
+        return losses.sum() / num_items_in_batch
+
+    def _check_tokens(self, clips: int, **arguments: torch.Tensor | None) -> None:
+        most, vocabulary = self.decoder.max_target_positions, self.decoder.proj_out.weight.shape[0]
+        for name, tokens in arguments.items():
+            if tokens is None:
+                continue
+            if tokens.ndim != 2 or len(tokens) != clips or tokens.dtype not in (torch.int32, torch.int64):
+                raise UserError(
+                    f"{name} must be token numbers of shape ({clips}, tokens), got {tuple(tokens.shape)} of "
+                    f"{tokens.dtype}"
+                )
+            if not 1 <= tokens.shape[1] <= most:
+                raise UserError(
+                    f"{name} must hold 1 to {most} tokens, the decoder's positions, got {tokens.shape[1]}"
+                )
+            # Only where looking at the values costs no wait for a device (fake tensors have no values).
+            readable = type(tokens) is torch.Tensor and tokens.device.type == "cpu"
+            if readable and not torch.compiler.is_compiling() and clips:
+                counted = tokens[tokens != -100] if name == "labels" else tokens
+                wrong = counted[(counted < 0) | (counted >= vocabulary)]
+                if len(wrong):
+                    raise UserError(
+                        f"{name} must lie in 0..{vocabulary - 1}, the vocabulary, got {int(wrong[0])}"
+                    )
+
+    def write_backbone(self, folder: str | os.PathLike) -> None:
+        config = type(self.decoder.config).from_dict(self.decoder.config.to_dict())
+        config.architectures = [type(self).base_class.__name__]
+        config.dtype = self.encoder.dtype
+        tensors = {f"model.encoder.{name}": t for name, t in self.encoder.backbone_state().items()}
+        tied = self.decoder.proj_out.weight is self.decoder.embed_tokens.weight
+        for name, tensor in self.decoder.state_dict().items():
+            if not name.startswith("proj_out."):
+                tensors[f"model.decoder.{name}"] = tensor
+            elif not tied:
+                tensors[name] = tensor
+        write_whisper(self.encoder, tensors, config, folder)
+        write_text(Path(folder) / "generation_config.json", self.generation_config.to_json_string())
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> WhisperForConditionalGeneration:
+        """Refused: a side network is none of the backbone's weights.
+
+        Raises:
+            UserError: always.
+        """
+        check_mergeable(self.meft_config)
+
+
+class _Encoder(nn.Module):
+    """A model's encoder and what corrects it, as generation calls an encoder."""
+
+    main_input_name = "input_features"
+
+    def __init__(self, model: MeftForConditionalGeneration):
+        super().__init__()
+        self.conv1, self.conv2 = model.encoder.conv1, model.encoder.conv2  # for their strides
+        self._model = (model,)  # no submodule of this one
+        self.config = model.encoder.config
+
+    def forward(self, input_features: torch.Tensor, **kwargs: Any) -> BaseModelOutput:
+        parts = list(self._model[0]._heard(input_features))
+        return BaseModelOutput(last_hidden_state=parts[0] if len(parts) == 1 else torch.cat(parts))
+
+
+AutoModelForSpeechSeq2Seq.register(MeftModelConfig, MeftForConditionalGeneration, exist_ok=True)

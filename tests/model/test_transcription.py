@@ -1,0 +1,644 @@
+"""MeftForConditionalGeneration: zero-shot start, causality, gradients, generation, saving and loading."""
+
+import copy
+import json
+
+import pytest
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from modelling_fixtures import CONFIGS, LAYERS, MELS, WINDOW, randomise, tiny_whisper, whisper_config
+from transformers import (
+    AutoModelForAudioClassification,
+    AutoModelForSpeechSeq2Seq,
+    GenerationConfig,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    WhisperForConditionalGeneration,
+)
+from whisper_meft import (
+    LoRAConfig,
+    LSTConfig,
+    MeftForConditionalGeneration,
+    MeftModel,
+    SHERLConfig,
+    UserError,
+    get_meft_model,
+)
+from whisper_meft.decoder import chunked as decoder_chunked
+from whisper_meft.encoder import chunked as encoder_chunked
+
+TOKENS, VOCABULARY = 7, 20
+METHODS = pytest.mark.parametrize("method", list(CONFIGS))
+PLACEMENTS = pytest.mark.parametrize("placement", ["encoder", "decoder"])
+
+
+def recogniser(seed=0, attn_implementation="sdpa", dtype=None, **changes) -> WhisperForConditionalGeneration:
+    torch.manual_seed(seed)
+    sizes = {"decoder_layers": 3, "max_target_positions": 16, "decoder_layerdrop": 0.5, **changes}
+    base = WhisperForConditionalGeneration._from_config(
+        whisper_config(**sizes), attn_implementation=attn_implementation
+    )
+    base.generation_config = GenerationConfig.from_model_config(base.config)
+    base.generation_config.max_length = 12
+    base.generation_config.no_timestamps_token_id = VOCABULARY - 1
+    return base if dtype is None else base.to(dtype)
+
+
+def model_of(method, placement, trained=True, base=None, dtype=None, **options):
+    config = CONFIGS[method](reduction_factor=4, placement=placement, **options)
+    model = get_meft_model(recogniser(dtype=dtype) if base is None else base, config)
+    return randomise(model) if trained else model
+
+
+def clips(size=3, seed=0, dtype=torch.float32):
+    """(input_features, labels), the labels of each clip but the first padded."""
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(size, MELS, 2 * WINDOW, generator=generator).to(dtype)
+    labels = torch.randint(4, VOCABULARY - 1, (size, TOKENS), generator=generator)
+    for i in range(1, size):
+        labels[i, TOKENS - i :] = -100
+    return features, labels
+
+
+def logits(model, features, ids, **options):
+    with torch.no_grad():
+        return model(features, decoder_input_ids=ids, **options).logits
+
+
+def ids_of(model, labels):
+    return model.prepare_decoder_input_ids_from_labels(labels)
+
+
+# ---------------------------------------------------------------- the start
+
+
+@METHODS
+@PLACEMENTS
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_step_0_is_the_backbone_bit_for_bit(method, placement, attention):
+    base = recogniser(attn_implementation=attention)
+    plain = copy.deepcopy(base).eval()
+    model = model_of(method, placement, trained=False, base=base).train()
+    features, labels = clips()
+    ids = ids_of(model, labels)
+    # Hugging Face's decoder, on what our encoder hears: that has kernels of its own.
+    if method == "sherl" and placement == "encoder":
+        *_, before_last, _ = model.encoder.stream(features)
+        heard = model.encoder.last_layer(before_last)
+    else:
+        *_, last = model.encoder.stream(features)
+        heard = model.encoder.layer_norm(last)
+    found = logits(model, features, ids)
+    assert torch.equal(found, logits(plain, None, ids, encoder_outputs=(heard,)))
+    torch.testing.assert_close(found, logits(plain, features, ids), rtol=1e-4, atol=1e-5)
+    loss = model(features, labels=labels).loss
+    torch.testing.assert_close(loss, plain(features, labels=labels).loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        model.generate(features, num_beams=3), plain.generate(features, num_beams=3), rtol=0, atol=0
+    )
+
+
+@METHODS
+@PLACEMENTS
+def test_a_step_changes_what_it_should_and_the_backbone_keeps_every_bit(method, placement):
+    base = recogniser()
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    model = model_of(method, placement, trained=False, base=base).train()
+    features, labels = clips()
+    start = model(features, labels=labels).loss
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(8):
+        optimizer.zero_grad()
+        model(features, labels=labels).loss.backward()
+        optimizer.step()
+    # Of SHERL the gate is open and flat at the start; UniPT's bias is none of its output's business.
+    still = {"side_network.gate.bias", "side_network.gate"}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and name not in still:
+            assert parameter.grad.any(), name
+    assert model(features, labels=labels).loss < start - 0.01
+    assert all(torch.equal(before[name], tensor) for name, tensor in base.state_dict().items())
+
+
+# ---------------------------------------------------------------- what sees what
+
+
+@METHODS
+@PLACEMENTS
+def test_no_logit_sees_the_tokens_behind_it(method, placement):
+    model = model_of(method, placement).eval()
+    features, labels = clips()
+    ids = ids_of(model, labels)
+    whole = logits(model, features, ids)
+    for token in range(1, TOKENS):
+        changed = ids.clone()
+        changed[:, token] = (changed[:, token] + 5) % (VOCABULARY - 1)
+        other = logits(model, features, changed)
+        assert torch.equal(other[:, :token], whole[:, :token])
+        assert not torch.allclose(other[:, token:], whole[:, token:])
+
+
+@METHODS
+@PLACEMENTS
+def test_neighbours_and_padding_change_nothing(method, placement):
+    model = model_of(method, placement, dtype=torch.float64).eval()
+    features, labels = clips(dtype=torch.float64)
+    ids = ids_of(model, labels)
+    whole, loss = logits(model, features, ids), model(features, labels=labels).loss
+    losses = []
+    for i in range(len(ids)):
+        counted = int((labels[i] != -100).sum())
+        alone = logits(model, features[i : i + 1], ids[i : i + 1, :counted])
+        torch.testing.assert_close(alone[0], whole[i, :counted], rtol=1e-9, atol=1e-10)
+        one = model(features[i : i + 1], labels=labels[i : i + 1, :counted], num_items_in_batch=1)
+        losses.append(one.loss)
+    torch.testing.assert_close(sum(losses) / (labels != -100).sum(), loss, rtol=1e-9, atol=1e-10)
+
+
+@METHODS
+@PLACEMENTS
+def test_tokens_padded_on_the_left_are_not_looked_at(method, placement):
+    """As long-form generation pads the texts so far of several recordings."""
+    model = model_of(method, placement, dtype=torch.float64).eval()
+    features, labels = clips(dtype=torch.float64)
+    ids = ids_of(model, labels)
+    ids = torch.cat([torch.full((3, 2), 7), ids], 1)
+    mask = torch.arange(ids.shape[1]).expand(3, -1) >= 2
+    whole = logits(model, features, ids, decoder_attention_mask=mask.long())
+    ids[:, :2] = torch.tensor([11, 4])
+    other = logits(model, features, ids, decoder_attention_mask=mask.long())
+    torch.testing.assert_close(other[:, 2:], whole[:, 2:], rtol=1e-9, atol=1e-10)
+
+
+# ---------------------------------------------------------------- generation
+
+
+@METHODS
+@PLACEMENTS
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}])
+def test_generation_with_caches_is_that_without(method, placement, options):
+    model = model_of(method, placement, dtype=torch.float64).eval()
+    features, _ = clips(dtype=torch.float64)
+    with_cache = model.generate(features, **options)
+    assert torch.equal(with_cache, model.generate(features, use_cache=False, **options))
+    plain = recogniser(dtype=torch.float64).eval().generate(features, **options)
+    assert with_cache.shape != plain.shape or not torch.equal(with_cache, plain)
+
+
+@METHODS
+@PLACEMENTS
+def test_greedy_generation_follows_the_logits(method, placement):
+    model = model_of(method, placement, dtype=torch.float64).eval()
+    features, _ = clips(dtype=torch.float64)
+    found = model.generate(features, suppress_tokens=[], begin_suppress_tokens=[])
+    ids = torch.tensor([[model.decoder.config.decoder_start_token_id, VOCABULARY - 1]]).repeat(3, 1)
+    for step in range(found.shape[1]):
+        best = logits(model, features, ids)[:, -1].argmax(-1)
+        going = (found[:, :step] != 2).all(1)  # not ended yet
+        assert torch.equal(best[going], found[going, step])
+        ids = torch.cat([ids, found[:, step : step + 1]], 1)
+
+
+@METHODS
+@PLACEMENTS
+def test_generation_from_encoder_outputs(method, placement):
+    model = model_of(method, placement).eval()
+    features, labels = clips()
+    heard = model.get_encoder()(features)
+    assert torch.equal(model.generate(encoder_outputs=heard), model.generate(features))
+    ids = ids_of(model, labels)
+    assert torch.equal(logits(model, None, ids, encoder_outputs=heard), logits(model, features, ids))
+
+
+# ---------------------------------------------------------------- gradients, against a plain reimplementation
+
+
+def normed(x, weights, prefix):
+    return F.layer_norm(x, x.shape[-1:], weights[f"{prefix}.weight"], weights[f"{prefix}.bias"], 1e-5)
+
+
+def linear(x, weights, prefix):
+    return F.linear(x, weights[f"{prefix}.weight"], weights[f"{prefix}.bias"])
+
+
+def mlp(x, weights, prefix):
+    hidden = F.gelu(linear(normed(x, weights, f"{prefix}.norm"), weights, f"{prefix}.linear_1"))
+    return linear(hidden, weights, f"{prefix}.linear_2")
+
+
+def lst_state(weights, states):
+    def down(i):
+        return linear(normed(states[i], weights, f"down.{i}.norm"), weights, f"down.{i}.linear")
+
+    state = down(0)
+    for i in range(1, len(states)):
+        gate = torch.sigmoid(weights[f"rungs.{i - 1}.gate"] / 0.1)
+        state = gate * state + (1 - gate) * down(i)
+        state = state + mlp(state, weights, f"rungs.{i - 1}")
+    return state
+
+
+def unipt_state(weights, states, causal):
+    *features, anchor = (
+        linear(normed(state, weights, f"down.{i}.norm"), weights, f"down.{i}.linear")
+        for i, state in enumerate(states)
+    )
+    merged, confidence = [], []
+    for feature in features:
+        scores = torch.relu(anchor @ feature.mT)
+        scores = scores.tril() if causal else scores
+        merged.append(scores / (scores.sum(-1, keepdim=True) + 1e-7) @ feature + feature)
+        product = anchor * feature if causal else (anchor.mean(1) * feature.mean(1))[:, None]
+        confidence.append(linear(product, weights, "gate"))
+    mixed = (torch.stack(confidence).softmax(0) * torch.stack(merged)).sum(0)
+    return anchor + mlp(mixed, weights, "adapter")
+
+
+def sherl_input(weights, states):
+    gated = []
+    for i, state in enumerate(states):
+        p = torch.relu(linear(state, weights, f"down.{i}.linear_1"))
+        z = linear(p, weights, f"down.{i}.linear_2") + p
+        gated.append(z * torch.sigmoid(linear(p, weights, f"down.{i}.linear_3")))
+    *shallow, deep = gated
+    directions = [z / (z.norm(dim=-1, keepdim=True) + 1e-6) for z in shallow]
+    pulls = []
+    for z, direction in zip(shallow, directions):
+        rho = sum(torch.relu((direction * other).sum(-1, keepdim=True)) for other in directions)
+        pull = torch.relu(linear(z * deep, weights, "guide"))
+        pulls.append(torch.where(rho > 0, pull / rho.clamp(min=1e-30), 0))
+    total = sum(pull.abs() for pull in pulls) + 1e-6
+    y = sum(pull / total * z for pull, z in zip(pulls, shallow)) + deep
+    return linear(torch.relu(y), weights, "out") + torch.tanh(weights["gate"] / 0.1) * states[-1]
+
+
+def raw_states(layers, run):
+    """What each of Hugging Face's layers takes while ``run`` runs, and what the last one gives."""
+    seen = []
+    hooks = [layer.register_forward_pre_hook(lambda _, given: seen.append(given[0])) for layer in layers]
+    hooks.append(layers[-1].register_forward_hook(lambda _, given, out: seen.append(out)))
+    run()
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def plain_loss(base, method, placement, weights, features, labels):
+    """The whole model written with Hugging Face's modules and formulas, for autograd."""
+    encoder, decoder = base.model.encoder, base.model.decoder
+    states = raw_states(encoder.layers, lambda: encoder(features))
+    up = "up.norm", "up.linear"
+    if placement == "encoder" and method == "sherl":
+        heard = encoder.layer_norm(encoder.layers[-1](sherl_input(weights, states[:-1]), None))
+    else:
+        heard = encoder.layer_norm(states[-1])
+        if placement == "encoder":
+            state = (
+                lst_state(weights, states) if method == "lst" else unipt_state(weights, states, causal=False)
+            )
+            heard = heard + linear(normed(state, weights, up[0]), weights, up[1])
+    ids = ids_of_plain(base, labels)
+
+    def run():
+        return decoder(input_ids=ids, encoder_hidden_states=heard, use_cache=False).last_hidden_state
+
+    if placement == "encoder":
+        output = run()
+    elif method == "sherl":
+        states = raw_states(decoder.layers, run)[:-1]
+        mask = torch.full((ids.shape[1],) * 2, -1e300, dtype=heard.dtype).triu(1)[None, None]
+        output = decoder.layer_norm(
+            decoder.layers[-1](sherl_input(weights, states), mask, heard, use_cache=False)
+        )
+    else:
+        states = raw_states(decoder.layers, run)
+        state = lst_state(weights, states) if method == "lst" else unipt_state(weights, states, causal=True)
+        output = decoder.layer_norm(states[-1]) + linear(normed(state, weights, up[0]), weights, up[1])
+    return F.cross_entropy(base.proj_out(output).flatten(0, 1), labels.flatten())
+
+
+def ids_of_plain(base, labels):
+    ids = labels.new_full(labels.shape, base.config.decoder_start_token_id)
+    ids[:, 1:] = labels[:, :-1].masked_fill(labels[:, :-1] == -100, base.config.pad_token_id)
+    return ids
+
+
+@METHODS
+@PLACEMENTS
+@pytest.mark.parametrize("small", [False, True], ids=["kept", "recomputed"])
+def test_every_gradient_is_that_of_a_plain_reimplementation(method, placement, small, monkeypatch):
+    if small:  # every layer computed again, one clip at a time, also of the encoder
+        monkeypatch.setattr(decoder_chunked, "_KEPT_BYTES", 0)
+        monkeypatch.setitem(decoder_chunked._LAYER_BYTES, "cpu", 1)
+        monkeypatch.setattr(encoder_chunked, "_KEPT_BYTES", 0)
+        monkeypatch.setitem(encoder_chunked._INNER_ELEMENTS, "cpu", 1)
+    base = recogniser(dtype=torch.float64).eval()
+    model = model_of(method, placement, base=copy.deepcopy(base))
+    if method == "sherl":  # whose gate is too far open for a gradient
+        torch.nn.init.constant_(model.side_network.gate, 0.05)
+    features, labels = clips(dtype=torch.float64)
+    weights = {
+        name: tensor.detach().double().requires_grad_()
+        for name, tensor in model.side_network.named_parameters()
+    }
+    model.side_network.double()
+    truth = plain_loss(base, method, placement, weights, features, labels)
+    gradients = torch.autograd.grad(truth, list(weights.values()), allow_unused=True)
+    loss = model.train()(features, labels=labels).loss
+    loss.backward()
+    torch.testing.assert_close(loss, truth, rtol=1e-9, atol=1e-10)
+    for (name, parameter), expected in zip(model.side_network.named_parameters(), gradients):
+        if name == "gate.bias":  # zero, but for rounding
+            assert parameter.grad is None or parameter.grad.abs().max() < 1e-9
+            continue
+        assert expected is not None and expected.any(), name
+        torch.testing.assert_close(parameter.grad, expected, rtol=1e-6, atol=1e-9, msg=name)
+
+
+def test_recomputing_keeps_less():
+    def kept(limit):
+        model = model_of("lst", "encoder", base=recogniser(max_source_positions=WINDOW)).train()
+        features, labels = clips()
+        saved = {}
+
+        def note(tensor):
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        before = decoder_chunked._KEPT_BYTES
+        decoder_chunked._KEPT_BYTES = limit
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+                model(features, labels=labels)
+        finally:
+            decoder_chunked._KEPT_BYTES = before
+        own = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
+        return sum(size for place, size in saved.items() if place not in own)
+
+    assert kept(0) < 0.8 * kept(2**28)
+
+
+# ---------------------------------------------------------------- number formats
+
+
+@PLACEMENTS
+@METHODS
+def test_a_backbone_in_half_precision(method, placement):
+    model = model_of(method, placement, backbone_dtype="bfloat16").train()
+    assert model.encoder.dtype == model.decoder.dtype == torch.bfloat16
+    assert model.decoder.proj_out.weight is model.decoder.embed_tokens.weight
+    assert all(p.dtype == torch.float32 for p in model.side_network.parameters())
+    features, labels = clips()
+    for autocast in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            loss = model(features, labels=labels).loss
+        loss.backward()
+        assert loss.dtype == torch.float32 and loss.isfinite()
+    whole = model_of(method, placement)
+    assert abs(loss - whole(features, labels=labels).loss) < 0.1 * loss
+    assert model.generate(features).shape[0] == 3
+
+
+@PLACEMENTS
+def test_autocast_of_a_float32_backbone(placement):
+    model = model_of("lst", placement).train()
+    features, labels = clips()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(features, labels=labels).loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.side_network.parameters())
+
+
+# ---------------------------------------------------------------- saving and loading
+
+
+@pytest.fixture(scope="module")
+def backbone_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whisper")
+    recogniser().save_pretrained(folder)
+    return folder
+
+
+def loaded(folder):
+    return WhisperForConditionalGeneration.from_pretrained(folder)
+
+
+@METHODS
+@PLACEMENTS
+def test_save_and_load(method, placement, backbone_folder, tmp_path):
+    model = model_of(method, placement, base=loaded(backbone_folder)).eval()
+    model.generation_config.max_length = 9
+    model.save_pretrained(tmp_path)
+    tensors = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    assert {name.split(".")[0] for name in tensors} == {"side_network"}
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["task"] == "transcription" and config["architectures"] == ["MeftForConditionalGeneration"]
+    features, labels = clips()
+    for cls in (MeftForConditionalGeneration, AutoModelForSpeechSeq2Seq):
+        again = cls.from_pretrained(tmp_path)
+        assert type(again) is MeftForConditionalGeneration and not again.training
+        assert torch.equal(again(features, labels=labels).logits, model(features, labels=labels).logits)
+        assert torch.equal(again.generate(features), model.generate(features))
+        assert again.generation_config.max_length == 9
+    assert "automatic-speech-recognition" in (tmp_path / "README.md").read_text()
+
+
+@PLACEMENTS
+def test_a_self_contained_folder(placement, backbone_folder, tmp_path):
+    model = model_of("lst", placement, base=loaded(backbone_folder)).eval()
+    model.save_pretrained(tmp_path / "saved", save_backbone=True)
+    (tmp_path / "saved").rename(tmp_path / "moved")
+    again = MeftForConditionalGeneration.from_pretrained(tmp_path / "moved")
+    features, labels = clips()
+    assert torch.equal(again(features, labels=labels).logits, model(features, labels=labels).logits)
+    plain = WhisperForConditionalGeneration.from_pretrained(tmp_path / "moved" / "backbone")
+    expected = loaded(backbone_folder).state_dict()
+    assert all(torch.equal(expected[name], tensor) for name, tensor in plain.state_dict().items())
+
+
+def test_the_wrong_class_is_named(backbone_folder, tmp_path):
+    model_of("lst", "encoder", base=loaded(backbone_folder)).save_pretrained(tmp_path / "hears")
+    with pytest.raises(UserError, match="for transcription, MeftModel is for classification: load it by"):
+        MeftModel.from_pretrained(tmp_path / "hears")
+    with pytest.raises(UserError, match="load it by MeftForConditionalGeneration"):
+        AutoModelForAudioClassification.from_pretrained(tmp_path / "hears")
+    get_meft_model(tiny_whisper(), LSTConfig()).save_pretrained(tmp_path / "names", save_backbone=True)
+    with pytest.raises(UserError, match="for classification, .* load it by MeftModel"):
+        MeftForConditionalGeneration.from_pretrained(tmp_path / "names")
+    with pytest.raises(UserError, match="backbone must be a WhisperForConditionalGeneration, got"):
+        MeftForConditionalGeneration.from_pretrained(tmp_path / "hears", backbone=tiny_whisper())
+
+
+def test_another_decoder_is_noticed(backbone_folder, tmp_path):
+    model_of("lst", "encoder", base=loaded(backbone_folder)).save_pretrained(tmp_path)
+    other = loaded(backbone_folder)
+    with torch.no_grad():
+        for parameter in other.model.decoder.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    with pytest.warns(UserWarning, match="has other weights than the one"):
+        MeftForConditionalGeneration.from_pretrained(tmp_path, backbone=other)
+
+
+def test_a_backbone_without_a_decoder_is_named(tmp_path):
+    model = get_meft_model(tiny_whisper(), LSTConfig())
+    model.save_pretrained(tmp_path / "encoder", save_backbone=True)
+    model_of("lst", "encoder").save_pretrained(tmp_path / "saved", save_backbone=True)
+    with pytest.raises(UserError, match="backbone: .* lacks .* tensors"):
+        MeftForConditionalGeneration.from_pretrained(
+            tmp_path / "saved", backbone=tmp_path / "encoder" / "backbone"
+        )
+
+
+def test_copies():
+    model = model_of("unipt", "decoder").eval()
+    features, labels = clips()
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(features, labels=labels).logits, model(features, labels=labels).logits)
+    with torch.no_grad():
+        twin.side_network.up.linear.weight.zero_()
+        twin.decoder.layer_norm.weight.zero_()
+    assert torch.equal(model.generate(features), copy.deepcopy(model).generate(features))
+    assert not torch.equal(twin(features, labels=labels).logits, model(features, labels=labels).logits)
+
+
+# ---------------------------------------------------------------- options and inputs
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (LoRAConfig(), "method must be one of lst, unipt, sherl for recognition, got 'lora'"),
+        (LSTConfig(max_frames="longest"), "max_frames must be 'fidelity' or a number for recognition"),
+        (LSTConfig(max_frames=WINDOW + 1), f"max_frames must be at most {WINDOW}"),
+        (LSTConfig(layers=[LAYERS + 3]), r"layers must lie in 1..3"),
+        (LSTConfig(placement="decoder", layers=[4]), r"layers must lie in 1..3"),
+    ],
+)
+def test_options_that_do_not_fit(config, message):
+    with pytest.raises(UserError, match=message):
+        get_meft_model(
+            recogniser(encoder_layers=5)
+            if "lie" in message and config.placement == "decoder"
+            else recogniser(),
+            config,
+        )
+
+
+def test_placements_are_for_recognition():
+    with pytest.raises(UserError, match="placement must be 'encoder' or 'decoder', got 'side'"):
+        LSTConfig(placement="side")
+    with pytest.raises(UserError, match="placement must be 'encoder' for classification"):
+        get_meft_model(tiny_whisper(), LSTConfig(placement="decoder"))
+    with pytest.raises(UserError, match="start must be None, 'published' or 'zero_shot', got 'random'"):
+        SHERLConfig(start="random")
+
+
+def test_where_sherl_starts():
+    features, labels = clips()
+    zero_shot = model_of("sherl", "encoder", trained=False)
+    assert zero_shot.side_network.gate == 2 and not zero_shot.side_network.out.weight.any()
+    published = model_of("sherl", "encoder", trained=False, start="published")
+    assert published.side_network.gate == 0 and published.side_network.out.weight.any()
+    assert get_meft_model(tiny_whisper(), SHERLConfig()).side_network.gate == 0
+    assert get_meft_model(tiny_whisper(), SHERLConfig(start="zero_shot")).side_network.gate == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"labels": None}, "labels or decoder_input_ids are needed: to transcribe, call generate"),
+        ({"input_features": None}, "one of input_features and encoder_outputs is needed"),
+        ({"labels": torch.full((3, 4), VOCABULARY)}, r"labels must lie in 0..19, the vocabulary, got 20"),
+        ({"labels": torch.full((3, 4), -1)}, r"labels must lie in 0..19, the vocabulary, got -1"),
+        ({"labels": torch.full((3, 17), 4)}, "labels must hold 1 to 16 tokens"),
+        ({"labels": torch.full((2, 4), 4)}, r"labels must be token numbers of shape \(3, tokens\)"),
+        ({"labels": torch.ones(3, 4)}, "labels must be token numbers"),
+        ({"labels": [[4]]}, "labels must be a torch.Tensor"),
+        ({"decoder_input_ids": torch.full((3, 2), 4)}, "labels must have the shape of decoder_input_ids"),
+        ({"input_features": torch.zeros(3, MELS, 9)}, "input_features must have 48 frames"),
+    ],
+)
+def test_bad_inputs_are_named(changes, message):
+    features, labels = clips()
+    with pytest.raises(UserError, match=message):
+        model_of("lst", "encoder")(**{"input_features": features, "labels": labels, **changes})
+
+
+@PLACEMENTS
+def test_a_shorter_window(placement):
+    model = model_of("lst", placement, max_frames=10, dtype=torch.float64).eval()
+    features, labels = clips(dtype=torch.float64)
+    with pytest.raises(
+        UserError, match="a clip has sound up to frame 48 of its log-mel, max_frames 10 keeps 20"
+    ):
+        model(features, labels=labels)
+    with pytest.raises(UserError, match="a clip has sound up to frame 48"):
+        model.generate(features)
+    features[..., 20:] = -1.5
+    ids = ids_of(model, labels)
+    assert torch.equal(logits(model, features, ids), logits(model, features[..., :20], ids))
+    heard = model.get_encoder()(features).last_hidden_state
+    assert heard.shape[1] == 10 and model.generate(features).shape[0] == 3
+
+
+def test_smoothed_labels_and_logits_on_demand():
+    model = model_of("lst", "encoder").train()
+    features, labels = clips()
+    found = model(features, labels=labels, label_smoothing=0.2)
+    assert found.logits is None
+    whole = model(features, labels=labels, return_logits=True).logits
+    expected = F.cross_entropy(whole.flatten(0, 1), labels.flatten(), label_smoothing=0.2)
+    torch.testing.assert_close(found.loss, expected, rtol=1e-5, atol=1e-6)
+    assert len(model(features, labels=labels, return_dict=False)) == 1
+    assert model.eval()(features, labels=labels, return_logits=False).logits is None
+
+
+class Spoken(torch.utils.data.Dataset):
+    """Clips whose text is a constant added to some mel bins."""
+
+    def __init__(self, size=12):
+        generator = torch.Generator().manual_seed(0)
+        self.features = torch.randn(size, MELS, 2 * WINDOW, generator=generator)
+        self.words = torch.arange(size) % 3
+        for i, word in enumerate(self.words):
+            self.features[i, word * 3 : word * 3 + 3] += 2
+
+    def __len__(self):
+        return len(self.words)
+
+    def __getitem__(self, i):
+        word = int(self.words[i])
+        return {"input_features": self.features[i], "labels": torch.tensor([5 + word, 9 + word, 2])}
+
+
+@PLACEMENTS
+def test_a_stock_seq2seq_trainer_trains_and_generates(placement, tmp_path):
+    model = model_of("lst", placement, trained=False)
+    arguments = Seq2SeqTrainingArguments(
+        tmp_path,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        num_train_epochs=3,
+        learning_rate=1e-2,
+        predict_with_generate=True,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        logging_strategy="epoch",
+        report_to=[],
+        use_cpu=True,
+    )
+    generated = []
+
+    def score(prediction):
+        generated.append(prediction.predictions.shape)
+        return {"tokens": float(prediction.predictions.shape[1])}
+
+    trainer = Seq2SeqTrainer(
+        model, arguments, train_dataset=Spoken(), eval_dataset=Spoken(4), compute_metrics=score
+    )
+    trainer.train()
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert losses[-1] < losses[0] and len(generated) == 3 and generated[0][0] == 4
+    checkpoint = max(tmp_path.glob("checkpoint-*"))
+    saved = safetensors.torch.load_file(checkpoint / "model.safetensors")
+    assert set(saved) == {f"side_network.{name}" for name in model.side_network.state_dict()}
