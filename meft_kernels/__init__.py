@@ -7,9 +7,19 @@
 
 from . import ops, reference
 from .modules import LST, SHERL, CausalUniPT, UniPT
-from .ops import use_backend
+from .ops import linear_cross_entropy, use_backend
 from .reference import HiddenState
 
 __version__ = "0.1.0"
 
-__all__ = ["CausalUniPT", "LST", "HiddenState", "SHERL", "UniPT", "ops", "reference", "use_backend"]
+__all__ = [
+    "CausalUniPT",
+    "HiddenState",
+    "LST",
+    "SHERL",
+    "UniPT",
+    "linear_cross_entropy",
+    "ops",
+    "reference",
+    "use_backend",
+]

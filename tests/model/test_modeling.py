@@ -119,7 +119,9 @@ def test_options_that_do_not_fit_the_backbone(config, changes, message):
 
 
 def test_get_meft_model_checks_its_arguments():
-    with pytest.raises(UserError, match="base must be a WhisperForAudioClassification, got Linear"):
+    with pytest.raises(
+        UserError, match="base must be a WhisperForAudioClassification or a WhisperFor.*, got Linear"
+    ):
         get_meft_model(torch.nn.Linear(2, 2), LSTConfig())
     with pytest.raises(UserError, match="config must be LSTConfig"):
         get_meft_model(tiny_whisper(), {"method": "lst"})

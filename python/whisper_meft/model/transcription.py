@@ -11,7 +11,7 @@ from transformers import AutoModelForSpeechSeq2Seq, WhisperForConditionalGenerat
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.models.whisper.modeling_whisper import shift_tokens_right
 
-from meft_kernels import ops
+from meft_kernels import linear_cross_entropy
 
 from ..decoder.chunked import decoded_in_chunks
 from ..decoder.corrected import CorrectedDecoder
@@ -274,7 +274,7 @@ class MeftForConditionalGeneration(MeftBase):
     ) -> torch.Tensor:
         labels = labels.to(output.device)
         head = self.decoder.proj_out.weight
-        losses = ops.linear_cross_entropy(output, head, labels, label_smoothing)
+        losses = linear_cross_entropy(output, head, labels, label_smoothing)
         if num_items_in_batch is None:
             num_items_in_batch = (labels != -100).sum()
         elif isinstance(num_items_in_batch, torch.Tensor):
