@@ -6,9 +6,9 @@
 """
 
 from . import ops, reference
-from .modules import LST, SHERL, CausalUniPT, UniPT
+from .modules import LST, SHERL, CausalUniPT, LadderDecoder, LadderMemory, UniPT
 from .ops import linear_cross_entropy, use_backend
-from .reference import HiddenState
+from .reference import HiddenState, LadderPair
 
 __version__ = "0.1.0"
 
@@ -16,6 +16,9 @@ __all__ = [
     "CausalUniPT",
     "HiddenState",
     "LST",
+    "LadderDecoder",
+    "LadderMemory",
+    "LadderPair",
     "SHERL",
     "UniPT",
     "linear_cross_entropy",

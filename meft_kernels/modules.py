@@ -76,6 +76,22 @@ class LST(_Folded, reference.LST):
         return state
 
 
+class LadderMemory(LST, reference.LadderMemory):
+    __doc__ = reference.LadderMemory.__doc__
+
+
+class LadderDecoder(reference.LadderDecoder):
+    __doc__ = reference.LadderDecoder.__doc__
+
+    def project(self, index: int, hidden_state: Tensor) -> Tensor:
+        """D_i, (B, U, r)."""
+        return ops.norm_linear(hidden_state, *norm_linear_params(self.down[index]))
+
+    def adapt(self, rung: torch.nn.Module, state: Tensor) -> Tensor:
+        """W2 gelu(W1 LN(m) + b1) + b2, (B, U, r)."""
+        return ops.adapter(state, *adapter_params(rung))
+
+
 class UniPT(_Folded, reference.UniPT):
     __doc__ = reference.UniPT.__doc__
 

@@ -17,14 +17,19 @@ from . import (
     norm_linear,
     pooled_upsample,
     relu_attention,
+    side_decoder,
 )
 from .common import accumulation_dtype, row_statistics
 from .modules import LST, SAVED_ACTIVATIONS, SHERL, SHERL_STARTS, CausalUniPT, HiddenState, UniPT
+from .side_decoder import LadderDecoder, LadderMemory, LadderPair
 
 __all__ = [
     "CausalUniPT",
     "HiddenState",
     "LST",
+    "LadderDecoder",
+    "LadderMemory",
+    "LadderPair",
     "SAVED_ACTIVATIONS",
     "SHERL",
     "SHERL_STARTS",
@@ -41,5 +46,6 @@ __all__ = [
     "norm_linear",
     "pooled_upsample",
     "relu_attention",
+    "side_decoder",
     "row_statistics",
 ]

@@ -136,3 +136,107 @@ def test_sherl_that_starts_at_zero_shot(package):
     assert side.out.weight.grad.norm() > 0
     with pytest.raises(ValueError, match="start must be 'published' or 'even' or 'zero_shot', got 'open'"):
         package.SHERL(WIDTH, LAYERS, FACTOR, start="open")
+
+
+# ---------------------------------------------------------------- a ladder that hears, and one that writes
+
+
+def pair(package, trained=True):
+    torch.manual_seed(0)
+    place = {"adapter_dim": 10, "dtype": torch.float64}
+    memory, decoder = (
+        package.LadderMemory(WIDE, 2, 2, **place),
+        package.LadderDecoder(WIDE, LAYERS, 2, **place),
+    )
+    if trained:
+        with torch.no_grad():
+            for parameter in (*memory.parameters(), *decoder.parameters()):
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    return memory, decoder
+
+
+WIDE = 128  # two heads at half of it
+
+
+def wide_states(tokens, number, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(2, tokens, WIDE, generator=generator, dtype=torch.float64) for _ in range(number)]
+
+
+def written(decoder, states, heard, **options):
+    return decoder.widen(decoder.state(states, None, heard, **options))
+
+
+@PACKAGES
+def test_a_pair_starts_at_zero(package):
+    memory, decoder = pair(package, trained=False)
+    heard, states = memory(wide_states(11, 3, 1)), wide_states(5, LAYERS + 1, 2)
+    assert heard.shape == (2, 11, WIDE // 2) and memory.up is None
+    out = written(decoder, states, heard)
+    assert out.shape == (2, 5, WIDE) and not out.any()
+    with pytest.raises(ValueError, match="memory must be the encoder ladder's output"):
+        decoder(states)
+    with pytest.raises(ValueError, match="correction must be False"):
+        package.LadderMemory(WIDE, 2, correction=True)
+
+
+@PACKAGES
+@pytest.mark.parametrize(("size", "heads"), [(8, 1), (48, 1), (64, 2), (80, 2), (96, 3), (100, 2), (160, 5)])
+def test_heads_are_of_about_32(package, size, heads):
+    attention = reference.side_decoder.SideAttention(size, dtype=torch.float64)
+    assert attention.heads == heads
+    x = torch.randn(2, 6, size, dtype=torch.float64)
+    theirs = torch.nn.MultiheadAttention(size, heads, batch_first=True, dtype=torch.float64)
+    with torch.no_grad():
+        parts = attention.query, attention.key, attention.value
+        theirs.in_proj_weight.copy_(torch.cat([part.weight for part in parts]))
+        biases = [attention.query.bias, torch.zeros(size), attention.value.bias]
+        theirs.in_proj_bias.copy_(torch.cat(biases))
+        theirs.out_proj.weight.copy_(attention.out.weight)
+        theirs.out_proj.bias.copy_(attention.out.bias)
+    keys, values = (attention.split(x, part) for part in (attention.key, attention.value))
+    torch.testing.assert_close(attention.attend(x, keys, values, None), theirs(x, x, x)[0])
+
+
+def test_a_pair_on_the_ops_is_the_readable_one():
+    results = []
+    for package in (meft_kernels, reference):
+        memory, decoder = pair(package)
+        out = written(decoder, wide_states(5, LAYERS + 1, 2), memory(wide_states(11, 3, 1)))
+        out.backward(torch.ones_like(out).cumsum(-1))
+        results.append([out.detach(), *(p.grad for p in (*memory.parameters(), *decoder.parameters()))])
+    for ours, theirs in zip(*results):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-7)
+
+
+@PACKAGES
+def test_a_pair_writes_causally_and_the_same_with_a_cache(package):
+    memory, decoder = pair(package)
+    heard, states = memory(wide_states(11, 3, 1)), wide_states(6, LAYERS + 1, 2)
+    whole = written(decoder, states, heard)
+    changed = [state.clone() for state in states]
+    for state in changed:
+        state[:, 4:] = torch.randn_like(state[:, 4:])
+    assert torch.equal(written(decoder, changed, heard)[:, :4], whole[:, :4])
+    kept = {}
+
+    def cache(rung, listens, make):
+        if listens:
+            return kept.setdefault((rung, listens), make())
+        before = kept.get((rung, listens))
+        now = make()
+        kept[rung, listens] = (
+            now if before is None else tuple(torch.cat(each, 2) for each in zip(before, now))
+        )
+        return kept[rung, listens]
+
+    parts = [
+        written(decoder, [state[:, part] for state in states], heard, cache=cache)
+        for part in (slice(0, 3), slice(3, 4), slice(4, 6))
+    ]
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-10, atol=1e-11)
+    valid = torch.arange(6).expand(2, 6) >= 2
+    short = written(decoder, [state[:, 2:] for state in states], heard)
+    padded = written(decoder, states, heard, valid=valid)
+    torch.testing.assert_close(padded[:, 2:], short, rtol=1e-10, atol=1e-11)
+    assert padded.isfinite().all()

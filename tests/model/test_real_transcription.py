@@ -17,7 +17,13 @@ pytestmark = [
 
 MODELS = pytest.mark.parametrize(
     ("config", "placement"),
-    [(LSTConfig, "encoder"), (UniPTConfig, "decoder"), (SHERLConfig, "encoder"), (SHERLConfig, "decoder")],
+    [
+        (LSTConfig, "encoder"),
+        (LSTConfig, "both"),
+        (UniPTConfig, "decoder"),
+        (SHERLConfig, "encoder"),
+        (SHERLConfig, "decoder"),
+    ],
 )
 
 

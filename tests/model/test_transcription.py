@@ -22,6 +22,7 @@ from whisper_meft import (
     MeftForConditionalGeneration,
     MeftModel,
     SHERLConfig,
+    UniPTConfig,
     UserError,
     get_meft_model,
 )
@@ -31,6 +32,11 @@ from whisper_meft.encoder import chunked as encoder_chunked
 TOKENS, VOCABULARY = 7, 20
 METHODS = pytest.mark.parametrize("method", list(CONFIGS))
 PLACEMENTS = pytest.mark.parametrize("placement", ["encoder", "decoder"])
+# Every method in every placement that it has.
+EVERYWHERE = pytest.mark.parametrize(
+    ("method", "placement"),
+    [*((m, p) for m in CONFIGS for p in ("encoder", "decoder")), ("lst", "both")],
+)
 
 
 def recogniser(seed=0, attn_implementation="sdpa", dtype=None, **changes) -> WhisperForConditionalGeneration:
@@ -73,8 +79,7 @@ def ids_of(model, labels):
 # ---------------------------------------------------------------- the start
 
 
-@METHODS
-@PLACEMENTS
+@EVERYWHERE
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_step_0_is_the_backbone_bit_for_bit(method, placement, attention):
     base = recogniser(attn_implementation=attention)
@@ -99,8 +104,7 @@ def test_step_0_is_the_backbone_bit_for_bit(method, placement, attention):
     )
 
 
-@METHODS
-@PLACEMENTS
+@EVERYWHERE
 def test_a_step_changes_what_it_should_and_the_backbone_keeps_every_bit(method, placement):
     base = recogniser()
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
@@ -124,8 +128,7 @@ def test_a_step_changes_what_it_should_and_the_backbone_keeps_every_bit(method, 
 # ---------------------------------------------------------------- what sees what
 
 
-@METHODS
-@PLACEMENTS
+@EVERYWHERE
 def test_no_logit_sees_the_tokens_behind_it(method, placement):
     model = model_of(method, placement).eval()
     features, labels = clips()
@@ -139,8 +142,7 @@ def test_no_logit_sees_the_tokens_behind_it(method, placement):
         assert not torch.allclose(other[:, token:], whole[:, token:])
 
 
-@METHODS
-@PLACEMENTS
+@EVERYWHERE
 def test_neighbours_and_padding_change_nothing(method, placement):
     model = model_of(method, placement, dtype=torch.float64).eval()
     features, labels = clips(dtype=torch.float64)
@@ -156,8 +158,7 @@ def test_neighbours_and_padding_change_nothing(method, placement):
     torch.testing.assert_close(sum(losses) / (labels != -100).sum(), loss, rtol=1e-9, atol=1e-10)
 
 
-@METHODS
-@PLACEMENTS
+@EVERYWHERE
 def test_tokens_padded_on_the_left_are_not_looked_at(method, placement):
     """As long-form generation pads the texts so far of several recordings."""
     model = model_of(method, placement, dtype=torch.float64).eval()
@@ -174,8 +175,7 @@ def test_tokens_padded_on_the_left_are_not_looked_at(method, placement):
 # ---------------------------------------------------------------- generation
 
 
-@METHODS
-@PLACEMENTS
+@EVERYWHERE
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}])
 def test_generation_with_caches_is_that_without(method, placement, options):
     model = model_of(method, placement, dtype=torch.float64).eval()
@@ -186,8 +186,7 @@ def test_generation_with_caches_is_that_without(method, placement, options):
     assert with_cache.shape != plain.shape or not torch.equal(with_cache, plain)
 
 
-@METHODS
-@PLACEMENTS
+@EVERYWHERE
 def test_greedy_generation_follows_the_logits(method, placement):
     model = model_of(method, placement, dtype=torch.float64).eval()
     features, _ = clips(dtype=torch.float64)
@@ -200,8 +199,7 @@ def test_greedy_generation_follows_the_logits(method, placement):
         ids = torch.cat([ids, found[:, step : step + 1]], 1)
 
 
-@METHODS
-@PLACEMENTS
+@EVERYWHERE
 def test_generation_from_encoder_outputs(method, placement):
     model = model_of(method, placement).eval()
     features, labels = clips()
@@ -273,6 +271,37 @@ def sherl_input(weights, states):
     return linear(torch.relu(y), weights, "out") + torch.tanh(weights["gate"] / 0.1) * states[-1]
 
 
+def attended(x, heard, weights, prefix, causal):
+    """Attention of one head, as wide as the side networks of these tests."""
+    query = linear(x, weights, f"{prefix}.query")
+    scores = query @ F.linear(heard, weights[f"{prefix}.key.weight"]).mT / x.shape[-1] ** 0.5
+    if causal:
+        scores = scores.masked_fill(torch.ones_like(scores).triu(1) > 0, -1e300)
+    return linear(scores.softmax(-1) @ linear(heard, weights, f"{prefix}.value"), weights, f"{prefix}.out")
+
+
+def pair_state(weights, heard_states, states):
+    memory, weights = (
+        {name.removeprefix(part): w for name, w in weights.items() if name.startswith(part)}
+        for part in ("memory.", "decoder.")
+    )
+    heard = normed(lst_state(memory, heard_states), memory, "norm")
+
+    def down(i):
+        return linear(normed(states[i], weights, f"down.{i}.norm"), weights, f"down.{i}.linear")
+
+    state = down(0)
+    for i in range(len(states) - 1):
+        gate = torch.sigmoid(weights[f"rungs.{i}.gate"] / 0.1)
+        state = gate * state + (1 - gate) * down(i + 1)
+        x = normed(state, weights, f"speaking.{i}.norm")
+        state = state + attended(x, x, weights, f"speaking.{i}", causal=True)
+        x = normed(state, weights, f"listening.{i}.norm")
+        state = state + attended(x, heard, weights, f"listening.{i}", causal=False)
+        state = state + mlp(state, weights, f"rungs.{i}")
+    return linear(normed(state, weights, "up.norm"), weights, "up.linear")
+
+
 def raw_states(layers, run):
     """What each of Hugging Face's layers takes while ``run`` runs, and what the last one gives."""
     seen = []
@@ -305,6 +334,9 @@ def plain_loss(base, method, placement, weights, features, labels):
 
     if placement == "encoder":
         output = run()
+    elif placement == "both":
+        own = raw_states(decoder.layers, run)
+        output = decoder.layer_norm(own[-1]) + pair_state(weights, states, own)
     elif method == "sherl":
         states = raw_states(decoder.layers, run)[:-1]
         mask = torch.full((ids.shape[1],) * 2, -1e300, dtype=heard.dtype).triu(1)[None, None]
@@ -324,8 +356,7 @@ def ids_of_plain(base, labels):
     return ids
 
 
-@METHODS
-@PLACEMENTS
+@EVERYWHERE
 @pytest.mark.parametrize("small", [False, True], ids=["kept", "recomputed"])
 def test_every_gradient_is_that_of_a_plain_reimplementation(method, placement, small, monkeypatch):
     if small:  # every layer computed again, one clip at a time, also of the encoder
@@ -382,8 +413,7 @@ def test_recomputing_keeps_less():
 # ---------------------------------------------------------------- number formats
 
 
-@PLACEMENTS
-@METHODS
+@EVERYWHERE
 def test_a_backbone_in_half_precision(method, placement):
     model = model_of(method, placement, backbone_dtype="bfloat16").train()
     assert model.encoder.dtype == model.decoder.dtype == torch.bfloat16
@@ -423,8 +453,7 @@ def loaded(folder):
     return WhisperForConditionalGeneration.from_pretrained(folder)
 
 
-@METHODS
-@PLACEMENTS
+@EVERYWHERE
 def test_save_and_load(method, placement, backbone_folder, tmp_path):
     model = model_of(method, placement, base=loaded(backbone_folder)).eval()
     model.generation_config.max_length = 9
@@ -525,10 +554,14 @@ def test_options_that_do_not_fit(config, message):
 
 
 def test_placements_are_for_recognition():
-    with pytest.raises(UserError, match="placement must be 'encoder' or 'decoder', got 'side'"):
+    with pytest.raises(UserError, match="placement must be 'encoder' or 'decoder' or 'both', got 'side'"):
         LSTConfig(placement="side")
     with pytest.raises(UserError, match="placement must be 'encoder' for classification"):
         get_meft_model(tiny_whisper(), LSTConfig(placement="decoder"))
+    with pytest.raises(UserError, match="placement must be 'encoder' or 'decoder' for unipt, got 'both'"):
+        UniPTConfig(placement="both")
+    with pytest.raises(UserError, match="layers must be None for placement='both'"):
+        LSTConfig(placement="both", layers=[1])
     with pytest.raises(UserError, match="start must be None, 'published' or 'zero_shot', got 'random'"):
         SHERLConfig(start="random")
 

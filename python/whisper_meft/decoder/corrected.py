@@ -3,17 +3,20 @@
     x = LN(d_L) + Wu LN(s_L) + bu        (LST and UniPT; d_0 the embedded token, d_i the output of layer i)
     x = LN(Layer_L(SHERL(d_0 .. d_{L-1})))
 
-No token sees the ones behind it: LST and SHERL look at each alone, UniPT's attention is causal. Its keys of
-earlier tokens are kept in the cache of the generation, as further layers beside the decoder's own.
+No token sees the ones behind it: LST and SHERL look at each alone, UniPT's attention is causal, and so is
+that of LST where it listens to a ladder beside the encoder. Keys of earlier tokens are kept in the cache of
+the generation, as further layers beside the decoder's own.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicLayer
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
-from meft_kernels import SHERL, CausalUniPT
+from meft_kernels import SHERL, CausalUniPT, LadderDecoder
 
 from .frozen import FrozenDecoder
 
@@ -23,11 +26,14 @@ class CorrectedDecoder:
 
     Args:
         decoder: the frozen one. side_network: reads its hidden states.
+        memory: (B, T, r), what a ``LadderDecoder`` listens to; None: it stands behind the encoder's output,
+            (B, T, D + r), as generation hands it around.
     """
 
-    def __init__(self, decoder: FrozenDecoder, side_network: nn.Module):
+    def __init__(self, decoder: FrozenDecoder, side_network: nn.Module, memory: Tensor | None = None):
         self.decoder = decoder
         self.side_network = side_network
+        self.memory = memory
 
     def whisper_decoder(self) -> nn.Module:
         """The decoder for one call, or for a whole generation. Where gradients are enabled when it is called,
@@ -40,6 +46,7 @@ class _Reading:
 
     def __init__(self, corrected: CorrectedDecoder):
         self.decoder, self.side_network = corrected.decoder, corrected.side_network
+        self.memory = self.given_memory = corrected.memory
         self.states: list[Tensor] = []
         self.cache: Any = None
         self.mask: Tensor | None = None
@@ -54,11 +61,17 @@ class _Reading:
 
     def begin(self, mask: Tensor | None) -> None:
         self.states, self.cache, self.mask = [], None, mask
+        self.memory = self.given_memory
         self.with_gradient = torch.is_grad_enabled()
 
     def _layer(self, layer: nn.Module, states: Tensor, *arguments: Any, **options: Any) -> Tensor:
         self.states.append(states.detach())
         self.cache = options.get("past_key_values")
+        mask, heard, *others = arguments
+        width = states.shape[-1]
+        if heard.shape[-1] > width:
+            self.memory, heard = heard[..., width:], heard[..., :width]
+        arguments = (mask, heard, *others)
         with torch.no_grad():
             return layer(states, *arguments, **options)
 
@@ -75,22 +88,40 @@ class _Reading:
             return output + self.side_network.widen(self._state())
 
     def _state(self) -> Tensor:
+        valid = None if self.mask is None else self.mask.bool()
+        if isinstance(self.side_network, LadderDecoder):
+            cache = None if self.cache is None else self._keys_and_values
+            return self.side_network.state(self.states, None, self.memory, cache, valid)
         if not isinstance(self.side_network, CausalUniPT):
             return self.side_network.state(self.states, None)
         past = None if self.cache is None else self._with_earlier_tokens
-        valid = None if self.mask is None else self.mask.bool()
         return self.side_network.state(self.states, None, past=past, valid=valid)
 
     def _with_earlier_tokens(self, features: list[Tensor]) -> list[Tensor]:
         """Features (B, U, r) of these tokens to (B, K, r) of all so far, by the cache of the generation,
         which follows beams and cuts by itself."""
-        cache, found = self.cache.self_attention_cache, []
-        for index, feature in enumerate(features, start=self.decoder.num_layers):
-            while len(cache.layers) <= index:
-                cache.layers.append(DynamicLayer())
-            keys, _ = cache.layers[index].update(feature[:, None], feature[:, None, :, :0])
+        found = []
+        for index, feature in enumerate(features):
+            layer = self._cache_layer(self.cache.self_attention_cache, index)
+            keys, _ = layer.update(feature[:, None], feature[:, None, :, :0])
             found.append(keys[:, 0])
         return found
+
+    def _keys_and_values(
+        self, rung: int, listens: bool, make: Callable[[], tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor]:
+        """As ``LadderDecoder.state`` asks for them."""
+        if not listens:
+            return self._cache_layer(self.cache.self_attention_cache, rung).update(*make())
+        layer = self._cache_layer(self.cache.cross_attention_cache, rung)
+        return (layer.keys, layer.values) if layer.get_seq_length() else layer.update(*make())
+
+    def _cache_layer(self, cache: DynamicCache, index: int) -> DynamicLayer:
+        """The layer of a cache that is the side network's, behind those of the decoder."""
+        index += self.decoder.num_layers
+        while len(cache.layers) <= index:
+            cache.layers.append(DynamicLayer())
+        return cache.layers[index]
 
 
 class _Begun:

@@ -9,8 +9,9 @@ side network, forward and backward, launches what it launches once per layer and
 chunk: what the cache holds decides there.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -139,13 +140,34 @@ def corrected_in_chunks(
         yield read(states, of_part)
 
 
+def heard_beside(
+    encoder: FrozenEncoder,
+    memory: nn.Module,
+    features: Tensor,
+    lengths: Tensor | None,
+    chunk_size: int | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The encoder's own output, without gradient, and what a side network hears beside it.
+
+    Args:
+        memory: a ``meft_kernels.LadderMemory``; the others as for :func:`pooled_in_chunks`.
+
+    Yields:
+        (b, T, D) and (b, T, r) of some of the clips, in order.
+    """
+    read = partial(_corrected, encoder, memory, memory.fold(), join=lambda own, side: (own, side))
+    for states, of_part in _slabs(encoder, memory, features, lengths, chunk_size, False):
+        yield read(states, of_part)
+
+
 def _corrected(
     encoder: FrozenEncoder,
     side_network: nn.Module,
     folded: list[tuple[Tensor, Tensor]],
     hidden_states: Iterable[Tensor | HiddenState],
     lengths: Tensor | None,
-) -> Tensor:
+    join: Callable[[Tensor, Tensor], Any] = torch.add,
+) -> Any:
     last = None
 
     def remembered() -> Iterator[Tensor | HiddenState]:
@@ -158,9 +180,8 @@ def _corrected(
     state = side_network.state(stream, lengths, folded)
     for _ in stream:  # layers behind the last that is tapped
         pass
-    return encoder.normed_output(last.values if isinstance(last, HiddenState) else last).add(
-        side_network.widen(state)
-    )
+    own = encoder.normed_output(last.values if isinstance(last, HiddenState) else last)
+    return join(own, side_network.widen(state))
 
 
 def _through_last_layer(

@@ -12,7 +12,7 @@ from ..errors import UserError
 from .base import MeftConfig
 from .checks import check_positive_int
 
-PLACEMENTS = ("encoder", "decoder")
+PLACEMENTS = ("encoder", "decoder", "both")
 
 _LAYERS_HELP = (
     "Layers to tap, of the encoder or of the part that placement names: their numbers from 1; 'every:k' for "
@@ -53,6 +53,8 @@ class SideNetworkConfig(MeftConfig):
     """Options of the methods that put a narrow network beside a frozen encoder or decoder."""
 
     transcribes: ClassVar[bool] = True
+    # Whether it stands beside encoder and decoder at once, too.
+    makes_pairs: ClassVar[bool] = False
 
     reduction_factor: int = field(
         default=8,
@@ -77,7 +79,8 @@ class SideNetworkConfig(MeftConfig):
         default="encoder",
         metadata={
             "help": "Where the side network stands: of a recogniser 'encoder' corrects what the decoder "
-            "hears, 'decoder' what it writes; a classifier has an encoder alone."
+            "hears, 'decoder' what it writes, 'both' (of lst) what it writes, by a hearing of its own; a "
+            "classifier has an encoder alone."
         },
     )
 
@@ -87,11 +90,20 @@ class SideNetworkConfig(MeftConfig):
         it reads."""
         raise NotImplementedError
 
+    def build_pair(
+        self, hidden_size: int, encoder_layers: int, decoder_layers: int, **place: Any
+    ) -> meft_kernels.LadderPair:
+        """The side networks of a recogniser with ``placement="both"``, new, float32, such that they add
+        nothing yet."""
+        raise NotImplementedError
+
     def validate(self) -> None:
         super().validate()
         if self.placement not in PLACEMENTS:
             accepted = " or ".join(map(repr, PLACEMENTS))
             raise UserError(f"placement must be {accepted}, got {self.placement!r}")
+        if self.placement == "both" and not self.makes_pairs:
+            raise UserError(f"placement must be 'encoder' or 'decoder' for {self.method}, got 'both'")
         check_positive_int("reduction_factor", self.reduction_factor)
         if self.saved_activations not in SAVED_ACTIVATIONS:
             accepted = " or ".join(map(repr, SAVED_ACTIVATIONS))
@@ -130,6 +142,7 @@ class LSTConfig(SideNetworkConfig):
     """Ladder Side-Tuning: a narrow ladder beside the encoder, one gated rung per layer."""
 
     method: ClassVar[str] = "lst"
+    makes_pairs: ClassVar[bool] = True
 
     adapter_dim: int = field(default=256, metadata={"help": "Inner width of each rung's adapter."})
     layers: list[int] | str | None = field(default=None, metadata={"help": _LAYERS_HELP})
@@ -137,6 +150,19 @@ class LSTConfig(SideNetworkConfig):
     def validate(self) -> None:
         super().validate()
         check_positive_int("adapter_dim", self.adapter_dim)
+        if self.placement == "both" and self.layers is not None:
+            raise UserError(f"layers must be None for placement='both', which reads all, got {self.layers!r}")
+
+    def build_pair(
+        self, hidden_size: int, encoder_layers: int, decoder_layers: int, **place: Any
+    ) -> meft_kernels.LadderPair:
+        sizes = {"reduction_factor": self.reduction_factor, "adapter_dim": self.adapter_dim, **place}
+        memory = meft_kernels.LadderMemory(
+            hidden_size, encoder_layers, saved_activations=self.saved_activations, **sizes
+        )
+        return meft_kernels.LadderPair(
+            memory, meft_kernels.LadderDecoder(hidden_size, decoder_layers, **sizes)
+        )
 
     def build_side_network(self, hidden_size: int, num_layers: int, **place: Any) -> nn.Module:
         return meft_kernels.LST(

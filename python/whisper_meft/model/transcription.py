@@ -16,7 +16,7 @@ from meft_kernels import linear_cross_entropy
 from ..decoder.chunked import decoded_in_chunks
 from ..decoder.corrected import CorrectedDecoder
 from ..decoder.frozen import FrozenDecoder
-from ..encoder.chunked import automatic_chunk, corrected_in_chunks
+from ..encoder.chunked import automatic_chunk, corrected_in_chunks, heard_beside
 from ..encoder.dtypes import parse_dtype
 from ..encoder.fingerprint import fingerprint
 from ..errors import UserError
@@ -67,7 +67,7 @@ class MeftForConditionalGeneration(MeftBase):
                 "max_frames must be 'fidelity' or a number for recognition, got 'longest': a clip's text "
                 "would depend on the other clips of its batch"
             )
-        layers = config.num_hidden_layers if options.placement == "encoder" else config.decoder_layers
+        layers = config.decoder_layers if options.placement == "decoder" else config.num_hidden_layers
         options.check_backbone(config.hidden_size, layers, config.max_source_positions)
 
     def build(self, base: WhisperForConditionalGeneration, **place: Any) -> None:
@@ -83,8 +83,13 @@ class MeftForConditionalGeneration(MeftBase):
                     f"the backbone does not fit the side network: {name} is {found} where "
                     f"{getattr(config, name)} is needed"
                 )
-        layers = config.num_hidden_layers if options.placement == "encoder" else config.decoder_layers
-        self.side_network = options.build_correction(config.hidden_size, layers, **place)
+        layers = {"encoder": config.num_hidden_layers, "decoder": config.decoder_layers}
+        if options.placement == "both":
+            self.side_network = options.build_pair(config.hidden_size, *layers.values(), **place)
+        else:
+            self.side_network = options.build_correction(
+                config.hidden_size, layers[options.placement], **place
+            )
         self.generation_config = base.generation_config
 
     def frozen_names(self) -> set[str]:
@@ -148,7 +153,7 @@ class MeftForConditionalGeneration(MeftBase):
             decoder_input_ids: (B, U) tokens that the decoder reads; unset are the labels, shifted.
             decoder_attention_mask: (B, U), 0 for padding on the left of ``decoder_input_ids``.
             encoder_outputs: in place of ``input_features``, what :meth:`get_encoder` gave, or its first entry
-                (B, T, D) in a tuple.
+                (B, T, D) in a tuple; with ``placement="both"`` (B, T, D + r), the side network's behind.
             labels: (B, U) token numbers; -100 is skipped.
             return_dict: ``False`` gives a tuple.
             num_items_in_batch: what the summed loss is divided by, from Trainer; without it the labels that
@@ -214,11 +219,11 @@ class MeftForConditionalGeneration(MeftBase):
         Raises:
             UserError: sound behind ``max_frames``.
         """
-        corrected = self.meft_config.placement != "encoder"
-        decoder = CorrectedDecoder(self.decoder, self.side_network) if corrected else self.decoder
-        whisper = self.decoder.whisper(
-            _Encoder(self), decoder.whisper_decoder() if corrected else decoder.around()
-        )
+        if self.meft_config.placement == "encoder":
+            decoder = self.decoder.around()
+        else:
+            decoder = CorrectedDecoder(self.decoder, self._of_the_decoder()).whisper_decoder()
+        whisper = self.decoder.whisper(_Encoder(self), decoder)
         whisper.generation_config = self.generation_config
         with self.decoder.weights_as_they_are(self.encoder.conv1.weight.device):
             return whisper.generate(input_features, **kwargs)
@@ -243,6 +248,9 @@ class MeftForConditionalGeneration(MeftBase):
         if options.placement == "encoder":
             given = (self.encoder, self.side_network, features, lengths, options.chunk_size)
             return corrected_in_chunks(*given, options.through_last_layer)
+        if options.placement == "both":
+            given = (self.encoder, self.side_network.memory, features, lengths, options.chunk_size)
+            return heard_beside(*given)
         with torch.no_grad():
             return iter((self._encoded(features, lengths),))
 
@@ -261,9 +269,20 @@ class MeftForConditionalGeneration(MeftBase):
     def _corrected(
         self, input_ids: torch.Tensor, heard: Iterator[torch.Tensor], mask: torch.Tensor | None
     ) -> torch.Tensor:
-        decoder = CorrectedDecoder(self.decoder, self.side_network).whisper_decoder()
-        (heard,) = heard
-        return self.decoder.run(decoder, input_ids, heard, mask)
+        outputs, done = [], 0
+        for part in heard:
+            own, memory = part if isinstance(part, tuple) else (part, None)
+            rows = slice(done, done + len(own))
+            corrected = CorrectedDecoder(self.decoder, self._of_the_decoder(), memory)
+            of_part = None if mask is None else mask[rows]
+            run = corrected.whisper_decoder()
+            outputs.append(self.decoder.run(run, input_ids[rows], own, of_part))
+            done += len(own)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _of_the_decoder(self) -> nn.Module:
+        """The side network that reads the decoder's states."""
+        return self.side_network.decoder if self.meft_config.placement == "both" else self.side_network
 
     def _loss(
         self,
@@ -340,7 +359,10 @@ class _Encoder(nn.Module):
         self.config = model.encoder.config
 
     def forward(self, input_features: torch.Tensor, **kwargs: Any) -> BaseModelOutput:
-        parts = list(self._model[0]._heard(input_features))
+        parts = [
+            torch.cat(part, -1) if isinstance(part, tuple) else part
+            for part in self._model[0]._heard(input_features)
+        ]
         return BaseModelOutput(last_hidden_state=parts[0] if len(parts) == 1 else torch.cat(parts))
 
 
