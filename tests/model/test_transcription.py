@@ -498,6 +498,14 @@ def test_the_wrong_class_is_named(backbone_folder, tmp_path):
         MeftForConditionalGeneration.from_pretrained(tmp_path / "hears", backbone=tiny_whisper())
 
 
+def test_a_task_that_is_none_is_named(backbone_folder, tmp_path):
+    model_of("lst", "encoder", base=loaded(backbone_folder)).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"task": "translation"}))
+    with pytest.raises(UserError, match="task must be classification or transcription, got 'translation'"):
+        MeftForConditionalGeneration.from_pretrained(tmp_path)
+
+
 def test_another_decoder_is_noticed(backbone_folder, tmp_path):
     model_of("lst", "encoder", base=loaded(backbone_folder)).save_pretrained(tmp_path)
     other = loaded(backbone_folder)

@@ -2,6 +2,8 @@
 
 from transformers.configuration_utils import PreTrainedConfig
 
+TASKS = ("classification", "transcription")
+
 
 class MeftModelConfig(PreTrainedConfig):
     """What ``config.json`` of a saved model holds.

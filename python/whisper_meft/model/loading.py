@@ -18,7 +18,7 @@ from ..errors import UserError, one_line
 from ..files import read_json
 from ..methods import MeftConfig
 from .backbone import load_backbone, resolve_backbone
-from .config import MeftModelConfig
+from .config import TASKS, MeftModelConfig
 from .declared import check_declared_sizes
 from .weights import check_names, load_checked, read_weights
 
@@ -192,6 +192,10 @@ def read_config(folder: Path) -> MeftModelConfig:
         config = MeftModelConfig.from_dict(values)
     except Exception as error:
         raise UserError(f"{folder / 'config.json'} cannot be used: {error}") from error
+    if config.task not in TASKS:
+        raise UserError(
+            f"{folder / 'config.json'} cannot be used: task must be {' or '.join(TASKS)}, got {config.task!r}"
+        )
     if not isinstance(config.meft, dict):
         raise UserError(
             f"{folder / 'config.json'} cannot be used: it lacks the options of the method ('meft')"

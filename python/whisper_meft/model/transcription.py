@@ -1,5 +1,6 @@
 """A frozen Whisper that transcribes, and a side network that corrects it, as one Hugging Face model."""
 
+import copy
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,7 +91,7 @@ class MeftForConditionalGeneration(MeftBase):
             self.side_network = options.build_correction(
                 config.hidden_size, layers[options.placement], **place
             )
-        self.generation_config = base.generation_config
+        self.generation_config = copy.deepcopy(base.generation_config)
 
     def frozen_names(self) -> set[str]:
         return super().frozen_names() | {f"decoder.{name}" for name in self.decoder.state_dict()}
