@@ -139,7 +139,7 @@ class FrozenDecoder(nn.Module):
         return nullcontext()
 
     def run(
-        self, decoder: nn.Module, input_ids: Tensor, encoder_output: Tensor, mask: Tensor | None
+        self, decoder: nn.Module, input_ids: Tensor, encoder_output: Tensor, mask: Tensor | None = None
     ) -> Tensor:
         """The output of a decoder that :meth:`around` gave, for whole sequences.
 
