@@ -20,7 +20,7 @@ from meft_kernels import HiddenState
 from meft_kernels.reference.stand_in import device_type
 
 from .frozen import FrozenEncoder
-from .pooling import mean_over_time
+from .pooling import StatisticsOf, mean_over_time
 
 # A chunk holds so many elements of the feed-forward block's inner width: on a GPU enough to fill it, on a CPU
 # about one utterance of 30 seconds, which uses the cache best.
@@ -74,6 +74,7 @@ def pooled_in_chunks(
     chunk_size: int | None = None,
     final_norm: bool = False,
     through_last_layer: bool = False,
+    taken: StatisticsOf | None = None,
 ) -> Tensor:
     """Mean over time of what a side network (or another reader of hidden states) makes of a batch.
 
@@ -83,6 +84,7 @@ def pooled_in_chunks(
         chunk_size: utterances per chunk; None chooses. Whole batches are compiled, unless it is set.
         final_norm: read h_L after the encoder's final LayerNorm.
         through_last_layer: the output of ``side_network`` goes through the frozen last layer (SHERL).
+        taken: takes statistics of the hidden states that pass by.
 
     Returns:
         (B, D), in the type that ``pooled`` gives.
@@ -108,12 +110,17 @@ def pooled_in_chunks(
         waiting = slab * frames * encoder.hidden_size * encoder.dtype.itemsize
     statistics = fold is not None and (not waiting or (keeps and waiting <= _WAITING_BYTES))
     reading = (final_norm, statistics, chunk_size, not keeps)
+
+    def run(features: Tensor, lengths: Tensor | None) -> Tensor:
+        states = encoder.stream(features, lengths, *reading)
+        return read(states if taken is None else taken.watch(states, lengths), lengths)
+
     if slab is None or clips <= slab:
-        return read(encoder.stream(features, lengths, *reading), lengths)
+        return run(features, lengths)
     pooled = []
     for start in range(0, clips, slab):
         of_part = None if lengths is None else lengths[start : start + slab]
-        pooled.append(read(encoder.stream(features[start : start + slab], of_part, *reading), of_part))
+        pooled.append(run(features[start : start + slab], of_part))
     return torch.cat(pooled)
 
 
