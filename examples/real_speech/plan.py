@@ -1,0 +1,169 @@
+"""What the study runs, in which order: rows (a method with its options), and of each row the runs on every fold.
+
+A row's learning rate is searched on the validation clips of fold 0 with seed 0; the other folds and seeds take the
+rate that was found there. The order puts first what the page needs most, so that a study that is stopped early has it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from whisper_meft import MeftConfig
+from whisper_meft.comparison.arguments import RATE_FACTOR, parse_method
+
+from .folds import FOLDS, TASKS
+
+BATCH = 16
+# Epochs, and the rates that are tried, the likeliest first.
+FROZEN = {"epochs": 15, "rates": (3e-3, 1e-3, 1e-2, 3e-4)}
+INSIDE = {"epochs": 8, "rates": (1e-3, 3e-4, 1e-4)}
+OWN_WEIGHTS = {"epochs": 8, "rates": (1e-4, 3e-5, 3e-4)}  # the encoder's weights themselves train
+SEEDS = 3  # of methods beside a frozen encoder; one of the others
+
+TRIMMED, PADDED = "longest", "fidelity"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method on a task.
+
+    Attributes:
+        task: of ``folds.TASKS``.
+        entry: the method and its options as in `whisper-meft compare --methods`.
+        epochs: of training. rates: to choose from. seeds: how many.
+        bf16: train under autocast to bfloat16.
+        training: further options of `whisper-meft train`.
+    """
+
+    task: str
+    entry: str
+    epochs: int
+    rates: tuple[float, ...]
+    seeds: int
+    bf16: bool = False
+    training: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    @property
+    def method(self) -> str:
+        return parse_method(self.entry)[0]
+
+    @property
+    def name(self) -> str:
+        """What the row is called, in files too."""
+        return self.entry.replace(":", "-").replace("+", "-").replace(" ", "")
+
+    @property
+    def frozen(self) -> bool:
+        return MeftConfig.methods()[self.method].frozen_encoder
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run of a row. ``rate`` None: the one that the search chose."""
+
+    row: Row
+    fold: int
+    rate: float | None
+    seed: int
+
+
+def row(entry: str, task: str = "accents", **changes: Any) -> Row:
+    """A row with the budget of its kind of method."""
+    method = parse_method(entry)[0]
+    config = MeftConfig.methods()[method]
+    budget = FROZEN if config.frozen_encoder else OWN_WEIGHTS if config.trains_backbone else INSIDE
+    rates = tuple(rate * RATE_FACTOR.get(method, 1) for rate in budget["rates"])
+    if method == "mezo":  # its rates are a hundredth of those of methods with a gradient
+        rates = tuple(rate * RATE_FACTOR[method] for rate in FROZEN["rates"])
+    if ":" not in entry or "max_frames" not in entry:
+        entry += ("+" if ":" in entry else ":") + f"max_frames={TRIMMED}"
+    values = {"epochs": budget["epochs"], "rates": rates, "seeds": SEEDS if config.frozen_encoder else 1}
+    return Row(task, entry, **{**values, "bf16": not config.frozen_encoder, **changes})
+
+
+SIDE_NETWORKS = ("lst", "unipt", "sherl")
+REFERENCES = ("full", "lora")
+OTHERS = ("bitfit", "adapter", "adalora", "lora_plus", "s2_lora", "mezo")
+RECIPE = "pooling=statistics"
+FACTORS = (2, 4, 16)
+BACKBONES = ("backbone_dtype=bfloat16", "backbone_quantization=int8", "backbone_quantization=fp8")
+
+
+def folds_of(task: str) -> range:
+    return range(1 if TASKS[task].own_split else FOLDS)
+
+
+def searched(*rows: Row) -> Iterator[Cell]:
+    """The search for a rate: every rate on fold 0."""
+    return (Cell(one, 0, rate, 0) for one in rows for rate in one.rates)
+
+
+def tested(*rows: Row) -> Iterator[Cell]:
+    """The other folds."""
+    return (Cell(one, fold, None, 0) for one in rows for fold in folds_of(one.task)[1:])
+
+
+def seeded(*rows: Row) -> Iterator[Cell]:
+    """The other seeds."""
+    return (
+        Cell(one, f, None, seed) for one in rows for seed in range(1, one.seeds) for f in folds_of(one.task)
+    )
+
+
+def whole(*rows: Row) -> Iterator[Cell]:
+    """Everything about some rows, a row after the other."""
+    for one in rows:
+        yield from searched(one)
+        yield from tested(one)
+        yield from seeded(one)
+
+
+def plan() -> Iterator[Cell]:
+    """Every run of the study, the most telling first. A cell may come twice; it is run once."""
+    head, weighted_sum, lst, unipt, sherl = (row(m) for m in ("head", "weighted_sum", *SIDE_NETWORKS))
+    head_recipe, lst_recipe, unipt_recipe, sherl_recipe = (
+        row(f"{m}:{RECIPE}") for m in ("head", *SIDE_NETWORKS)
+    )
+    references = [row(method) for method in REFERENCES]
+    for one in (head, head_recipe):
+        yield from searched(one)
+        yield from tested(one)
+    yield from searched(lst, lst_recipe)
+    for one in reversed(references):  # a first look, before any other rate is tried
+        yield Cell(one, 0, one.rates[0], 0)
+    yield from tested(lst_recipe, lst)
+    for one in (weighted_sum, unipt, unipt_recipe):
+        yield from searched(one)
+        yield from tested(one)
+    yield from searched(sherl_recipe, sherl, *references)
+    for fold in folds_of("accents")[1:]:
+        yield from (Cell(one, fold, None, 0) for one in (*references, sherl, sherl_recipe))
+    yield from seeded(
+        head, head_recipe, lst, lst_recipe, unipt, unipt_recipe, weighted_sum, sherl, sherl_recipe
+    )
+    for method in REFERENCES:  # what the recipe does for the others
+        one = row(f"{method}:{RECIPE}")
+        yield from searched(one)
+        yield from tested(one)
+    varied = [f"{m}:reduction_factor={f}" for m in ("lst", "unipt") for f in FACTORS]
+    varied += [f"lst:{options}" for options in (*BACKBONES, "saved_activations=fp8", f"max_frames={PADDED}")]
+    varied += [f"lst:layers={layers}" for layers in ("last:2", "last:3", "[4]", "[3,4]")]
+    varied += [f"head:max_frames={PADDED}", f"head:{RECIPE}+max_frames={PADDED}"]
+    varied += [f"head:{RECIPE}+{options}" for options in BACKBONES]
+    for one in (*map(row, varied), *map(row, OTHERS)):
+        yield from searched(one)
+        yield from tested(one)
+    for task in ("languages", "countries"):
+        for entry in (
+            "head",
+            f"head:{RECIPE}",
+            "lst",
+            f"lst:{RECIPE}",
+            "unipt",
+            "sherl",
+            "weighted_sum",
+            *REFERENCES,
+        ):
+            yield from whole(row(entry, task))
+    yield from whole(*(row(f"sherl:reduction_factor={factor}") for factor in FACTORS))
+    yield from whole(*(row(f"{m}:max_frames={PADDED}") for m in ("unipt", "sherl", *REFERENCES)))
