@@ -99,7 +99,7 @@ def write_clips(folder: Path, lengths: Sequence[float]) -> None:
 
 
 def backbone(options: argparse.Namespace, labels: int) -> tuple[Any, WhisperForAudioClassification]:
-    """Feature extractor and encoder: those of ``--model_name_or_path``, or of the sizes with drawn weights."""
+    """Feature extractor and Whisper: of ``--model_name_or_path``, or of the sizes with drawn weights."""
     torch.manual_seed(0)
     if options.model_name_or_path is not None:
         base = load_whisper(ModelArguments(options.model_name_or_path), "float32")
@@ -120,13 +120,12 @@ def check_clips(options: argparse.Namespace, folder: Path) -> ExampleSet:
         return check_audio(load_examples(str(folder / "audio")), progress=False)[0]
     examples = load_examples(options.audio)
     if len(examples) < options.clips:
-        raise UserError(
-            f"clips must be at most {len(examples)}, those of {options.audio}, got {options.clips}"
-        )
+        most = f"{len(examples)}, those of {options.audio}"
+        raise UserError(f"clips must be at most {most}, got {options.clips}")
     chosen = [number * len(examples) // options.clips for number in range(options.clips)]
     examples, _ = check_audio(examples.select(chosen), progress=False)
     if len(label_inventory(examples)) < 2:
-        raise UserError(f"audio must hold clips of at least 2 classes, got those of {options.audio}")
+        raise UserError(f"audio must hold clips of at least 2 classes, got {options.audio}")
     return examples
 
 

@@ -17,6 +17,25 @@ LEARNING_RATE = 1e-4
 
 LEARNING_RATES = {"lst": 5e-4, "mezo": 1e-6}
 
+# Options under one name; recommended is the recipe of examples/real_speech. The defaults are the paper's.
+PRESETS: dict[str, dict[str, Any]] = {
+    "recommended": {
+        "method": "head",
+        "pooling": "statistics",
+        "max_frames": "longest",
+        "learning_rate": 3e-3,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.05,
+        "per_device_train_batch_size": 16,
+        "num_train_epochs": 15,
+    }
+}
+
+
+def _told(options: dict[str, Any]) -> str:
+    return " ".join(f"--{name} {value}" for name, value in options.items())
+
+
 # What the best checkpoint can be chosen by.
 METRICS = ("accuracy", "mean_class_accuracy", "macro_f1", "loss")
 
@@ -103,6 +122,13 @@ class TrainArguments(TrainingArguments):
         metadata={
             "help": "a checkpoint to go on from (without a name: the newest complete one in output_dir)",
             "switch": True,
+        },
+    )
+    preset: Literal["recommended"] | None = field(
+        default=None,
+        metadata={
+            "help": "options to begin with, over which those that are given win; recommended: what was found "
+            "best on validation data of recordings of people (" + _told(PRESETS["recommended"]) + ")"
         },
     )
     num_train_epochs: float = field(default=10.0, metadata={"help": "passes over the training data"})
@@ -279,6 +305,7 @@ class TrainArguments(TrainingArguments):
 
 # The TrainingArguments that `whisper-meft train --help` describes; --help_all describes the others too.
 COMMON_TRAINING_OPTIONS = [
+    "preset",
     "output_dir",
     "overwrite_output_dir",
     "resume_from_checkpoint",
@@ -337,4 +364,6 @@ def parsed_options(
             argv += [f"--{name}", *map(str, value)]
         elif value is not None:
             argv.append(f"--{name}={value}")
-    return Parser("train", GROUPS, usage="").parse(argv)
+    parser = Parser("train", GROUPS, usage="")
+    parser.presets = PRESETS
+    return parser.parse(argv)
