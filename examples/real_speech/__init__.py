@@ -1,1 +1,1 @@
-"""The paper's comparison on recordings of people, with pretrained Whisper: `python -m examples.real_speech`."""
+"""The paper's comparison on recordings of people: `python -m examples.real_speech`."""

@@ -3,9 +3,9 @@
     python -m examples.real_speech run --model openai/whisper-base --speech DIR --work DIR
     python -m examples.real_speech report --work DIR      # results/, this folder's README.md and its figures
 
-``run`` goes through the plan (``--list`` shows it) and writes a file into ``--work`` for every run that ends; whatever
-stops it, the same command goes on where it was, and a run that was cut off from its last epoch. A file called ``stop``
-in ``--work`` ends it before the next run.
+``run`` goes through the plan (``--list`` shows it) and writes a file into ``--work`` for every run that ends;
+whatever stops it, the same command goes on where it was, a run that was cut off from its last epoch. A file
+called ``stop`` in ``--work`` ends it before the next run.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> int:
         if not rows:
             run_logistic(study, cell.row.task)
         found = study.run(cell)
-        told = f"{found['task']} {found['entry']} fold {found['fold']} rate {found['rate']:g} seed {found['seed']}"
+        told = "{task} {entry} fold {fold} rate {rate:g} seed {seed}".format(**found)
         if found["status"] == "ok":
             told += f": validation {found['validation_accuracy']:.1%}, {found['cpu_seconds']} s of CPU time"
         else:
@@ -81,12 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     runs = commands.add_parser("run", help="go through the plan")
     runs.add_argument("--model", default="openai/whisper-base", help="Whisper, a folder or a name on the hub")
-    runs.add_argument(
-        "--speech", type=Path, required=True, help="folder of the recordings and their manifests"
-    )
-    runs.add_argument(
-        "--work", type=Path, required=True, help="folder for rows, features and unfinished runs"
-    )
+    runs.add_argument("--speech", type=Path, required=True, help="folder of recordings and manifests")
+    runs.add_argument("--work", type=Path, required=True, help="folder for rows, features and runs")
     runs.add_argument("--rows", help="only rows whose entry begins with one of these, with commas between")
     runs.add_argument("--minutes", type=float, help="begin nothing after so many")
     runs.add_argument("--list", action="store_true", help="show the plan, run nothing")

@@ -1,4 +1,4 @@
-"""One run of the study: trained by the code of `whisper-meft train`, scored on its fold's test clips, and recorded."""
+"""One run of the study: trained as `whisper-meft train` does, scored on its fold's test clips, recorded."""
 
 import time
 from collections.abc import Iterable
@@ -107,7 +107,7 @@ class Study:
         return self.work / "features" / row.task / "-".join(kind)
 
     def fill_cache(self, row: Row) -> float | None:
-        """Makes the states that the row reads, of all clips of its task; gives the CPU seconds that it took."""
+        """Makes the states that the row reads, of all clips of its task; gives the CPU seconds it took."""
         folder = self.cache_folder(row)
         done = folder.with_suffix(".json")
         if done.is_file():

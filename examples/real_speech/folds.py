@@ -1,8 +1,8 @@
 """The tasks of the study as manifests, divided into folds over speakers.
 
-A task with no test set of its own is divided so that every speaker is tested in exactly one fold: a fold's test
-speakers are a fifth of each class, and of the others a fifth of each class is its validation data. Which speakers
-these are depends on their names and on nothing else.
+A task with no test set of its own is divided so that every speaker is tested in exactly one fold: a fold's
+test speakers are a fifth of each class, and of the others a fifth of each class is its validation data. Which
+speakers these are depends on their names and on nothing else.
 """
 
 import csv
@@ -58,8 +58,8 @@ TASKS = {
         "l1_",
         False,
         "accent of English, nine first languages",
-        "one clip a speaker, the first 8 s of one paragraph that all read, from a copy at 8 kHz; labels checked by "
-        "machine only",
+        "one clip a speaker, the first 8 s of one paragraph that all read, from a copy at 8 kHz; labels "
+        "checked by machine only",
     ),
     "countries": Task(
         "english_accents_saa",
@@ -73,8 +73,8 @@ TASKS = {
         "",
         True,
         "ten languages",
-        "one or two voices per language in training, other corpora in the test: it can be solved as speaker or corpus "
-        "identification, and validation clips share speakers with training",
+        "one or two voices per language in training, other corpora in the test: it can be solved as speaker "
+        "or corpus identification, and validation clips share speakers with training",
     ),
 }
 

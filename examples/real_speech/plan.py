@@ -1,7 +1,8 @@
-"""What the study runs, in which order: rows (a method with its options), and of each row the runs on every fold.
+"""What the study runs, in which order: rows (a method with its options), and of each row a run on every fold.
 
-A row's learning rate is searched on the validation clips of fold 0 with seed 0; the other folds and seeds take the
-rate that was found there. The order puts first what the page needs most, so that a study that is stopped early has it.
+A row's learning rate is searched on the validation clips of fold 0 with seed 0; other folds and seeds take
+the rate that was found there. The order puts first what the page needs most, so that a study that is stopped
+early has it.
 """
 
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from .folds import FOLDS, TASKS
 
 BATCH = 16
 # Epochs, and the rates that are tried, the likeliest first.
-FROZEN = {"epochs": 15, "rates": (3e-3, 1e-3, 1e-2, 3e-4)}
+FROZEN = {"epochs": 15, "rates": (1e-3, 3e-3, 1e-2, 3e-4)}
 INSIDE = {"epochs": 8, "rates": (1e-3, 3e-4, 1e-4)}
 OWN_WEIGHTS = {"epochs": 8, "rates": (1e-4, 3e-5, 3e-4)}  # the encoder's weights themselves train
 SEEDS = 3  # of methods beside a frozen encoder; one of the others
@@ -128,9 +129,14 @@ def plan() -> Iterator[Cell]:
     for one in (head, head_recipe):
         yield from searched(one)
         yield from tested(one)
-    yield from searched(lst, lst_recipe)
-    for one in reversed(references):  # a first look, before any other rate is tried
+    for one in (
+        lst,
+        *reversed(references),
+        lst_recipe,
+        unipt,
+    ):  # a first look, before any other rate is tried
         yield Cell(one, 0, one.rates[0], 0)
+    yield from searched(lst, lst_recipe)
     yield from tested(lst_recipe, lst)
     for one in (weighted_sum, unipt, unipt_recipe):
         yield from searched(one)

@@ -23,7 +23,7 @@ POOLINGS = {"mean": ("mean",), "statistics": ("mean", "deviation")}
 
 
 def pooled_states(study: Study, task: str) -> dict[str, dict[str, Tensor]]:
-    """``mean`` and ``deviation`` over time of every clip's layer-normed states, (layers + 1, D) each, by clip."""
+    """``mean`` and ``deviation`` over time of every clip's layer-normed states, (layers + 1, D), by clip."""
     reader = row("weighted_sum", task)
     study.fill_cache(reader)
     path = study.work / "pooled" / f"{task}.pt"

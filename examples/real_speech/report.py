@@ -153,8 +153,8 @@ def clips_of(found: dict[str, Any], folds: set[int]) -> dict[str, str]:
 
 
 def gap(found: dict[str, Any], one: Found, other: Found) -> dict[str, float] | None:
-    """How much more accurate one row is than another, in points, on the folds that both were tested on: ``mean``,
-    and ``low`` and ``high`` over draws of speakers and seeds. None without such a fold."""
+    """How much more accurate one row is than another, in points, on the folds that both were tested on:
+    ``mean``, and ``low`` and ``high`` over draws of speakers and seeds. None without such a fold."""
     folds = one.folds & other.folds
     if not folds:
         return None
@@ -207,7 +207,7 @@ def _planned(task: str) -> dict[str, Row]:
 
 
 def _costs(row: Found) -> tuple[str, str, str]:
-    """CPU seconds of a run, hours of audio in an hour of CPU time, and GiB of peak memory, medians over runs."""
+    """CPU seconds of a run, hours of audio in an hour of CPU time, GiB of peak memory, medians over runs."""
     timed = [cell for cell in row.cells if cell.get("cpu_seconds")]
     if not timed:
         return "", "", ""
