@@ -17,8 +17,8 @@ from .folds import FOLDS, TASKS
 BATCH = 16
 # Epochs, and the rates that are tried, the likeliest first.
 FROZEN = {"epochs": 15, "rates": (1e-3, 3e-3, 1e-2, 3e-4)}
-INSIDE = {"epochs": 8, "rates": (1e-3, 3e-4, 1e-4)}
-OWN_WEIGHTS = {"epochs": 8, "rates": (1e-4, 3e-5, 3e-4)}  # the encoder's weights themselves train
+INSIDE = {"epochs": 6, "rates": (1e-3, 3e-4, 1e-4)}
+OWN_WEIGHTS = {"epochs": 6, "rates": (1e-4, 3e-5, 3e-4)}  # the encoder's weights themselves train
 SEEDS = 3  # of methods beside a frozen encoder; one of the others
 
 TRIMMED, PADDED = "longest", "fidelity"
