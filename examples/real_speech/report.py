@@ -327,6 +327,65 @@ def layers(records: Records) -> str:
     return markdown(header, lines) if lines else NOTHING
 
 
+# Claims of the paper and goals of the recipe: text, one entry and another, and how many points the first may
+# be below the second.
+LEVEL = 0.67  # the paper's gap between its best side network and full fine-tuning
+CLAIMS = (
+    ("LST is level with full fine-tuning (within 0.67 points)", "lst", "full", LEVEL),
+    ("UniPT is level with full fine-tuning", "unipt", "full", LEVEL),
+    ("SHERL is level with full fine-tuning", "sherl", "full", LEVEL),
+    ("LST is level with LoRA", "lst", "lora", LEVEL),
+    ("LST is ahead of BitFit", "lst", "bitfit", 0.0),
+    ("the last layer is ahead of a weighted sum of all", "head", "weighted_sum", 0.0),
+    ("LST is ahead of the head alone", "lst", "head", 0.0),
+    ("UniPT is ahead of the head alone", "unipt", "head", 0.0),
+    ("SHERL is ahead of the head alone", "sherl", "head", 0.0),
+    ("the recommended recipe is ahead of full fine-tuning", "head:pooling=statistics", "full", 0.0),
+    ("the recommended recipe is ahead of LoRA", "head:pooling=statistics", "lora", 0.0),
+    ("the recommended recipe is ahead of the head as published", "head:pooling=statistics", "head", 0.0),
+    ("LST gains from the recipe's pooling", "lst:pooling=statistics", "lst", 0.0),
+    ("UniPT with it is at least at the published head's level", "unipt:pooling=statistics", "head", 0.0),
+    ("SHERL with it is at least at the published head's level", "sherl:pooling=statistics", "head", 0.0),
+    (
+        "LST with it is ahead of the recommended recipe",
+        "lst:pooling=statistics",
+        "head:pooling=statistics",
+        0.0,
+    ),
+)
+
+
+def _trimmed(entry: str) -> str:
+    return f"{entry}{'+' if ':' in entry else ':'}max_frames=longest"
+
+
+def verdict(between: dict[str, float] | None, below: float) -> str:
+    """What a difference says about the claim that the first is at most ``below`` points under the second, or
+    above it where ``below`` is 0."""
+    if between is None:
+        return "not run yet"
+    if between["low"] > -below:
+        return "holds"
+    return "does not hold" if between["high"] < -below else "cannot be told"
+
+
+def claims(records: Records) -> str:
+    """What the accents say about each claim."""
+    if _MAIN not in records:
+        return NOTHING
+    found = records[_MAIN]
+    rows, planned, lines = rows_of(found), _planned(_MAIN), []
+    for text, one, other, below in CLAIMS:
+        each = [rows.get(_trimmed(entry)) for entry in (one, other)]
+        between = gap(found, *each) if all(each) else None
+        said = verdict(between, below)
+        if between and any(len(r.tried) < len(planned[r.entry].rates) for r in each if r.entry in planned):
+            said += ", as far as rates were tried"
+        folds = f"{between['folds']}/{len(found['shapes']['folds'])}" if between else ""
+        lines.append([text, _interval(between), folds, said])
+    return markdown(["claim", "difference, points", "folds", "on these recordings"], lines)
+
+
 PAIRS = (
     ("lst", "head"),
     ("unipt", "head"),
@@ -421,6 +480,7 @@ TABLES: dict[str, Callable[[Records], str]] = {
     "sizes": sizes,
     "methods": methods,
     "pairs": pairs,
+    "claims": claims,
     "recipes": recipes,
     "layers": layers,
     "varied": varied,
