@@ -23,7 +23,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "method": "head",
         "pooling": "statistics",
         "max_frames": "longest",
-        "learning_rate": 3e-3,
+        "learning_rate": 1e-3,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.05,
         "per_device_train_batch_size": 16,
