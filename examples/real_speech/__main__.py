@@ -49,7 +49,8 @@ def run(options: argparse.Namespace) -> int:
         if options.minutes is not None and time.monotonic() - started > 60 * options.minutes:
             print(f"stopped: {options.minutes:g} minutes are over")
             return 0
-        if study.done(cell):
+        no_rate = cell.rate is None and study.rate_of(cell.row) is None  # all of the row's failed
+        if no_rate or study.done(cell):
             continue
         if not rows:
             run_logistic(study, cell.row.task)
