@@ -129,12 +129,8 @@ def plan() -> Iterator[Cell]:
     for one in (head, head_recipe):
         yield from searched(one)
         yield from tested(one)
-    for one in (
-        lst,
-        *reversed(references),
-        lst_recipe,
-        unipt,
-    ):  # a first look, before any other rate is tried
+    full, lora = references
+    for one in (lst, lora, lst_recipe, full, unipt):  # a first look, before any other rate is tried
         yield Cell(one, 0, one.rates[0], 0)
     yield from searched(lst, lst_recipe)
     yield from tested(lst_recipe, lst)

@@ -3,8 +3,11 @@
 import pytest
 import torch
 from modelling_fixtures import WIDTH, WINDOW, batch, mel_mask, randomise, tiny_whisper
-from whisper_meft import HeadConfig, MeftConfig, MeftModel, UserError, get_meft_model
+from training_fixtures import make_backbone
+from transformers import WhisperForAudioClassification
+from whisper_meft import HeadConfig, LSTConfig, MeftConfig, MeftModel, UserError, get_meft_model
 from whisper_meft.encoder.pooling import mean_and_deviation
+from whisper_meft.model.published import to_published
 
 ALONE = {"head", "full", "bitfit", "lora", "lora_plus", "adalora", "s2_lora", "adapter", "mezo"}
 OPTIONS = {"adalora": {"init_r": 4, "target_r": 2}}
@@ -102,3 +105,12 @@ def test_mistakes_are_named():
         HeadConfig(pooling="max")
     with pytest.raises(UserError, match="pooling='statistics' cannot be merged"):
         model_of("head").merge_and_unload()
+
+
+def test_the_published_code_cannot_load_it(tmp_path):
+    base = make_backbone(tmp_path / "backbone")
+    whisper = WhisperForAudioClassification.from_pretrained(base)
+    get_meft_model(whisper, LSTConfig(pooling="statistics")).save_pretrained(tmp_path / "saved")
+    with pytest.raises(UserError, match="trained with pooling='statistics'"):
+        to_published(tmp_path / "saved", tmp_path / "published")
+    assert not (tmp_path / "published").exists()
