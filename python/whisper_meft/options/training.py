@@ -172,6 +172,13 @@ class TrainArguments(TrainingArguments):
         default=None,
         metadata={"help": "initial learning rate (default: 5e-4 for lst, 1e-6 for mezo, else 1e-4)"},
     )
+    head_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "initial learning rate of the head (projector and classifier), which starts from nothing "
+            "where the rest is pretrained (default: learning_rate; mezo cannot)"
+        },
+    )
     eval_strategy: Literal["no", "steps", "epoch"] | None = field(
         default=None, metadata={"help": "when to evaluate (default: whenever a checkpoint is saved)"}
     )
@@ -220,8 +227,10 @@ class TrainArguments(TrainingArguments):
     def __post_init__(self):
         if not self.output_dir:
             raise UsageError("--output_dir is needed")
-        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
-            raise UsageError(f"--learning_rate must be above 0 and finite, got {self.learning_rate}")
+        for name in ("learning_rate", "head_learning_rate"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise UsageError(f"--{name} must be above 0 and finite, got {value}")
         for name in (
             "per_device_train_batch_size",
             "per_device_eval_batch_size",
@@ -312,6 +321,7 @@ COMMON_TRAINING_OPTIONS = [
     "num_train_epochs",
     "max_steps",
     "learning_rate",
+    "head_learning_rate",
     "per_device_train_batch_size",
     "per_device_eval_batch_size",
     "gradient_accumulation_steps",
