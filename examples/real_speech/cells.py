@@ -28,7 +28,7 @@ from whisper_meft.training.checkpoints import list_checkpoints
 from benchmarks import record
 
 from .folds import TASKS, folds, load_task, write_manifests
-from .plan import BATCH, Cell, Row
+from .plan import BATCH, Cell, Row, run_name
 
 # What of the machine and the code a row says that it was run on.
 ORIGIN = ("commit", "dirty", "date", "device", "cores", "threads", "python", "torch", "transformers")
@@ -39,7 +39,7 @@ class Fold(Comparison):
 
     def __init__(self, study: "Study", row: Row, fold: int):
         manifests = study.work / "folds" / row.task / str(fold)
-        runs = study.work / "runs" / row.task / str(fold) / f"epochs{row.epochs}"
+        runs = study.work / "runs" / row.task / str(fold) / row.budget
         argv = [f"--{split}_data={manifests / file}.csv" for split, file in _SOURCES]
         argv += [f"--model_name_or_path={study.model}", f"--output_dir={runs}", "--use_cpu=True"]
         argv += [f"--num_train_epochs={row.epochs}", f"--batch_size={BATCH}", f"--bf16={row.bf16}"]
@@ -49,6 +49,8 @@ class Fold(Comparison):
 
     def _parse(self, method: str, rate: float, seed: int, folder: Path) -> tuple:
         parsed = super()._parse(method, rate, seed, folder)
+        for name, value in self.row.training.items():
+            setattr(parsed[3], name, value)
         if self.row.frozen:
             parsed[3].cache_features = str(self.study.cache_folder(self.row))
         return parsed
@@ -96,7 +98,7 @@ class Study:
         return self._tasks[name]
 
     def cache_folder(self, row: Row) -> Path:
-        options = options_of(row.entry, 1, 1)
+        options = options_of(row.compared, 1, 1)
         kind = [
             str(options[k])
             for k in ("max_frames", "backbone_dtype", "backbone_quantization")
@@ -115,7 +117,7 @@ class Study:
         fold = self.task(row.task)[0]
         manifests = self.work / "folds" / row.task / "0"
         kept = ("max_frames", "backbone_dtype", "backbone_quantization")
-        options = {key: value for key, value in options_of(row.entry, 1, 1).items() if key in kept}
+        options = {key: value for key, value in options_of(row.compared, 1, 1).items() if key in kept}
         method = "sherl" if folder.name.endswith("sherl") else "weighted_sum"  # which reads all layers
         reader = self._fold_of(row, 0)
         with quiet_transformers():
@@ -134,7 +136,7 @@ class Study:
     def _fold_of(self, row: Row, fold: int) -> Fold:
         """The fold that runs the row; the last one is kept."""
         self.task(row.task)
-        key = row.task, fold, row.epochs, row.bf16
+        key = row.task, fold, row.budget, row.bf16
         if self._fold is None or self._fold[0] != key:
             self._fold = key, Fold(self, row, fold)
         found = self._fold[1]
@@ -171,15 +173,15 @@ class Study:
             raise UserError(f"{row.task} {row.entry}: no learning rate could be used")
         filled = self.fill_cache(row) if row.frozen else None
         fold = self._fold_of(row, cell.fold)
-        folder = fold.output / "runs" / row.name / f"lr{rate:g}-seed{cell.seed}"
-        begun = bool(list_checkpoints(folder)) if folder.is_dir() else False
+        folder = fold.output / "runs" / run_name(row.compared) / f"lr{rate:g}-seed{cell.seed}"
+        begun = folder.is_dir() and bool(list_checkpoints(folder))
         base = _reset_peak()
         started = time.process_time()
         about = {"task": row.task, "entry": row.entry, "fold": cell.fold, "rate": rate, "seed": cell.seed}
         budget = {"epochs": row.epochs, "batch": BATCH, "bf16": row.bf16, "training": row.training}
         origin = {key: value for key, value in record.environment("cpu").items() if key in ORIGIN}
         try:
-            result = fold.run(row.entry, rate, cell.seed)
+            result = fold.run(row.compared, rate, cell.seed)
             seconds, peak = time.process_time() - started, _peak()
             predicted = fold.answers(fold.output / result["folder"])
         except (UserError, RuntimeError, ValueError) as error:
@@ -213,7 +215,7 @@ class Study:
         sizes.num_labels = classes
         with quiet_transformers(), torch.device("meta"):
             base = WhisperForAudioClassification._from_config(sizes)
-            kept = options_of(row.entry, sizes.d_model, 8)
+            kept = options_of(row.compared, sizes.d_model, 8)
             kept.pop("backbone_quantization", None)  # no matter here
             model = get_meft_model(base, MeftConfig.from_dict(kept))
         return model.get_nb_trainable_parameters()[0]

@@ -24,13 +24,18 @@ SEEDS = 3  # of methods beside a frozen encoder; one of the others
 TRIMMED, PADDED = "longest", "fidelity"
 
 
+def run_name(entry: str) -> str:
+    """What `whisper-meft compare` calls the folder of an entry's runs."""
+    return entry.replace(":", "-").replace("+", "-")
+
+
 @dataclass(frozen=True)
 class Row:
     """A method on a task.
 
     Attributes:
         task: of ``folds.TASKS``.
-        entry: the method and its options as in `whisper-meft compare --methods`.
+        entry: the method and its options as in `whisper-meft compare --methods`, and those of ``training``.
         epochs: of training. rates: to choose from. seeds: how many.
         bf16: train under autocast to bfloat16.
         training: further options of `whisper-meft train`.
@@ -49,9 +54,23 @@ class Row:
         return parse_method(self.entry)[0]
 
     @property
+    def compared(self) -> str:
+        """The entry as `whisper-meft compare` takes it, without what is an option of training."""
+        method, _, rest = self.entry.partition(":")
+        kept = [each for each in rest.split("+") if each.partition("=")[0] not in self.training]
+        return f"{method}:{'+'.join(kept)}"
+
+    @property
     def name(self) -> str:
-        """What the row is called, in files too."""
-        return self.entry.replace(":", "-").replace("+", "-").replace(" ", "")
+        """What the row is called in files."""
+        return run_name(self.entry)
+
+    @property
+    def budget(self) -> str:
+        """What rows whose runs may lie in one folder have in common."""
+        return "-".join(
+            [f"epochs{self.epochs}", *(f"{name}{value:g}" for name, value in self.training.items())]
+        )
 
     @property
     def frozen(self) -> bool:
@@ -68,17 +87,23 @@ class Cell:
     seed: int
 
 
-def row(entry: str, task: str = "accents", **changes: Any) -> Row:
-    """A row with the budget of its kind of method."""
+def row(entry: str, task: str = "accents", training: dict[str, Any] | None = None, **changes: Any) -> Row:
+    """A row with the budget of its kind of method, trimmed unless ``entry`` says otherwise."""
     method = parse_method(entry)[0]
     config = MeftConfig.methods()[method]
     budget = FROZEN if config.frozen_encoder else OWN_WEIGHTS if config.trains_backbone else INSIDE
-    rates = tuple(rate * RATE_FACTOR.get(method, 1) for rate in budget["rates"])
-    if method == "mezo":  # its rates are a hundredth of those of methods with a gradient
-        rates = tuple(rate * RATE_FACTOR[method] for rate in FROZEN["rates"])
-    if ":" not in entry or "max_frames" not in entry:
-        entry += ("+" if ":" in entry else ":") + f"max_frames={TRIMMED}"
-    values = {"epochs": budget["epochs"], "rates": rates, "seeds": SEEDS if config.frozen_encoder else 1}
+    rates = FROZEN["rates"] if method in RATE_FACTOR else budget["rates"]  # MeZO's are a hundredth of these
+    rates = tuple(rate * RATE_FACTOR.get(method, 1) for rate in rates)
+    more = [f"{name}={value:g}" for name, value in (training or {}).items()]
+    if "max_frames" not in entry:
+        more.append(f"max_frames={TRIMMED}")
+    entry = "+".join([entry if ":" in entry else f"{entry}:{more.pop(0)}", *more])
+    values = {
+        "training": training or {},
+        "epochs": budget["epochs"],
+        "rates": rates,
+        "seeds": SEEDS if config.frozen_encoder else 1,
+    }
     return Row(task, entry, **{**values, "bf16": not config.frozen_encoder, **changes})
 
 
@@ -143,8 +168,10 @@ def plan() -> Iterator[Cell]:
     yield from seeded(
         head, head_recipe, lst, lst_recipe, unipt, unipt_recipe, weighted_sum, sherl, sherl_recipe
     )
-    for method in REFERENCES:  # what the recipe does for the others
-        one = row(f"{method}:{RECIPE}")
+    # What the recipe does for the others, and what a rate of its own does for the head.
+    better = [row(f"{method}:{RECIPE}") for method in REFERENCES]
+    better += [row(method, training={"head_learning_rate": 3e-3}) for method in (*REFERENCES, "lst")]
+    for one in better:
         yield from searched(one)
         yield from tested(one)
     varied = [f"{m}:reduction_factor={f}" for m in ("lst", "unipt") for f in FACTORS]

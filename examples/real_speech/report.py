@@ -237,6 +237,14 @@ def _is_main(entry: str) -> bool:
     return parse_method(entry)[0] in MeftConfig.methods() and options == {"max_frames": "longest"}
 
 
+def _is_recipe(entry: str) -> bool:
+    """Whether a row is a method with other pooling, layers or rates, trimmed and in full precision."""
+    method, options = parse_method(entry)
+    changed = options.keys() & {"pooling", "layers", "head_learning_rate"}
+    other = options.keys() - changed - {"max_frames"}
+    return method in MeftConfig.methods() and bool(changed) and not other and "longest" in entry
+
+
 def _reference(rows: dict[str, Found], method: str) -> Found | None:
     return rows.get(f"{method}:max_frames=longest")
 
@@ -272,16 +280,12 @@ def methods(records: Records) -> str:
 
 
 def recipes(records: Records) -> str:
-    """What departs from the published recipe, and the logistic regressions, on the accents."""
+    """What departs from the published recipe, on the accents."""
     if _MAIN not in records:
         return NOTHING
     found = records[_MAIN]
     rows = rows_of(found)
-    chosen = {
-        e: r
-        for e, r in rows.items()
-        if any(word in e for word in ("pooling=statistics", "layers=")) and not e.startswith("logistic")
-    }
+    chosen = {entry: row for entry, row in rows.items() if _is_recipe(entry)}
     return _comparison(found, _ordered(found, chosen), rows) if chosen else NOTHING
 
 
@@ -293,7 +297,7 @@ def varied(records: Records) -> str:
     rows, lines = rows_of(found), []
     for entry, row in sorted(rows.items()):
         method, options = parse_method(entry)
-        if _is_main(entry) or "pooling" in options or "layers" in options or method == "logistic":
+        if _is_main(entry) or _is_recipe(entry) or method == "logistic":
             continue
         base = _reference(rows, method)
         gaps = gap(found, row, base) if base else None

@@ -61,7 +61,7 @@ def test_the_plan_has_every_method_and_one_rate_search_for_all():
         assert {cell.rate for cell in planned if cell.row == row and cell.fold == 0} >= set(row.rates)
         assert {cell.fold for cell in planned if cell.row == row} == set(range(5))
         assert len(row.rates) >= 3 and row.seeds == (3 if row.frozen else 1)
-        MeftConfig.from_dict({"method": row.method, **parse_method(row.entry)[1]})
+        MeftConfig.from_dict({"method": row.method, **parse_method(row.compared)[1]})
 
 
 # --- the driver ---------------------------------------------------------------------------------------------
@@ -93,7 +93,7 @@ def go(speech, tmp_path, monkeypatch):
     rows = [
         plan.row("head", rates=(1e-2, 1e-3), epochs=2, seeds=2),
         plan.row("head:pooling=statistics", rates=(1e-2,), epochs=40, seeds=1),
-        plan.row("bitfit", rates=(1e-3,), epochs=4),
+        plan.row("bitfit", rates=(1e-3,), epochs=4, training={"head_learning_rate": 2e-2}),
     ]
 
     def short():
@@ -157,9 +157,12 @@ def test_it_goes_on_where_it_was_and_makes_its_page(go, tmp_path, monkeypatch, c
     record = report.load(results)["accents"]
     rows = report.rows_of(record)
     assert rows["head:max_frames=longest"].tried == [1e-3, 1e-2]
+    folder = work / "runs" / "accents" / "0" / "epochs4-head_learning_rate0.02" / "runs"
+    (trained,) = folder.glob("bitfit-max_frames=longest/*/train_results.json")
+    assert read_json(trained)["learning_rate"] == 1e-3 and read_json(trained)["head_learning_rate"] == 2e-2
     statistics = rows["head:pooling=statistics+max_frames=longest"]
     assert report.accuracies(record, statistics)[0] > 0.8  # tones: the answers are those of the right clips
-    between = report.gap(record, statistics, rows["bitfit:max_frames=longest"])
+    between = report.gap(record, statistics, rows["bitfit:head_learning_rate=0.02+max_frames=longest"])
     assert between["folds"] == 3 and between["low"] <= between["mean"] <= between["high"]
     text = page.read_text()
     assert "| head, pooling=statistics |" in text and "3/3 folds, 1 seed, 1/1 rates" in text
