@@ -186,11 +186,15 @@ def _accuracy(found: dict[str, Any], row: Found) -> str:
     return text
 
 
-def _interval(difference: dict[str, float] | None) -> str:
+def _interval(difference: dict[str, float] | None, all_folds: int | None = None) -> str:
+    """A difference with its interval, and on how many folds where that are not ``all_folds``."""
     if difference is None:
         return ""
     text = f"{difference['mean']:+.1f} ({difference['low']:+.1f} to {difference['high']:+.1f})"
-    return f"**{text}**" if difference["low"] > 0 or difference["high"] < 0 else text
+    text = f"**{text}**" if difference["low"] > 0 or difference["high"] < 0 else text
+    if all_folds is not None and difference["folds"] < all_folds:
+        text += f", {difference['folds']} fold{'s' * (difference['folds'] != 1)}"
+    return text
 
 
 def _done(found: dict[str, Any], row: Found, planned: dict[str, Row]) -> str:
@@ -261,7 +265,7 @@ def _comparison(found: dict[str, Any], rows: Sequence[Found], everything: dict[s
                 f"{trained:,}" if trained else "",
                 f"{row.rate:g}" if row.rate else "",
                 _accuracy(found, row),
-                *map(_interval, gaps),
+                *(_interval(each, len(found["shapes"]["folds"])) for each in gaps),
                 *_costs(row),
                 _done(found, row, planned),
             ]
@@ -305,7 +309,7 @@ def varied(records: Records) -> str:
             label(entry),
             f"{row.cells[0]['trainable_parameters']:,}",
             _accuracy(found, row),
-            _interval(gaps),
+            _interval(gaps, len(found["shapes"]["folds"])),
         ]
         lines.append([*cells, *_costs(row), _done(found, row, _planned(_MAIN))])
     header = ["row", "trained", "accuracy, %", "− the method as it is", "CPU s a run", "h of audio per CPU h"]
@@ -326,7 +330,9 @@ def layers(records: Records) -> str:
         ]
         cells = [_accuracy(found, row) if row else "" for row in each]
         between = _interval(gap(found, each[1], each[0])) if all(each) else ""
-        lines.append([str(layer), *cells, between, _interval(gaps[-1]) if gaps else ""])
+        lines.append(
+            [str(layer), *cells, between, _interval(gaps[-1], len(found["shapes"]["folds"])) if gaps else ""]
+        )
     header = ["layer", "mean", "mean and deviation", "gain, points", "second − full, points"]
     return markdown(header, lines) if lines else NOTHING
 
