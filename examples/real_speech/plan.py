@@ -157,6 +157,7 @@ def plan() -> Iterator[Cell]:
     full, lora = references
     for one in (lst, lora, lst_recipe, full, unipt):  # a first look, before any other rate is tried
         yield Cell(one, 0, one.rates[0], 0)
+    yield from seeded(head_recipe, head)
     yield from searched(lst, lst_recipe)
     yield from tested(lst_recipe, lst)
     for one in (weighted_sum, unipt, unipt_recipe):
@@ -165,9 +166,7 @@ def plan() -> Iterator[Cell]:
     yield from searched(sherl_recipe, sherl, *references)
     for fold in folds_of("accents")[1:]:
         yield from (Cell(one, fold, None, 0) for one in (*references, sherl, sherl_recipe))
-    yield from seeded(
-        head, head_recipe, lst, lst_recipe, unipt, unipt_recipe, weighted_sum, sherl, sherl_recipe
-    )
+    yield from seeded(lst, lst_recipe, unipt, unipt_recipe, weighted_sum, sherl, sherl_recipe)
     # What the recipe does for the others, and what a rate of its own does for the head.
     better = [row(f"{method}:{RECIPE}") for method in REFERENCES]
     better += [row(method, training={"head_learning_rate": 3e-3}) for method in (*REFERENCES, "lst")]
