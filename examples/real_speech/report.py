@@ -544,7 +544,7 @@ def draw_layers(records: Records) -> str | None:
     numbers = sorted({parse_method(e)[1]["layer"] for e in rows if e.startswith("logistic")})
     if not numbers:
         return None
-    picture, told = Picture(480, 260), []
+    picture, told = Picture(480, 266), []
     picture.text(16, 24, "Which layers hold accent", "title")
     picture.text(16, 42, "test accuracy in percent of logistic regression on pooled states", "note")
 
@@ -566,7 +566,7 @@ def draw_layers(records: Records) -> str | None:
         for point in shares.items():
             picture.dot(*place(*point), kind)
         told.append(f"{pooling}: " + ", ".join(f"layer {n} {share:.1f}" for n, share in shares.items()))
-    picture.text(440, 42, "grey: mean; blue: mean and deviation", "note", "end")
+    picture.text(446, 254, "layer; grey: mean, blue: mean and deviation", "note", "end")
     return picture.render("Accuracy by layer", "; ".join(told) + ".")
 
 
