@@ -233,8 +233,10 @@ def speeds(records: list[dict]) -> list[str]:
     blocks = []
     for found in newest(records, "throughput"):
         shapes = found["shapes"]
+        trained = ", pretrained" if shapes.get("pretrained") else ""
+        clips = "recordings" if shapes.get("audio") else "clips"
         title = (
-            f"Whisper-{shapes['model']}, {shapes['method'].upper()}, {shapes['clips']} clips of "
+            f"Whisper-{shapes['model']}{trained}, {shapes['method'].upper()}, {shapes['clips']} {clips} of "
             f"{found['figures']['mean_seconds']:.1f} s in the mean, batches of {shapes['batch']}, float32, "
             f"{shapes.get('backend', 'reference')} backend. "
         )

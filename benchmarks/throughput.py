@@ -3,8 +3,8 @@
 Ways to train on the same short clips: padded to 30 seconds, trimmed and batched by length, with the frozen
 backbone in 8 bits or compiled, and from a feature cache; full fine-tuning on padded clips is the yardstick.
 All take turns in one process, measured by process-CPU time on one thread, reading and log-mel included. Audio
-is synthetic and weights are random: time depends on lengths and sizes alone. Padded clips cost the same
-whatever they hold, so of those a few are measured in each round, of the others the whole set.
+is synthetic and weights are random, unless ``--audio`` and ``--model_name_or_path`` give others. Padded clips
+cost the same whatever they hold, so of those a few are measured in each round, of the others the whole set.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForAudio
 from whisper_meft import MeftConfig, get_meft_model
 from whisper_meft.data import Collator, SpeechDataset, check_audio, load_examples
 from whisper_meft.data.batching import LengthBatches
+from whisper_meft.data.examples import ExampleSet, label_inventory
 from whisper_meft.encoder.quantization import nbytes
 from whisper_meft.encoder.sizes import WHISPER_SIZES, whisper_config
 from whisper_meft.errors import UserError, one_line
@@ -32,6 +33,8 @@ from whisper_meft.feature_cache.dataset import CachedCollator, CachedDataset
 from whisper_meft.feature_cache.filling import prepare_cache
 from whisper_meft.files import check_writable
 from whisper_meft.model.backbone import set_labels
+from whisper_meft.model.pretrained import load_feature_extractor, load_whisper
+from whisper_meft.options.common import ModelArguments
 
 from meft_kernels import ops
 
@@ -95,6 +98,37 @@ def write_clips(folder: Path, lengths: Sequence[float]) -> None:
         soundfile.write(place / f"{number:04d}.wav", wave, RATE, subtype="PCM_16")
 
 
+def backbone(options: argparse.Namespace, labels: int) -> tuple[Any, WhisperForAudioClassification]:
+    """Feature extractor and Whisper: of ``--model_name_or_path``, or of the sizes with drawn weights."""
+    torch.manual_seed(0)
+    if options.model_name_or_path is not None:
+        base = load_whisper(ModelArguments(options.model_name_or_path), "float32")
+        return load_feature_extractor(options.model_name_or_path), base
+    whole = WhisperConfig(**TOY) if options.model == "toy" else options.model
+    sizes = whisper_config(whole, num_labels=labels)
+    extractor = WhisperFeatureExtractor(feature_size=sizes.num_mel_bins)
+    return extractor, WhisperForAudioClassification._from_config(sizes, attn_implementation="sdpa")
+
+
+def check_clips(options: argparse.Namespace, folder: Path) -> ExampleSet:
+    """``--clips`` clips evenly from all of ``--audio``, or the synthetic ones; decoded once.
+
+    Raises:
+        UserError: the audio cannot be read, or is not so many clips of two classes.
+    """
+    if options.audio is None:
+        return check_audio(load_examples(str(folder / "audio")), progress=False)[0]
+    examples = load_examples(options.audio)
+    if len(examples) < options.clips:
+        most = f"{len(examples)}, those of {options.audio}"
+        raise UserError(f"clips must be at most {most}, got {options.clips}")
+    chosen = [number * len(examples) // options.clips for number in range(options.clips)]
+    examples, _ = check_audio(examples.select(chosen), progress=False)
+    if len(label_inventory(examples)) < 2:
+        raise UserError(f"audio must hold clips of at least 2 classes, got {options.audio}")
+    return examples
+
+
 class Run:
     """A way, ready to be run: model, optimizer, and the batches of its rounds.
 
@@ -103,23 +137,20 @@ class Run:
     """
 
     def __init__(self, way: Way, options: argparse.Namespace, folder: Path):
-        whole = WhisperConfig(**TOY) if options.model == "toy" else options.model
-        sizes = whisper_config(whole, num_labels=len(LABELS))
-        extractor = WhisperFeatureExtractor(feature_size=sizes.num_mel_bins)
+        examples = check_clips(options, folder)
+        labels = label_inventory(examples)
+        extractor, base = backbone(options, len(labels))
         max_frames = "longest" if way.trimmed else "fidelity"
         chosen = {"method": way.method, "max_frames": max_frames, **way.backbone}
         if way.method != "full":
             chosen["reduction_factor"] = options.reduction_factor
-        torch.manual_seed(0)
-        base = WhisperForAudioClassification._from_config(sizes, attn_implementation="sdpa")
-        set_labels(base, LABELS)
+        set_labels(base, labels)
         self.model = get_meft_model(base, MeftConfig.from_dict(chosen))
         if way.compiled:
             self.model.encoder.compile_layers()
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
-        examples, _ = check_audio(load_examples(str(folder / "audio")), progress=False)
-        label2id = {label: i for i, label in enumerate(LABELS)}
+        label2id = {label: i for i, label in enumerate(labels)}
         self.fill_seconds = None
         if way.cache is None:
             self.dataset = SpeechDataset(examples, extractor, label2id, max_frames)
@@ -215,6 +246,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks.throughput", description=__doc__.split("\n\n")[0]
     )
     parser.add_argument("--model", default="tiny", help=f"sizes of the encoder: {', '.join(WHISPER_SIZES)}")
+    parser.add_argument(
+        "--model_name_or_path", help="pretrained Whisper in its place, a folder or a hub name"
+    )
+    parser.add_argument("--audio", help="recordings in place of synthetic ones: whatever train_data may be")
     parser.add_argument("--method", default="lst", choices=("lst", "unipt", "sherl"))
     parser.add_argument("--reduction_factor", type=int, default=8)
     parser.add_argument("--clips", type=int, default=48, help="clips of the epoch (default: 48)")
@@ -234,16 +269,27 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"model must be one of {', '.join(WHISPER_SIZES)}, got {options.model!r}")
         check_writable((Path(options.output) if options.output else record.RESULTS) / "throughput.json")
         torch.set_num_threads(1)
-        lengths = clip_lengths(options.clips, options.mean_seconds)
         with tempfile.TemporaryDirectory() as folder:
-            write_clips(Path(folder) / "audio", lengths)
+            if options.audio is None:
+                lengths = clip_lengths(options.clips, options.mean_seconds)
+                write_clips(Path(folder) / "audio", lengths)
+            else:
+                lengths = [example.seconds for example in check_clips(options, Path(folder))]
             rows = measure(options, Path(folder))
     except UserError as error:
         print(f"benchmarks.throughput: {one_line(error)}", file=sys.stderr)
         return 1
     for line in [HEADER, *cells(rows)]:
         print(f"{line[0]:<32}" + "".join(f"{cell:>16}" for cell in line[1:]))
-    shapes = {k: v for k, v in vars(options).items() if k != "output"}
+    given = ("output", "model_name_or_path", "audio")
+    shapes = {k: v for k, v in vars(options).items() if k not in given}
+    if options.model_name_or_path is not None:
+        shapes |= {
+            "model": Path(options.model_name_or_path).name.removeprefix("whisper-"),
+            "pretrained": True,
+        }
+    if options.audio is not None:
+        shapes["audio"] = Path(options.audio).name
     shapes["backend"] = ops.backend_status()[_MAIN_OP[options.method]][0]
     path = record.write(
         "throughput",

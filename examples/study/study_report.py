@@ -304,17 +304,22 @@ TABLES: dict[str, Callable[[Records], str]] = {
 }
 
 
-def filled(text: str, records: Records) -> str:
+def filled(text: str, records: Records, tables: dict[str, Callable[[Records], str]] | None = None) -> str:
     """``text`` with the content of every marked table written from the records.
+
+    Args:
+        tables: what makes each table; default ``TABLES``.
 
     Raises:
         UserError: an unknown table, or a marker without its end.
     """
 
+    tables = TABLES if tables is None else tables
+
     def table(match: re.Match) -> str:
-        if match["name"] not in TABLES:
-            raise UserError(f"table must be one of {', '.join(TABLES)}, got {match['name']!r}")
-        return f"<!-- table: {match['name']} -->\n{TABLES[match['name']](records)}\n<!-- end of table -->"
+        if match["name"] not in tables:
+            raise UserError(f"table must be one of {', '.join(tables)}, got {match['name']!r}")
+        return f"<!-- table: {match['name']} -->\n{tables[match['name']](records)}\n<!-- end of table -->"
 
     result = _MARKED.sub(table, text)
     if result.count("<!-- table:") != result.count("<!-- end of table -->"):

@@ -3,8 +3,9 @@
 import json
 
 import pytest
+from training_fixtures import make_audio_folder, make_backbone
 
-from benchmarks import tables, throughput
+from benchmarks import summary, tables, throughput
 from meft_kernels import native
 
 
@@ -41,6 +42,30 @@ def test_every_way_is_measured_and_shown(tmp_path, capsys, monkeypatch):
     assert f"float32, {backend} backend. " in block
     assert "| lst, from cache, 16 bits | 100.0 | 10.00 | 80.00 | 40.00 | 10.00 |" in block
     assert "| full, padded | 8000.0 | 0.12 | 1.00 | 0.50 | 0.12 |" in block and "clips/s" in printed
+
+
+def test_a_pretrained_model_and_recordings(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("torchao")
+    monkeypatch.setattr("whisper_meft.encoder.frozen.FrozenEncoder.compile_layers", lambda self: None)
+    # torchao's 8-bit products want widths that are multiples of 16
+    model = make_backbone(tmp_path / "whisper-own", d_model=64, encoder_ffn_dim=128)
+    audio = make_audio_folder(tmp_path / "tones", per_class=4)
+    argv = ["--model_name_or_path", str(model), "--audio", str(audio), "--clips", "6", "--batch", "2"]
+    argv += ["--padded_clips", "1", "--rounds", "1", "--output", str(tmp_path / "results")]
+    assert throughput.main(argv) == 0
+    found = json.loads(next((tmp_path / "results").glob("*.json")).read_text())
+    assert str(tmp_path) not in json.dumps(found)
+    assert (found["shapes"]["model"], found["shapes"]["audio"]) == ("own", "tones")
+    assert 0.4 <= found["figures"]["mean_seconds"] <= 0.9
+    (block,) = tables.speeds([found])
+    assert block.startswith("Whisper-own, pretrained, LST, 6 recordings of 0.")
+    synthetic = json.loads(json.dumps(found))
+    del synthetic["shapes"]["audio"]
+    line = summary._epoch([synthetic, found])
+    assert "Whisper-own, recordings of people" in line[0]
+    argv[argv.index("6")] = "60"
+    assert throughput.main(argv) == 1
+    assert "clips must be at most 12, those of" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

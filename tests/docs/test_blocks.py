@@ -39,6 +39,7 @@ PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     ROOT / "examples" / "study" / "README.md",
+    ROOT / "examples" / "real_speech" / "README.md",
     *sorted(path for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts),
 ]
 MARKS = {"file", "given", "output", "fails", "not run"}

@@ -546,6 +546,7 @@ def test_copies():
     [
         (LoRAConfig(), "method must be one of lst, unipt, sherl for recognition, got 'lora'"),
         (LSTConfig(max_frames="longest"), "max_frames must be 'fidelity' or a number for recognition"),
+        (LSTConfig(pooling="statistics"), "pooling is of classification; nothing is pooled for recognition"),
         (LSTConfig(max_frames=WINDOW + 1), f"max_frames must be at most {WINDOW}"),
         (LSTConfig(layers=[LAYERS + 3]), r"layers must lie in 1..3"),
         (LSTConfig(placement="decoder", layers=[4]), r"layers must lie in 1..3"),

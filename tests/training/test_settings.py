@@ -21,6 +21,7 @@ def arguments(device="cuda", **changes):
         (LSTConfig(max_frames=300), {}, None),
         (LoRAConfig(), {}, "lora trains inside the encoder, whose step is not captured"),
         (LSTConfig(max_frames="longest"), {}, "max_frames 'longest' gives batches of many shapes"),
+        (LSTConfig(pooling="statistics"), {}, "pooling 'statistics' takes statistics of states"),
         (LSTConfig(), {"cache_features": "states"}, "they cannot be used together with cache_features"),
         (LSTConfig(), {"max_frames_per_batch": 6000}, "they cannot be used together with max_frames_per_"),
         (LSTConfig(), {"gradient_checkpointing": True}, "they cannot be used together with gradient_check"),

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from ..options.parser import Parser, hide_options
-from ..options.training import COMMON_TRAINING_OPTIONS, GROUPS, TrainArguments
+from ..options.training import COMMON_TRAINING_OPTIONS, GROUPS, PRESETS, TrainArguments
 from ..training.run import train
 
 
@@ -17,6 +17,7 @@ def make_parser(all_options: bool = False) -> Parser:
         description="Trains a classification head on a Whisper encoder, with a side network beside it or "
         "by one of the methods that those are compared with.",
     )
+    parser.presets = PRESETS
     parser.add_argument(
         "--help_all",
         action="help",

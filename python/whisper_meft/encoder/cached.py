@@ -11,7 +11,7 @@ from meft_kernels.reference.eight_bit import CODE_DTYPE
 from ..errors import UserError
 from .chunked import pooled_states
 from .frozen import FrozenEncoder
-from .pooling import LastState
+from .pooling import LastState, StatisticsOf
 
 
 def states_read(side_network: nn.Module, num_layers: int) -> tuple[int, ...]:
@@ -35,6 +35,7 @@ def pooled_of_cached(
     scales: Tensor | None,
     final_norm: bool,
     through_last_layer: bool,
+    taken: StatisticsOf | None = None,
 ) -> Tensor:
     """What :func:`whisper_meft.encoder.chunked.pooled_in_chunks` gives, without running the backbone.
 
@@ -46,7 +47,7 @@ def pooled_of_cached(
         lengths: (B,) valid frames, or None for all.
         statistics: (B, S, T, 2) mean and rstd of the rows, where they are known.
         scales: (B, S, 2, D) of 8-bit codes.
-        final_norm, through_last_layer: see ``pooled_in_chunks``.
+        final_norm, through_last_layer, taken: see ``pooled_in_chunks``.
 
     Returns:
         (B, D).
@@ -74,7 +75,8 @@ def pooled_of_cached(
             yield state
             position += 1
 
-    return pooled_states(encoder, side_network, states(), lengths, through_last_layer)
+    stream = states() if taken is None else taken.watch(states(), lengths)
+    return pooled_states(encoder, side_network, stream, lengths, through_last_layer)
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from meft_kernels.reference.stand_in import device_type
 
 from .frozen import FrozenEncoder
 from .last_layer import pooled_through_last_layer, states_through_last_layer
+from .pooling import StatisticsOf
 
 # A chunk holds so many elements of the feed-forward block's inner width: on a GPU enough to fill it, on a CPU
 # about one utterance of 30 seconds, which uses the cache best.
@@ -87,6 +88,7 @@ def pooled_in_chunks(
     chunk_size: int | None = None,
     final_norm: bool = False,
     through_last_layer: bool = False,
+    taken: StatisticsOf | None = None,
 ) -> Tensor:
     """Mean over time of what a side network (or another reader of hidden states) makes of a batch.
 
@@ -96,6 +98,7 @@ def pooled_in_chunks(
         chunk_size: utterances per chunk; None chooses. Whole batches are compiled, unless it is set.
         final_norm: read h_L after the encoder's final LayerNorm.
         through_last_layer: the output of ``side_network`` goes through the frozen last layer (SHERL).
+        taken: takes statistics of the hidden states that pass by.
 
     Returns:
         (B, D), in the type that ``pooled`` gives.
@@ -110,8 +113,9 @@ def pooled_in_chunks(
         read = partial(_pooled_through_last_layer, encoder, side_network, features.shape[0])
     else:
         read = side_network.pooled
-    slabs = _slabs(encoder, side_network, features, lengths, chunk_size, final_norm)
-    pooled = [read(states, of_part) for states, of_part in slabs]
+    pooled = []
+    for states, of_part in _slabs(encoder, side_network, features, lengths, chunk_size, final_norm):
+        pooled.append(read(states if taken is None else taken.watch(states, of_part), of_part))
     return pooled[0] if len(pooled) == 1 else torch.cat(pooled)
 
 

@@ -36,14 +36,15 @@ class LogisticRegression:
     Args:
         num_classes: K.
         strength: C; smaller means more regularisation.
+        tolerance: of the greatest entry of the gradient of the mean loss, at which the fit is done.
     """
 
-    def __init__(self, num_classes: int, strength: float = 1.0):
+    def __init__(self, num_classes: int, strength: float = 1.0, tolerance: float = 1e-9):
         if num_classes < 2 or strength <= 0:
             raise UserError(
                 f"two classes and a positive strength are needed, got {num_classes} and {strength}"
             )
-        self.num_classes, self.strength = num_classes, strength
+        self.num_classes, self.strength, self.tolerance = num_classes, strength, tolerance
 
     def fit(self, features: Tensor, labels: Tensor) -> "LogisticRegression":
         """Fits to ``features`` (N, F) and class indices ``labels`` (N,)."""
@@ -57,7 +58,7 @@ class LogisticRegression:
         optimizer = torch.optim.LBFGS(
             [weight, bias],
             max_iter=5000,
-            tolerance_grad=1e-9,
+            tolerance_grad=self.tolerance,
             tolerance_change=0,
             history_size=20,
             line_search_fn="strong_wolfe",
@@ -85,12 +86,13 @@ def fit_best(
     validation: tuple[Tensor, Tensor],
     num_classes: int,
     strengths: Sequence[float] = (0.001, 0.01, 0.1, 1.0),
+    tolerance: float = 1e-9,
 ) -> tuple[LogisticRegression, dict[str, Any]]:
     """Fits one model per strength and keeps the one with the best accuracy on ``validation``."""
     accuracies = {}
     models = {}
     for strength in strengths:
-        models[strength] = LogisticRegression(num_classes, strength).fit(*training)
+        models[strength] = LogisticRegression(num_classes, strength, tolerance).fit(*training)
         hits = models[strength].predict(validation[0]) == validation[1]
         accuracies[strength] = float(hits.double().mean())
     best = max(strengths, key=accuracies.get)

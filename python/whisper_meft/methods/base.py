@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from ..encoder.dtypes import parse_dtype
 from ..encoder.frozen import FrozenEncoder
+from ..encoder.pooling import POOLINGS
 from ..encoder.quantization import check_kind
 from ..errors import UserError
 from ..files import read_json, write_json
@@ -71,6 +72,15 @@ class MeftConfig:
         },
     )
 
+    pooling: str = field(
+        default="mean",
+        metadata={
+            "help": "What the head reads of a clip: 'mean', as published, is the mean over time of what the "
+            "method makes; 'statistics' adds mean and deviation over time of the last hidden state that the "
+            "method reads, normalised frame by frame, and standardises all by what was seen in training."
+        },
+    )
+
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         if cls.method:
@@ -102,6 +112,8 @@ class MeftConfig:
         dtype = parse_dtype(self.backbone_dtype, "backbone_dtype")
         self.backbone_dtype = None if dtype is None else str(dtype).removeprefix("torch.")
         check_kind(self.backbone_quantization)
+        if self.pooling not in POOLINGS:
+            raise UserError(f"pooling must be {' or '.join(map(repr, POOLINGS))}, got {self.pooling!r}")
         if self.backbone_quantization and not self.frozen_encoder:
             raise UserError(
                 f"backbone_quantization must be None for {self.method}, which trains inside the encoder, got "

@@ -11,6 +11,11 @@ from ..once import warn_once
 
 def check_mergeable(config: MeftConfig) -> None:
     """Raises UserError, with the reason, for a method that adds a network instead of changing weights."""
+    if config.pooling != "mean":
+        raise UserError(
+            f"a model with pooling={config.pooling!r} cannot be merged: a plain Whisper classifier reads the "
+            "mean over time alone; save it with save_pretrained (self-contained with save_backbone=True)"
+        )
     if config.can_merge:
         return
     able = ", ".join(name for name, each in MeftConfig.methods().items() if each.can_merge)

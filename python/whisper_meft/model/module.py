@@ -12,9 +12,10 @@ from transformers import (
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from ..encoder.cached import pooled_of_cached
+from ..encoder.cached import pooled_of_cached, states_read
 from ..encoder.chunked import pooled_in_chunks
 from ..encoder.graphed import GraphedReader
+from ..encoder.pooling import LastState, RunningStandardisation, StatisticsOf
 from ..errors import UserError
 from ..methods import MeftConfig
 from .backbone import resolve_backbone
@@ -57,7 +58,11 @@ class MeftModel(MeftBase):
         config = self.config
         sizes = config.hidden_size, config.num_hidden_layers
         self.side_network = self.meft_config.build_side_network(*sizes, **place)
-        self.projector = nn.Linear(config.hidden_size, config.classifier_proj_size, **place)
+        read = config.hidden_size
+        if self.meft_config.pooling == "statistics":
+            read = (2 if isinstance(self.side_network, LastState) else 3) * config.hidden_size
+            self.standardisation = RunningStandardisation(read, **place)
+        self.projector = nn.Linear(read, config.classifier_proj_size, **place)
         self.classifier = nn.Linear(config.classifier_proj_size, config.num_labels, **place)
         for linear in (self.projector, self.classifier):
             nn.init.normal_(linear.weight, std=0.02)
@@ -87,11 +92,18 @@ class MeftModel(MeftBase):
         trained = [p for p in self.side_network.parameters() if p.requires_grad]
         self._graphed = GraphedReader(self._read, trained, frames)
 
-    def _read(self, features: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
-        """The clips' vectors (B, D) from log-mel."""
+    def _read(
+        self, features: torch.Tensor, lengths: torch.Tensor | None, taken: StatisticsOf | None = None
+    ) -> torch.Tensor:
+        """The clips' vectors (B, D) from log-mel; ``taken`` takes statistics of the states that pass by."""
         options = self.meft_config
-        reading = (options.chunk_size, options.final_norm, options.through_last_layer)
+        reading = (options.chunk_size, options.final_norm, options.through_last_layer, taken)
         return pooled_in_chunks(self.encoder, self.side_network, features, lengths, *reading)
+
+    @property
+    def _last_state(self) -> int:
+        """Index of the last hidden state that is read."""
+        return states_read(self.side_network, self.encoder.num_layers)[-1]
 
     def forward(
         self,
@@ -148,22 +160,31 @@ class MeftModel(MeftBase):
             hidden_state_statistics=hidden_state_statistics,
             hidden_state_scales=hidden_state_scales,
         )
+        taken = StatisticsOf(self._last_state) if options.pooling == "statistics" else None
         if hidden_states is not None:
             lengths = None if options.max_frames == "fidelity" else hidden_state_lengths
             given = (self.states_read, hidden_states, lengths, hidden_state_statistics, hidden_state_scales)
             reading = (options.final_norm, options.through_last_layer)
-            pooled = pooled_of_cached(self.encoder, self.side_network, *given, *reading)
+            pooled = pooled_of_cached(self.encoder, self.side_network, *given, *reading, taken)
         elif options.frozen_encoder:
             features, lengths = self._frames_to_compute(input_features, attention_mask)
             graphed = self.training and torch.is_grad_enabled() and self._graphed is not None
-            pooled = (self._graphed if graphed else self._read)(features, lengths)
+            pooled = self._graphed(features, lengths) if graphed else self._read(features, lengths, taken)
         else:
             features, lengths = self._frames_to_compute(input_features, attention_mask)
             states = self.encoder.stream(features, lengths, options.final_norm)
+            states = states if taken is None else taken.watch(states, lengths)
             pooled = self.side_network.pooled(states, lengths)
         # Mean, then project: the projector is linear. On (B, D) half precision would gain nothing.
         with torch.autocast(pooled.device.type, enabled=False):
-            logits = self.classifier(self.projector(pooled.to(self.projector.weight.dtype)))
+            pooled = pooled.to(self.projector.weight.dtype)
+            if taken is not None:
+                statistics = taken.taken().to(pooled.dtype)
+                alone = isinstance(self.side_network, LastState)  # whose mean is among them
+                pooled = self.standardisation(
+                    statistics if alone else torch.cat([pooled, statistics], dim=-1)
+                )
+            logits = self.classifier(self.projector(pooled))
             loss = None if labels is None else classification_loss(logits, labels, num_items_in_batch)
             if loss is not None and self.training:
                 loss = with_penalty(loss, self.penalty(), labels, num_items_in_batch)
@@ -192,6 +213,8 @@ def graphs_refused(config: MeftConfig) -> str | None:
         return f"{config.method} trains inside the encoder, whose step is not captured"
     if config.max_frames == "longest":
         return "max_frames 'longest' gives batches of many shapes, 'fidelity' or a number is accepted"
+    if config.pooling != "mean":
+        return f"pooling {config.pooling!r} takes statistics of states that a graph keeps to itself"
     return None
 
 
@@ -244,8 +267,10 @@ def get_meft_model(
     model = MeftModel(model_config, base)
     with torch.no_grad():
         for part in ("projector", "classifier"):
-            getattr(model, part).weight.copy_(getattr(base, part).weight)
-            getattr(model, part).bias.copy_(getattr(base, part).bias)
+            ours, theirs = getattr(model, part), getattr(base, part)
+            if ours.weight.shape == theirs.weight.shape:  # the projector of statistics is another
+                ours.weight.copy_(theirs.weight)
+                ours.bias.copy_(theirs.bias)
     return model.train()
 
 

@@ -168,8 +168,8 @@ def to_published(
         backbone: hub name or folder of the backbone, if not the one that ``src`` names.
 
     Raises:
-        UserError: ``src`` cannot be loaded, is no side network, or taps only some of the layers, which the
-            published code cannot.
+        UserError: ``src`` cannot be loaded, is no side network, or taps only some of the layers or has
+            another pooling, which the published code cannot.
     """
     dst = Path(dst)
     if Path(src).is_dir():
@@ -184,6 +184,11 @@ def to_published(
     layers = tapped_layers(getattr(config, "layers", None), model.encoder.num_layers)
     if layers is not None and layers != list(range(1, model.encoder.num_layers + 1)):
         raise UserError(f"{src} taps the layers {layers}: the published code taps all of them")
+    if config.pooling != "mean":
+        raise UserError(
+            f"{src} was trained with pooling={config.pooling!r}: the head of the published code reads the "
+            "mean over time alone"
+        )
     values = config.to_dict()
     differing = {k: v for k, v in _PUBLISHED_SIZES[config.method].items() if values[k] != v}
     if differing:

@@ -68,6 +68,10 @@ class MeftForConditionalGeneration(MeftBase):
                 "max_frames must be 'fidelity' or a number for recognition, got 'longest': a clip's text "
                 "would depend on the other clips of its batch"
             )
+        if options.pooling != "mean":
+            raise UserError(
+                f"pooling is of classification; nothing is pooled for recognition, got {options.pooling!r}"
+            )
         layers = config.decoder_layers if options.placement == "decoder" else config.num_hidden_layers
         options.check_backbone(config.hidden_size, layers, config.max_source_positions)
 

@@ -165,6 +165,14 @@ class MethodArguments:
     eps: float | None = field(
         default=None, metadata={"help": "distance at which the loss is measured; mezo (default: 1e-3)"}
     )
+    pooling: Literal["mean", "statistics"] | None = field(
+        default=None,
+        metadata={
+            "help": "what the head reads of a clip: the mean over time of what the method makes, as "
+            "published, or with it mean and deviation of the last hidden state that it reads, all "
+            "standardised (default: mean)"
+        },
+    )
     max_frames: str = field(
         default="fidelity",
         metadata={

@@ -10,7 +10,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -82,6 +82,8 @@ class Parser(HfArgumentParser):
             allow_abbrev=False,
             **kwargs,
         )
+        # Options by the name of a preset, the value of --preset; options that are given win over them.
+        self.presets: Mapping[str, Mapping[str, Any]] = {}
         if any(map(is_plain, self._actions)):
             self.epilog = SWITCHES
 
@@ -101,7 +103,7 @@ class Parser(HfArgumentParser):
         """Parses the arguments of the subcommand into its dataclasses, plus a namespace of the positionals.
 
         A first argument that ends in .json and is the only positional one is read as a JSON object of
-        options; options after it on the command line win over the file's.
+        options; options after it on the command line win over the file's, and both over a preset's.
 
         Raises:
             UsageError: unknown options, wrong values, missing arguments.
@@ -110,6 +112,7 @@ class Parser(HfArgumentParser):
         argv = list(argv)
         if argv and argv[0].endswith(".json") and (len(argv) == 1 or argv[1].startswith("-")):
             argv = self._expand(Path(argv[0])) + argv[1:]
+        argv = self._preset(argv) + argv
         namespace, unknown = self.parse_known_args(self._sorted(argv))
         unknown = [each for each in unknown if each != "--"]
         if unknown:
@@ -129,6 +132,17 @@ class Parser(HfArgumentParser):
         if values:
             outputs.append(argparse.Namespace(**values))
         return tuple(outputs)
+
+    def _preset(self, argv: Sequence[str]) -> list[str]:
+        """The options of the preset that is asked for last; an unknown name is for argparse to refuse."""
+        name = None
+        for place, token in enumerate(argv):
+            if token == "--":
+                break
+            option, equals, value = token.partition("=")
+            if option == "--preset" and (equals or place + 1 < len(argv)):
+                name = value if equals else argv[place + 1]
+        return [f"--{option}={value}" for option, value in self.presets.get(name, {}).items()]
 
     def _sorted(self, argv: Sequence[str]) -> list[str]:
         """The same arguments with the options first, so that those without a name may stand anywhere.

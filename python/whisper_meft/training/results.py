@@ -102,6 +102,7 @@ def summarise(
         "early_stopping_patience": settings.training.early_stopping_patience,
         "resumed_from_step": trainer.first_step,  # time and speed are those of the steps since then
         "learning_rate": settings.training.learning_rate,
+        "head_learning_rate": settings.training.head_learning_rate,
         "train_loss": outcome.training_loss if (loss := trainer.mean_loss()) is None else loss,
         "train_runtime_seconds": outcome.metrics.get("train_runtime"),
         "train_samples_per_second": outcome.metrics.get("train_samples_per_second"),

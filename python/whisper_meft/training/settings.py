@@ -48,6 +48,8 @@ def settle(model: ModelArguments, method: MethodArguments, training: TrainArgume
     config = method_config(method, dtype, model.backbone_quantization)
     if training.learning_rate is None:
         training.learning_rate = LEARNING_RATES.get(config.method, LEARNING_RATE)
+    if training.head_learning_rate is not None and config.method == "mezo":
+        raise UserError("head_learning_rate: mezo has one rate for all that it trains; leave it out")
     if training.cache_features and not config.frozen_encoder:
         raise UserError(
             f"cache_features: {config.method} trains inside the encoder, so its hidden states cannot be kept"

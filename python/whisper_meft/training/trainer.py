@@ -155,13 +155,30 @@ class MeftTrainer(Trainer):
         return super()._get_eval_sampler(eval_dataset) if lengths is None else LongestFirst(lengths)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        new = self.optimizer is None
         if self.optimizer is None and self.method.method == "mezo":
             trained = [p for p in self.model.parameters() if p.requires_grad]
             rate, decay = self.args.learning_rate, self.args.weight_decay
             self.optimizer = MeZO(trained, rate, self.method.eps, decay, seed=self.args.seed)
         elif self.optimizer is None and self.method.method == "lora_plus":
             self.optimizer = self._lora_plus_optimizer()
-        return super().create_optimizer(*args, **kwargs)
+        optimizer = super().create_optimizer(*args, **kwargs)
+        rate = getattr(self.args, "head_learning_rate", None)
+        if new and rate is not None:
+            self._set_head_rate(optimizer, rate)
+        return optimizer
+
+    def _set_head_rate(self, optimizer: torch.optim.Optimizer, rate: float) -> None:
+        """Moves the head's parameters into groups with a rate of their own."""
+        head = {id(p) for part in (self.model.projector, self.model.classifier) for p in part.parameters()}
+        for group in list(optimizer.param_groups):
+            chosen = [p for p in group["params"] if id(p) in head]
+            rest = [p for p in group["params"] if id(p) not in head]
+            if not rest:
+                group["lr"] = rate if chosen else group["lr"]
+            elif chosen:
+                group["params"] = rest
+                optimizer.add_param_group({**group, "params": chosen, "lr": rate})
 
     def _lora_plus_optimizer(self) -> torch.optim.Optimizer:
         from peft.optimizers import create_loraplus_optimizer

@@ -1,0 +1,1 @@
+"""The paper's comparison on recordings of people: `python -m examples.real_speech`."""

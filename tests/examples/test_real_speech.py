@@ -1,0 +1,233 @@
+"""The study on people: its folds, that it goes on where it was, that its page is its records."""
+
+import csv
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from training_fixtures import RATE, TONES, make_backbone, tone
+from whisper_meft import MeftConfig
+from whisper_meft.comparison.arguments import parse_method
+from whisper_meft.files import read_json
+
+from examples.real_speech import __main__ as command
+from examples.real_speech import cells, plan, report
+from examples.real_speech import folds as division
+from examples.real_speech.folds import TASKS, Clip, folds
+from examples.study.study_report import _MARKED
+
+FOLDER = Path(report.__file__).parent
+RECORDS = report.load(FOLDER / "results")
+
+
+# --- folds --------------------------------------------------------------------------------------------------
+
+
+def clips(per_class=(11, 9, 13), twice=()) -> dict[str, list[Clip]]:
+    made = [
+        Clip(Path(f"{label}{n}.flac"), f"class{label}", f"speaker{label}-{n}", 8.0)
+        for label, count in enumerate(per_class)
+        for n in range(count)
+    ]
+    made += [Clip(Path(f"again{i}.flac"), made[i].label, made[i].speaker, 8.0) for i in twice]
+    return {"train": made[::2], "dev": made[1::4], "test": made[3::4]}
+
+
+def test_every_speaker_is_tested_in_one_fold_and_in_no_two_parts():
+    splits = clips(twice=(0, 5))
+    found = folds(splits, own_split=False)
+    everyone = sorted(clip.key for part in splits.values() for clip in part)
+    assert len(found) == 5
+    assert sorted(clip.key for fold in found for clip in fold["test"]) == everyone
+    for fold in found:
+        speakers = [{clip.speaker for clip in fold[split]} for split in ("train", "dev", "test")]
+        assert not (speakers[0] & speakers[1] or speakers[0] & speakers[2] or speakers[1] & speakers[2])
+        assert sorted(clip.key for part in fold.values() for clip in part) == everyone
+        for label, count in zip(("class0", "class1", "class2"), (11, 9, 13)):
+            share = len({clip.speaker for clip in fold["test"] if clip.label == label})
+            assert count // 5 <= share <= -(-count // 5)
+    other = {split: list(reversed(part)) for split, part in splits.items()}
+    assert folds(other, own_split=False) == found  # names decide, not the order of the manifests
+    assert folds(splits, own_split=True) == [splits]
+
+
+def test_the_plan_has_every_method_and_one_rate_search_for_all():
+    planned = list(plan.plan())
+    rows = {cell.row for cell in planned if cell.row.task == "accents"}
+    assert {row.method for row in rows} == set(MeftConfig.methods())
+    for row in rows:
+        assert {cell.rate for cell in planned if cell.row == row and cell.fold == 0} >= set(row.rates)
+        assert {cell.fold for cell in planned if cell.row == row} == set(range(5))
+        assert len(row.rates) >= 3 and row.seeds == (3 if row.frozen else 1)
+        MeftConfig.from_dict({"method": row.method, **parse_method(row.compared)[1]})
+
+
+# --- the driver ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def speech(tmp_path) -> Path:
+    """A folder like that of the recordings, with tones."""
+    generator = np.random.default_rng(0)
+    folder = tmp_path / "speech" / TASKS["accents"].folder
+    (folder / "audio").mkdir(parents=True)
+    rows = []
+    for label, frequency in TONES.items():
+        for n in range(10):
+            soundfile.write(folder / "audio" / f"{label}{n}.flac", tone(frequency, 0.8, generator), RATE)
+            rows.append([f"audio/{label}{n}.flac", label, f"{label}{n}", 0.8])
+    for split, part in (("train", rows[::2]), ("dev", rows[1::4]), ("test", rows[3::4])):
+        with open(folder / f"l1_{split}.csv", "w", newline="") as file:
+            csv.writer(file).writerows([["path", "label", "speaker", "seconds"], *part])
+    make_backbone(tmp_path / "backbone")
+    return tmp_path / "speech"
+
+
+@pytest.fixture
+def go(speech, tmp_path, monkeypatch):
+    """Runs the command on a short plan of three folds."""
+    for module in (plan, division):
+        monkeypatch.setattr(module, "FOLDS", 3)
+    rows = [
+        plan.row("head", rates=(1e-2, 1e-3), epochs=2, seeds=2),
+        plan.row("head:pooling=statistics", rates=(1e-2,), epochs=40, seeds=1),
+        plan.row("bitfit", rates=(1e-3,), epochs=4, training={"head_learning_rate": 2e-2}),
+    ]
+
+    def short():
+        for row in rows:
+            yield from plan.searched(row)
+            yield from plan.tested(row)
+            yield from plan.seeded(row)
+
+    monkeypatch.setattr(plan, "plan", short)
+    monkeypatch.setattr(report, "plan", short)
+    work = tmp_path / "work"
+    where = ["--model", str(tmp_path / "backbone"), "--speech", str(speech), "--work", str(work)]
+
+    def run(*argv: str) -> int:
+        return command.main(["run", *where, *argv])
+
+    return run, work
+
+
+def test_it_goes_on_where_it_was_and_makes_its_page(go, tmp_path, monkeypatch, capsys):
+    run, work = go
+    begun = []
+    original = cells.Fold.run
+
+    def counted(self, method, rate, seed):
+        begun.append((method, rate, seed))
+        if len(begun) == 6:
+            raise KeyboardInterrupt
+        return original(self, method, rate, seed)
+
+    monkeypatch.setattr(cells.Fold, "run", counted)
+    assert run() == 130
+    assert len(list((work / "rows").glob("accents/head*/*.json"))) == 5
+    (work / "stop").touch()
+    assert run() == 0 and len(begun) == 6
+    (work / "stop").unlink()
+    assert run("--minutes", "0") == 0 and len(begun) == 6
+    assert run() == 0
+    assert len(begun) == 1 + (2 + 2 + 3) + (1 + 2) + (1 + 2)  # once each, and the one that was interrupted
+    again = len(begun)
+    assert run() == 0 and len(begun) == again
+    capsys.readouterr()
+    assert run("--list") == 0
+    assert all(line.startswith("done") for line in capsys.readouterr().out.splitlines())
+
+    (row,) = (work / "rows" / "accents").glob("head-pooling*/fold2-*.json")
+    found = read_json(row)
+    assert (
+        found["status"] == "ok"
+        and found["cpu_seconds"] > 0
+        and found["audio_seconds"] == pytest.approx(40 * 0.8 * 13, abs=40)
+    )
+    assert found["peak_bytes"] > found["bytes_before"] > 0 and found["origin"]["torch"]
+    assert "/" not in str({key: value for key, value in found.items() if key != "origin"})
+
+    page = tmp_path / "README.md"
+    shutil.copy(FOLDER / "README.md", page)
+    results = tmp_path / "results"
+    options = ["report", "--work", str(work), "--results", str(results), "--page", str(page)]
+    assert command.main(options) == 0
+    record = report.load(results)["accents"]
+    rows = report.rows_of(record)
+    assert rows["head:max_frames=longest"].tried == [1e-3, 1e-2]
+    folder = work / "runs" / "accents" / "0" / "epochs4-head_learning_rate0.02" / "runs"
+    (trained,) = folder.glob("bitfit-max_frames=longest/*/train_results.json")
+    assert read_json(trained)["learning_rate"] == 1e-3 and read_json(trained)["head_learning_rate"] == 2e-2
+    statistics = rows["head:pooling=statistics+max_frames=longest"]
+    assert report.accuracies(record, statistics)[0] > 0.8  # tones: the answers are those of the right clips
+    between = report.gap(record, statistics, rows["bitfit:head_learning_rate=0.02+max_frames=longest"])
+    assert between["folds"] == 3 and between["low"] <= between["mean"] <= between["high"]
+    text = page.read_text()
+    assert "| head, pooling=statistics |" in text and "3/3 folds, 1 seed, 1/1 rates" in text
+    before = (results / "accents.json").read_bytes()
+    assert command.main(options) == 0
+    assert (results / "accents.json").read_bytes() == before and page.read_text() == text  # nothing new
+    shutil.rmtree(work / "rows" / "accents" / "logistic")
+    assert command.main(options) == 0 and page.read_text() == text  # what was taken over stays
+
+
+def test_a_row_that_fails_costs_no_other(go, monkeypatch):
+    run, work = go
+    rows = [plan.row("weighted_sum", rates=(1e30,), epochs=4), plan.row("head", rates=(1e30, 1e-2), epochs=4)]
+    order = [*plan.searched(rows[0]), *plan.tested(rows[0]), *plan.searched(rows[1])]
+    monkeypatch.setattr(plan, "plan", lambda: order)
+    assert run() == 0
+    assert len(list((work / "rows" / "accents" / "weighted_sum-max_frames=longest").iterdir())) == 1
+    folder = work / "rows" / "accents" / "head-max_frames=longest"
+    assert read_json(folder / "fold0-lr1e+30-seed0.json")["status"].startswith("failed: ")
+    assert read_json(folder / "fold0-lr0.01-seed0.json")["status"] == "ok"
+
+
+def test_mistakes_give_one_line(tmp_path, capsys):
+    where = ["--speech", str(tmp_path), "--work", str(tmp_path / "work")]
+    for argv, message in (
+        (["run", *where], "--speech: cannot read"),
+        (["run", *where, "--rows", "lsd"], "--rows: no row of the plan begins with 'lsd'"),
+        (["report", "--work", str(tmp_path)], "--work: there are no rows in"),
+        (["report", "--results", str(tmp_path)], "there are no records in"),
+    ):
+        assert command.main(argv) == 1
+        error = capsys.readouterr().err.strip()
+        assert message in error and len(error.splitlines()) == 1
+
+
+# --- what is committed --------------------------------------------------------------------------------------
+
+
+def test_the_page_is_what_the_records_give():
+    text = (FOLDER / "README.md").read_text(encoding="utf-8")
+    assert report.filled(text, RECORDS, report.TABLES) == text, "run python -m examples.real_speech report"
+    assert {match["name"] for match in _MARKED.finditer(text)} == set(report.TABLES)
+    for name, draw in report.FIGURES.items():
+        assert (FOLDER / f"{name}.svg").read_text(encoding="utf-8") == draw(RECORDS)
+        assert f"({name}.svg)" in text
+
+
+@pytest.mark.parametrize("task", RECORDS)
+def test_records_say_what_they_ran_on_and_answer_every_clip(task):
+    found = RECORDS[task]
+    parts = found["shapes"]["folds"]
+    assert sum(len(part["test_reference"]) for part in parts) == len(
+        " ".join(part["test_speakers"] for part in parts).split()
+    )
+    for cell in found["figures"]:
+        assert cell["origin"]["commit"] and cell["origin"]["torch"] and cell["origin"]["device"]
+        if cell["status"] == "ok":
+            assert len(cell["predicted"]) == len(parts[cell["fold"]]["test_reference"])
+
+
+@pytest.mark.parametrize("task", RECORDS)
+def test_rates_are_chosen_on_validation_clips(task):
+    for row in report.rows_of(RECORDS[task]).values():
+        first = [c for c in RECORDS[task]["figures"] if c["entry"] == row.entry and c["fold"] == 0]
+        first = [c for c in first if c["seed"] == 0 and c["status"] == "ok" and c["rate"]]
+        if first:
+            best = max(first, key=lambda cell: (cell["validation_accuracy"], -cell["validation_loss"]))
+            assert row.rate == best["rate"]
