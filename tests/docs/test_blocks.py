@@ -28,6 +28,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from tokens_fixtures import spelling_tokenizer
 from training_fixtures import RATE, make_backbone, tone
 from transformers import WhisperConfig, WhisperForAudioClassification, WhisperForConditionalGeneration
 from whisper_meft import LSTConfig, UserError, get_meft_model
@@ -109,7 +110,9 @@ def _write_clips(folder: Path, per_class: int, seed: int) -> None:
 def surroundings(tmp_path_factory) -> Path:
     """The folder that each page gets a copy of."""
     folder = tmp_path_factory.mktemp("docs")
-    backbone = make_backbone(folder / "openai" / "whisper-small")
+    tokenizer = spelling_tokenizer()
+    backbone = make_backbone(folder / "openai" / "whisper-small", vocab_size=len(tokenizer))
+    tokenizer.save_pretrained(backbone)
     # A published Whisper transcribes: it has a decoder and no classifier.
     WhisperForConditionalGeneration(WhisperConfig.from_pretrained(backbone)).save_pretrained(backbone)
     for seed, (split, clips) in enumerate({"train": 4, "dev": 2, "test": 2}.items()):

@@ -8,12 +8,14 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from modelling_fixtures import CONFIGS, LAYERS, MELS, WINDOW, randomise, tiny_whisper, whisper_config
+from tokens_fixtures import spelling_tokenizer
 from transformers import (
     AutoModelForAudioClassification,
     AutoModelForSpeechSeq2Seq,
     GenerationConfig,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
+    WhisperFeatureExtractor,
     WhisperForConditionalGeneration,
 )
 from whisper_meft import (
@@ -26,6 +28,7 @@ from whisper_meft import (
     UserError,
     get_meft_model,
 )
+from whisper_meft.data import Collator, Example, TranscriptTokens
 from whisper_meft.decoder import chunked as decoder_chunked
 from whisper_meft.encoder import chunked as encoder_chunked
 
@@ -684,3 +687,27 @@ def test_a_stock_seq2seq_trainer_trains_and_generates(placement, tmp_path):
     checkpoint = max(tmp_path.glob("checkpoint-*"))
     saved = safetensors.torch.load_file(checkpoint / "model.safetensors")
     assert set(saved) == {f"side_network.{name}" for name in model.side_network.state_dict()}
+
+
+def test_batches_of_transcripts_train_it_and_the_prompt_does_not_count():
+    tokenizer = spelling_tokenizer("dutch")
+    base = recogniser(vocab_size=len(tokenizer), max_target_positions=24)
+    model = get_meft_model(base, LSTConfig(placement="encoder", reduction_factor=4)).eval()
+    tokens = TranscriptTokens(tokenizer, longest=24)
+    items = []
+    for i, text in enumerate(["ja", "nee, zeker niet"]):
+        ids = {name: torch.tensor(row) for name, row in tokens(Example(f"{i}.wav", text=text)).items()}
+        features = torch.randn(MELS, 2 * WINDOW, generator=torch.Generator().manual_seed(i))
+        items.append({"input_features": features, "attention_mask": torch.ones(2 * WINDOW), **ids})
+    extractor = WhisperFeatureExtractor(feature_size=MELS, chunk_length=1)
+    batch = Collator(extractor, WINDOW, tokens.end)(items)
+    out = model(batch["input_features"], decoder_input_ids=batch["decoder_input_ids"], labels=batch["labels"])
+    said = torch.tensor([item["labels"][-1] for item in items])
+    assert torch.equal(said, torch.full_like(said, tokenizer.eos_token_id))
+    counted = []
+    for row, item in zip(out.logits, items):
+        start = len(tokens.prompt) - 1
+        scores, wanted = row[start : len(item["labels"])], item["labels"][start:]
+        assert torch.equal(wanted, torch.cat([item["decoder_input_ids"][start + 1 :], wanted[-1:]]))
+        counted.append(F.cross_entropy(scores, wanted, reduction="none"))
+    torch.testing.assert_close(out.loss, torch.cat(counted).mean())

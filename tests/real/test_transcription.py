@@ -8,12 +8,7 @@ import torch
 from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
 from whisper_meft import LSTConfig, SHERLConfig, UniPTConfig, get_meft_model
 
-pytestmark = [
-    pytest.mark.real,
-    pytest.mark.skipif(
-        "MEFT_WHISPER" not in os.environ, reason="MEFT_WHISPER names no folder of a real Whisper"
-    ),
-]
+pytestmark = pytest.mark.real
 
 MODELS = pytest.mark.parametrize(
     ("config", "placement"),
