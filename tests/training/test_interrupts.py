@@ -2,8 +2,10 @@
 
 import os
 import signal
+import time
 
 import pytest
+from whisper_meft.training import interrupts as module
 from whisper_meft.training.interrupts import Interrupts
 
 
@@ -22,8 +24,11 @@ def _listening():
 class Swallows:
     """An object in whose destructor the signal arrives: what is raised there is lost."""
 
+    def __init__(self, number: int = signal.SIGINT):
+        self.number = number
+
     def __del__(self):
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), self.number)
 
 
 def test_a_request_during_training_is_kept_until_the_step_ends(capfd):
@@ -68,3 +73,21 @@ def test_whoever_listens_already_goes_on_listening():
     with Interrupts():
         assert signal.getsignal(signal.SIGINT) is handler
     assert signal.getsignal(signal.SIGINT) is handler
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_sigterm_that_was_lost_comes_again(monkeypatch):
+    monkeypatch.setattr(module, "AGAIN_SECONDS", 0.2)
+    with pytest.raises(SystemExit) as ended, Interrupts() as interrupts:
+        Swallows(signal.SIGTERM)  # its SystemExit is lost
+        assert interrupts.asked == signal.SIGTERM
+        time.sleep(20)
+    assert ended.value.code == 143
+    time.sleep(0.5)  # and does not come once more: the handler is the one that ends a process
+
+
+def test_a_process_that_leaves_is_left_alone(monkeypatch):
+    monkeypatch.setattr(module, "AGAIN_SECONDS", 0.1)
+    with pytest.raises(SystemExit), Interrupts():
+        os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.4)

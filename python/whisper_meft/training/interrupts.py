@@ -9,6 +9,10 @@ from transformers import TrainerCallback
 
 from .console import main_process
 
+# Seconds after which a process that should have ended is told again: an exception that a signal raises is
+# lost where Python happens to run a destructor or a weak reference's callback.
+AGAIN_SECONDS = 10.0
+
 
 class Stopped(Exception):
     """Training was stopped on request, at a step from which it can go on."""
@@ -31,6 +35,7 @@ class Interrupts(TrainerCallback):
         self._training = False
         self._previous: dict[int, Any] = {}
         self._process = os.getpid()
+        self._again: threading.Timer | None = None
 
     def __enter__(self) -> "Interrupts":
         usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
@@ -41,6 +46,7 @@ class Interrupts(TrainerCallback):
         return self
 
     def __exit__(self, *_) -> None:
+        self._tell_again(None)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
@@ -60,8 +66,20 @@ class Interrupts(TrainerCallback):
     def leave(self) -> None:
         """Ends the process as the signal would: by KeyboardInterrupt, or by SystemExit with status 143."""
         if self.asked == signal.SIGTERM:
+            if signal.SIGTERM in self._previous:
+                self._tell_again(signal.SIGTERM)
             raise SystemExit(128 + signal.SIGTERM)
         raise KeyboardInterrupt
+
+    def _tell_again(self, number: int | None) -> None:
+        """Sends the process that signal in a while, unless it has left by then; None: no more."""
+        if self._again is not None:
+            self._again.cancel()
+        self._again = None
+        if number is not None:
+            self._again = threading.Timer(AGAIN_SECONDS, os.kill, (self._process, number))
+            self._again.daemon = True
+            self._again.start()
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._training = True
