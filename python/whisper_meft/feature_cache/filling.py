@@ -199,7 +199,9 @@ class _Filler:
 
 
 def _row(state: Tensor | HiddenState, b: int) -> Tensor | HiddenState:
-    return HiddenState(*(part[b] for part in state)) if isinstance(state, HiddenState) else state[b]
+    if not isinstance(state, HiddenState):
+        return state[b]
+    return HiddenState(state.values[b], *(each[b] for each in state.statistics or ()))
 
 
 def check_disk(folder: str | os.PathLike, needed: int) -> str:

@@ -131,9 +131,9 @@ def pack(states: Sequence[Tensor | HiddenState], frames: int, storage: str) -> d
     """
     parts: dict[str, list[Tensor]] = {name: [] for name in parts_of(storage)}
     for state in states:
-        values, *known = state if isinstance(state, HiddenState) else (state, None, None)
-        values = values[:frames]
-        mean, rstd = row_statistics(values) if known[0] is None else (s[:frames] for s in known)
+        state = state if isinstance(state, HiddenState) else HiddenState(state)
+        values, known = state.values[:frames], state.statistics
+        mean, rstd = row_statistics(values) if known is None else (s[:frames] for s in known)
         if storage == "fp8":
             values, scale, shift = encode(values, mean, rstd)
             parts["scale"].append(scale)
