@@ -458,7 +458,8 @@ def backward(
             else:
                 part, hidden_part = parts(gate_row, 2), parts(hidden_row)
                 _launch(gated_down_bwd_gate_kernel, gate_row, width, len(g), *given_here, part, **flag)
-                arguments = (hidden, bits, gates, *weights, grad_hidden, hidden_part)
+                known = hidden if active is None else bits
+                arguments = (hidden, known, gates, *weights, grad_hidden, hidden_part)
                 _launch(gated_down_bwd_hidden_kernel, hidden_row, width, len(g), *arguments, **flag)
                 (value_sum, gate_sum), hidden_sum = part.sum(0), hidden_part.sum(0)
             del pre, bits, given_here, arguments

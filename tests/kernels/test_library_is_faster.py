@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from meft_kernels.ops import backends, registration, self_check
-from meft_kernels.ops.autograd import _keeps_slab
+from meft_kernels.ops.autograd import is_fused
 from meft_kernels.ops.registration import HOST_CODE, HostCode, host_code
 from meft_kernels.reference import stand_in
 
@@ -68,5 +68,5 @@ def test_what_is_registered_for_cuda_chooses_alike(dtype, expected, monkeypatch)
 @pytest.mark.parametrize("dtype, keeps", [(torch.float32, False), (torch.float16, True)])
 def test_features_are_not_copied_for_the_library(dtype, keeps):
     with stand_in.standing_for("cuda", (9, 0)):
-        assert _keeps_slab("relu_attention", "auto", torch.empty(1, 2, 96, dtype=dtype)) == keeps
-        assert _keeps_slab("relu_attention", "triton", torch.empty(1, 2, 96, dtype=dtype))
+        assert is_fused("relu_attention", "auto", torch.empty(1, 2, 96, dtype=dtype)) == keeps
+        assert is_fused("relu_attention", "triton", torch.empty(1, 2, 96, dtype=dtype))

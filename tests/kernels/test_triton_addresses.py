@@ -152,7 +152,7 @@ def launches_of(op: str, case: Case | None, dtype: torch.dtype, capability=(8, 0
         # Sums of many rows in many parts: no program walks through millions.
         for each in (adapter, guidance):
             patch.setattr(each, "split", lambda pieces, *_, **__: (32, math.ceil(pieces / 32)))
-        patch.setattr(gated_down, "BLOCK_ROWS", 2**40)
+        patch.setattr(gated_down, "BLOCK_BYTES", 2**60)
         patch.setattr(adapter, "row_blocks", lambda rows, *_: [slice(0, rows)])
         if op in ("row_statistics", "eight_bit"):
             rows = torch.empty(MANY // 640, 640, dtype=dtype, device="meta")
@@ -192,7 +192,7 @@ CASES = {
     "norm_linear": [case_of("norm_linear", 96)],
     "adapter": [case_of("adapter", 24), case_of("adapter", 640, adapter_dim=1280)],
     "ladder": [case_of("ladder", 96), case_of("ladder", 640, adapter_dim=1280)],
-    "gated_down": [case_of("gated_down", 96)],
+    "gated_down": [case_of("gated_down", 96), case_of("gated_down", 160)],
     "guidance": [case_of("guidance", 160)],
     "gated_up": [case_of("gated_up", 96, width=192)],
     "row_statistics": [None],
