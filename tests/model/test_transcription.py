@@ -574,7 +574,7 @@ def test_placements_are_for_recognition():
         UniPTConfig(placement="both")
     with pytest.raises(UserError, match="layers must be None for placement='both'"):
         LSTConfig(placement="both", layers=[1])
-    with pytest.raises(UserError, match="start must be None, 'published' or 'zero_shot', got 'random'"):
+    with pytest.raises(UserError, match="start must be None, 'published' or 'even' or 'zero_shot', got"):
         SHERLConfig(start="random")
 
 
