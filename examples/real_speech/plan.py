@@ -163,9 +163,10 @@ def plan() -> Iterator[Cell]:
     for one in (weighted_sum, unipt, unipt_recipe):
         yield from searched(one)
         yield from tested(one)
-    yield from searched(sherl_recipe, sherl, *references)
+    sherl_started = row("sherl:start=zero_shot")  # where its gradient is well-conditioned
+    yield from searched(sherl_recipe, sherl, sherl_started, *references)
     for fold in folds_of("accents")[1:]:
-        yield from (Cell(one, fold, None, 0) for one in (*references, sherl, sherl_recipe))
+        yield from (Cell(one, fold, None, 0) for one in (*references, sherl, sherl_recipe, sherl_started))
     yield from seeded(lst, lst_recipe, unipt, unipt_recipe, weighted_sum, sherl, sherl_recipe)
     # What the recipe does for the others, and what a rate of its own does for the head.
     better = [row(f"{method}:{RECIPE}") for method in REFERENCES]
