@@ -154,7 +154,7 @@ class SHERL(reference.SHERL):
             keep = "exact" if down is self.down[-1] else self.saved_activations
             # Aliases of this step: what the kernels make of one is made once for forward and backward.
             parameters = (parameter.view_as(parameter) for parameter in gated_down_params(down))
-            features.append(ops.gated_down(values, *parameters, keep))
+            features.append(ops.gated_down(values, *parameters, keep, hidden_state.again))
         self.check_lengths(lengths, values)
         guide = self.guide.weight, self.guide.bias
         if torch.is_grad_enabled() and any(each.requires_grad for each in (*guide, *features)):

@@ -240,18 +240,19 @@ def gated_down(
     weight_3: Tensor,
     bias_3: Tensor,
     saved_activations: str = "exact",
+    again: Callable[[], Tensor] | None = None,
 ) -> Tensor:
     """SHERL's gated down-projection of one hidden state; see ``reference.gated_down``.
 
     Args:
         x: (..., D). weight_1: (r, D). weight_2, weight_3: (r, r). bias_1, bias_2, bias_3: (r,).
-        saved_activations: ``"exact"`` keeps x for the backward, ``"fp8"`` an 8-bit normalised copy.
+        saved_activations, again: as in ``folded_linear``.
 
     Returns:
         (..., r) in the type of x.
     """
     parameters = (weight_1, bias_1, weight_2, bias_2, weight_3, bias_3)
-    return call("gated_down", activation(x), *parameters, saved_activations=saved_activations)
+    return call("gated_down", activation(x), *parameters, saved_activations=saved_activations, again=again)
 
 
 def guidance(weight: Tensor, bias: Tensor, features: Sequence[Tensor]) -> Tensor:

@@ -40,9 +40,12 @@ _KEPT_BYTES = 2**28
 
 _KEPT_TENSORS = 16
 
-# Its backward then goes over as many clips at a time as hold a ninth of what is kept of the hidden states, or
-# so many bytes: fewer would be more launches. On a CPU it is a fourth of a chunk.
+# Its backward then goes over as many clips at a time as hold a ninth of what is kept of the hidden states,
+# two ninths while that is no more than so many bytes, or the least so many: smaller parts would be more
+# launches. On a CPU it is a fourth of a chunk.
 _BACKWARD_OF_KEPT = 9
+
+_MORE_BACKWARD_BYTES = 5 * 2**27
 
 _LEAST_BACKWARD_BYTES = 2**27
 
@@ -73,11 +76,14 @@ def automatic_backward_part(
     if device_type(states.device) == "cpu":
         return max(1, automatic_chunk(encoder, frames, states.device) // _BACKWARD_SHARE)
     exact = side_network.saved_activations == "exact"
-    kept = clips * frames * width * (side_network.num_layers * (itemsize if exact else 1) + itemsize)
+    # The last one as it is, and in 8 bits those between it and the first, which is made again.
+    copies = side_network.num_layers * itemsize if exact else max(side_network.num_layers - 2, 0)
+    kept = clips * frames * width * (copies + itemsize)
     # Of the feed-forward block's inner width the layer holds two tensors, of the backbone's so many.
     tensors = 8 if exact else 4
     held = frames * itemsize * (tensors * width + 2 * encoder.layers[-1].fc1.out_features)
-    return max(1, max(kept // _BACKWARD_OF_KEPT, _LEAST_BACKWARD_BYTES) // held)
+    share = kept // _BACKWARD_OF_KEPT
+    return max(1, max(share, min(2 * share, _MORE_BACKWARD_BYTES), _LEAST_BACKWARD_BYTES) // held)
 
 
 def pooled_in_chunks(
@@ -226,7 +232,8 @@ def _slabs(
     if slab != chunk_size:
         waiting = slab * frames * encoder.hidden_size * encoder.dtype.itemsize
     statistics = folds and (not waiting or (keeps and waiting <= _WAITING_BYTES))
-    first_again = folds and torch.is_grad_enabled() and not keeps
+    reads_again = folds or isinstance(side_network, SideNetwork)
+    first_again = reads_again and torch.is_grad_enabled() and not keeps
     reading = (final_norm, statistics, chunk_size, not keeps, first_again)
     if slab is None or clips <= slab:
         yield encoder.stream(features, lengths, *reading), lengths
