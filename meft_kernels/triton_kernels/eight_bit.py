@@ -15,7 +15,17 @@ from torch import Tensor
 from ..reference import eight_bit as reference
 from ..tune.row import Row
 from .blocks import load_statistic, load_tile, store_tile
-from .host import ACTIVATION, aligned, compile_arguments, flat, launch, on_device, pointer_types, row_for
+from .host import (
+    ACTIVATION,
+    aligned,
+    ceil_div,
+    compile_arguments,
+    flat,
+    launch,
+    on_device,
+    pointer_types,
+    row_for,
+)
 
 # Programs work through STEPS tiles of BLOCK_M rows, one tile of BLOCK_N columns wide. They count column tiles
 # first, so that programs that run side by side read whole rows.
@@ -155,8 +165,8 @@ def eight_bit_decode_kernel(
 
 def _grid(row: Row, rows: int, width: int) -> tuple[int, int]:
     """Groups of rows, and programs in all."""
-    groups = triton.cdiv(rows, row.blocks["BLOCK_M"] * row.blocks["STEPS"])
-    return groups, groups * triton.cdiv(width, row.blocks["BLOCK_N"])
+    groups = ceil_div(rows, row.blocks["BLOCK_M"] * row.blocks["STEPS"])
+    return groups, groups * ceil_div(width, row.blocks["BLOCK_N"])
 
 
 def _are_fp32(*tensors: Tensor | None) -> bool:

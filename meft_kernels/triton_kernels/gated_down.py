@@ -25,6 +25,7 @@ from .blocks import load_tile, load_vector, relu, store_tile
 from .host import (
     ACTIVATION,
     aligned,
+    ceil_div,
     compile_arguments,
     launch,
     on_device,
@@ -327,7 +328,7 @@ def gated_down_bwd_kernel(
 
 def _launch(kernel, row: Row, width: int, rows: int, *arguments: Tensor, active: bool) -> None:
     """Runs a kernel over all tiles of a (rows, width) matrix."""
-    programs = triton.cdiv(rows, row.blocks["BLOCK_M"]) * triton.cdiv(width, row.blocks["BLOCK_N"])
+    programs = ceil_div(rows, row.blocks["BLOCK_M"]) * ceil_div(width, row.blocks["BLOCK_N"])
     launch(
         kernel,
         (programs,),
@@ -344,8 +345,8 @@ def _constants(row: Row, width: int, active: bool = False) -> dict:
 
 def _blocks(rows: int, width: int, itemsize: int) -> Iterator[slice]:
     """Blocks of rows of nearly one length, of which the backward holds ``BLOCK_BYTES`` at most."""
-    count = triton.cdiv(rows * width * (4 + 4 * itemsize), BLOCK_BYTES)
-    size = triton.cdiv(rows, max(count, 1) * 64) * 64
+    count = ceil_div(rows * width * (4 + 4 * itemsize), BLOCK_BYTES)
+    size = ceil_div(rows, max(count, 1) * 64) * 64
     for start in range(0, rows, max(size, 1)):
         yield slice(start, start + size)
 
@@ -371,7 +372,7 @@ def _run(x: Tensor, given: tuple[Tensor, ...], keep_active: bool) -> tuple[Tenso
     rows = aligned(x, x.shape[-1])
     weight_1, *parameters = _parameters(x, *given)
     out = x.new_empty(rows.shape[0], width)
-    active = x.new_empty(rows.shape[0], triton.cdiv(width, 8), dtype=torch.uint8) if keep_active else None
+    active = x.new_empty(rows.shape[0], ceil_div(width, 8), dtype=torch.uint8) if keep_active else None
     with on_device(x):
         for block in _blocks(rows.shape[0], width, x.itemsize):
             pre = matmul(rows[block], weight_1.T, x.dtype)
@@ -448,7 +449,7 @@ def backward(
             given_here = (g, pre, bits, *parameters, hidden, gates)
 
             def parts(row: Row, *shape: int, like: Tensor = pre) -> Tensor:
-                return like.new_empty(triton.cdiv(len(like), row.blocks["BLOCK_M"]), *shape, width)
+                return like.new_empty(ceil_div(len(like), row.blocks["BLOCK_M"]), *shape, width)
 
             if whole_row is not None:
                 part = parts(whole_row, 3)

@@ -21,6 +21,7 @@ from .blocks import load_tile, load_vector, relu, store_tile
 from .host import (
     ACTIVATION,
     aligned,
+    ceil_div,
     compile_arguments,
     launch,
     on_device,
@@ -135,9 +136,7 @@ def forward(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, gate: Tensor) ->
         return reference.forward(x, y, weight, bias, gate)
     rows, y = aligned(x, backbone), aligned(y, side)
     out = torch.empty_like(rows)
-    programs = triton.cdiv(rows.shape[0], row.blocks["BLOCK_M"]) * triton.cdiv(
-        backbone, row.blocks["BLOCK_N"]
-    )
+    programs = ceil_div(rows.shape[0], row.blocks["BLOCK_M"]) * ceil_div(backbone, row.blocks["BLOCK_N"])
     if programs:
         with on_device(x):
             launch(
@@ -173,13 +172,13 @@ def _run(
     need_x = keep is not None
     grad_x = torch.empty_like(rows) if need_x else rows.new_empty(0)
     active = torch.empty_like(side_rows)
-    tiles = triton.cdiv(rows.shape[0], row.blocks["BLOCK_M"])
+    tiles = ceil_div(rows.shape[0], row.blocks["BLOCK_M"])
     parts = torch.empty(tiles, 2, backbone, dtype=torch.float32, device=x.device)
     if tiles:
         with on_device(x):
             launch(
                 gated_up_bwd_kernel,
-                (tiles * triton.cdiv(side, row.blocks["BLOCK_N"]),),
+                (tiles * ceil_div(side, row.blocks["BLOCK_N"]),),
                 grad,
                 rows,
                 side_rows,

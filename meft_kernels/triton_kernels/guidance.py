@@ -20,7 +20,7 @@ from ..reference import guidance as reference
 from ..reference.common import GUIDANCE_EPS
 from ..tune.row import TORCH_TYPES, Row
 from .blocks import relu
-from .host import POINTERS, aligned, compile_arguments, launch, on_device, row_for, split
+from .host import POINTERS, aligned, ceil_div, compile_arguments, launch, on_device, row_for, split
 
 RESIDENT = 4  # programs of the backward on a multiprocessor, at K = 10
 MAX_SLOTS = 32  # shallow layers, one slot each; more go to the reference
@@ -210,7 +210,7 @@ def _constants(row: Row, dtype: torch.dtype, width: int, layers: int, in_place: 
     wide = dtype == torch.float32
     constants = {"D": width, "SLOTS": _slots(layers), "EPS": GUIDANCE_EPS, "PRECISION": "ieee", **row.blocks}
     if row.kernel == "guidance_bwd":
-        chunks = triton.cdiv(width, row.blocks["BLOCK_D"])
+        chunks = ceil_div(width, row.blocks["BLOCK_D"])
         constants["CHUNKS"] = triton.next_power_of_2(chunks)
         # Mixing is fp32 and its row sums cancel where layers are alike: half precision would lose them, and
         # overflow in fp16 for short vectors. Three tf32 products keep 21 bits on the tensor cores; AMD's
@@ -235,7 +235,7 @@ def forward(weight: Tensor, bias: Tensor, features: list[Tensor]) -> Tensor:
         with on_device(deep):
             launch(
                 guidance_fwd_kernel,
-                (triton.cdiv(deep.shape[0], row.blocks["BLOCK_T"]),),
+                (ceil_div(deep.shape[0], row.blocks["BLOCK_T"]),),
                 tuple(shallow),
                 deep,
                 weight.contiguous(),
@@ -267,7 +267,7 @@ def _run(
     *shallow, deep = features
     *grad_shallow, grad_deep = targets
     width = deep.shape[-1]
-    groups, programs = split(triton.cdiv(deep.shape[0], row.blocks["BLOCK_T"]), resident=RESIDENT)
+    groups, programs = split(ceil_div(deep.shape[0], row.blocks["BLOCK_T"]), resident=RESIDENT)
     weight_parts = torch.empty(programs, width, dtype=torch.float32, device=deep.device)
     bias_parts = torch.empty(programs, _slots(len(shallow)), dtype=torch.float32, device=deep.device)
     if deep.numel():

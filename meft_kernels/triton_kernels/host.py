@@ -5,7 +5,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-import triton
 from torch import Tensor
 
 from ..reference import stand_in
@@ -19,6 +18,11 @@ ACTIVATION = "activation"  # in a kernel's types, a pointer to the type of the a
 # fixed, and not the device's, so that the order of a sum, and with it its bits, is the same on every card.
 MULTIPROCESSORS, WAVES = 132, 2
 LEAST_ROWS = 128  # of a part of split_product: fewer cost more in partial sums than they gain
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up; Triton's ``cdiv`` is written for kernels too and takes microseconds."""
+    return -(-a // b)
 
 
 def row_for(kernel: str, x: Tensor, width: int) -> Row | None:
@@ -87,7 +91,7 @@ def split(pieces: int, programs: int = 1, resident: int = 1) -> tuple[int, int]:
     """
     wanted = max(1, WAVES * MULTIPROCESSORS * resident // programs)
     size = max(1, pieces // wanted)
-    return size, triton.cdiv(pieces, size)
+    return size, ceil_div(pieces, size)
 
 
 def stacked(tensors: list[Tensor]) -> Tensor:
@@ -112,7 +116,7 @@ def split_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     read, about WAVES * MULTIPROCESSORS tiles of 64 KB: 17 MB each way.
     """
     rows = a.shape[0]
-    size = _rows_per_part(rows, triton.cdiv(a.shape[1], 128) * triton.cdiv(b.shape[1], 128))
+    size = _rows_per_part(rows, ceil_div(a.shape[1], 128) * ceil_div(b.shape[1], 128))
     whole = rows // size * size
     if whole == 0:
         return matmul(a.T, b, dtype)

@@ -11,7 +11,7 @@ from ..reference.common import NORM_EPS
 from ..reference.common import row_statistics as reference
 from ..tune.row import Row
 from .blocks import load_tile
-from .host import POINTERS, aligned, compile_arguments, launch, on_device, row_for
+from .host import POINTERS, aligned, ceil_div, compile_arguments, launch, on_device, row_for
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -51,7 +51,7 @@ def forward(x: Tensor) -> tuple[Tensor, Tensor]:
     rstd = torch.empty_like(mean)
     if rows.shape[0]:
         constants = _constants(row, width)
-        grid = (triton.cdiv(rows.shape[0], constants["BLOCK_M"]),)
+        grid = (ceil_div(rows.shape[0], constants["BLOCK_M"]),)
         with on_device(x):
             launch(row_statistics_kernel, grid, rows, mean, rstd, rows.shape[0], **constants, **row.options)
     return mean.view(x.shape[:-1]), rstd.view(x.shape[:-1])

@@ -1,7 +1,7 @@
 """One choice of block sizes, and the architectures and types that it is made for."""
 
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 
@@ -59,6 +59,7 @@ class Row:
         return {**self.blocks, **self.options}
 
 
+@cache
 def architecture(capability: tuple[int, int] | None, amd_name: str | None = None) -> Architecture:
     """The known architecture that serves a device.
 
