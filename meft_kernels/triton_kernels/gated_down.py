@@ -455,7 +455,7 @@ def backward(
                 part = parts(whole_row, 3)
                 arguments = (*given_here, grad_hidden, part)
                 _launch(gated_down_bwd_kernel, whole_row, width, len(g), *arguments, **flag)
-                value_sum, gate_sum, hidden_sum = part.sum(0)
+                value_sum, gate_sum, hidden_sum = part.sum(0).unbind(0)
             else:
                 part, hidden_part = parts(gate_row, 2), parts(hidden_row)
                 _launch(gated_down_bwd_gate_kernel, gate_row, width, len(g), *given_here, part, **flag)

@@ -120,9 +120,9 @@ def split_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     whole = rows // size * size
     if whole == 0:
         return matmul(a.T, b, dtype)
-    total = matmul(a[:whole].view(-1, size, a.shape[1]).mT, b[:whole].view(-1, size, b.shape[1]), dtype).sum(
-        0
-    )
+    parts = [each if whole == rows else each[:whole] for each in (a, b)]
+    left, right = (each.view(-1, size, each.shape[1]) for each in parts)
+    total = matmul(left.mT, right, dtype).sum(0)
     return total if whole == rows else total.add_(matmul(a[whole:].T, b[whole:], dtype))
 
 

@@ -128,8 +128,15 @@ class _LayerAgain:
 
     def __init__(self, encoder: FrozenEncoder, lengths: Tensor | None, frugal: bool):
         self.encoder, self.lengths, self.frugal = encoder, lengths, frugal
-        self.layer, self.final_norm = encoder.layers[-1], encoder.layer_norm
+        self.layer = encoder.layers[-1]
         self.attention = self.layer.self_attn
+        self.scaling = self.attention.scaling
+        # Looked up once for all parts: a module takes the host as long for that as a tensor for a view.
+        self.project = _parameters(self.attention.out_proj)
+        self.inner, self.outer = _parameters(self.layer.fc1), _parameters(self.layer.fc2)
+        norms = (self.layer.self_attn_layer_norm, self.layer.final_layer_norm, encoder.layer_norm)
+        self.first_norm, self.second_norm, self.final_norm = map(_FixedNorm, norms)
+        self.head_sizes = self.attention.num_heads, self.attention.head_dim
 
     @functools.cached_property
     def weights(self) -> list[Tensor]:
@@ -142,24 +149,23 @@ class _LayerAgain:
 
     def backward(self, x: Tensor, grad: Tensor, clips: slice) -> Tensor:
         """Gradient of the layer's input x (b, T, D) from that of the sum (b, D) of these clips."""
-        project = self.attention.out_proj
         lengths = None if self.lengths is None else self.lengths[clips]
         with torch.enable_grad():
             start = x.detach().requires_grad_()
             mixed = self._attend(start, self.encoder._attention_mask(lengths, x.shape[1]))
-        states = F.linear(_beside(mixed.detach()), project.weight, project.bias).add_(x)
+        states = F.linear(_rows(mixed.detach()), *self.project).view(x.shape).add_(x)
         upstream = self._feed_forward(states, grad, lengths)
         del states
-        grad_mixed = (upstream @ project.weight).unflatten(-1, (self.attention.num_heads, -1)).transpose(1, 2)
+        grad_mixed = upstream.view(-1, x.shape[2]).mm(self.project[0])
+        grad_mixed = grad_mixed.view(*x.shape[:2], *self.head_sizes).transpose(1, 2)
         (grad_x,) = torch.autograd.grad(mixed, start, grad_mixed)
         return upstream.add_(grad_x)
 
     def heads(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Queries, keys and values (B, H, T, d), views of one tensor, and the row statistics of x."""
-        normed, *statistics = _norm(self.layer.self_attn_layer_norm, x)
-        projected = F.linear(normed, *self.weights[:2])
-        projected = projected.unflatten(-1, (3, self.attention.num_heads, self.attention.head_dim))
-        return [each.transpose(1, 2) for each in projected.unbind(2)], statistics
+        normed, *statistics = self.first_norm(x)
+        projected = F.linear(normed, *self.weights[:2]).view(*x.shape[:2], 3, *self.head_sizes)
+        return list(projected.transpose(1, 3).unbind(2)), statistics
 
     def _attend(self, start: Tensor, mask: Tensor | None) -> Tensor:
         """What the heads make of x (B, H, T, d). The kernel is whichever PyTorch takes, so its backward is
@@ -185,28 +191,28 @@ class _LayerAgain:
             places.append(heads[0].untyped_storage()._cdata)
             hooks = torch.autograd.graph.saved_tensors_hooks(pack, unpack)
         with hooks:
-            return frozen_layer.self_attention(*heads, mask, scale=self.attention.scaling)
+            return frozen_layer.self_attention(*heads, mask, scale=self.scaling)
 
     def _feed_forward(self, states: Tensor, grad: Tensor, lengths: Tensor | None) -> Tensor:
         """Gradient of what the attention block gave, ``states``, from that of the sum over time."""
-        layer = self.layer
-        normed, *statistics = _norm(layer.final_layer_norm, states)
-        inner = F.linear(normed, layer.fc1.weight, layer.fc1.bias)
+        normed, *statistics = self.second_norm(states)
+        width = normed.shape[-1]
+        inner = F.linear(normed.view(-1, width), *self.inner)
         del normed
-        out = F.linear(F.gelu(inner), layer.fc2.weight, layer.fc2.bias).add_(states)
+        out = F.linear(F.gelu(inner), *self.outer).view(states.shape).add_(states)
         before = out.clone() if out.dtype == torch.float16 else None
         out = frozen_layer.clamp_half(out)
-        final_statistics = _norm(self.final_norm, out)[1:]
-        grad = _norm_backward(self.final_norm, _of_frames(grad, lengths, out), out, *final_statistics)
+        final_statistics = self.final_norm(out)[1:]
+        grad = self.final_norm.backward(_of_frames(grad, lengths, out), out, *final_statistics)
         if before is not None:
             grad.masked_fill_(before != out, 0)
         del out, before
-        grad_inner = grad @ layer.fc2.weight
+        grad_inner = grad.view(-1, width).mm(self.outer[0])
         into = {"grad_input": grad_inner} if device_type(inner.device) == "cuda" else {}
         grad_inner = torch.ops.aten.gelu_backward(grad_inner, inner, **into)
         del inner
-        grad_normed = grad_inner @ layer.fc1.weight
-        return grad.add_(_norm_backward(layer.final_layer_norm, grad_normed, states, *statistics))
+        grad_normed = grad_inner.mm(self.inner[0]).view(states.shape)
+        return grad.add_(self.second_norm.backward(grad_normed, states, *statistics))
 
 
 class _Heads(torch.autograd.Function):
@@ -223,17 +229,16 @@ class _Heads(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:
         grad_normed = None
-        for grad, weight in zip(map(_beside, grads), ctx.again.weights[2:]):
-            rows = grad.flatten(0, 1)
-            grad_normed = rows @ weight if grad_normed is None else grad_normed.addmm_(rows, weight)
+        for rows, weight in zip(map(_rows, grads), ctx.again.weights[2:]):
+            grad_normed = rows.mm(weight) if grad_normed is None else grad_normed.addmm_(rows, weight)
         x, *statistics = ctx.saved_tensors
-        norm = ctx.again.layer.self_attn_layer_norm
-        return _norm_backward(norm, grad_normed.view(x.shape), x, *statistics), None
+        return ctx.again.first_norm.backward(grad_normed.view(x.shape), x, *statistics), None
 
 
-def _beside(heads: Tensor) -> Tensor:
-    """(B, H, T, d) to (B, T, H d), a copy only where it has to be."""
-    return heads.transpose(1, 2).flatten(2)
+def _rows(heads: Tensor) -> Tensor:
+    """(B, H, T, d) to (B T, H d), a copy only where it has to be."""
+    batch, number, frames, size = heads.shape
+    return heads.transpose(1, 2).reshape(batch * frames, number * size)
 
 
 def _of_frames(grad: Tensor, lengths: Tensor | None, like: Tensor) -> Tensor:
@@ -242,13 +247,24 @@ def _of_frames(grad: Tensor, lengths: Tensor | None, like: Tensor) -> Tensor:
     return grad_out if lengths is None else grad_out.masked_fill_(past_end(lengths, like)[..., None], 0)
 
 
-def _norm(norm: nn.LayerNorm, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """LayerNorm with its statistics."""
-    return torch.native_layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+def _parameters(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    return module.weight, module.bias
 
 
-def _norm_backward(norm: nn.LayerNorm, grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-    """Gradient of x alone."""
-    shape, wanted = norm.normalized_shape, [True, False, False]
-    arguments = (grad, x, shape, mean, rstd, norm.weight, norm.bias, wanted)
-    return torch.ops.aten.native_layer_norm_backward(*arguments)[0]
+class _FixedNorm:
+    """A frozen LayerNorm."""
+
+    def __init__(self, norm: nn.LayerNorm):
+        self.shape, self.parameters, self.eps = norm.normalized_shape, _parameters(norm), norm.eps
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The normed x and its row statistics."""
+        return torch.native_layer_norm(x, self.shape, *self.parameters, self.eps)
+
+    def backward(self, grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+        """Gradient of x alone."""
+        arguments = (grad, x, self.shape, mean, rstd, *self.parameters, [True, False, False])
+        return _layer_norm_backward(*arguments)[0]
+
+
+_layer_norm_backward = torch.ops.aten.native_layer_norm_backward.default
