@@ -138,7 +138,7 @@ def score_transcripts(
 
     Args:
         references: what was said. hypotheses: what was recognised, in the same order.
-        language, spelling: choose the normaliser (:func:`whisper_normalizer`).
+        language, spelling: choose the normaliser (:func:`.whisper_normalizer`).
         speakers: of each, or ``None``.
 
     Raises:
