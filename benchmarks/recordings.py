@@ -108,6 +108,10 @@ def valid_states(states: Sequence[Tensor], lengths: Tensor) -> list[Tensor]:
     return [state[:, : int(lengths.min())].contiguous() for state in states]
 
 
+# These read the decoder's output, of which nothing is recorded.
+OF_THE_DECODER = frozenset({"linear_cross_entropy"})
+
+
 @torch.no_grad()
 def on_states(case: AnyCase, states: Sequence[Tensor], inputs: dict, seed: int) -> dict:
     """A case's random inputs with recorded hidden states in the place of the random ones, and in the place of

@@ -307,6 +307,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         own = [name for name in ("width", "batch", "frames", "layers", "base") if getattr(options, name)]
         if own:
             raise UserError(f"--{own[0]} does not go with --states, whose sizes are the recorded ones")
+        if asked := recordings.OF_THE_DECODER & {*(options.op or ())}:
+            raise UserError(f"--op {min(asked)} does not go with --states: it reads no state of the encoder")
+        options.op = options.op or [op for op in EVERYTHING if op not in recordings.OF_THE_DECODER]
         options.states = recordings.valid_states(*recordings.read_states(options.states))
         batch, frames, width = options.states[0].shape
         options.width, options.batch, options.frames = [width], batch, frames

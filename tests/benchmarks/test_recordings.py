@@ -38,7 +38,15 @@ def test_recorded_states_are_the_encoders(recorded):
     assert {state.shape[1] for state in valid} == {int(lengths.min())}
 
 
-@pytest.mark.parametrize("op", [*run.EVERYTHING])
+def test_what_reads_no_state_of_the_encoder_is_not_timed_on_one(recorded):
+    assert run.parse(["--states", str(recorded[2])]).op == [
+        op for op in run.EVERYTHING if op != "linear_cross_entropy"
+    ]
+    with pytest.raises(UserError, match="--op linear_cross_entropy does not go with --states"):
+        run.parse(["--states", str(recorded[2]), "--op", "ladder", "linear_cross_entropy"])
+
+
+@pytest.mark.parametrize("op", [op for op in run.EVERYTHING if op not in recordings.OF_THE_DECODER])
 def test_every_op_takes_recorded_states(recorded, op):
     states = recordings.valid_states(*recordings.read_states(recorded[2]))
     batch, frames, width = states[0].shape
