@@ -146,7 +146,8 @@ def test_it_goes_on_where_it_was_and_makes_its_page(go, tmp_path, monkeypatch, c
         and found["cpu_seconds"] > 0
         and found["audio_seconds"] == pytest.approx(40 * 0.8 * 13, abs=40)
     )
-    assert found["peak_bytes"] > found["bytes_before"] > 0 and found["origin"]["torch"]
+    # What the process held already may have been enough.
+    assert found["peak_bytes"] >= found["bytes_before"] > 0 and found["origin"]["torch"]
     assert "/" not in str({key: value for key, value in found.items() if key != "origin"})
 
     page = tmp_path / "README.md"
