@@ -4,9 +4,8 @@ No method mixes utterances, so a chunk's result is the same as in the whole batc
 to the rounding of a sum in another order. The backbone's transients then cost memory for one chunk alone.
 
 On a GPU, where every kernel costs the host as much however little it does, a side network takes the batch in
-one slab, or in as many as it asks for: the encoder writes each hidden state of a slab chunk by chunk, and
-side network, forward and backward, launches what it launches once per layer and slab. On a CPU a slab is a
-chunk: what the cache holds decides there.
+one slab: the encoder writes each hidden state of it chunk by chunk, and side network, forward and backward,
+launches what it launches once per layer. On a CPU a slab is a chunk: what the cache holds decides there.
 """
 
 from collections.abc import Callable, Iterable, Iterator
