@@ -298,6 +298,22 @@ def test_a_stopped_run_ends_where_an_unstopped_one_does(step, work, tmp_path, mo
     assert parts["train_loss"] == pytest.approx(whole["train_loss"], rel=1e-5)
 
 
+def test_a_signal_in_the_last_step_still_ends_the_process(work, tmp_path, monkeypatch):
+    """Several runs in one process must not go on with the next; the run itself is whole."""
+    original = train.MeftTrainer.training_step
+
+    def then_ask(self, *args, **kwargs):
+        if self.state.global_step + 1 == 6:
+            self.interrupts.asked = signal.SIGINT
+        return original(self, *args, **kwargs)
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(train.MeftTrainer, "training_step", then_ask)
+        train.train(*train_arguments(work, out))
+    assert results(out)["steps"] == 6
+
+
 def train_arguments(work, output, **options) -> tuple:
     from whisper_meft.commands.train import make_parser
 

@@ -79,7 +79,7 @@ def train(
     Raises:
         UserError: anything about the input that cannot be used, by name; NaN or infinity during training;
             trained parameters that never moved; another run is writing into the folder.
-        SystemExit: SIGTERM came; the status is 143.
+        KeyboardInterrupt, SystemExit: SIGINT or SIGTERM came; the latter's status is 143.
     """
     output_dir = Path(training_arguments.output_dir)
     check_output_dir(output_dir, _inputs(model_arguments, data_arguments))
@@ -101,6 +101,8 @@ def train(
             outcome = run_training(trainer, watch, settings, resume_from)
             result = conclude(trainer, watch, settings, examples, outcome)
         watch.guard.close()
+        if interrupts.asked is not None:  # with the last step: the run is whole, what comes behind it is not
+            interrupts.leave()
         return result
 
 
