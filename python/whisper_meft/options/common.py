@@ -113,6 +113,13 @@ class MethodArguments:
             "length and device)"
         },
     )
+    placement: Literal["encoder", "decoder", "both"] | None = field(
+        default=None,
+        metadata={
+            "help": "where the side network of a recogniser stands: beside the encoder, the decoder, or both "
+            "(lst alone); a classifier has an encoder alone (default: encoder)"
+        },
+    )
     target_modules: list[str] | None = field(
         default=None,
         metadata={
