@@ -88,3 +88,14 @@ def train_command(backbone: Path, train_data: Path, output_dir: Path, **options)
         **options,
     }
     return ["train", *(f"--{name}={value}" for name, value in options.items() if value is not None)]
+
+
+def make_transcripts(path: Path, audio_folder: Path, speakers: int = 4) -> Path:
+    """Writes a CSV manifest of an audio folder: what is said in a clip is the name of its tone."""
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "text", "speaker"])
+        for label_folder in sorted(audio_folder.iterdir()):
+            for number, wav in enumerate(sorted(label_folder.glob("*.wav"))):
+                writer.writerow([wav, label_folder.name, f"speaker{number % speakers}"])
+    return path

@@ -601,8 +601,7 @@ def test_every_method_and_option_is_on_the_command_line():
     assert set(typing.get_args(hints["method"])) == set(MeftConfig.methods())
     for config in MeftConfig.methods().values():
         of_the_backbone = {"backbone_dtype", "backbone_quantization"}
-        of_recognition = {"placement"}  # the commands classify
-        names = {field.name for field in dataclasses.fields(config)} - of_the_backbone - of_recognition
+        names = {field.name for field in dataclasses.fields(config)} - of_the_backbone
         assert names <= set(hints), config.method
         for field in dataclasses.fields(config):
             assert len(field.metadata["help"]) > 20, (config, field.name)

@@ -17,6 +17,7 @@ from training_fixtures import make_audio_folder, make_backbone, train_command
 from whisper_meft.commands.cli import main
 from whisper_meft.training import checkpoints, resuming
 from whisper_meft.training import run as train
+from whisper_meft.training.tasks import classification
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'python'}", "OMP_NUM_THREADS": "1"}
@@ -132,7 +133,7 @@ def test_a_run_that_was_killed_before_its_results_gets_them(missing, work, tmp_p
 
 def test_an_early_stopped_run_is_over_and_more_patience_goes_on(work, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(
-        train,
+        classification,
         "make_compute_metrics",
         lambda labels: lambda _: {"accuracy": 0.5, "mean_class_accuracy": 0.5, "macro_f1": 0.5},
     )

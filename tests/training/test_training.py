@@ -22,6 +22,7 @@ from whisper_meft.training import checkpoints
 from whisper_meft.training import run as train
 from whisper_meft.training.guard import FiniteGuard, NonFiniteError
 from whisper_meft.training.settings import settle
+from whisper_meft.training.tasks import classification
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'python'}", "OMP_NUM_THREADS": "1"}
@@ -73,11 +74,11 @@ def test_the_parts_of_a_run_work_alone(work, tmp_path):
     model_arguments, method, sources, training = make_parser().parse(arguments[1:])
     settings = settle(model_arguments, method, training)
     assert (settings.config.method, settings.dtype, training.learning_rate) == ("lst", "float32", 5e-4)
-    examples = train.read_examples(sources, training)
+    examples = train.read_examples(sources, settings)
     assert examples.labels == ["high", "low", "middle"]
     train.settle_batch(settings, examples)
-    base = train.load_whisper(model_arguments, settings.dtype)
-    model = train.build_model(base, settings, examples.labels)
+    base = train.load_base(settings)
+    model = train.build_model(base, settings, examples)
     collator, training_set, evaluation_set = train.build_datasets(
         model, settings, examples, data.SpeechDataset
     )
@@ -140,7 +141,7 @@ def test_the_best_checkpoint_is_what_is_saved_not_the_last(work, tmp_path, monke
     def pretend(labels):
         return lambda prediction: {"accuracy": next(accuracies), "mean_class_accuracy": 0, "macro_f1": 0}
 
-    monkeypatch.setattr(train, "make_compute_metrics", pretend)
+    monkeypatch.setattr(classification, "make_compute_metrics", pretend)
     monkeypatch.setattr(train.MeftTrainer, "predict", keep_metrics_away(train.MeftTrainer.predict))
     out = tmp_path / "out"
     assert run(work, out, eval_data=work / "test", num_train_epochs=4, save_total_limit=2) == 0

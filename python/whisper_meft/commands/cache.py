@@ -16,6 +16,7 @@ from ..options.training import TrainDataArguments
 from ..training.console import say
 from ..training.data import load_data
 from ..training.settings import load_sizes_and_extractor, method_config
+from ..training.tasks.classification import Classification
 
 
 @dataclass
@@ -78,7 +79,7 @@ def run(argv: Sequence[str]) -> int:
     if models.backbone_compile:
         model.encoder.compile_layers()
     how = (options.num_workers, show, options.output_dir, extractor)
-    examples = load_data(sources, True, False, options.seed, *how)
+    examples = load_data(sources, Classification(config, extractor), True, False, options.seed, *how)
     sets = [part for part in (examples.training, examples.evaluation) if part is not None]
     how = (options.storage, options.autocast, options.num_workers, show, say)
     cache = prepare_cache(options.output_dir, model, extractor, sets, *how)

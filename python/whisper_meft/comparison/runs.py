@@ -37,6 +37,7 @@ from ..training.checkpoints import list_checkpoints
 from ..training.data import load_data
 from ..training.output_folder import clear_earlier_run, prepare_output_dir
 from ..training.run import train
+from ..training.tasks.classification import Classification
 from .arguments import RATE_FACTOR, CompareArguments, options_of, parse_method
 from .costs import measure_costs
 
@@ -84,7 +85,8 @@ class Comparison:
             **{each.name: getattr(arguments, each.name) for each in fields(DataFormatArguments)},
         )
         how = {"progress": False, "feature_extractor": self.extractor}
-        self.examples = load_data(self.data_arguments, True, True, arguments.seed, **how)
+        task = Classification(MeftConfig.from_dict({"method": "head"}), self.extractor)
+        self.examples = load_data(self.data_arguments, task, True, True, arguments.seed, **how)
         self.labels = label_inventory(self.examples.training)
         self.test = self._load_test()
         self.settings = {

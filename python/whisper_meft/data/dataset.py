@@ -27,7 +27,9 @@ class SpeechDataset(torch.utils.data.Dataset):
         max_frames: "fidelity" gives every item the full window, padded as Whisper does; "longest" the frames
             of the clip; an integer the same, of at most that many encoder frames (20 ms each). Longer clips
             are cut to the window, and a warning says so once.
-        tokens: makes items of their transcripts; with ``label2id`` ``None``.
+        tokens: makes items of their transcripts; with ``label2id`` ``None``. With an integer every item then
+            has that window, since Whisper hears padding; a longer clip is an error, for its transcript tells
+            of what would not be heard.
 
     Items are dicts of ``input_features`` (float32 ``(mel bins, frames)``), ``attention_mask`` (int64
     ``(frames,)``, 1 where a frame holds sound), ``labels`` (int) and ``length`` (int, encoder frames that
@@ -36,7 +38,8 @@ class SpeechDataset(torch.utils.data.Dataset):
 
     Raises:
         UserError: no examples, unknown or missing labels, ``max_frames`` out of range; on reading an item:
-            naming it, when its audio cannot be read or its features have other mel bins.
+            naming it, when its audio cannot be read, its features have other mel bins, or it has a transcript
+            and is longer than the window.
     """
 
     def __init__(
@@ -60,12 +63,13 @@ class SpeechDataset(torch.utils.data.Dataset):
         self.label2id = label2id
         self.tokens = tokens
         self.max_frames = max_frames
+        self._whole_window = max_frames == "fidelity" or (tokens is not None and max_frames != "longest")
         self._window = window_of(feature_extractor, max_frames)
         self._seconds = self._window * feature_extractor.hop_length / feature_extractor.sampling_rate
         known = [example.seconds for example in examples if example.seconds is not None]
         long = sum(seconds > self._seconds for seconds in known)
         self._warned = len(known) == len(examples)
-        if long:
+        if long and tokens is None:
             logger.warning(
                 "%d of %d clips of %s are longer than %.1f s; only their first %.1f s are used",
                 long,
@@ -106,18 +110,18 @@ class SpeechDataset(torch.utils.data.Dataset):
         wave, _ = example.read(extractor.sampling_rate, longest=self._seconds + 0.1)
         window = self._window * extractor.hop_length
         if len(wave) > window:
-            self._say_cut(example)
+            self._say_cut(example, len(wave) / extractor.hop_length)
             wave = wave[:window]
-        mel = log_mel(wave, extractor, full_window=self.max_frames == "fidelity")
-        return mel, math.ceil(len(wave) / extractor.hop_length)
+        mel = log_mel(wave, extractor, full_window=self._whole_window)
+        return mel[:, : self._window], math.ceil(len(wave) / extractor.hop_length)
 
     def _features(self, example: Example) -> tuple[np.ndarray, int]:
         features = read_features(example, self.feature_extractor.feature_size)
         frames = true_frames(features)
         if frames > self._window:
-            self._say_cut(example)
+            self._say_cut(example, frames - 2)  # the last window's overlap with the sound
             frames = self._window
-        if self.max_frames != "fidelity":
+        if not self._whole_window:
             return features[:, :frames], frames
         features = features[:, : self._window]
         # Whisper's padding: log10 of its floor 1e-10, or 8 decades under the loudest bin, then (x + 4) / 4.
@@ -125,8 +129,14 @@ class SpeechDataset(torch.utils.data.Dataset):
         missing = self._window - features.shape[1]
         return np.pad(features, ((0, 0), (0, missing)), constant_values=silence), frames
 
-    def _say_cut(self, example: Example) -> None:
-        if not self._warned:
+    def _say_cut(self, example: Example, frames: float) -> None:
+        if self.tokens is not None:
+            if frames > self._window + 1:  # what resampling makes longer is no speech
+                raise UserError(
+                    f"{example.name} is longer than the window of {self._seconds:g} s, so its transcript "
+                    "tells of what would not be heard: cut it, or leave it out"
+                )
+        elif not self._warned:
             self._warned = True
             logger.warning(
                 "%s is longer than %.1f s; of it and other such clips only the first %.1f s are used",
@@ -141,8 +151,8 @@ class Collator:
     """Stacks items of :class:`SpeechDataset`; picklable.
 
     With "longest" and with an integer a batch is as long as its longest clip, rounded up to whole encoder
-    frames. Features are padded with 0 and the mask with 0, the decoder's input with ``pad_token_id``
-    (``TranscriptTokens.end``), which nothing before it attends to.
+    frames; with an integer transcripts' items are of one length. Features are padded with 0 and the mask with 0, the
+    decoder's input with ``pad_token_id`` (``TranscriptTokens.end``), which nothing before it attends to.
 
     Returns a dict of ``input_features`` (float32 ``(batch, mel bins, frames)``), ``attention_mask`` (int64
     ``(batch, frames)``) and, where the items have them, ``labels`` (int64 ``(batch,)``); of transcripts

@@ -128,14 +128,19 @@ def _draw_pairs(confusion: Confusion, labels: Sequence[str], path: str | os.Path
 
 
 def plot_learning_curve(
-    history: Sequence[Mapping[str, Any]], path: str | os.PathLike, title: str = ""
+    history: Sequence[Mapping[str, Any]],
+    path: str | os.PathLike,
+    title: str = "",
+    score: str = "eval_accuracy",
+    named: str = "evaluation accuracy",
 ) -> None:
-    """Draws training loss and evaluation accuracy over epochs as PNG.
+    """Draws training loss and a score of the evaluation data over epochs as PNG.
 
     Args:
-        history: `trainer.state.log_history`: dicts with "epoch" and "loss" or "eval_loss", "eval_accuracy".
+        history: `trainer.state.log_history`: dicts with "epoch" and "loss", or "eval_loss" and the score.
         path: PNG file to write (atomically).
         title: line above the figure.
+        score: the score's key in the history. named: what the figure calls it.
 
     Raises:
         UserError: the file cannot be written.
@@ -146,24 +151,24 @@ def plot_learning_curve(
         return list(points), list(points.values())
 
     with drawing(9, 3.8, path) as figure:
-        loss_axes, accuracy_axes = figure.subplots(1, 2)
+        loss_axes, score_axes = figure.subplots(1, 2)
         loss_axes.plot(*series("loss"), color=BLUE, linewidth=1.5, label="training")
         epochs, values = series("eval_loss")
-        if epochs:
+        evaluated = bool(epochs)
+        if evaluated:
             loss_axes.plot(epochs, values, color=ORANGE, marker="o", linestyle="--", label="evaluation")
         loss_axes.set_ylabel("cross-entropy loss")
         loss_axes.set_ylim(bottom=0)
         loss_axes.legend(frameon=False)
-        epochs, values = series("eval_accuracy")
+        epochs, values = series(score)
         if epochs:
-            accuracy_axes.plot(epochs, values, color=ORANGE, marker="o", linestyle="--")
+            score_axes.plot(epochs, values, color=ORANGE, marker="o", linestyle="--")
         else:
-            accuracy_axes.text(
-                0.5, 0.5, "no evaluation in this run", ha="center", transform=accuracy_axes.transAxes
-            )
-        accuracy_axes.set_ylabel("evaluation accuracy")
-        accuracy_axes.set_ylim(0, 1)
-        for axes in (loss_axes, accuracy_axes):
+            why = "not measured while training" if evaluated else "no evaluation in this run"
+            score_axes.text(0.5, 0.5, why, ha="center", transform=score_axes.transAxes)
+        score_axes.set_ylabel(named)
+        score_axes.set_ylim(0, max([1, *(value for value in values if value == value)]))
+        for axes in (loss_axes, score_axes):
             axes.set_xlabel("epoch")
             axes.grid(alpha=0.3)
             axes.spines[["top", "right"]].set_visible(False)

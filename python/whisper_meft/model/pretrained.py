@@ -6,7 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, WhisperFeatureExtractor, WhisperForAudioClassification
+from transformers import (
+    AutoConfig,
+    PreTrainedModel,
+    WhisperFeatureExtractor,
+    WhisperForAudioClassification,
+)
 
 from ..errors import UserError, one_line
 from ..options.common import ModelArguments
@@ -66,17 +71,21 @@ def load_config(arguments: ModelArguments) -> Any:
     return config
 
 
-def load_whisper(arguments: ModelArguments, dtype: str) -> WhisperForAudioClassification:
-    """The pretrained classifier, see :func:`whisper_meft.model.backbone.load_backbone`.
+def load_whisper(
+    arguments: ModelArguments, dtype: str, kind: type[PreTrainedModel] = WhisperForAudioClassification
+) -> PreTrainedModel:
+    """The pretrained model, see :func:`whisper_meft.model.backbone.load_backbone`.
 
     Args:
         arguments: where it is.
         dtype: "float32", "float16" or "bfloat16".
+        kind: the class to load.
     """
     return load_backbone(
         arguments.model_name_or_path,
         dtype=getattr(torch, dtype),
         argument="model_name_or_path",
+        kind=kind,
         revision=arguments.model_revision,
         cache_dir=arguments.cache_dir,
         token=arguments.token,

@@ -103,7 +103,7 @@ class MethodArguments:
         default=None,
         metadata={
             "help": "where sherl starts: as published, with even scores of the layers, or with those and the "
-            "last layer's usual input (default: published)"
+            "last layer's usual input (default: published; to transcribe zero_shot)"
         },
     )
     chunk_size: int | None = field(
@@ -216,6 +216,10 @@ class DataFormatArguments:
     label_column_name: str | None = field(
         default=None, metadata={"help": "column that holds the class (default: detected)"}
     )
+    text_column_name: str | None = field(
+        default=None,
+        metadata={"help": "column that holds the transcript, of Kaldi the file (default: detected)"},
+    )
     speaker_column_name: str | None = field(
         default=None, metadata={"help": "column that holds the speaker (default: detected)"}
     )
@@ -255,8 +259,8 @@ class DataFormatArguments:
     def reader_options(self) -> dict[str, Any]:
         """These options as keyword arguments of :func:`whisper_meft.data.load_examples`."""
         names = (
-            "data_format dataset_config_name audio_column_name label_column_name speaker_column_name "
-            "start_column_name stop_column_name channel_column_name layout data_root"
+            "data_format dataset_config_name audio_column_name label_column_name text_column_name "
+            "speaker_column_name start_column_name stop_column_name channel_column_name layout data_root"
         )
         options = {name: getattr(self, name) for name in names.split()}
         labels = self.labels[0] if self.labels == ["all"] else self.labels

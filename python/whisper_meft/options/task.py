@@ -17,10 +17,7 @@ class TaskArguments:
     language: str | None = field(
         default=None,
         metadata={
-            "help": "language of the transcripts: a name or a code that Whisper knows, such as dutch or nl "
-            "(transcribe; default: the backbone's, where it knows one alone)"
+            "help": "language of all transcripts: a name or a code that Whisper knows, such as dutch or nl "
+            "(transcribe; default: english for an English-only Whisper; else it is needed)"
         },
-    )
-    text_column_name: str | None = field(
-        default=None, metadata={"help": "column that holds the transcript (transcribe; default: detected)"}
     )

@@ -10,12 +10,28 @@ from transformers import TrainingArguments
 
 from .common import DataFormatArguments, MethodArguments, ModelArguments
 from .parser import Parser, UsageError
+from .task import TaskArguments
 
 # The learning rates of the paper's scripts: this for all methods but those named below. For MeZO it is far
 # too high, because its directions have unit variance in every weight: its own paper's rate is used.
 LEARNING_RATE = 1e-4
 
 LEARNING_RATES = {"lst": 5e-4, "mezo": 1e-6}
+
+# Of recognition, where no published code of these methods says any: that of side networks is of trials with
+# whisper-base, those of LoRA and adapters are of Fan et al. (Interspeech 2024) with whisper-small, that of
+# full fine-tuning is the usual one.
+TRANSCRIPTION_RATE = 1e-3
+
+TRANSCRIPTION_RATES = {"full": 1e-5, "adapter": 1e-4, "mezo": 1e-6}
+
+
+def default_learning_rate(task: str, method: str) -> float:
+    """What a run takes where no learning rate is given."""
+    if task == "transcribe":
+        return TRANSCRIPTION_RATES.get(method, TRANSCRIPTION_RATE)
+    return LEARNING_RATES.get(method, LEARNING_RATE)
+
 
 # Options under one name; recommended is the recipe of examples/real_speech. The defaults are the paper's.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -36,8 +52,43 @@ def _told(options: dict[str, Any]) -> str:
     return " ".join(f"--{name} {value}" for name, value in options.items())
 
 
-# What the best checkpoint can be chosen by.
-METRICS = ("accuracy", "mean_class_accuracy", "macro_f1", "loss")
+TASKS = ("classify", "transcribe")
+
+# What the best checkpoint can be chosen by: the first where nothing is said. To transcribe all but the loss
+# take generating the transcripts of the evaluation data.
+METRICS = {
+    "classify": ("accuracy", "mean_class_accuracy", "macro_f1", "loss"),
+    "transcribe": ("loss", "wer", "cer", "normalized_wer", "normalized_cer"),
+}
+
+# Options that one of the tasks alone has, with the value that is none.
+OF_ONE_TASK: dict[str, dict[str, Any]] = {
+    "classify": {
+        "preset": None,
+        "head_learning_rate": None,
+        "auto_batch": False,
+        "bucket_by_length": None,
+        "max_frames_per_batch": None,
+        "cuda_graphs": False,
+    },
+    "transcribe": {
+        "language": None,
+        "predict_with_generate": None,
+        "generation_max_length": None,
+        "generation_num_beams": None,
+    },
+}
+
+# Why an option is not there for transcription, where that is not plain.
+_REASONS = {
+    "preset": "its options were found on dialects, and transcription has none yet",
+    "head_learning_rate": "there is no head that starts from nothing",
+    "auto_batch": "the memory of its steps is not counted; give per_device_train_batch_size and "
+    "gradient_accumulation_steps",
+    "bucket_by_length": "a clip is heard in a window of one length, whatever its own",
+    "max_frames_per_batch": "a clip is heard in a window of one length, whatever its own",
+    "cuda_graphs": "batches of transcripts have many shapes",
+}
 
 
 @dataclass
@@ -50,7 +101,8 @@ class TrainDataArguments(DataFormatArguments):
         default=None,
         metadata={
             "help": "training data: a folder with one sub-folder per class, a CSV or TSV file, a Kaldi "
-            "directory, a KeSpeech folder, a saved dataset, or the name of a dataset on the hub"
+            "directory, a KeSpeech folder, a saved dataset, or the name of a dataset on the hub; to "
+            "transcribe also LibriSpeech"
         },
     )
     dataset_name: str | None = field(
@@ -102,8 +154,8 @@ class TrainDataArguments(DataFormatArguments):
 
 
 @dataclass
-class TrainArguments(TrainingArguments):
-    """transformers.TrainingArguments with defaults for this task."""
+class TrainArguments(TaskArguments, TrainingArguments):
+    """transformers.TrainingArguments with defaults for these tasks."""
 
     _argument_group_name = "training"
 
@@ -177,7 +229,10 @@ class TrainArguments(TrainingArguments):
     )
     learning_rate: float | None = field(
         default=None,
-        metadata={"help": "initial learning rate (default: 5e-4 for lst, 1e-6 for mezo, else 1e-4)"},
+        metadata={
+            "help": "initial learning rate (default: 5e-4 for lst, 1e-6 for mezo, else 1e-4; to transcribe "
+            "1e-5 for full, 1e-4 for adapter, 1e-6 for mezo, else 1e-3)"
+        },
     )
     head_learning_rate: float | None = field(
         default=None,
@@ -200,8 +255,30 @@ class TrainArguments(TrainingArguments):
         metadata={"help": "finish with the best checkpoint, not the last (default: if there are both)"},
     )
     metric_for_best_model: str | None = field(
-        default="accuracy",
-        metadata={"help": "accuracy, mean_class_accuracy, macro_f1 or loss, on the evaluation data"},
+        default=None,
+        metadata={
+            "help": "on the evaluation data; classify: accuracy (default), mean_class_accuracy, macro_f1 or "
+            "loss; transcribe: loss (default), or wer, cer, normalized_wer or normalized_cer, for which each "
+            "evaluation generates transcripts"
+        },
+    )
+    predict_with_generate: bool | None = field(
+        default=None,
+        metadata={
+            "help": "transcribe: generate transcripts in every evaluation and score them, which takes many "
+            "times as long as the loss (default: if metric_for_best_model is one of their scores); at the "
+            "end they are generated in any case"
+        },
+    )
+    generation_max_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "transcribe: most tokens of a generated transcript with its prompt (default: the model's)"
+        },
+    )
+    generation_num_beams: int | None = field(
+        default=None,
+        metadata={"help": "transcribe: beams of generation (default: the model's, 1 of Whisper's)"},
     )
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "stop after this many evaluations in a row without improvement"}
@@ -234,6 +311,7 @@ class TrainArguments(TrainingArguments):
     def __post_init__(self):
         if not self.output_dir:
             raise UsageError("--output_dir is needed")
+        self._check_task()
         for name in ("learning_rate", "head_learning_rate"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -273,9 +351,7 @@ class TrainArguments(TrainingArguments):
                 "--dataloader_drop_last True cannot be used with batches by length: the same clips would "
                 "always be left out"
             )
-        metric = (self.metric_for_best_model or "accuracy").removeprefix("eval_")
-        if metric not in METRICS:
-            raise UsageError(f"--metric_for_best_model must be one of {', '.join(METRICS)}, got {metric}")
+        self._choose_metric()
         if self.eval_strategy is None:
             self.eval_strategy = "epoch" if self.save_strategy == "best" else self.save_strategy
             if self.eval_strategy == "steps" and self.eval_steps is None:
@@ -318,9 +394,48 @@ class TrainArguments(TrainingArguments):
         # Every run does these by itself: see training/interrupts.py and resuming.py.
         self.enable_jit_checkpoint = self.restore_callback_states_from_checkpoint = False
 
+    def _check_task(self) -> None:
+        """Refuses an option of the other task, instead of ignoring it."""
+        if self.task not in TASKS:
+            raise UsageError(f"--task must be {' or '.join(TASKS)}, got {self.task!r}")
+        (other,) = set(TASKS) - {self.task}
+        for name, none in OF_ONE_TASK[other].items():
+            value = getattr(self, name)
+            if value != none and not (name == "bucket_by_length" and value is False):
+                reason = _REASONS.get(name, f"it is of --task {other}")
+                raise UsageError(f"--{name} cannot be used with --task {self.task}: {reason}")
+        for name in ("generation_max_length", "generation_num_beams"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"--{name} must be at least 1, got {value}")
+
+    def _choose_metric(self) -> None:
+        metrics = METRICS[self.task]
+        metric = (self.metric_for_best_model or metrics[0]).removeprefix("eval_")
+        if metric not in metrics:
+            raise UsageError(
+                f"--metric_for_best_model must be one of {', '.join(metrics)}, got {metric}"
+                + (f" (with --task {self.task})" if any(metric in each for each in METRICS.values()) else "")
+            )
+        self.metric_for_best_model = metric
+        if self.task == "classify":
+            return
+        if self.greater_is_better:
+            raise UsageError(f"--greater_is_better True is wrong of {metric}: leave it out")
+        self.greater_is_better = False
+        generated = metric != "loss"
+        if self.predict_with_generate is None:
+            self.predict_with_generate = generated
+        elif generated and not self.predict_with_generate:
+            raise UsageError(
+                f"--metric_for_best_model {metric} needs transcripts: leave --predict_with_generate False out"
+            )
+
 
 # The TrainingArguments that `whisper-meft train --help` describes; --help_all describes the others too.
 COMMON_TRAINING_OPTIONS = [
+    "task",
+    "language",
     "preset",
     "output_dir",
     "overwrite_output_dir",
@@ -351,6 +466,10 @@ COMMON_TRAINING_OPTIONS = [
     "save_total_limit",
     "load_best_model_at_end",
     "metric_for_best_model",
+    "predict_with_generate",
+    "generation_max_length",
+    "generation_num_beams",
+    "label_smoothing_factor",
     "early_stopping_patience",
     "logging_steps",
     "report_to",

@@ -27,6 +27,7 @@ _NAME = re.compile(r"^checkpoint-(\d+)$")
 # What a run, or `evaluate` of a checkpoint, leaves in its folder.
 _CONTENT = re.compile(
     r"^(config\.json|model\.safetensors|README\.md|preprocessor_config\.json|training_args\.bin|"
+    r"generation_config\.json|tokenizer(_config)?\.json|normalizer\.json|"
     r"trainer_state\.json|(optimizer|scheduler|scaler)\.pt|rng_state(_\d+)?\.pth|evaluation|"
     rf"global_step\d+|latest|zero_to_fp32\.py|{re.escape(MARKER)})$|^\."
 )
@@ -254,7 +255,8 @@ def check_same_model(checkpoint: Path, config: PreTrainedConfig) -> None:
     """Raises UserError if a checkpoint was written with another method, other sizes or other labels
     than those of ``config``, a ``MeftModelConfig``."""
     saved, now = read_json(checkpoint / "config.json"), config.to_dict()
-    pairs = [
+    pairs = [("task", saved.get("task", "classification"), now["task"])]
+    pairs += [
         (name, saved.get(name), now.get(name)) for name in ("label2id", "hidden_size", "num_hidden_layers")
     ]
     pairs += [(name, (saved.get("meft") or {}).get(name), value) for name, value in now["meft"].items()]

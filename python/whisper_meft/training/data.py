@@ -9,17 +9,17 @@ import numpy as np
 from .. import data
 from ..data.examples import (
     ExampleSet,
-    check_known_labels,
     label_inventory,
     split_by_speaker,
     warn_on_shared_audio,
     warn_on_shared_speakers,
 )
 from ..data.splits import canonical_split, split_kinds
+from ..errors import UserError
 from ..feature_cache.store import FeatureCache
-from ..options.common import DataFormatArguments
 from ..options.training import TrainDataArguments
 from .console import main_process
+from .tasks.base import Task
 
 
 @dataclass
@@ -45,6 +45,7 @@ class RunData:
 
 def load_data(
     arguments: TrainDataArguments,
+    task: Task,
     evaluate: bool,
     select: bool,
     seed: int,
@@ -57,6 +58,7 @@ def load_data(
 
     Args:
         arguments: what to read.
+        task: what is learnt of it.
         evaluate: whether evaluation data is needed.
         select: whether the best checkpoint is chosen on it.
         seed: of the split and of the choice of max_*_samples.
@@ -69,28 +71,31 @@ def load_data(
     Raises:
         UserError: the data cannot be found or used.
     """
-    source = arguments.train_data
-    splits = _splits(arguments, source)
-    training = _load(arguments, source, arguments.train_split_name or ("train" if splits else None))
-    training = _at_most(training, arguments.max_train_samples, seed)
+    source, reading = arguments.train_data, task.reader_options(arguments)
+    splits = data.list_splits(source, **reading)
+
+    def load(source: str, split: str | None, most: int | None) -> ExampleSet:
+        return task.check_read(_at_most(data.load_examples(source, split=split, **reading), most, seed))
+
+    split = arguments.train_split_name or ("train" if splits else None)
+    training = load(source, split, arguments.max_train_samples)
     evaluation, is_test, origin = None, False, ""
     if arguments.eval_data is not None:
-        kinds = split_kinds(_splits(arguments, arguments.eval_data)).values()
+        kinds = split_kinds(data.list_splits(arguments.eval_data, **reading)).values()
         split = arguments.eval_split_name or next((k for k in ("validation", "test") if k in kinds), None)
-        evaluation = _load(arguments, arguments.eval_data, split)
+        evaluation = load(arguments.eval_data, split, arguments.max_eval_samples)
         is_test = "test" in (canonical_split(split or ""), canonical_split(Path(arguments.eval_data).stem))
     elif arguments.eval_split_name or "validation" in split_kinds(splits).values():
         split = arguments.eval_split_name or "validation"
-        evaluation = _load(arguments, source, split)
+        evaluation = load(source, split, arguments.max_eval_samples)
         is_test = canonical_split(split) == "test"
     show = progress and main_process()
     cached = cache_folder is not None and (Path(cache_folder) / "cache.json").is_file()
     known = FeatureCache(cache_folder).checked if cached else None
     how = (arguments.strict, num_workers, show, known, feature_extractor)
-    training, left_out = data.check_audio(training, *how)
+    training, left_out = _usable(task, training, *how)
     if evaluation is not None:
-        evaluation = _at_most(evaluation, arguments.max_eval_samples, seed)
-        evaluation, more = data.check_audio(evaluation, *how)
+        evaluation, more = _usable(task, evaluation, *how)
         left_out = left_out + more
     elif evaluate:
         training, evaluation = split_by_speaker(training, arguments.validation_fraction, seed)
@@ -99,8 +104,8 @@ def load_data(
             f"no evaluation data was given: {len(evaluation)} of {len(training) + len(evaluation)} training "
             "examples were set aside, by whole speakers where those are known; "
         )
+    task.check(training, evaluation)
     if evaluation is not None:
-        check_known_labels(evaluation, label_inventory(training))
         warn_on_shared_speakers(training, evaluation)
         warn_on_shared_audio(training, evaluation)
     if not select:
@@ -116,12 +121,15 @@ def load_data(
     return RunData(training, evaluation, left_out, origin + note)
 
 
-def _splits(arguments: TrainDataArguments, source: str) -> list[str]:
-    return data.list_splits(source, **arguments.reader_options())
-
-
-def _load(arguments: DataFormatArguments, source: str, split: str | None) -> ExampleSet:
-    return data.load_examples(source, split=split, **arguments.reader_options())
+def _usable(
+    task: Task, examples: ExampleSet, strict: bool, *how: Any
+) -> tuple[ExampleSet, list[tuple[str, str]]]:
+    """The examples that can be used, and (name, reason) of the others, which are an error where strict."""
+    readable, left_out = data.check_audio(examples, strict, *how)
+    usable, more = task.usable(readable)
+    if strict and more:
+        raise UserError(f"{more[0][0]}: {more[0][1]}")
+    return usable, left_out + more
 
 
 def _at_most(examples: ExampleSet, limit: int | None, seed: int) -> ExampleSet:

@@ -89,10 +89,22 @@ def fit_batch(
 
 
 def out_of_memory(
-    config: MeftConfig, backbone_config, arguments: TrainArguments, dtype: str, num_labels: int
+    config: MeftConfig, backbone_config, arguments: TrainArguments, dtype: str, num_labels: int | None
 ) -> UserError:
-    """What to say when the device ran out of memory: what would have fitted, by the count."""
+    """What to say when the device ran out of memory: what would have fitted, by the count; without
+    ``num_labels``, where steps are not counted, half of it."""
     memory, batch = device_memory(arguments.use_cpu), arguments.per_device_train_batch_size
+    if num_labels is None:
+        fewer = "try a smaller --max_frames or --backbone_dtype bfloat16"
+        if batch > 1:
+            clips, parts = split_batch(batch, batch // 2)
+            fewer = (
+                f"try --per_device_train_batch_size {clips} --gradient_accumulation_steps "
+                f"{parts * arguments.gradient_accumulation_steps}, which gives the same result"
+            )
+        return UserError(
+            f"the device's {memory / 2**30:.3g} GiB do not hold a step of {batch} clips: {fewer}"
+        )
     fitting = largest_fitting(config, backbone_config, arguments, dtype, num_labels, memory)
     if fitting >= batch:  # then it is something else that fills the device
         fitting = batch // 2

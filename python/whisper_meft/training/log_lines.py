@@ -24,6 +24,14 @@ class LogLines(PrinterCallback):
                 f"{logs['eval_mean_class_accuracy']:.2%}, macro-F1 {logs['eval_macro_f1']:.4f}, "
                 f"loss {logs['eval_loss']:.4f}"
             )
+        elif "eval_loss" in logs:
+            rates = ""
+            if "eval_wer" in logs:
+                rates = (
+                    f"WER {logs['eval_normalized_wer']:.1%} ({logs['eval_wer']:.1%} as written), "
+                    f"CER {logs['eval_normalized_cer']:.1%} ({logs['eval_cer']:.1%}), "
+                )
+            tqdm.write(f"{head}evaluation: {rates}loss {logs['eval_loss']:.4f}")
         elif "loss" in logs:
             rates = (
                 f"  {logs['utterances_per_second']:.3g} utterances/s"

@@ -1,23 +1,23 @@
 """What a run ends with: its scores, its numbers, and the files that hold them."""
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from transformers import EvalPrediction, WhisperFeatureExtractor
+from transformers import WhisperFeatureExtractor
 from transformers.trainer_utils import TrainOutput
 
 from .. import data
-from ..errors import UserError, printable
+from ..errors import printable
 from ..evaluation import plots
-from ..evaluation.metrics import Scores, score
-from ..files import write_json, write_text
-from ..model.module import MeftModel
+from ..evaluation.metrics import Scores
+from ..files import write_json
+from ..model.base import MeftBase
 from .console import say
 from .data import RunData
 from .settings import Settings
+from .tasks.base import Task
+from .tasks.transcription import AdaptedScores
 from .trainer import MeftTrainer
 
 
@@ -33,44 +33,11 @@ class TrainResult:
         history: the Trainer's log.
     """
 
-    model: MeftModel
+    model: MeftBase
     feature_extractor: WhisperFeatureExtractor
-    scores: Scores | None
+    scores: Scores | AdaptedScores | None
     training: dict[str, Any]
     history: list[dict[str, Any]]
-
-
-def make_compute_metrics(labels: Sequence[str]):
-    """The Trainer's compute_metrics for classes named ``labels``: accuracy, mean_class_accuracy, macro_f1."""
-
-    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-        scores = scores_of(prediction.predictions, prediction.label_ids, labels)
-        return {
-            "accuracy": scores.accuracy,
-            "mean_class_accuracy": scores.mean_class_accuracy,
-            "macro_f1": scores.macro_f1,
-        }
-
-    return compute_metrics
-
-
-def scores_of(predicted: np.ndarray, reference: np.ndarray, labels: Sequence[str]) -> Scores:
-    """Scores what :func:`.many_classes.predicted_classes` gave against class indices (N,).
-
-    Raises:
-        UserError: an output was NaN or infinite.
-    """
-    if (predicted < 0).any():
-        raise UserError("the model's outputs hold NaN or infinite values, so it cannot be scored")
-    return score(reference, predicted, labels)
-
-
-def score_evaluation(trainer: MeftTrainer, labels: Sequence[str]) -> tuple[Scores | None, float | None]:
-    """The scores of the trainer's model on its evaluation data and the loss there; None without such data."""
-    if trainer.eval_dataset is None:
-        return None, None
-    predicted = trainer.predict(trainer.eval_dataset, metric_key_prefix="eval")
-    return scores_of(predicted.predictions, predicted.label_ids, labels), predicted.metrics.get("eval_loss")
 
 
 def summarise(
@@ -92,7 +59,7 @@ def summarise(
     return {
         "method": settings.config.to_dict(),
         "model_name_or_path": settings.model.model_name_or_path,
-        "labels": examples.labels,
+        **settings.task.summary(examples.training),
         "train_examples": len(examples.training),
         "train_data": examples.training.description,
         "epochs": state.epoch,
@@ -119,31 +86,23 @@ def summarise(
 
 def write_results(
     folder: Path,
+    task: Task,
     summary: dict[str, Any],
-    scores: Scores | None,
+    scores: Scores | AdaptedScores | None,
     loss: float | None,
     examples: RunData,
     history: list[dict[str, Any]],
 ) -> None:
     """Writes a finished run's numbers and figures into ``folder``; train_results.json comes last."""
-    plots.plot_learning_curve(history, folder / "learning_curve.png", summary["method"]["method"].upper())
+    title = summary["method"]["method"].upper()
+    plots.plot_learning_curve(history, folder / "learning_curve.png", title, *task.curve)
     if scores is not None:
-        _write_scores(folder, scores, loss, examples)
+        found = {"data": examples.evaluation.description, "note": examples.note, "loss": loss}
+        write_json(folder / "eval_results.json", found | task.write_scores(folder, scores))
     write_json(folder / "train_results.json", summary)
 
 
-def _write_scores(folder: Path, scores: Scores, loss: float | None, examples: RunData) -> None:
-    write_json(
-        folder / "eval_results.json",
-        {"data": examples.evaluation.description, "note": examples.note, "loss": loss, **scores.as_dict()},
-    )
-    write_text(folder / "evaluation.txt", scores.as_text(whole=True) + "\n")
-    plots.plot_confusion(
-        scores.confusion, scores.labels, folder / "confusion_matrix.png", f"accuracy {scores.accuracy:.1%}"
-    )
-
-
-def report(folder: Path, scores: Scores | None, examples: RunData) -> None:
+def report(folder: Path, scores: Scores | AdaptedScores | None, examples: RunData) -> None:
     """Prints how the run went."""
     if scores is not None:
         scored, note = printable(examples.evaluation.description), printable(examples.note)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import Dataset
-from transformers import PrinterCallback, ProgressCallback, TrainerState, set_seed
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainerState, set_seed
 from transformers.trainer_utils import TrainOutput
 
 from .. import data
@@ -23,8 +23,8 @@ from ..errors import UserError, printable
 from ..feature_cache.dataset import CachedCollator, CachedDataset
 from ..feature_cache.filling import prepare_cache
 from ..feature_cache.store import FeatureCache
-from ..model.backbone import set_labels
-from ..model.module import MeftModel, get_meft_model
+from ..model.base import MeftBase
+from ..model.module import get_meft_model
 from ..model.pretrained import load_whisper
 from ..options.common import MethodArguments, ModelArguments
 from ..options.training import TrainArguments, TrainDataArguments
@@ -37,9 +37,8 @@ from .guard import FiniteGuard, Indexed, IndexedCollator, NonFiniteError
 from .interrupts import Interrupts, Stopped
 from .lock import locked
 from .log_lines import LogLines, ProgressBar
-from .many_classes import counts_text, predicted_classes
 from .output_folder import check_output_dir, goes_on, make_room, prepare_output_dir
-from .results import TrainResult, make_compute_metrics, report, score_evaluation, summarise, write_results
+from .results import TrainResult, report, summarise, write_results
 from .resuming import EarlyStopping, check_same_batches, finished_results, is_at_end
 from .settings import Settings, settle
 from .throughput import Throughput, as_text
@@ -74,7 +73,8 @@ def train(
 
     Writes into ``training_arguments.output_dir``: checkpoints; the trained side network and head
     (config.json, model.safetensors) with the feature extractor; train_results.json, eval_results.json,
-    evaluation.txt, confusion_matrix.png and learning_curve.png.
+    evaluation.txt, confusion_matrix.png and learning_curve.png. With ``task="transcribe"`` no head and no
+    confusion_matrix.png, but the tokenizer and generation_config.json.
 
     Raises:
         UserError: anything about the input that cannot be used, by name; NaN or infinity during training;
@@ -87,15 +87,15 @@ def train(
         resume_from = prepare_output_dir(training_arguments)
         settings = settle(model_arguments, method_arguments, training_arguments)
         set_seed(training_arguments.seed)  # a new head draws its start values
-        base = load_whisper(model_arguments, settings.dtype)
-        examples = examples or read_examples(data_arguments, training_arguments, settings.extractor)
+        base = load_base(settings)
+        examples = examples or read_examples(data_arguments, settings)
         settle_batch(settings, examples)
         set_seed(training_arguments.seed)
-        model = build_model(base, settings, examples.labels)
+        model = build_model(base, settings, examples)
         datasets = build_datasets(model, settings, examples, make_dataset)
         describe(model, settings, examples)
         trainer, watch = build_trainer(model, settings, examples, *datasets, interrupts, resume_from)
-        check_resumed(trainer, resume_from)
+        check_resumed(trainer, settings, resume_from)
         result = earlier_result(trainer, settings, examples, resume_from)
         if result is None:
             outcome = run_training(trainer, watch, settings, resume_from)
@@ -116,19 +116,24 @@ def _inputs(model: ModelArguments, data_arguments: TrainDataArguments) -> dict[s
     }
 
 
-def read_examples(
-    data_arguments: TrainDataArguments, arguments: TrainArguments, extractor: Any = None
-) -> RunData:
+def load_base(settings: Settings) -> PreTrainedModel:
+    """The pretrained backbone, as its task needs it."""
+    return load_whisper(settings.model, settings.dtype, settings.task.backbone_class)
+
+
+def read_examples(data_arguments: TrainDataArguments, settings: Settings) -> RunData:
     """The run's examples; audio that a feature cache holds already is not decoded again."""
+    arguments = settings.training
     return load_data(
         data_arguments,
+        settings.task,
         evaluate=arguments.eval_strategy != "no",
         select=arguments.load_best_model_at_end,
         seed=arguments.seed,
         num_workers=arguments.dataloader_num_workers,
         progress=not arguments.disable_tqdm,
         cache_folder=arguments.cache_features,
-        feature_extractor=extractor,
+        feature_extractor=settings.extractor,
     )
 
 
@@ -149,16 +154,16 @@ def settle_batch(settings: Settings, examples: RunData) -> None:
         )
 
 
-def _fitting(settings: Settings, num_labels: int) -> tuple:
+def _fitting(settings: Settings, num_labels: int | None) -> tuple:
     """The arguments of the functions that count what fits into the device's memory."""
     return settings.config, settings.backbone, settings.training, settings.dtype, num_labels
 
 
-def build_model(base: Any, settings: Settings, labels: list[str]) -> MeftModel:
-    """The model that is trained: the method put on the backbone, with a head for ``labels``."""
-    set_labels(base, labels)
+def build_model(base: PreTrainedModel, settings: Settings, examples: RunData) -> MeftBase:
+    """The model that is trained: the method put on the backbone, and what the task needs of the examples."""
+    settings.task.prepare(base, examples.training)
     if settings.config.backbone_quantization:
-        base.encoder.to(settings.training.device)  # which decides how it is done
+        base.get_encoder().to(settings.training.device)  # which decides how it is done
     model = get_meft_model(base, settings.config)
     if settings.model.backbone_compile:
         model.encoder.compile_layers()
@@ -166,27 +171,26 @@ def build_model(base: Any, settings: Settings, labels: list[str]) -> MeftModel:
 
 
 def build_datasets(
-    model: MeftModel, settings: Settings, examples: RunData, make_dataset: Callable[..., Dataset]
+    model: MeftBase, settings: Settings, examples: RunData, make_dataset: Callable[..., Dataset]
 ) -> tuple[Any, Dataset, Dataset | None]:
     """(collator, training set, evaluation set or None): of log-mel features, or of the states in a feature
     cache, which is filled as needed."""
-    label2id = {label: index for index, label in enumerate(examples.labels)}
     if settings.training.cache_features:
         cache, collator = _fill_cache(model, settings, examples), CachedCollator()
 
         def make(part: ExampleSet) -> Dataset:
-            return CachedDataset(part, cache, model, label2id)
+            return CachedDataset(part, cache, model, model.config.label2id)
     else:
-        collator = data.Collator(settings.extractor, settings.config.max_frames)
+        collator = settings.task.collator()
 
         def make(part: ExampleSet) -> Dataset:
-            return make_dataset(part, settings.extractor, label2id, settings.config.max_frames)
+            return settings.task.dataset(part, make_dataset)
 
     training_set = make(examples.training)
     return collator, training_set, None if examples.evaluation is None else make(examples.evaluation)
 
 
-def _fill_cache(model: MeftModel, settings: Settings, examples: RunData) -> FeatureCache:
+def _fill_cache(model: MeftBase, settings: Settings, examples: RunData) -> FeatureCache:
     """The cache that is trained from, complete."""
     arguments = settings.training
     autocast = "bfloat16" if arguments.bf16 else "float16" if arguments.fp16 else None
@@ -204,15 +208,14 @@ def _fill_cache(model: MeftModel, settings: Settings, examples: RunData) -> Feat
     )
 
 
-def describe(model: MeftModel, settings: Settings, examples: RunData) -> None:
+def describe(model: MeftBase, settings: Settings, examples: RunData) -> None:
     """Prints what is about to be trained, and on what."""
     trainable, total = model.get_nb_trainable_parameters()
-    labels, counts = examples.labels, examples.training.label_counts()
     method, backbone = settings.config.method.upper(), settings.model.model_name_or_path
     share = f"{trainable:,} of {total:,} parameters train ({trainable / total:.2%})"
     say(f"{method} on {backbone}: {share}")
-    say(f"training on {len(examples.training)} examples of {len(labels)} classes")
-    say(f"  {counts_text(counts, labels)}")
+    for line in settings.task.describe(examples.training):
+        say(line)
     if examples.evaluation is not None:
         say(f"evaluating on {len(examples.evaluation)} examples; {printable(examples.note)}")
 
@@ -232,7 +235,7 @@ class Watch:
 
 
 def build_trainer(
-    model: MeftModel,
+    model: MeftBase,
     settings: Settings,
     examples: RunData,
     collator: Any,
@@ -256,7 +259,7 @@ def build_trainer(
     callbacks: list[Any] = [watch.guard, watch.report]
     if arguments.early_stopping_patience is not None:
         callbacks.append(EarlyStopping(arguments.early_stopping_patience))
-    trainer = MeftTrainer(
+    trainer = settings.task.trainer_class(
         model=model,
         args=arguments,
         length_batches=_length_batches(settings, training_set),
@@ -266,10 +269,8 @@ def build_trainer(
         train_dataset=Indexed(training_set),
         eval_dataset=None if evaluation_set is None else Indexed(evaluation_set),
         data_collator=IndexedCollator(collator),
-        compute_metrics=make_compute_metrics(examples.labels),
-        preprocess_logits_for_metrics=predicted_classes,
-        processing_class=settings.extractor,
         callbacks=callbacks,
+        **settings.task.trainer_options(examples.evaluation),
     )
     for standard in (PrinterCallback, ProgressCallback):
         trainer.pop_callback(standard)
@@ -294,17 +295,19 @@ def _seconds(settings: Settings, examples: RunData) -> list[float | None]:
 def _length_batches(settings: Settings, training_set: Dataset) -> LengthBatches | None:
     """The batches by length of the run, if it has any; says what they save."""
     lengths = getattr(training_set, "lengths", None)
-    found = batches_by_length(lengths, settings.config.max_frames, settings.training, len(training_set))
+    frames = "fidelity" if settings.task.of_one_length else settings.config.max_frames
+    found = batches_by_length(lengths, frames, settings.training, len(training_set))
     if found is not None and found.by_length:
         share = found.padding()
         say(f"{len(found)} batches by length an epoch: {share:.1%} of their frames are padding")
     return found
 
 
-def check_resumed(trainer: MeftTrainer, resume_from: Path | None) -> None:
+def check_resumed(trainer: MeftTrainer, settings: Settings, resume_from: Path | None) -> None:
     """Raises UserError if a checkpoint is of another model, or counts other steps, than the run."""
     if resume_from is not None:
         checkpoints.check_same_model(resume_from, trainer.model.config)
+        settings.task.check_resumed(resume_from)
         check_same_batches(resume_from, trainer.batches)
 
 
@@ -323,12 +326,13 @@ def earlier_result(
     if results is None:
         return None
     checkpoints.check_same_model(folder, trainer.model.config)
+    settings.task.check_resumed(folder)
     say(
         f"the run in {folder} is finished, at step {results['steps']}, and left as it is; a larger "
         "--num_train_epochs or --max_steps goes on with it"
     )
     trainer.load(folder)
-    scores, _ = score_evaluation(trainer, examples.labels)
+    scores, _ = score_evaluation(trainer, settings, examples)
     report(folder, scores, examples)
     history = (
         []
@@ -377,7 +381,8 @@ def _train_until_stopped(
         kept = f"the last good one is {good[0]}" if good else "there is none yet"
         raise NonFiniteError(f"{error}; checkpoints are as they were, {kept}") from error
     except torch.OutOfMemoryError as error:
-        raise out_of_memory(*_fitting(settings, trainer.model.config.num_labels)) from error
+        classes = trainer.model.config.num_labels if settings.training.task == "classify" else None
+        raise out_of_memory(*_fitting(settings, classes)) from error
     except Stopped:
         _say_stopped(trainer, output_dir)
         watch.interrupts.leave()
@@ -401,6 +406,13 @@ def _say_stopped(trainer: MeftTrainer, output_dir: Path) -> None:
         say(f"{where}; go on with --resume_from_checkpoint True --output_dir {output_dir}")
 
 
+def score_evaluation(trainer: MeftTrainer, settings: Settings, examples: RunData) -> tuple[Any, float | None]:
+    """The scores of the trainer's model on its evaluation data and the loss there; None without such data."""
+    if examples.evaluation is None:
+        return None, None
+    return settings.task.score(trainer, examples.evaluation, partial(load_base, settings))
+
+
 def conclude(
     trainer: MeftTrainer, watch: Watch, settings: Settings, examples: RunData, outcome: TrainOutput
 ) -> TrainResult:
@@ -408,10 +420,10 @@ def conclude(
     folder, history = Path(settings.training.output_dir), trainer.state.log_history
     trainer.prepare_to_save()
     trainer.save_model()
-    scores, loss = score_evaluation(trainer, examples.labels)
+    scores, loss = score_evaluation(trainer, settings, examples)
     summary = summarise(settings, examples, trainer, outcome, watch.rates(trainer), watch.report.report())
     if main_process():
-        write_results(folder, summary, scores, loss, examples, history)
+        write_results(folder, settings.task, summary, scores, loss, examples, history)
     report(folder, scores, examples)
     if settings.training.push_to_hub:
         trainer.push_to_hub()

@@ -9,8 +9,12 @@ from ..errors import UserError
 from ..methods import MeftConfig
 from ..model.module import graphs_refused
 from ..model.pretrained import load_config, load_feature_extractor, resolve_dtype
+from ..model.speaking import load_language
 from ..options.common import MethodArguments, ModelArguments
-from ..options.training import LEARNING_RATE, LEARNING_RATES, TrainArguments
+from ..options.training import TrainArguments, default_learning_rate
+from .tasks.base import Task
+from .tasks.classification import Classification
+from .tasks.transcription import Transcription
 
 
 @dataclass
@@ -23,6 +27,7 @@ class Settings:
         dtype: number format of the frozen weights.
         backbone: the encoder's config.
         extractor: the backbone's feature extractor.
+        task: what is learnt.
     """
 
     model: ModelArguments
@@ -31,6 +36,7 @@ class Settings:
     dtype: str
     backbone: WhisperConfig
     extractor: WhisperFeatureExtractor
+    task: Task
 
 
 def settle(model: ModelArguments, method: MethodArguments, training: TrainArguments) -> Settings:
@@ -47,9 +53,11 @@ def settle(model: ModelArguments, method: MethodArguments, training: TrainArgume
     dtype = resolve_dtype(dtype, training.use_cpu)
     config = method_config(method, dtype, model.backbone_quantization)
     if training.learning_rate is None:
-        training.learning_rate = LEARNING_RATES.get(config.method, LEARNING_RATE)
+        training.learning_rate = default_learning_rate(training.task, config.method)
     if training.head_learning_rate is not None and config.method == "mezo":
         raise UserError("head_learning_rate: mezo has one rate for all that it trains; leave it out")
+    if training.cache_features and training.task == "transcribe":
+        raise UserError("cache_features: there is no cache for --task transcribe yet; leave it out")
     if training.cache_features and not config.frozen_encoder:
         raise UserError(
             f"cache_features: {config.method} trains inside the encoder, so its hidden states cannot be kept"
@@ -60,7 +68,26 @@ def settle(model: ModelArguments, method: MethodArguments, training: TrainArgume
         )
     if training.cuda_graphs and (reason := _graphs_refused(config, training)):
         raise UserError(f"cuda_graphs: {reason}")
-    return Settings(model, training, config, dtype, *load_sizes_and_extractor(model, config))
+    sizes, extractor = load_sizes_and_extractor(model, config)
+    task = make_task(model, training, config, sizes, extractor)
+    return Settings(model, training, config, dtype, sizes, extractor, task)
+
+
+def make_task(
+    model: ModelArguments,
+    training: TrainArguments,
+    config: MeftConfig,
+    sizes: WhisperConfig,
+    extractor: WhisperFeatureExtractor,
+) -> Task:
+    """What is learnt by a method on a backbone.
+
+    Raises:
+        UserError: the method, the backbone or its tokenizer is not for that.
+    """
+    if training.task == "classify":
+        return Classification(config, extractor)
+    return Transcription(config, sizes, extractor, load_language(model, sizes, training.language), training)
 
 
 def _graphs_refused(config: MeftConfig, training: TrainArguments) -> str | None:

@@ -1,0 +1,163 @@
+"""The tokenizer of a Whisper that transcribes, and the language that it is told to write."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers import GenerationConfig, WhisperConfig, WhisperTokenizer
+from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
+
+from ..errors import UserError, one_line
+from ..options.common import ModelArguments
+from .backbone import resolve_backbone
+
+# The vocabulary of the published English-only models, whose tokenizer has all languages' tokens nevertheless.
+_ENGLISH_ONLY = 51864
+
+
+class LanguageOf:
+    """A Whisper's tokenizer with its prompt set, for one language.
+
+    Args:
+        tokenizer: a ``WhisperTokenizer``; its prompt is changed.
+        sizes: the backbone's config. generation: its generation config, or None where it has none.
+        language: a code ("nl"), a name ("dutch"), or None.
+
+    Attributes:
+        language: its code; None for English-only models.
+
+    Raises:
+        UserError: the tokenizer is another model's, or the language is needed, unknown or not this model's.
+    """
+
+    def __init__(
+        self,
+        tokenizer: WhisperTokenizer,
+        sizes: WhisperConfig,
+        generation: GenerationConfig | None,
+        language: str | None,
+    ):
+        self.tokenizer = tokenizer
+        known = {code: self._id(f"<|{code}|>") for code in TO_LANGUAGE_CODE.values()}
+        self.languages = {code: number for code, number in known.items() if number is not None}
+        multilingual = getattr(generation, "is_multilingual", None)
+        if multilingual is None:
+            multilingual = bool(self.languages) and sizes.vocab_size != _ENGLISH_ONLY
+        self.language = self._code(language, multilingual)
+        task = "transcribe" if multilingual else None
+        tokenizer.set_prefix_tokens(language=self.language, task=task, predict_timestamps=False)
+        _check_tokenizer(tokenizer, sizes)
+
+    def _id(self, token: str) -> int | None:
+        return self.tokenizer.get_vocab().get(token)
+
+    def _code(self, language: str | None, multilingual: bool) -> str | None:
+        code = None if language is None else language.strip().lower()
+        code = TO_LANGUAGE_CODE.get(code, code)
+        if not multilingual:
+            if code not in (None, "en"):
+                raise UserError(
+                    f"language: {language!r} cannot be transcribed by this model, which is English-only: "
+                    "leave it out, or take a multilingual Whisper"
+                )
+            return None
+        if code is None:
+            raise UserError(
+                "language is needed to transcribe with a multilingual Whisper, whose prompt names it: a code "
+                "(nl) or a name (dutch), one for all transcripts"
+            )
+        if code not in self.languages:
+            raise UserError(
+                f"language must be one of this Whisper's, a code (nl) or a name (dutch), got {language!r}"
+            )
+        return code
+
+    @property
+    def spelling(self) -> dict[str, str] | None:
+        """British spellings and their American ones, of the checkpoint's English normaliser."""
+        return getattr(self.tokenizer, "english_spelling_normalizer", None)
+
+    def describe(self) -> str:
+        """The language in a few words."""
+        return "English-only" if self.language is None else f"language {self.language}"
+
+    def set_in(self, generation: GenerationConfig) -> None:
+        """Makes a generation config name the language and the task, and what generation looks up for that."""
+        tokens = self.tokenizer
+        generation.forced_decoder_ids = None  # an older way to say the same
+        found = {"no_timestamps_token_id": self._id("<|notimestamps|>"), "is_multilingual": False}
+        if self.language is not None:
+            found["is_multilingual"] = True
+            found["lang_to_id"] = {f"<|{code}|>": number for code, number in self.languages.items()}
+            found["task_to_id"] = {task: self._id(f"<|{task}|>") for task in ("transcribe", "translate")}
+            generation.language, generation.task = self.language, "transcribe"
+        for name, value in found.items():
+            if getattr(generation, name, None) is None:
+                setattr(generation, name, value)
+        prompt = list(tokens.prefix_tokens)
+        said = [generation.decoder_start_token_id]
+        if self.language is not None:
+            said += [generation.lang_to_id.get(f"<|{self.language}|>"), generation.task_to_id["transcribe"]]
+        if said != prompt[: len(said)]:
+            raise UserError(
+                f"the tokenizer's prompt begins with {prompt[: len(said)]}, the model's generation config's "
+                f"with {said}: use the tokenizer that belongs to the model"
+            )
+
+
+def _check_tokenizer(tokenizer: WhisperTokenizer, sizes: WhisperConfig) -> None:
+    if len(tokenizer) > sizes.vocab_size:
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model {sizes.vocab_size}: use the tokenizer "
+            "that belongs to the model"
+        )
+    start = list(tokenizer.prefix_tokens)[0]
+    pairs = (("end", tokenizer.eos_token_id, sizes.eos_token_id),)
+    pairs += (("start", start, sizes.decoder_start_token_id),)
+    for name, ours, theirs in pairs:
+        if ours != theirs:
+            raise UserError(
+                f"the tokenizer's token for the {name} of a transcript is {ours}, the model's {theirs}: use "
+                "the tokenizer that belongs to the model"
+            )
+
+
+def load_language(arguments: ModelArguments, sizes: WhisperConfig, language: str | None) -> LanguageOf:
+    """The tokenizer beside a backbone, set to a language; see :class:`LanguageOf`.
+
+    Raises:
+        UserError: there is no such tokenizer, or see there.
+    """
+    where = resolve_backbone(arguments.model_name_or_path)
+    hub = {
+        "revision": arguments.model_revision,
+        "cache_dir": arguments.cache_dir,
+        "token": arguments.token,
+    }
+    tokenizer = load_tokenizer(where, "model_name_or_path", **hub)
+    try:
+        generation = GenerationConfig.from_pretrained(where, **hub)
+    except OSError:  # older folders have none
+        generation = None
+    return LanguageOf(tokenizer, sizes, generation, language)
+
+
+def load_tokenizer(name: str, argument: str = "model_name_or_path", **hub: Any) -> WhisperTokenizer:
+    """Whisper's tokenizer at ``name`` (folder or hub name).
+
+    Raises:
+        UserError: there is none, or it is not Whisper's.
+    """
+    folder = Path(name)
+    files = ("tokenizer.json", "vocab.json")
+    if folder.is_dir() and not any((folder / file).is_file() for file in files):
+        raise UserError(
+            f"{argument}: {name} holds no tokenizer ({' or '.join(files)}), which transcribing takes: copy "
+            "that of the Whisper that it was made of into it"
+        )
+    try:
+        tokenizer = WhisperTokenizer.from_pretrained(os.fspath(name), **hub)
+        tokenizer.prefix_tokens  # noqa: B018  it looks for Whisper's own tokens
+    except Exception as error:  # whatever a broken folder or an unreachable hub gives
+        raise UserError(f"{argument}: cannot load the tokenizer of {name}: {one_line(error)}") from error
+    return tokenizer

@@ -1,0 +1,1 @@
+"""What differs between the tasks that a run can train for."""

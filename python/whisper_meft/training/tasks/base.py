@@ -1,0 +1,93 @@
+"""What a training run asks of its task."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel
+
+from ... import data
+from ...data.examples import ExampleSet
+from ...options.common import DataFormatArguments
+from ..trainer import MeftTrainer
+
+
+class Task:
+    """What is learnt of the examples, and how it is scored: the parts of a run that depend on it.
+
+    Attributes:
+        backbone_class: the Whisper that the model is made of.
+        trainer_class: the Trainer that trains it.
+        curve: (name, title) of the score that the learning curve shows, by its name in the Trainer's log.
+    """
+
+    backbone_class: ClassVar[type[PreTrainedModel]]
+    trainer_class: ClassVar[type[MeftTrainer]] = MeftTrainer
+    curve: ClassVar[tuple[str, str]]
+    # Whether items are padded to a window of one length, so that batches by length would gain nothing.
+    of_one_length: ClassVar[bool] = False
+
+    def reader_options(self, arguments: DataFormatArguments) -> dict[str, Any]:
+        """Keyword arguments of :func:`whisper_meft.data.load_examples`.
+
+        Raises:
+            UserError: an option is of another task.
+        """
+        raise NotImplementedError
+
+    def check_read(self, examples: ExampleSet) -> ExampleSet:
+        """Examples as they were read, before their audio is looked at.
+
+        Raises:
+            UserError: the task cannot use them.
+        """
+        return examples
+
+    def usable(self, examples: ExampleSet) -> tuple[ExampleSet, list[tuple[str, str]]]:
+        """Of examples whose audio is known to be readable, those that can be used, and (name, reason) of the
+        others."""
+        return examples, []
+
+    def check(self, training: ExampleSet, evaluation: ExampleSet | None) -> None:
+        """Raises UserError where the two sets do not go together."""
+
+    def prepare(self, base: PreTrainedModel, training: ExampleSet) -> None:
+        """Makes the loaded backbone ready for the method."""
+
+    def check_resumed(self, checkpoint: Path) -> None:
+        """Raises UserError where a checkpoint, of a model like this one, was trained for something else."""
+
+    def dataset(self, examples: ExampleSet, make_dataset: Callable[..., Dataset]) -> Dataset:
+        """The examples as model inputs, by what is called as :class:`whisper_meft.data.SpeechDataset`."""
+        raise NotImplementedError
+
+    def collator(self) -> data.Collator:
+        """What makes batches of the dataset's items."""
+        raise NotImplementedError
+
+    def describe(self, training: ExampleSet) -> list[str]:
+        """Lines about the training examples."""
+        raise NotImplementedError
+
+    def trainer_options(self, evaluation: ExampleSet | None) -> dict[str, Any]:
+        """What :attr:`trainer_class` is given beside what every run gives."""
+        raise NotImplementedError
+
+    def score(
+        self, trainer: MeftTrainer, evaluation: ExampleSet, load_base: Callable[[], PreTrainedModel]
+    ) -> tuple[Any, float | None]:
+        """Scores of the trainer's model on its evaluation data, and the loss there; in every process.
+
+        Args:
+            load_base: gives the backbone as it was before training.
+        """
+        raise NotImplementedError
+
+    def summary(self, training: ExampleSet) -> dict[str, Any]:
+        """Entries of train_results.json."""
+        raise NotImplementedError
+
+    def write_scores(self, folder: Path, scores: Any) -> dict[str, Any]:
+        """Writes evaluation.txt and figures; gives the entries of eval_results.json."""
+        raise NotImplementedError

@@ -1,0 +1,225 @@
+"""Training for what is said in a clip."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from transformers import (
+    PreTrainedModel,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+)
+
+from ... import data
+from ...data.examples import ExampleSet
+from ...data.features import read_features, true_frames, window_of
+from ...errors import UserError
+from ...evaluation.transcripts import TranscriptScores, score_transcripts
+from ...files import read_json, write_text
+from ...methods import LSTConfig, MeftConfig
+from ...model.module import get_meft_model
+from ...model.speaking import LanguageOf
+from ...options.common import DataFormatArguments
+from ...options.training import METRICS, TrainArguments
+from ..console import say
+from ..transcribing import TranscriptionTrainer
+from .base import Task
+
+_RATES = METRICS["transcribe"][1:]
+
+
+@dataclass(frozen=True)
+class AdaptedScores:
+    """Scores of what was trained and, beside them, of the backbone as it was.
+
+    Attributes:
+        adapted, zero_shot: of the same clips, heard and written alike.
+    """
+
+    adapted: TranscriptScores
+    zero_shot: TranscriptScores
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready: the adapted model's, and ``zero_shot``."""
+        return {**self.adapted.as_dict(), "zero_shot": self.zero_shot.as_dict()}
+
+    def as_text(self) -> str:
+        """A few lines for people."""
+        return (
+            f"adapted\n{_indented(self.adapted.as_text())}\n"
+            f"zero-shot, the backbone before training\n{_indented(self.zero_shot.as_text())}"
+        )
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"  {line}" if line else "" for line in text.splitlines())
+
+
+class Transcription(Task):
+    """Transcripts in one language.
+
+    Args:
+        config: the method. sizes: the backbone's. extractor: its feature extractor.
+        speaking: its tokenizer and language. arguments: of the run.
+
+    Raises:
+        UserError: these do not go together.
+    """
+
+    backbone_class = WhisperForConditionalGeneration
+    trainer_class = TranscriptionTrainer
+    of_one_length = True
+    curve = ("eval_normalized_wer", "WER, normalised")
+
+    def __init__(
+        self,
+        config: MeftConfig,
+        sizes: WhisperConfig,
+        extractor: WhisperFeatureExtractor,
+        speaking: LanguageOf,
+        arguments: TrainArguments,
+    ):
+        check_method(config, sizes)
+        self.config, self.extractor, self.speaking = config, extractor, speaking
+        self.tokens = data.TranscriptTokens(speaking.tokenizer, sizes.max_target_positions)
+        most = sizes.max_target_positions
+        if (arguments.generation_max_length or 0) > most:
+            raise UserError(
+                f"generation_max_length must be at most {most}, the decoder's positions, got "
+                f"{arguments.generation_max_length}"
+            )
+        given = {"max_length": arguments.generation_max_length, "num_beams": arguments.generation_num_beams}
+        self.generation = {name: value for name, value in given.items() if value is not None}
+        self.in_between = bool(arguments.predict_with_generate)
+
+    def reader_options(self, arguments: DataFormatArguments) -> dict[str, Any]:
+        for name in ("label_column_name", "labels"):
+            if (value := getattr(arguments, name)) is not None:
+                raise UserError(f"{name}: {value!r} is of classes; transcripts have none: leave it out")
+        return {**arguments.reader_options(), "require_text": True}
+
+    def check_read(self, examples: ExampleSet) -> ExampleSet:
+        self.tokens.check(examples)
+        # A class that the data happens to have says nothing about how to set speakers aside.
+        return ExampleSet((replace(each, label=None) for each in examples), examples.description)
+
+    def usable(self, examples: ExampleSet) -> tuple[ExampleSet, list[tuple[str, str]]]:
+        hop, rate = self.extractor.hop_length, self.extractor.sampling_rate
+        window = window_of(self.extractor, self.config.max_frames) * hop / rate
+        good, bad = [], []
+        for example in examples:
+            seconds = example.seconds
+            if example.has_features:
+                # Up to two frames are the overlap of the last window with the sound.
+                seconds = (true_frames(read_features(example)) - 2) * hop / rate
+            if seconds is not None and seconds > window + hop / rate:
+                reason = (
+                    f"{seconds:.2f} s are longer than the window of {window:g} s, so that its transcript "
+                    "tells of what would not be heard"
+                )
+                bad.append((example.name, reason))
+            else:
+                good.append(example)
+        if not good:
+            raise UserError(
+                f"none of the {len(examples)} examples of {examples.description} can be used; the first, "
+                f"{bad[0][0]}: {bad[0][1]}"
+            )
+        return ExampleSet(good, examples.description), bad
+
+    def prepare(self, base: PreTrainedModel, training: ExampleSet) -> None:
+        self.speaking.set_in(base.generation_config)
+
+    def check_resumed(self, checkpoint: Path) -> None:
+        saved = read_json(checkpoint / "generation_config.json").get("language")
+        if saved != self.speaking.language:
+            raise UserError(
+                f"resume_from_checkpoint: {checkpoint} has language={saved!r}, but now it is "
+                f"{self.speaking.language!r}"
+            )
+
+    def dataset(self, examples: ExampleSet, make_dataset: Callable[..., Dataset]) -> Dataset:
+        return make_dataset(examples, self.extractor, None, self.config.max_frames, self.tokens)
+
+    def collator(self) -> data.Collator:
+        return data.Collator(self.extractor, self.config.max_frames, self.tokens.end)
+
+    def describe(self, training: ExampleSet) -> list[str]:
+        words = sum(len(example.text.split()) for example in training)
+        speakers = training.speakers()
+        of = f" of {len(speakers)} speakers" if speakers else ""
+        return [f"training on {len(training)} transcripts{of}, {words:,} words; {self.speaking.describe()}"]
+
+    def trainer_options(self, evaluation: ExampleSet | None) -> dict[str, Any]:
+        def rates(texts: list[str]) -> dict[str, float]:
+            scores = self._scores(evaluation, texts)
+            return {name: getattr(scores, name).rate for name in _RATES}
+
+        return {
+            "processing_class": SavedTogether(self.extractor, self.speaking.tokenizer),
+            "tokenizer": self.speaking.tokenizer,
+            "generation": self.generation,
+            "tokens_per_clip": None if evaluation is None else self._tokens_per_clip(evaluation),
+            "rates": rates if self.in_between else None,
+        }
+
+    def _tokens_per_clip(self, examples: ExampleSet) -> float:
+        """How many tokens of a clip count in the loss, on average."""
+        counted = [sum(label != -100 for label in self.tokens(each)["labels"]) for each in examples]
+        return sum(counted) / len(counted)
+
+    def _scores(self, examples: ExampleSet, texts: list[str]) -> TranscriptScores:
+        return score_transcripts(
+            [example.text for example in examples],
+            texts,
+            self.speaking.language,
+            [example.speaker for example in examples],
+            self.speaking.spelling,
+        )
+
+    def score(
+        self, trainer: TranscriptionTrainer, evaluation: ExampleSet, load_base: Callable[[], PreTrainedModel]
+    ) -> tuple[AdaptedScores, float]:
+        say(f"transcribing {len(evaluation)} examples by the trained model and by the backbone as it was")
+        loss = trainer.evaluation_loss()
+        adapted = self._scores(evaluation, trainer.transcribe(trainer.model))
+        before = self._zero_shot(load_base(), trainer.args.device)
+        return AdaptedScores(adapted, self._scores(evaluation, trainer.transcribe(before))), loss
+
+    def _zero_shot(self, base: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+        """The backbone with the same window and number format: an untrained ladder adds nothing to it."""
+        names = ("max_frames", "backbone_dtype", "backbone_quantization")
+        options = {name: getattr(self.config, name) for name in names}
+        self.speaking.set_in(base.generation_config)
+        if self.config.backbone_quantization:
+            base.get_encoder().to(device)  # which decides how it is done
+        return get_meft_model(base, LSTConfig(placement="decoder", **options)).to(device).eval()
+
+    def summary(self, training: ExampleSet) -> dict[str, Any]:
+        return {"task": "transcribe", "language": self.speaking.language}
+
+    def write_scores(self, folder: Path, scores: AdaptedScores) -> dict[str, Any]:
+        write_text(folder / "evaluation.txt", scores.as_text() + "\n")
+        return {"language": self.speaking.language, "generation": self.generation, **scores.as_dict()}
+
+
+def check_method(config: MeftConfig, sizes: WhisperConfig) -> None:
+    """Raises UserError where a method cannot transcribe with a backbone of these sizes."""
+    plain = MeftConfig.from_dict(config.to_dict() | {"backbone_quantization": None})
+    with torch.device("meta"):
+        get_meft_model(WhisperForConditionalGeneration(sizes), plain)
+
+
+class SavedTogether:
+    """A feature extractor and a tokenizer, saved beside a model as published Whispers have them."""
+
+    def __init__(self, *parts: Any):
+        self.parts = parts
+
+    def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:
+        for part in self.parts:
+            part.save_pretrained(folder, **kwargs)
