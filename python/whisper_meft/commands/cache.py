@@ -6,7 +6,7 @@ from typing import Literal
 
 from .. import data
 from ..errors import UserError
-from ..evaluation.classifier import usable_device
+from ..evaluation.loaded import usable_device
 from ..feature_cache.filling import prepare_cache
 from ..model.module import get_meft_model
 from ..model.pretrained import load_whisper, resolve_dtype

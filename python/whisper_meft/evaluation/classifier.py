@@ -6,34 +6,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from .. import data
-from ..data.batching import LongestFirst
 from ..data.examples import Example, ExampleSet
 from ..errors import UserError
-from ..model.backbone import quiet_transformers
 from ..model.module import MeftModel
-from ..model.pretrained import load_feature_extractor
 from ..options.inference import InferenceArguments
+from .loaded import LoadedModel, extractor_of, load_trained, usable_device
 
 
-def usable_device(device: str | torch.device | None) -> torch.device:
-    """The device of this name; None is a GPU if there is one.
-
-    Raises:
-        UserError: there is no such device.
-    """
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.empty(1, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device: cannot use {str(device)!r}: {str(error).splitlines()[0]}") from error
-
-
-class Classifier:
+class Classifier(LoadedModel):
     """A trained model with its feature extractor, ready to classify examples.
 
     Args:
@@ -54,10 +36,7 @@ class Classifier:
         num_workers: int = 0,
         progress: bool = True,
     ):
-        self.device = usable_device(device)
-        self.model = model.to(self.device).eval()
-        self.feature_extractor = feature_extractor
-        self.batch_size, self.num_workers, self.progress = batch_size, num_workers, progress
+        super().__init__(model, feature_extractor, device, batch_size, num_workers, progress)
         self.max_frames = model.meft_config.max_frames
         names = model.config.id2label
         self.labels = [names[index] for index in range(model.config.num_labels)]
@@ -72,27 +51,10 @@ class Classifier:
             UserError: model, backbone or feature extractor cannot be loaded or do not fit each other.
         """
         device = usable_device(arguments.device)
-        with quiet_transformers():
-            model = MeftModel.from_pretrained(
-                model_dir,
-                backbone=arguments.backbone,
-                dtype=arguments.backbone_dtype,
-                quantization=arguments.backbone_quantization,
-                device=device,
-            )
-        if arguments.backbone_compile:
-            model.encoder.compile_layers()
-        if arguments.feature_extractor_name is not None:
-            extractor = load_feature_extractor(arguments.feature_extractor_name)
-        else:
-            extractor = load_feature_extractor(str(model_dir), "model_dir")
-        data.check_feature_extractor(extractor, model.config, model.meft_config.max_frames)
+        model = load_trained(MeftModel, model_dir, arguments, device)
+        named, max_frames = arguments.feature_extractor_name, model.meft_config.max_frames
+        extractor = extractor_of(model_dir, named, model.config, max_frames)
         return cls(model, extractor, device, arguments.batch_size, arguments.num_workers, progress)
-
-    def check(self, examples: ExampleSet, strict: bool = False) -> tuple[ExampleSet, list[tuple[str, str]]]:
-        """:func:`whisper_meft.data.check_audio` with this classifier's workers and progress bar."""
-        extractor = self.feature_extractor
-        return data.check_audio(examples, strict, self.num_workers, self.progress, None, extractor)
 
     def probabilities(self, examples: ExampleSet) -> np.ndarray:
         """Class probabilities, float32 (N, K), rows in the order of ``examples``; NaN where the model's
@@ -101,13 +63,7 @@ class Classifier:
         Raises:
             UserError: an example cannot be read.
         """
-        dataset = data.SpeechDataset(examples, self.feature_extractor, None, self.max_frames)
-        collator = data.Collator(self.feature_extractor, self.max_frames)
-        lengths = None if self.max_frames == "fidelity" else dataset.lengths
-        order = list(range(len(dataset)) if lengths is None else LongestFirst(lengths))
-        loader = DataLoader(
-            dataset, self.batch_size, sampler=order, collate_fn=collator, num_workers=self.num_workers
-        )
+        order, loader = self.batches(examples, self.max_frames, self.max_frames != "fidelity")
         rows = []
         with torch.inference_mode():
             for batch in tqdm(loader, desc="classifying", unit="batch", disable=not self.progress):

@@ -18,6 +18,10 @@ class InferenceArguments:
     feature_extractor_name: str | None = field(
         default=None, metadata={"help": "feature extractor, if not the one saved with the model"}
     )
+    tokenizer_name: str | None = field(
+        default=None,
+        metadata={"help": "tokenizer, if not the one saved with the model; of models that transcribe"},
+    )
     backbone_dtype: Literal["float32", "float16", "bfloat16"] | None = field(
         default=None, metadata={"help": "type to hold the frozen weights in (default: as in training)"}
     )

@@ -1,0 +1,120 @@
+"""What every saved model needs to be run on examples: its device, its feature extractor, and batches."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from .. import data
+from ..data.batching import LongestFirst
+from ..data.examples import ExampleSet
+from ..errors import UserError
+from ..model.backbone import quiet_transformers
+from ..model.base import MeftBase
+from ..model.pretrained import load_feature_extractor
+from ..options.inference import InferenceArguments
+
+
+def usable_device(device: str | torch.device | None) -> torch.device:
+    """The device of this name; None is a GPU if there is one.
+
+    Raises:
+        UserError: there is no such device.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(1, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device: cannot use {str(device)!r}: {str(error).splitlines()[0]}") from error
+
+
+def extractor_of(model_dir: str | Path, named: str | None, config: Any, max_frames: int | str) -> Any:
+    """The feature extractor ``named``, or else the one in ``model_dir``, which fits the model.
+
+    Args:
+        model_dir: folder or hub name of the model. named: folder or hub name, or None.
+        config: the model's sizes (``num_mel_bins``, ``max_source_positions``).
+        max_frames: as in :class:`whisper_meft.MeftConfig`.
+
+    Raises:
+        UserError: there is none, or its features do not fit the model.
+    """
+    if named is not None:
+        extractor = load_feature_extractor(named)
+    else:
+        extractor = load_feature_extractor(str(model_dir), "model_dir")
+    data.check_feature_extractor(extractor, config, max_frames)
+    return extractor
+
+
+def load_trained(
+    kind: type[MeftBase], model_dir: str | Path, arguments: InferenceArguments, device: torch.device
+) -> MeftBase:
+    """The trained model in ``model_dir``, a folder or a name on the hub.
+
+    Raises:
+        UserError: model or backbone cannot be loaded or do not fit each other.
+    """
+    with quiet_transformers():
+        model = kind.from_pretrained(
+            model_dir,
+            backbone=arguments.backbone,
+            dtype=arguments.backbone_dtype,
+            quantization=arguments.backbone_quantization,
+            device=device,
+        )
+    if arguments.backbone_compile:
+        model.encoder.compile_layers()
+    return model
+
+
+class LoadedModel:
+    """A model and its feature extractor, with what reading examples for it takes.
+
+    Args:
+        model: is put into evaluation mode on ``device``.
+        feature_extractor: the one it was trained with.
+        device: torch device; default a GPU if there is one.
+        batch_size: clips per batch.
+        num_workers: processes that read audio; 0 reads in this one.
+        progress: show progress bars.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        feature_extractor: Any,
+        device: str | torch.device | None = None,
+        batch_size: int = 8,
+        num_workers: int = 0,
+        progress: bool = True,
+    ):
+        self.device = usable_device(device)
+        self.model = model.to(self.device).eval()
+        self.feature_extractor = feature_extractor
+        self.batch_size, self.num_workers, self.progress = batch_size, num_workers, progress
+
+    def check(self, examples: ExampleSet, strict: bool = False) -> tuple[ExampleSet, list[tuple[str, str]]]:
+        """:func:`whisper_meft.data.check_audio` with this model's workers and progress bar."""
+        extractor = self.feature_extractor
+        return data.check_audio(examples, strict, self.num_workers, self.progress, None, extractor)
+
+    def batches(
+        self, examples: ExampleSet, max_frames: int | str, longest_first: bool
+    ) -> tuple[list[int], DataLoader]:
+        """Batches of inputs, and the index in ``examples`` of each clip in them.
+
+        Args:
+            max_frames: as in :class:`whisper_meft.data.SpeechDataset`.
+            longest_first: put clips of like length together, where all lengths are known.
+        """
+        dataset = data.SpeechDataset(examples, self.feature_extractor, None, max_frames)
+        collator = data.Collator(self.feature_extractor, max_frames)
+        lengths = dataset.lengths if longest_first else None
+        order = list(range(len(dataset)) if lengths is None else LongestFirst(lengths))
+        loader = DataLoader(
+            dataset, self.batch_size, sampler=order, collate_fn=collator, num_workers=self.num_workers
+        )
+        return order, loader
