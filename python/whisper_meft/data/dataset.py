@@ -151,8 +151,9 @@ class Collator:
     """Stacks items of :class:`SpeechDataset`; picklable.
 
     With "longest" and with an integer a batch is as long as its longest clip, rounded up to whole encoder
-    frames; with an integer transcripts' items are of one length. Features are padded with 0 and the mask with 0, the
-    decoder's input with ``pad_token_id`` (``TranscriptTokens.end``), which nothing before it attends to.
+    frames (with an integer transcripts' items are of one length). Features are padded with 0 and the mask
+    with 0, the decoder's input with ``pad_token_id`` (``TranscriptTokens.end``), which nothing before it
+    attends to.
 
     Returns a dict of ``input_features`` (float32 ``(batch, mel bins, frames)``), ``attention_mask`` (int64
     ``(batch, frames)``) and, where the items have them, ``labels`` (int64 ``(batch,)``); of transcripts

@@ -256,9 +256,8 @@ def check_same_model(checkpoint: Path, config: PreTrainedConfig) -> None:
     than those of ``config``, a ``MeftModelConfig``."""
     saved, now = read_json(checkpoint / "config.json"), config.to_dict()
     pairs = [("task", saved.get("task", "classification"), now["task"])]
-    pairs += [
-        (name, saved.get(name), now.get(name)) for name in ("label2id", "hidden_size", "num_hidden_layers")
-    ]
+    names = ["hidden_size", "num_hidden_layers", *(["label2id"] if now["task"] == "classification" else [])]
+    pairs += [(name, saved.get(name), now.get(name)) for name in names]
     pairs += [(name, (saved.get("meft") or {}).get(name), value) for name, value in now["meft"].items()]
     if now["meft"].get("backbone_quantization"):
         pairs.append(("quantization_revision", saved.get("quantization_revision"), REVISION))

@@ -1,16 +1,13 @@
 """The Trainer of models that transcribe."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from torch import nn
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 from transformers.trainer_utils import EvalLoopOutput
 
-from .console import main_process
 from .trainer import MeftTrainer
 
 
@@ -19,27 +16,22 @@ class TranscriptionTrainer(MeftTrainer):
     the model's, and evaluation can score what is generated.
 
     Args:
-        tokenizer: a ``WhisperTokenizer``.
-        generation: keyword arguments of the model's ``generate``.
         tokens_per_clip: how many labels of a clip of the evaluation data count, on average: the loss there is
             then the mean over all of its tokens, however they are dealt out to batches.
-        rates: gives scores by name of the transcripts of the evaluation data, in its order; without it
-            evaluation gives the loss alone.
-        kwargs: as there. Items of the data carry their position as "index".
+        rates: gives scores, by name, of what a model writes for the evaluation data; called in all processes.
+            Without it evaluation gives the loss alone.
+        kwargs: as there.
     """
 
     def __init__(
         self,
         *args: Any,
-        tokenizer: Any,
-        generation: Mapping[str, Any] | None = None,
         tokens_per_clip: float | None = None,
-        rates: Callable[[list[str]], dict[str, float]] | None = None,
+        rates: Callable[[nn.Module], dict[str, float]] | None = None,
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
         self.label_smoother = None  # it would take the scores of all tokens
-        self.transcript_tokenizer, self.generation = tokenizer, dict(generation or {})
         self.tokens_per_clip, self.rates = tokens_per_clip, rates
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -69,7 +61,7 @@ class TranscriptionTrainer(MeftTrainer):
             dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs
         )
         if self.rates is not None:
-            rates = self.rates(self._transcripts(self.model, dataloader))
+            rates = self.rates(self.model)
             found.metrics.update({f"{metric_key_prefix}_{name}": rate for name, rate in rates.items()})
         return found
 
@@ -80,34 +72,3 @@ class TranscriptionTrainer(MeftTrainer):
             return self.predict(self.eval_dataset, metric_key_prefix="eval").metrics["eval_loss"]
         finally:
             self.rates = rates
-
-    def transcribe(self, model: nn.Module) -> list[str]:
-        """What a model hears in the evaluation data, in its order; all processes must call it."""
-        return self._transcripts(model, self.get_eval_dataloader())
-
-    def _transcripts(self, model: nn.Module, dataloader: DataLoader) -> list[str]:
-        places: list[int] = []
-
-        def batches() -> Iterator[dict[str, torch.Tensor]]:
-            hidden = self.args.disable_tqdm or not main_process()
-            for batch in tqdm(dataloader, desc="transcribing", unit="batch", leave=False, disable=hidden):
-                places.extend(batch.pop("index").tolist())
-                yield batch
-
-        texts = transcribe_batches(model.eval(), batches(), self.transcript_tokenizer, **self.generation)
-        # Where processes share the clips, some come twice.
-        by_place = dict(gather_object(list(zip(places, texts))))
-        return [by_place[place] for place in sorted(by_place)]
-
-
-@torch.no_grad()
-def transcribe_batches(
-    model: nn.Module, batches: Iterator[dict[str, torch.Tensor]], tokenizer: Any, **generation: Any
-) -> list[str]:
-    """What a model hears in the clips of batches."""
-    device = next(model.parameters()).device
-    texts = []
-    for batch in batches:
-        tokens = model.generate(batch["input_features"].to(device), **generation)
-        texts += [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
-    return texts

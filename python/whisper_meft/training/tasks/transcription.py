@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
+from torch import nn
 from torch.utils.data import Dataset
 from transformers import (
     PreTrainedModel,
@@ -18,14 +20,15 @@ from ... import data
 from ...data.examples import ExampleSet
 from ...data.features import read_features, true_frames, window_of
 from ...errors import UserError
+from ...evaluation.transcriber import Transcriber
 from ...evaluation.transcripts import TranscriptScores, score_transcripts
 from ...files import read_json, write_text
-from ...methods import LSTConfig, MeftConfig
+from ...methods import MeftConfig
 from ...model.module import get_meft_model
 from ...model.speaking import LanguageOf
 from ...options.common import DataFormatArguments
 from ...options.training import METRICS, TrainArguments
-from ..console import say
+from ..console import main_process, say
 from ..transcribing import TranscriptionTrainer
 from .base import Task
 
@@ -37,7 +40,7 @@ class AdaptedScores:
     """Scores of what was trained and, beside them, of the backbone as it was.
 
     Attributes:
-        adapted, zero_shot: of the same clips, heard and written alike.
+        adapted: of the trained model. zero_shot: of the backbone as it was, which hears its whole window.
     """
 
     adapted: TranscriptScores
@@ -94,7 +97,7 @@ class Transcription(Task):
             )
         given = {"max_length": arguments.generation_max_length, "num_beams": arguments.generation_num_beams}
         self.generation = {name: value for name, value in given.items() if value is not None}
-        self.in_between = bool(arguments.predict_with_generate)
+        self.arguments = arguments
 
     def reader_options(self, arguments: DataFormatArguments) -> dict[str, Any]:
         for name in ("label_column_name", "labels"):
@@ -155,16 +158,14 @@ class Transcription(Task):
         return [f"training on {len(training)} transcripts{of}, {words:,} words; {self.speaking.describe()}"]
 
     def trainer_options(self, evaluation: ExampleSet | None) -> dict[str, Any]:
-        def rates(texts: list[str]) -> dict[str, float]:
-            scores = self._scores(evaluation, texts)
+        def rates(model: nn.Module) -> dict[str, float]:
+            scores = self._scores(model, evaluation)
             return {name: getattr(scores, name).rate for name in _RATES}
 
         return {
             "processing_class": SavedTogether(self.extractor, self.speaking.tokenizer),
-            "tokenizer": self.speaking.tokenizer,
-            "generation": self.generation,
             "tokens_per_clip": None if evaluation is None else self._tokens_per_clip(evaluation),
-            "rates": rates if self.in_between else None,
+            "rates": rates if self.arguments.predict_with_generate else None,
         }
 
     def _tokens_per_clip(self, examples: ExampleSet) -> float:
@@ -172,7 +173,9 @@ class Transcription(Task):
         counted = [sum(label != -100 for label in self.tokens(each)["labels"]) for each in examples]
         return sum(counted) / len(counted)
 
-    def _scores(self, examples: ExampleSet, texts: list[str]) -> TranscriptScores:
+    def _scores(self, model: nn.Module, examples: ExampleSet) -> TranscriptScores:
+        """Of what a model writes for examples; all processes, which share them, must call it."""
+        texts = self._transcribe(model, examples)
         return score_transcripts(
             [example.text for example in examples],
             texts,
@@ -186,18 +189,24 @@ class Transcription(Task):
     ) -> tuple[AdaptedScores, float]:
         say(f"transcribing {len(evaluation)} examples by the trained model and by the backbone as it was")
         loss = trainer.evaluation_loss()
-        adapted = self._scores(evaluation, trainer.transcribe(trainer.model))
-        before = self._zero_shot(load_base(), trainer.args.device)
-        return AdaptedScores(adapted, self._scores(evaluation, trainer.transcribe(before))), loss
+        adapted = self._scores(trainer.model, evaluation)
+        before = load_base()
+        self.speaking.set_in(before.generation_config)
+        return AdaptedScores(adapted, self._scores(before, evaluation)), loss
 
-    def _zero_shot(self, base: PreTrainedModel, device: torch.device) -> PreTrainedModel:
-        """The backbone with the same window and number format: an untrained ladder adds nothing to it."""
-        names = ("max_frames", "backbone_dtype", "backbone_quantization")
-        options = {name: getattr(self.config, name) for name in names}
-        self.speaking.set_in(base.generation_config)
-        if self.config.backbone_quantization:
-            base.get_encoder().to(device)  # which decides how it is done
-        return get_meft_model(base, LSTConfig(placement="decoder", **options)).to(device).eval()
+    def _transcribe(self, model: nn.Module, examples: ExampleSet) -> list[str]:
+        """As ``whisper-meft evaluate`` hears them."""
+        arguments = self.arguments
+        mine = range(arguments.process_index, len(examples), arguments.world_size)
+        show = main_process() and not arguments.disable_tqdm
+        how = (arguments.device, arguments.per_device_eval_batch_size, arguments.dataloader_num_workers, show)
+        transcriber = Transcriber(model, self.extractor, self.speaking.tokenizer, *how, **self.generation)
+        found, failed = transcriber.transcribe(examples.select(mine)) if len(mine) else ([], [])
+        failed = gather_object(failed)
+        if failed:
+            raise UserError(f"{failed[0][0]} cannot be transcribed: {failed[0][1]}")
+        texts = dict(gather_object(list(zip(mine, (each.text for each in found)))))
+        return [texts[index] for index in range(len(examples))]
 
     def summary(self, training: ExampleSet) -> dict[str, Any]:
         return {"task": "transcribe", "language": self.speaking.language}
