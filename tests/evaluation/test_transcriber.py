@@ -201,9 +201,9 @@ def test_options_that_no_model_takes(work, tmp_path):
     with pytest.raises(UserError, match="max_new_tokens must be at most 20"):
         load(work, max_new_tokens=21)
     make_recogniser(tmp_path / "english", multilingual=False)
-    for language in ("en", "nl"):
-        with pytest.raises(UserError, match=f"language='{language}' .* model is English-only"):
-            load(tmp_path, "english", language=language)
+    with pytest.raises(UserError, match="language='nl' .* model is English-only"):
+        load(tmp_path, "english", language="nl")
+    assert "language" not in load(tmp_path, "english", language="English").options
     with pytest.raises(UserError, match="task='translate' is none of this model's"):
         load(tmp_path, "english", task="translate")
     english = load(tmp_path, "english", task="transcribe")

@@ -69,6 +69,9 @@ def language_code(language: str | None, generation: GenerationConfig) -> str | N
         language: a code ("nl"), a name ("dutch") or a token ("<|nl|>"); None stays None.
         generation: the model's.
 
+    Returns:
+        the code; None for English of an English-only model, which takes no such option.
+
     Raises:
         UserError: no language of Whisper's, none of the model's, or the model is English-only.
     """
@@ -82,7 +85,9 @@ def language_code(language: str | None, generation: GenerationConfig) -> str | N
         )
     known = getattr(generation, "lang_to_id", None)
     if getattr(generation, "is_multilingual", None) is False or not known:
-        raise UserError(f"language={language!r} was given, and the model is English-only: leave it out")
+        if code == "en":
+            return None
+        raise UserError(f"language={language!r} was asked for, and the model is English-only: leave it out")
     if f"<|{code}|>" not in known:
         raise UserError(f"language={language!r} is none of this model's {len(known)} languages")
     return code

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jiwer
+import numpy as np
 from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
@@ -15,6 +16,8 @@ from ..errors import UserError
 # Written without spaces between words: their normaliser sets each letter apart, so that WER is CER
 # (Radford et al. 2023, appendix C).
 _WITHOUT_SPACES = frozenset(("zh", "ja", "th", "lo", "my", "yue"))
+
+UNKNOWN = "und"  # ISO 639-2 for a language that is not determined
 
 
 @dataclass(frozen=True)
@@ -77,16 +80,16 @@ class TranscriptScores:
         """A few lines for people."""
         lines = [
             f"transcripts     {self.count}",
-            f"WER             {_shown(self.normalized_wer)} ({self.normalizer} normaliser), "
-            f"{_shown(self.wer)} as written",
-            f"CER             {_shown(self.normalized_cer)} ({self.normalizer} normaliser), "
-            f"{_shown(self.cer)} as written",
+            f"WER             {shown_rate(self.normalized_wer)} ({self.normalizer} normaliser), "
+            f"{shown_rate(self.wer)} as written",
+            f"CER             {shown_rate(self.normalized_cer)} ({self.normalizer} normaliser), "
+            f"{shown_rate(self.cer)} as written",
         ]
         if len(self.per_speaker) > 1:
             width = max(map(len, self.per_speaker))
             lines += ["", f"{'speaker':<{width}}  transcripts     WER     CER"]
             for name, each in self.per_speaker.items():
-                wer, cer = _shown(each.normalized_wer), _shown(each.normalized_cer)
+                wer, cer = shown_rate(each.normalized_wer), shown_rate(each.normalized_cer)
                 lines.append(f"{name:<{width}}  {each.count:>11}  {wer:>6}  {cer:>6}")
         return "\n".join(lines)
 
@@ -94,7 +97,8 @@ class TranscriptScores:
 _RATES = ("wer", "cer", "normalized_wer", "normalized_cer")
 
 
-def _shown(counts: ErrorCounts) -> str:
+def shown_rate(counts: ErrorCounts) -> str:
+    """An error rate for people."""
     return f"{counts.rate:.1%}" if counts.length else "no reference"
 
 
@@ -104,7 +108,8 @@ def whisper_normalizer(
     """Whisper's text normaliser for a language, and its name (Radford et al. 2023, appendix C).
 
     Args:
-        language: a code ("nl") or a name ("dutch"); ``None`` for English-only models.
+        language: a code ("nl") or a name ("dutch"); ``None`` for English-only models, :data:`UNKNOWN` where
+            it may be any.
         spelling: of English, British spellings with their American ones: a mapping, or the
             ``normalizer.json`` beside a checkpoint's tokenizer. Without it spellings stay as they are.
 
@@ -113,6 +118,8 @@ def whisper_normalizer(
     """
     language = None if language is None else language.lower()
     language = TO_LANGUAGE_CODE.get(language, language)
+    if language == UNKNOWN:
+        return BasicTextNormalizer(), "basic"
     if language not in (None, *TO_LANGUAGE_CODE.values()):
         raise UserError(
             f"language={language!r} is none of Whisper's: a code (nl) or a name (dutch) is accepted"
@@ -162,6 +169,54 @@ def score_transcripts(
         )
 
     return scores(pairs, {speaker: scores(of, {}) for speaker, of in sorted(by_speaker.items())})
+
+
+def word_errors(
+    references: Sequence[str],
+    hypotheses: Sequence[str],
+    language: str | None = None,
+    spelling: dict[str, str] | str | Path | None = None,
+) -> list[ErrorCounts]:
+    """Of each transcript its word errors after Whisper's normaliser; arguments as in
+    :func:`score_transcripts`, whose ``normalized_wer`` is their sum."""
+    normalize, _ = whisper_normalizer(language, spelling)
+    normalized = [[normalize(text).strip() for text in texts] for texts in (references, hypotheses)]
+    return [_rates([pair])[0] for pair in zip(*normalized)]
+
+
+def intervals(
+    counts: Sequence[Sequence[ErrorCounts]], speakers: Sequence[str | None], draws: int = 1000
+) -> tuple[np.ndarray, str]:
+    """95 % bootstrap intervals of error rates (Bisani and Ney 2004), and of what is drawn.
+
+    Speakers are drawn with all their transcripts, where all are known and there are ten at least: fewer say
+    nothing of others. Else transcripts are drawn, and the interval is one for these speakers alone.
+
+    Args:
+        counts: of each system, of each transcript, as :func:`word_errors` gives.
+        speakers: of each transcript.
+
+    Returns:
+        float64 (systems + 1, 2), lower and upper ends: of each system's rate, and of the first one's minus
+        the last one's, by the same draws; NaN where a draw has no word. And "speakers" or "transcripts".
+    """
+    known = sorted({speaker for speaker in speakers if speaker is not None})
+    by_speaker = None not in speakers and len(known) >= 10
+    number = {speaker: i for i, speaker in enumerate(known)}
+    groups = np.array([number[s] for s in speakers] if by_speaker else range(len(speakers)))
+    drawn_of = int(groups.max()) + 1
+    # Sums of a group: of its words, and of each system's errors.
+    sums = np.zeros((1 + len(counts), drawn_of))
+    np.add.at(sums[0], groups, [each.length for each in counts[0]])
+    for row, system in enumerate(counts, 1):
+        np.add.at(sums[row], groups, [each.errors for each in system])
+    times = np.random.default_rng(0).multinomial(drawn_of, np.full(drawn_of, 1 / drawn_of), size=draws)
+    totals = sums @ times.T
+    if not totals[0].all():
+        return np.full((len(counts) + 1, 2), np.nan), "speakers" if by_speaker else "transcripts"
+    rates = totals[1:] / totals[0]
+    ends = np.percentile([*rates, rates[0] - rates[-1]], [2.5, 97.5], axis=1).T
+    return ends, "speakers" if by_speaker else "transcripts"
 
 
 def _rates(pairs: list[tuple[str, str]]) -> tuple[ErrorCounts, ErrorCounts]:
