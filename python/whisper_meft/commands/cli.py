@@ -19,8 +19,8 @@ from ..errors import one_line, printable
 # Subcommand -> (module of this folder with a function run(argv) -> exit status, one line of help).
 COMMANDS = {
     "train": ("train", "train a side network and a classification head on a frozen Whisper encoder"),
-    "evaluate": ("evaluate", "score a trained model on labelled audio"),
-    "predict": ("predict", "classify audio files"),
+    "evaluate": ("evaluate", "score a trained model on labelled or transcribed audio"),
+    "predict": ("predict", "classify or transcribe audio files"),
     "cache": ("cache", "run the frozen backbone once, for epochs of the side network alone"),
     "compare": ("compare", "train every method on the same data with the same budget"),
     "memory": ("memory", "count what training takes of a GPU, and what would fit, without one"),

@@ -1,17 +1,23 @@
-"""`whisper-meft predict`: labels for audio files, as a table, CSV or JSON."""
+"""`whisper-meft predict`: labels or transcripts of audio files, as a table, CSV, JSON, text or subtitles."""
 
 import csv
 import io
+import os
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from .. import data
 from ..errors import UserError, printable
 from ..evaluation.classifier import Classifier, predict
+from ..evaluation.generating import Transcript
+from ..evaluation.subtitles import WRITERS, output_names
+from ..evaluation.transcriber import Transcriber, transcribe_files
 from ..files import check_writable, write_json, write_text
+from ..model.kinds import kind_of
+from ..options.generation import GenerationArguments
 from ..options.inference import InferenceArguments
 from ..options.parser import Parser, UsageError
 
@@ -23,16 +29,58 @@ class PredictArguments:
     _argument_group_name = "output"
 
     output: str | None = field(
-        default=None, metadata={"help": "file ending in .csv or .json to write (default: a table on stdout)"}
+        default=None,
+        metadata={
+            "help": "file ending in .csv or .json to write; the transcript of one recording also in .txt, "
+            ".srt or .vtt (default: a table on stdout)"
+        },
+    )
+    output_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "folder for a file of text or subtitles for each recording, named as the recording"
+        },
+    )
+    output_format: Literal["txt", "srt", "vtt", "all"] = field(
+        default="all",
+        metadata={
+            "aliases": ["--format"],
+            "help": "what is written to --output_dir: text, SubRip, WebVTT or all",
+        },
+    )
+    overwrite: bool = field(
+        default=False, metadata={"help": "replace transcripts of an earlier run, which is refused otherwise"}
     )
 
-    def __post_init__(self):
-        if self.output is not None and Path(self.output).suffix.lower() not in (".csv", ".json"):
-            raise UsageError(f"--output must end in .csv or .json, got {self.output}")
+    @property
+    def suffix(self) -> str:
+        """Of ``output``, without the dot."""
+        return "" if self.output is None else Path(self.output).suffix.lower().removeprefix(".")
+
+    def formats(self) -> list[str]:
+        """Of text and subtitles, what is to be written."""
+        if self.output_dir is None:
+            return [self.suffix] if self.suffix in WRITERS else []
+        return list(WRITERS) if self.output_format == "all" else [self.output_format]
+
+    def check(self, transcribes: bool) -> None:
+        """Raises UsageError where a model of this kind does not write such a thing."""
+        accepted = ["csv", "json", *(WRITERS if transcribes else ())]
+        if self.output is not None and self.suffix not in accepted:
+            named = " or ".join(filter(None, [", ".join(f".{s}" for s in accepted[:-1]), f".{accepted[-1]}"]))
+            raise UsageError(f"--output must end in {named}, got {self.output}")
+        if not transcribes:
+            for name in ("output_dir", "overwrite"):
+                if getattr(self, name):
+                    raise UsageError(f"--{name} is for models that transcribe, and this one classifies")
+        if self.output is not None and self.output_dir is not None:
+            raise UsageError("--output and --output_dir are two ways to write: give one of them")
+        if self.output_dir is None and self.output_format != "all":
+            raise UsageError(f"--output_format {self.output_format} is for --output_dir, which is not given")
 
 
 def find_audio(sources: Sequence[str]) -> list[str]:
-    """Files to classify: each file as named, each folder searched for audio, without repeats.
+    """Files to hear: each file as named, each folder searched for audio, without repeats.
 
     Raises:
         UserError: nothing is named, a source does not exist, or a folder holds no audio.
@@ -81,34 +129,156 @@ def as_csv(rows: Iterable[dict[str, Any]], labels: Sequence[str]) -> str:
     return text.getvalue()
 
 
+def transcripts_as_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Transcripts as a text table: file and text, and of segments when they are said."""
+    timed = any("segments" in row for row in rows)
+    lines = [["file", *(["start", "end"] if timed else []), "text"]]
+    lines += [[printable(cell) for cell in line] for line in _lines(rows, timed)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in lines)
+
+
+def transcripts_as_csv(rows: Sequence[dict[str, Any]]) -> str:
+    """Transcripts as CSV: file and text, and of segments when they are said, in seconds."""
+    timed = any("segments" in row for row in rows)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["file", *(["start", "end"] if timed else []), "text"])
+    writer.writerows(_lines(rows, timed))
+    return text.getvalue()
+
+
+def _lines(rows: Sequence[dict[str, Any]], timed: bool) -> Iterator[list[str]]:
+    for row in rows:
+        if not timed:
+            yield [row["file"], row["text"]]
+        elif not row["segments"]:
+            yield [row["file"], "", "", row["text"]]
+        for each in row.get("segments", ()):
+            yield [row["file"], f"{each['start']:.3f}", f"{each['end']:.3f}", each["text"]]
+
+
 def make_parser() -> Parser:
     """The parser of `whisper-meft predict`."""
     parser = Parser(
         "predict",
-        (InferenceArguments, PredictArguments),
-        usage="MODEL_DIR AUDIO_OR_DIR... [--output FILE.csv|FILE.json] [options]",
-        description="Classifies audio files; folders are searched for audio. Files that cannot be read are "
-        "named on stderr, the others are answered, and the exit status is then 1.",
+        (InferenceArguments, GenerationArguments, PredictArguments),
+        usage="MODEL_DIR AUDIO_OR_DIR... [--output FILE | --output_dir DIR] [options]",
+        description="Classifies audio files, or transcribes them by a model that was trained for that or a "
+        "plain Whisper; folders are searched for audio. Files that cannot be read are named on stderr, the "
+        "others are answered, and the exit status is then 1.",
     )
-    parser.add_argument("model_dir", metavar="MODEL_DIR", help="folder (or hub name) of a trained model")
+    help = "folder (or hub name) of a trained model, or of a plain Whisper"
+    parser.add_argument("model_dir", metavar="MODEL_DIR", help=help)
     parser.add_argument("audio", metavar="AUDIO_OR_DIR", nargs="+", help="audio files and folders")
     return parser
 
 
 def run(argv: Sequence[str]) -> int:
     """`whisper-meft predict`; returns the exit status."""
-    inference, output, where = make_parser().parse(argv)
+    inference, generation, output, where = make_parser().parse(argv)
+    transcribes = kind_of(where.model_dir) != "classification"
+    output.check(transcribes)
+    if not transcribes:
+        generation.refuse_for_classes()
     files = find_audio(where.audio)
-    if output.output is not None:
-        check_writable(output.output)
-    classifier = Classifier.load(where.model_dir, inference, progress=sys.stderr.isatty())
-    rows, bad = predict(classifier, files)
-    if output.output is None:
-        print(as_table(rows))
-    elif output.output.lower().endswith(".json"):
-        write_json(output.output, rows)
+    if transcribes:
+        bad = _transcribe(where.model_dir, files, inference, generation, output)
     else:
-        write_text(output.output, as_csv(rows, classifier.labels))
+        bad = _classify(where.model_dir, files, inference, output)
     for name, reason in bad:
         print(f"whisper-meft: cannot read {printable(name)}: {printable(reason)}", file=sys.stderr)
     return 1 if bad else 0
+
+
+def _classify(
+    model_dir: str, files: Sequence[str], inference: InferenceArguments, output: PredictArguments
+) -> list[tuple[str, str]]:
+    """Writes the labels; returns name and reason of the files that have none."""
+    if output.output is not None:
+        check_writable(output.output)
+    classifier = Classifier.load(model_dir, inference, progress=sys.stderr.isatty())
+    rows, bad = predict(classifier, files)
+    if output.output is None:
+        print(as_table(rows))
+    elif output.suffix == "json":
+        write_json(output.output, rows)
+    else:
+        write_text(output.output, as_csv(rows, classifier.labels))
+    return bad
+
+
+def _transcribe(
+    model_dir: str,
+    files: Sequence[str],
+    inference: InferenceArguments,
+    generation: GenerationArguments,
+    output: PredictArguments,
+) -> list[tuple[str, str]]:
+    """Writes the transcripts; returns name and reason of the files that have none."""
+    timed = generation.return_timestamps
+    places = _places(files, output)
+    if {"srt", "vtt"} & set(output.formats()):
+        generation.return_timestamps = True
+    transcriber = Transcriber.load(model_dir, inference, generation, progress=sys.stderr.isatty())
+    rows: dict[str, dict[str, Any]] = {}
+
+    def done(name: str, transcript: Transcript) -> None:
+        for path, form in places.get(name, ()):
+            write_text(path, WRITERS[form](transcript))
+        rows[name] = {"file": name, "text": transcript.text, "complete": transcript.complete}
+        if timed:
+            rows[name]["segments"] = [asdict(each) for each in transcript.segments]
+
+    bad = transcribe_files(transcriber, files, done)
+    ordered = [rows[name] for name in files if name in rows]
+    if output.output_dir is not None:
+        print(
+            f"{len(ordered)} {'transcript is' if len(ordered) == 1 else 'transcripts are'} in {output.output_dir}"
+        )
+    elif output.output is None:
+        print(transcripts_as_table(ordered))
+    elif output.suffix == "json":
+        write_json(output.output, ordered)
+    elif output.suffix == "csv":
+        write_text(output.output, transcripts_as_csv(ordered))
+    return bad
+
+
+def _places(files: Sequence[str], output: PredictArguments) -> dict[str, list[tuple[Path, str]]]:
+    """Where the transcript of each file goes and in which format, all of which can be written.
+
+    Raises:
+        UserError: a file is there already, or cannot be written; several transcripts for one file.
+    """
+    formats = output.formats()
+    if output.output is not None:
+        if formats and len(files) > 1:
+            raise UserError(
+                f"--output {output.output} holds one transcript, and there are {len(files)} recordings: name "
+                "a folder with --output_dir, or a .csv or .json file"
+            )
+        everything = [Path(output.output)]
+        places = {files[0]: [(Path(output.output), form) for form in formats]}
+    elif output.output_dir is not None:
+        folder = Path(output.output_dir)
+        names = [folder / name for name in output_names(files)]
+        places = {
+            file: [(name.with_name(f"{name.name}.{form}"), form) for form in formats]
+            for file, name in zip(files, names)
+        }
+        everything = [path for each in places.values() for path, _ in each]
+    else:
+        return {}
+    heard = {os.path.realpath(file) for file in files}
+    if over := next((path for path in everything if os.path.realpath(path) in heard), None):
+        raise UserError(f"cannot write {over}: it is one of the recordings")
+    if folder := next((path for path in everything if path.is_dir()), None):
+        raise UserError(f"cannot write {folder}: it is a folder, a file name is needed")
+    there = [path for path in everything if os.path.lexists(path)]
+    if there and not output.overwrite:
+        more = f" (and {len(there) - 1} more)" if len(there) > 1 else ""
+        raise UserError(f"{there[0]}{more} is there already: --overwrite replaces it")
+    for path in {path.parent: path for path in everything}.values():
+        check_writable(path)
+    return places

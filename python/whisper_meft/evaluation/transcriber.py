@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -281,6 +281,35 @@ class Transcriber(LoadedModel):
         return [
             result for clip, length in zip(features, seconds) for result in self._heard(clip[None], [length])
         ]
+
+
+def transcribe_files(
+    transcriber: Transcriber, files: Sequence[str], done: Callable[[str, Transcript], None]
+) -> list[tuple[str, str]]:
+    """Transcribes audio files; those that cannot be heard do not stop the others.
+
+    Args:
+        done: called with each file and its transcript the moment it is there, in any order.
+
+    Returns:
+        (file, reason) of the others.
+
+    Raises:
+        UserError: not one file can be heard.
+    """
+    examples = ExampleSet([Example(audio=file, name=file) for file in files], "the files to transcribe")
+    # The error of a single file says it all; of several the good ones are answered.
+    good, bad = transcriber.check(examples, strict=len(examples) == 1)
+    heard = 0
+    for index, result in transcriber.stream(good):
+        if isinstance(result, Transcript):
+            heard += 1
+            done(good[index].name, result)
+        else:
+            bad.append((good[index].name, str(result)))
+    if not heard:
+        raise UserError(f"no file could be transcribed; {bad[0][0]}: {bad[0][1]}")
+    return bad
 
 
 def load_tokenizer(name: str) -> WhisperTokenizer:
