@@ -380,7 +380,7 @@ def test_trainable_parameters_as_peft_prints_them(capsys):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_merging_is_refused_with_the_reason(method):
-    with pytest.raises(UserError, match=f"a {method} side network cannot be merged .* beside the encoder"):
+    with pytest.raises(UserError, match=f"a {method} side network cannot be merged .* beside the backbone"):
         model_of(method).merge_and_unload()
 
 

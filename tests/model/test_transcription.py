@@ -7,19 +7,19 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from modelling_fixtures import CONFIGS, LAYERS, MELS, WINDOW, randomise, tiny_whisper, whisper_config
+from modelling_fixtures import CONFIGS, LAYERS, MELS, WINDOW, randomise, tiny_whisper
+from recognition_fixtures import TOKENS, VOCABULARY, clips, ids_of, ids_of_plain, logits, recogniser
 from tokens_fixtures import spelling_tokenizer
 from transformers import (
     AutoModelForAudioClassification,
     AutoModelForSpeechSeq2Seq,
-    GenerationConfig,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     WhisperFeatureExtractor,
     WhisperForConditionalGeneration,
 )
 from whisper_meft import (
-    LoRAConfig,
+    HeadConfig,
     LSTConfig,
     MeftForConditionalGeneration,
     MeftModel,
@@ -32,7 +32,6 @@ from whisper_meft.data import Collator, Example, TranscriptTokens
 from whisper_meft.decoder import chunked as decoder_chunked
 from whisper_meft.encoder import chunked as encoder_chunked
 
-TOKENS, VOCABULARY = 7, 20
 METHODS = pytest.mark.parametrize("method", list(CONFIGS))
 PLACEMENTS = pytest.mark.parametrize("placement", ["encoder", "decoder"])
 # Every method in every placement that it has.
@@ -42,41 +41,10 @@ EVERYWHERE = pytest.mark.parametrize(
 )
 
 
-def recogniser(seed=0, attn_implementation="sdpa", dtype=None, **changes) -> WhisperForConditionalGeneration:
-    torch.manual_seed(seed)
-    sizes = {"decoder_layers": 3, "max_target_positions": 16, "decoder_layerdrop": 0.5, **changes}
-    base = WhisperForConditionalGeneration._from_config(
-        whisper_config(**sizes), attn_implementation=attn_implementation
-    )
-    base.generation_config = GenerationConfig.from_model_config(base.config)
-    base.generation_config.max_length = 12
-    base.generation_config.no_timestamps_token_id = VOCABULARY - 1
-    return base if dtype is None else base.to(dtype)
-
-
 def model_of(method, placement, trained=True, base=None, dtype=None, **options):
     config = CONFIGS[method](reduction_factor=4, placement=placement, **options)
     model = get_meft_model(recogniser(dtype=dtype) if base is None else base, config)
     return randomise(model) if trained else model
-
-
-def clips(size=3, seed=0, dtype=torch.float32):
-    """(input_features, labels), the labels of each clip but the first padded."""
-    generator = torch.Generator().manual_seed(seed)
-    features = torch.randn(size, MELS, 2 * WINDOW, generator=generator).to(dtype)
-    labels = torch.randint(4, VOCABULARY - 1, (size, TOKENS), generator=generator)
-    for i in range(1, size):
-        labels[i, TOKENS - i :] = -100
-    return features, labels
-
-
-def logits(model, features, ids, **options):
-    with torch.no_grad():
-        return model(features, decoder_input_ids=ids, **options).logits
-
-
-def ids_of(model, labels):
-    return model.prepare_decoder_input_ids_from_labels(labels)
 
 
 # ---------------------------------------------------------------- the start
@@ -353,12 +321,6 @@ def plain_loss(base, method, placement, weights, features, labels):
     return F.cross_entropy(base.proj_out(output).flatten(0, 1), labels.flatten())
 
 
-def ids_of_plain(base, labels):
-    ids = labels.new_full(labels.shape, base.config.decoder_start_token_id)
-    ids[:, 1:] = labels[:, :-1].masked_fill(labels[:, :-1] == -100, base.config.pad_token_id)
-    return ids
-
-
 @EVERYWHERE
 @pytest.mark.parametrize("small", [False, True], ids=["kept", "recomputed"])
 def test_every_gradient_is_that_of_a_plain_reimplementation(method, placement, small, monkeypatch):
@@ -547,7 +509,7 @@ def test_copies():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (LoRAConfig(), "method must be one of lst, unipt, sherl for recognition, got 'lora'"),
+        (HeadConfig(), "method must be one of .*full, .*lst, unipt, sherl.* for recognition, got 'head'"),
         (LSTConfig(max_frames="longest"), "max_frames must be 'fidelity' or a number for recognition"),
         (LSTConfig(pooling="statistics"), "pooling is of classification; nothing is pooled for recognition"),
         (LSTConfig(max_frames=WINDOW + 1), f"max_frames must be at most {WINDOW}"),

@@ -2,7 +2,7 @@
 
 No token of one clip sees another clip, so a chunk's result is that of the whole batch. Of a large batch each
 layer is computed again for the backward: kept, the keys and values of 1500 frames in every layer would
-outweigh the side network.
+outweigh the side network. One that trains keeps what autograd keeps, unless gradient checkpointing is on.
 """
 
 from collections.abc import Iterable
@@ -39,7 +39,8 @@ def decoded_in_chunks(
     for output in encoder_outputs:
         size, whole = output.shape[0], output.shape[0]
         run = decoder.around()
-        if output.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        recomputes = decoder.recomputes and output.requires_grad and torch.is_grad_enabled()
+        if recomputes and not torch.compiler.is_compiling():
             layer = 2 * output.shape[1] * output.shape[2] * decoder.dtype.itemsize
             if input_ids.shape[0] * layer * decoder.num_layers > _KEPT_BYTES:
                 most = _LAYER_BYTES.get(device_type(output.device), _DEFAULT_LAYER_BYTES)

@@ -50,6 +50,9 @@ class FrozenDecoder(nn.Module):
         dtype: number format to hold the weights in; None keeps it.
     """
 
+    # Whether layers that would keep much for the backward are computed again there, unasked.
+    recomputes = True
+
     def __init__(self, whisper: WhisperForConditionalGeneration, dtype: torch.dtype | None = None):
         super().__init__()
         decoder = whisper.model.decoder
@@ -98,6 +101,18 @@ class FrozenDecoder(nn.Module):
         """Stays in evaluation mode whatever is asked for."""
         return super().train(False)
 
+    def backbone_state(self) -> dict[str, Tensor]:
+        """The backbone's own tensors by the names they have in the Hugging Face decoder, and the head's."""
+        return self.state_dict()
+
+    def frozen_names(self) -> set[str]:
+        """Which tensors of ``state_dict`` stay as they were loaded, so that they need not be saved."""
+        return set(self.state_dict())
+
+    def _to_evaluation(self) -> None:
+        if any(each.training for each in self.layers):  # train() was called on the model that shares them
+            self.eval()
+
     def whisper(self, encoder: nn.Module, decoder: nn.Module) -> WhisperForConditionalGeneration:
         """Hugging Face's model with this encoder and decoder, in evaluation mode, to generate with."""
         whisper = self._whisper[0]
@@ -118,8 +133,7 @@ class FrozenDecoder(nn.Module):
             layer: called for each layer as ``layer(module, *arguments, **options)``. last: for the last layer
                 in place of ``layer``. norm: for the final LayerNorm.
         """
-        if any(each.training for each in self.layers):  # train() was called on the model that shares them
-            self.eval()
+        self._to_evaluation()
         functions = [layer] * (self.num_layers - 1) + [last or layer]
         layers = [Around(*both) if both[1] else both[0] for both in zip(self.layers, functions)]
         decoder = with_modules(

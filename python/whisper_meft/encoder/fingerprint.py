@@ -7,12 +7,14 @@ _SAMPLES = 64
 
 
 def fingerprint(encoder: nn.Module) -> str:
-    """A few of the encoder's weights in hexadecimal, to tell one backbone from another.
+    """A few of the weights in hexadecimal, to tell one backbone from another.
 
     Args:
-        encoder: a Whisper encoder. 64 entries spread over its matrices and convolutions are taken as float32;
-            of a quantised one those that it had before.
+        encoder: a Whisper encoder or decoder. 64 entries spread over its matrices and convolutions are taken
+            as float32; of a quantised one those that it had before. Where they train it gets none.
     """
+    if getattr(encoder, "trains_matrices", False):
+        return ""
     if getattr(encoder, "original", None) is not None:
         return encoder.original.fingerprint
     weights = [p for n, p in sorted(own_state(encoder).items()) if p.ndim > 1 and "positions" not in n]

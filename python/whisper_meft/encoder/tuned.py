@@ -6,23 +6,25 @@ import torch
 from torch import nn
 
 from ..errors import UserError
+from ..tuning import Tuned
 from .frozen import FrozenEncoder
 
 
-class TunedEncoder(FrozenEncoder):
+class TunedEncoder(Tuned, FrozenEncoder):
     """A :class:`FrozenEncoder` with trained parameters: the same stream, with gradient.
 
-    Autograd keeps nothing below the first trained parameter. Frozen weights in half precision run under
-    autocast to their type, so that float32 masters beside them are cast; float32 weights follow the
-    surrounding autocast. Dropout is active in training mode, where the backbone's config has any (the
-    published Whisper models have none); LayerDrop is not.
+    Autograd keeps nothing below the first trained parameter. Dropout is active in training mode, where the
+    backbone's config has any (the published Whisper models have none); LayerDrop is not. For number formats
+    see :class:`whisper_meft.tuning.Tuned`.
 
     Args:
         whisper_encoder: as for :class:`FrozenEncoder`; its modules are changed in place.
         dtype: number format of the frozen weights, ``None`` keeps it.
-        prepare: called with this encoder while it is all frozen; unfreezes parameters and puts trained
-            modules in. A module that replaces one of the encoder's holds that as ``base_layer``.
+        prepare: unfreezes parameters and puts trained modules in, see
+            :meth:`whisper_meft.tuning.Tuned.prepare`.
     """
+
+    constants = ("embed_positions.",)  # sinusoids
 
     def __init__(
         self,
@@ -31,24 +33,7 @@ class TunedEncoder(FrozenEncoder):
         prepare: Callable[["TunedEncoder"], None],
     ):
         super().__init__(whisper_encoder, dtype)
-        own = {id(parameter): name for name, parameter in self.named_parameters()}
-        prepare(self)
-        # Here -> in the backbone: the names of the backbone's tensors.
-        self._backbone_names = {n: own[id(p)] for n, p in self.named_parameters() if id(p) in own}
-
-    def train(self, mode: bool = True) -> "TunedEncoder":
-        """Training or evaluation mode, as in any module."""
-        return nn.Module.train(self, mode)
-
-    def backbone_state(self) -> dict[str, torch.Tensor]:
-        return {
-            self._backbone_names[name]: tensor
-            for name, tensor in self.state_dict().items()
-            if name in self._backbone_names
-        }
-
-    def frozen_names(self) -> set[str]:
-        return {n for n, p in self.named_parameters() if n in self._backbone_names and not p.requires_grad}
+        self.prepare(prepare)
 
     def _states(
         self,
@@ -81,10 +66,5 @@ class TunedEncoder(FrozenEncoder):
             "torch_compile"
         )
 
-    def _to_evaluation(self) -> None:
-        pass
-
     def _weights_as_they_are(self, device: torch.device):
-        if self.dtype in (torch.float16, torch.bfloat16) and device.type != "meta":
-            return torch.autocast(device.type, dtype=self.dtype)
-        return super()._weights_as_they_are(device)
+        return self.masters_autocast(device) or super()._weights_as_they_are(device)

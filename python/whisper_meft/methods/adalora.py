@@ -8,10 +8,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import TrainerCallback
 
-from ..encoder.tuned import TunedEncoder
 from ..errors import UserError
 from .checks import check_number_from_0, check_positive_int, check_positive_number, check_share
-from .lora import ADAPTER, allocate, require_peft
+from .lora import ADAPTER, allocate, device_of, require_peft
 from .low_rank import UpdateConfig
 
 
@@ -56,14 +55,14 @@ class AdaLoRAConfig(UpdateConfig):
                 raise UserError(f"{name} must be None or an integer of at least 0, got {value!r}")
         check_number_from_0("orth_reg_weight", self.orth_reg_weight)
 
-    def prepare_encoder(self, encoder: TunedEncoder) -> None:
-        add_adalora(encoder, self)
+    def prepare(self, part: nn.Module, beside: nn.Module | None = None) -> None:
+        add_adalora(part, self)
 
-    def penalty(self, encoder: nn.Module) -> torch.Tensor | None:
-        return self.orth_reg_weight * orthogonality_penalty(encoder) if self.orth_reg_weight else None
+    def penalty(self, tuned: nn.Module) -> torch.Tensor | None:
+        return self.orth_reg_weight * orthogonality_penalty(tuned) if self.orth_reg_weight else None
 
-    def trainer_callback(self, encoder: nn.Module) -> TrainerCallback:
-        return RankAllocation(encoder, self)
+    def trainer_callback(self, tuned: nn.Module) -> TrainerCallback:
+        return RankAllocation(tuned, self)
 
 
 _AVERAGES = ("exp_avg_ipt", "exp_avg_unc")  # peft's names of the moving averages
@@ -83,25 +82,25 @@ def _peft_options(config: "AdaLoRAConfig", tinit: int, tfinal: int, total_step: 
     )
 
 
-def add_adalora(encoder: TunedEncoder, config: "AdaLoRAConfig") -> None:
+def add_adalora(part: nn.Module, config: "AdaLoRAConfig") -> None:
     """Puts trained AdaLoRA layers, float32, in the place of ``config.target_modules``."""
     peft = require_peft(config.method)
     with unset_fake_temporarily():  # see add_lora
         options = _peft_options(config, tinit=0, tfinal=0, total_step=1)  # the run's length is not known yet
-        peft.inject_adapter_in_model(options, encoder, low_cpu_mem_usage=True)
-    allocate(encoder, torch.float32)
-    for module in encoder.modules():
+        peft.inject_adapter_in_model(options, part, low_cpu_mem_usage=True)
+    allocate(part, torch.float32)
+    for module in part.modules():
         if isinstance(module, peft.tuners.adalora.AdaLoraLayer):
             module.reset_lora_parameters(ADAPTER)
             # peft keeps the rank, a constant of the scaling, as a parameter on the CPU.
-            rank = torch.full((1,), float(config.init_r), device=encoder.conv1.weight.device)
+            rank = torch.full((1,), float(config.init_r), device=device_of(part))
             module.ranknum[ADAPTER] = nn.Parameter(rank, requires_grad=False)
 
 
-def orthogonality_penalty(encoder: nn.Module) -> Tensor:
+def orthogonality_penalty(tuned: nn.Module) -> Tensor:
     """The mean over all factors P of ||P P^T - I|| (Frobenius), a scalar."""
     norms = []
-    for name, factor in encoder.named_parameters():
+    for name, factor in tuned.named_parameters():
         if "lora_A" in name or "lora_B" in name:
             gram = factor @ factor.T if "lora_A" in name else factor.T @ factor
             norms.append(torch.linalg.matrix_norm(gram - torch.eye(gram.shape[0], device=gram.device)))
@@ -115,11 +114,11 @@ class RankAllocation(TrainerCallback):
     a resumed run goes on exactly.
 
     Args:
-        encoder: with AdaLoRA layers. config: whose schedule is used.
+        tuned: with AdaLoRA layers, which share one budget. config: whose schedule is used.
     """
 
-    def __init__(self, encoder: nn.Module, config: "AdaLoRAConfig"):
-        self.encoder, self.config = encoder, config
+    def __init__(self, tuned: nn.Module, config: "AdaLoRAConfig"):
+        self.tuned, self.config = tuned, config
 
     def on_train_begin(self, args, state, control, **kwargs):
         from peft.tuners.adalora.layer import RankAllocator
@@ -132,23 +131,23 @@ class RankAllocation(TrainerCallback):
                 f"tinit + tfinal must be below the number of training steps, {total}, got {tinit} + {tfinal}"
             )
         options = _peft_options(self.config, tinit, tfinal, total)
-        self.allocator = RankAllocator(self.encoder, options, ADAPTER)
+        self.allocator = RankAllocator(self.tuned, options, ADAPTER)
         self.last_allocation = total - tfinal
         self.pattern = self._pattern()  # for a run that resumes in the final phase
 
     def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         step = state.global_step + 1
         if step > self.last_allocation:
-            self.allocator.mask_using_rank_pattern(self.encoder, self.pattern)
+            self.allocator.mask_using_rank_pattern(self.tuned, self.pattern)
             return
-        factors = {n: p for n, p in self.encoder.named_parameters() if "lora_" in n and p.requires_grad}
+        factors = {n: p for n, p in self.tuned.named_parameters() if "lora_" in n and p.requires_grad}
         for name in _AVERAGES:
             kept = {n: optimizer.state[p][name] for n, p in factors.items() if name in optimizer.state[p]}
             setattr(self.allocator, name, kept)
         self.allocator.ipt = dict(self.allocator.exp_avg_ipt)  # only its keys are read
         if not self.allocator.ipt:
-            self.allocator.update_ipt(self.encoder)
-        self.allocator.update_and_allocate(self.encoder, step, force_mask=step == self.last_allocation)
+            self.allocator.update_ipt(self.tuned)
+        self.allocator.update_and_allocate(self.tuned, step, force_mask=step == self.last_allocation)
         for name in _AVERAGES:
             for n, value in getattr(self.allocator, name).items():
                 optimizer.state[factors[n]][name] = value
@@ -157,5 +156,5 @@ class RankAllocation(TrainerCallback):
 
     def _pattern(self) -> dict[str, list[bool]]:
         """Which singular values are kept: the others were set to zero."""
-        named = self.encoder.named_parameters()
+        named = self.tuned.named_parameters()
         return {n: (p != 0).flatten().tolist() for n, p in named if f"lora_E.{ADAPTER}" in n}

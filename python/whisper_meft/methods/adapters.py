@@ -1,4 +1,4 @@
-"""Bottleneck adapters inside the encoder (Houlsby et al., arXiv 1902.00751)."""
+"""Bottleneck adapters inside the backbone (Houlsby et al., arXiv 1902.00751)."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -6,15 +6,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..encoder.tuned import TunedEncoder
 from .checks import check_positive_int
-from .tuned import TunedEncoderConfig
+from .tuned import TunedConfig
 from .wrapping import WrappedLinear, for_masters, wrap_linears
 
 
 @dataclass(kw_only=True)
-class AdapterConfig(TunedEncoderConfig):
-    """Bottleneck adapters (arXiv 1902.00751) after the attention and the feed-forward block of each layer."""
+class AdapterConfig(TunedConfig):
+    """Bottleneck adapters (arXiv 1902.00751) after each block of each layer: attention (of a decoder both,
+    to itself and to the encoder) and feed-forward."""
 
     method: ClassVar[str] = "adapter"
 
@@ -24,9 +24,8 @@ class AdapterConfig(TunedEncoderConfig):
         super().validate()
         check_positive_int("adapter_dim", self.adapter_dim)
 
-    def prepare_encoder(self, encoder: TunedEncoder) -> None:
-
-        add_adapters(encoder, self.adapter_dim, torch.float32)
+    def prepare(self, part: nn.Module, beside: nn.Module | None = None) -> None:
+        add_adapters(part, self.adapter_dim, torch.float32)
 
 
 class BottleneckAdapter(WrappedLinear):
@@ -53,6 +52,6 @@ class BottleneckAdapter(WrappedLinear):
         return y + self.up(inner).to(y.dtype)
 
 
-def add_adapters(encoder: nn.Module, adapter_dim: int, dtype) -> None:
-    """An adapter after the attention and one after the feed-forward block of every layer."""
-    wrap_linears(encoder, ("out_proj", "fc2"), lambda linear: BottleneckAdapter(linear, adapter_dim, dtype))
+def add_adapters(part: nn.Module, adapter_dim: int, dtype) -> None:
+    """An adapter after every attention and feed-forward block of every layer."""
+    wrap_linears(part, ("out_proj", "fc2"), lambda linear: BottleneckAdapter(linear, adapter_dim, dtype))

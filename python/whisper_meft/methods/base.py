@@ -10,8 +10,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, WhisperForConditionalGeneration
 
+from ..decoder.frozen import FrozenDecoder
 from ..encoder.dtypes import parse_dtype
 from ..encoder.frozen import FrozenEncoder
 from ..encoder.pooling import POOLINGS
@@ -149,18 +150,24 @@ class MeftConfig:
             whisper_encoder, self.backbone_dtype, self.backbone_quantization, self.through_last_layer
         )
 
+    def build_decoder(self, whisper: WhisperForConditionalGeneration, encoder: nn.Module) -> FrozenDecoder:
+        """The decoder of a recogniser; shares its modules with ``whisper``. ``encoder``: what
+        :meth:`build_encoder` gave."""
+        return FrozenDecoder(whisper, parse_dtype(self.backbone_dtype))
+
     def build_side_network(self, hidden_size: int, num_layers: int, **place: Any) -> nn.Module:
         """What turns the hidden states of an encoder of this width and depth into the clip's vector: a new
         side network, float32, initialised as published, or what takes its place."""
         raise NotImplementedError
 
-    def penalty(self, encoder: nn.Module) -> torch.Tensor | None:
-        """What the method adds to the loss in training, a scalar, or None."""
+    def penalty(self, tuned: nn.Module) -> torch.Tensor | None:
+        """What the method adds to the loss in training, a scalar, or None. ``tuned``: a module that holds
+        all that the method has prepared."""
         return None
 
-    def trainer_callback(self, encoder: nn.Module) -> TrainerCallback | None:
-        """What the method does in training beside its loss, for an ``encoder`` that it has prepared, or
-        None. Its ``on_train_begin`` and ``on_optimizer_step`` are called as in a Trainer."""
+    def trainer_callback(self, tuned: nn.Module) -> TrainerCallback | None:
+        """What the method does in training beside its loss, or None; ``tuned`` as for :meth:`penalty`. Its
+        ``on_train_begin`` and ``on_optimizer_step`` are called as in a Trainer."""
         return None
 
     def to_dict(self) -> dict[str, Any]:

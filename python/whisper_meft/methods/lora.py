@@ -1,4 +1,4 @@
-"""LoRA and LoRA+, by peft: their options, and putting peft's layers into an encoder."""
+"""LoRA and LoRA+, by peft: their options, and putting peft's layers into a part of the backbone."""
 
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -9,7 +9,6 @@ from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import TrainerCallback
 
-from ..encoder.tuned import TunedEncoder
 from ..errors import UserError
 from .checks import check_positive_int, check_positive_number, check_share
 from .low_rank import UpdateConfig
@@ -35,8 +34,8 @@ class LoRAConfig(UpdateConfig):
         check_positive_number("lora_alpha", self.lora_alpha)
         check_share("lora_dropout", self.lora_dropout)
 
-    def prepare_encoder(self, encoder: TunedEncoder) -> None:
-        add_lora(encoder, self)
+    def prepare(self, part: nn.Module, beside: nn.Module | None = None) -> None:
+        add_lora(part, self)
 
 
 @dataclass(kw_only=True)
@@ -54,8 +53,8 @@ class LoRAPlusConfig(LoRAConfig):
         super().validate()
         check_positive_number("loraplus_lr_ratio", self.loraplus_lr_ratio)
 
-    def trainer_callback(self, encoder: nn.Module) -> TrainerCallback:
-        return FasterB(encoder, self.loraplus_lr_ratio)
+    def trainer_callback(self, tuned: nn.Module) -> TrainerCallback:
+        return FasterB(tuned, self.loraplus_lr_ratio)
 
 
 class FasterB(TrainerCallback):
@@ -64,17 +63,17 @@ class FasterB(TrainerCallback):
     of its own for B is left alone.
 
     Args:
-        encoder: with LoRA layers. ratio: of the rates.
+        tuned: with LoRA layers. ratio: of the rates.
     """
 
-    def __init__(self, encoder: nn.Module, ratio: float):
-        self.encoder, self.ratio = encoder, ratio
+    def __init__(self, tuned: nn.Module, ratio: float):
+        self.tuned, self.ratio = tuned, ratio
         self.hooks: list[Any] = []
 
     def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
         optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
         rates = {id(p): g.get("initial_lr", g["lr"]) for g in optimizer.param_groups for p in g["params"]}
-        named = [(name, p) for name, p in self.encoder.named_parameters() if id(p) in rates]
+        named = [(name, p) for name, p in self.tuned.named_parameters() if id(p) in rates]
         slow = {rates[id(p)] for name, p in named if "lora_A" in name}
         factors = [p for name, p in named if "lora_B" in name and rates[id(p)] in slow]
         before: list[torch.Tensor] = []
@@ -111,7 +110,7 @@ def require_peft(method: str) -> ModuleType:
     return peft
 
 
-def add_lora(encoder: TunedEncoder, config: "LoRAConfig") -> None:
+def add_lora(part: nn.Module, config: "LoRAConfig") -> None:
     """Puts trained LoRA layers, float32, in the place of ``config.target_modules``."""
     peft = require_peft(config.method)
     options = peft.LoraConfig(
@@ -123,18 +122,23 @@ def add_lora(encoder: TunedEncoder, config: "LoRAConfig") -> None:
     # Made without storage first: peft would give the parameters the frozen weights' number format. Its code
     # cannot run on fake tensors.
     with unset_fake_temporarily():
-        peft.inject_adapter_in_model(options, encoder, low_cpu_mem_usage=True)
-    allocate(encoder, torch.float32)
-    for module in encoder.modules():
+        peft.inject_adapter_in_model(options, part, low_cpu_mem_usage=True)
+    allocate(part, torch.float32)
+    for module in part.modules():
         if isinstance(module, peft.tuners.lora.LoraLayer):
             module.reset_lora_parameters(ADAPTER, True)
 
 
-def allocate(encoder: nn.Module, dtype: torch.dtype) -> None:
-    """Gives the trained parameters of ``encoder`` that have no storage yet uninitialised storage beside the
+def device_of(part: nn.Module) -> torch.device:
+    """Where the weights of a part of the backbone are."""
+    return part.layer_norm.weight.device
+
+
+def allocate(part: nn.Module, dtype: torch.dtype) -> None:
+    """Gives the trained parameters of ``part`` that have no storage yet uninitialised storage beside the
     frozen ones."""
-    device = encoder.conv1.weight.device
-    for module in encoder.modules():
+    device = device_of(part)
+    for module in part.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad and parameter.is_meta:
                 empty = torch.empty(parameter.shape, dtype=dtype, device=device)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from ..errors import UserError
-from .tuned import TunedEncoderConfig
+from .tuned import TunedConfig
 
 
 def _targets(value: Any) -> list[str]:
@@ -17,11 +17,14 @@ def _targets(value: Any) -> list[str]:
     return list(dict.fromkeys(value))
 
 
-_TARGETS = "Names of the encoder's linear layers that are adapted."
+_TARGETS = (
+    "Names of the linear layers that are adapted, wherever they are: in a decoder those of the attention to "
+    "itself and of that to the encoder."
+)
 
 
 @dataclass(kw_only=True)
-class UpdateConfig(TunedEncoderConfig):
+class UpdateConfig(TunedConfig):
     """Options of the methods that add a low-rank update to weights, the LoRA family."""
 
     can_merge: ClassVar[bool] = True

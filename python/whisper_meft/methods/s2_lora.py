@@ -1,20 +1,20 @@
 """Sparsely Shared LoRA (S2-LoRA, arXiv 2309.11756).
 
-Weights of the same shape (out, in) share two low-rank factors, B (out, r) and A (r, in); each weight W has
-its own rank coefficients e (r), which an L1 penalty makes sparse:
+Weights of the same shape (out, in), of encoder and decoder together, share two low-rank factors, B (out, r)
+and A (r, in); each weight W has its own rank coefficients e (r), which an L1 penalty makes sparse:
 
     W + scaling * B diag(e) A
 
 As in AdaLoRA the coefficients are zero at the start and the factors drawn from N(0, 0.02^2).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..encoder.tuned import TunedEncoder
 from .checks import check_number_from_0, check_positive_int, check_positive_number
 from .low_rank import UpdateConfig
 from .wrapping import WrappedLinear, for_masters, wrap_linears
@@ -42,11 +42,12 @@ class S2LoRAConfig(UpdateConfig):
         check_positive_number("lora_alpha", self.lora_alpha)
         check_number_from_0("l1_weight", self.l1_weight)
 
-    def prepare_encoder(self, encoder: TunedEncoder) -> None:
-        add_s2_lora(encoder, self.target_modules, self.r, self.lora_alpha / self.r, torch.float32)
+    def prepare(self, part: nn.Module, beside: nn.Module | None = None) -> None:
+        shared = getattr(beside, "shared_factors", {})
+        add_s2_lora(part, self.target_modules, self.r, self.lora_alpha / self.r, torch.float32, shared)
 
-    def penalty(self, encoder: nn.Module) -> torch.Tensor | None:
-        return self.l1_weight * l1_penalty(encoder) if self.l1_weight else None
+    def penalty(self, tuned: nn.Module) -> torch.Tensor | None:
+        return self.l1_weight * l1_penalty(tuned) if self.l1_weight else None
 
 
 class SharedFactors(nn.Module):
@@ -69,7 +70,7 @@ class S2LoRALinear(WrappedLinear):
 
     def __init__(self, base_layer: nn.Linear, factors: SharedFactors, scaling: float):
         super().__init__(base_layer)
-        self.factors = (factors,)  # in a tuple: they are registered once, with the encoder
+        self.factors = (factors,)  # in a tuple: they are registered once, with a part of the backbone
         self.scaling = scaling
         self.coefficients = nn.Parameter(torch.zeros_like(factors.lora_A[:, 0]))
 
@@ -86,22 +87,30 @@ class S2LoRALinear(WrappedLinear):
         return self.scaling * (factors.lora_B * self.coefficients) @ factors.lora_A
 
 
-def add_s2_lora(encoder: nn.Module, names: list[str], r: int, scaling: float, dtype: torch.dtype) -> None:
-    """Puts the update on the linear layers called ``names``; the factors go to ``encoder.shared_factors``."""
-    shared = nn.ModuleDict()
+def add_s2_lora(
+    part: nn.Module,
+    names: list[str],
+    r: int,
+    scaling: float,
+    dtype: torch.dtype,
+    shared: Mapping[str, SharedFactors],
+) -> None:
+    """Puts the update on the linear layers called ``names``; factors of shapes that are not among the
+    ``shared`` ones go to ``part.shared_factors``."""
+    own = nn.ModuleDict()
 
     def wrap(linear: nn.Linear) -> S2LoRALinear:
         key = f"{linear.out_features}x{linear.in_features}"
-        if key not in shared:
+        if key not in shared and key not in own:
             place = {"device": linear.weight.device, "dtype": dtype}
-            shared[key] = SharedFactors(linear.out_features, linear.in_features, r, **place)
-        return S2LoRALinear(linear, shared[key], scaling)
+            own[key] = SharedFactors(linear.out_features, linear.in_features, r, **place)
+        return S2LoRALinear(linear, shared[key] if key in shared else own[key], scaling)
 
-    wrap_linears(encoder, names, wrap)
-    encoder.shared_factors = shared
+    wrap_linears(part, names, wrap)
+    part.shared_factors = own
 
 
-def l1_penalty(encoder: nn.Module) -> Tensor:
+def l1_penalty(tuned: nn.Module) -> Tensor:
     """The sum of the absolute values of all rank coefficients, a scalar."""
-    layers = [module for module in encoder.modules() if isinstance(module, S2LoRALinear)]
+    layers = [module for module in tuned.modules() if isinstance(module, S2LoRALinear)]
     return torch.stack([layer.coefficients.abs().sum() for layer in layers]).sum()

@@ -1,4 +1,4 @@
-"""Layers that take the place of one of the encoder's linear layers and add something trained to it."""
+"""Layers that take the place of one of the backbone's linear layers and add something trained to it."""
 
 from collections.abc import Callable, Iterable
 
@@ -28,12 +28,11 @@ def for_masters(x: Tensor, weight: Tensor) -> Tensor:
     return x if torch.is_autocast_enabled(x.device.type) else x.to(weight.dtype)
 
 
-def wrap_linears(
-    encoder: nn.Module, names: Iterable[str], wrap: Callable[[nn.Linear], WrappedLinear]
-) -> None:
-    """Puts ``wrap(linear)`` in the place of the linear layers called ``names`` in every encoder layer."""
+def wrap_linears(part: nn.Module, names: Iterable[str], wrap: Callable[[nn.Linear], WrappedLinear]) -> None:
+    """Puts ``wrap(linear)`` in the place of the linear layers called ``names`` in every layer of an encoder
+    or decoder."""
     names = set(names)
-    for layer in encoder.layers:
+    for layer in part.layers:
         for parent in list(layer.modules()):
             for name, child in list(parent.named_children()):
                 if name in names:

@@ -54,7 +54,7 @@ class MeftBase(PreTrainedModel):
         super().__init__(config)
         self.meft_config = MeftConfig.from_dict(config.meft)
         whisper_encoder = base.get_encoder()
-        if any(name.endswith("base_layer") for name, _ in whisper_encoder.named_modules()):
+        if any(name.endswith("base_layer") for name, _ in base.named_modules()):
             raise UserError(
                 "base already carries an adapter of an earlier model: load it anew, or merge that model first"
             )
@@ -91,8 +91,14 @@ class MeftBase(PreTrainedModel):
         return {f"encoder.{name}" for name in self.encoder.frozen_names()}
 
     def fingerprint(self) -> str:
-        """A few of the backbone's weights in hexadecimal, to recognise it."""
+        """A few of the backbone's weights in hexadecimal, to recognise it; empty where all that it is known
+        by trains."""
         return fingerprint(self.encoder)
+
+    @property
+    def tuned(self) -> nn.Module:
+        """What holds all that a method trains inside the backbone."""
+        return self.encoder
 
     def write_backbone(self, folder: str | os.PathLike) -> None:
         """Writes the backbone as an ordinary Hugging Face folder, which the task needs nothing else for."""
@@ -142,7 +148,7 @@ class MeftBase(PreTrainedModel):
         The loss that :meth:`forward` returns holds it. Where you compute another from the scores, add it
         there and say so by ``penalty_elsewhere = True``.
         """
-        return self.meft_config.penalty(self.encoder)
+        return self.meft_config.penalty(self.tuned)
 
     def _frames_to_compute(
         self, features: torch.Tensor, attention_mask: torch.Tensor | None

@@ -31,8 +31,11 @@ def model_card(config: PreTrainedConfig) -> str:
             f"{config.meft['reduction_factor']}) for a frozen {of}{where}."
         )
     else:
-        title = f"Whisper classifier trained by {method}"
-        what = f"What method {method} trains of a Whisper encoder{where}, and a classifier."
+        target = config.meft.get("target")
+        part = f" {target}" if target in ("encoder", "decoder") else ""
+        of = f"Whisper{part}{where}" if transcribes else f"Whisper encoder{where}, and a classifier"
+        title = f"Whisper {'recogniser' if transcribes else 'classifier'} trained by {method}"
+        what = f"What method {method} trains of a {of}."
     lines = ["---", *(f"{k}: {json.dumps(v)}" for k, v in head.items()), "tags:", f"- {tag}"]
     lines += ["- whisper", f"- {method}", "---", "", f"# {title}", "", what, ""]
     if not transcribes:

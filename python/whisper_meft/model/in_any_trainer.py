@@ -17,7 +17,7 @@ class MethodCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, model: Any = None, **kwargs):
         model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
         config = getattr(model, "meft_config", None)
-        self.callback = config.trainer_callback(model.encoder) if isinstance(config, MeftConfig) else None
+        self.callback = config.trainer_callback(model.tuned) if isinstance(config, MeftConfig) else None
         if self.callback is not None:
             self.callback.on_train_begin(args, state, control, model=model, **kwargs)
 

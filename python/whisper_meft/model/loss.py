@@ -41,6 +41,14 @@ def classification_loss(
     return nn.functional.cross_entropy(logits.float(), labels, reduction="sum") / num_items_in_batch
 
 
+def refuse_gradients() -> None:
+    """Raises UserError: of a method that trains by forward passes alone."""
+    raise UserError(
+        "mezo trains without gradients: use whisper_meft.MeftTrainer, or MeZO.measure of "
+        "whisper_meft.methods.mezo in a loop of your own"
+    )
+
+
 def refuse_backward(logits: torch.Tensor, method: str) -> None:
     """Makes the backward pass of a loss that is computed from ``logits`` raise UserError: it would lack the
     method's penalty. Looking at the scores alone is not refused."""

@@ -1,8 +1,15 @@
-"""A plain Whisper classifier out of a model whose method only changes the encoder's weights."""
+"""A plain Whisper out of a model whose method only changes the backbone's weights."""
+
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import WhisperConfig, WhisperForAudioClassification
+from transformers import (
+    PreTrainedModel,
+    WhisperConfig,
+    WhisperForAudioClassification,
+    WhisperForConditionalGeneration,
+)
 
 from ..errors import UserError
 from ..methods import MeftConfig
@@ -19,17 +26,44 @@ def check_mergeable(config: MeftConfig) -> None:
     if config.can_merge:
         return
     able = ", ".join(name for name, each in MeftConfig.methods().items() if each.can_merge)
-    what = f"a {config.method} side network" if config.frozen_encoder else f"{config.method}"
+    what = f"a {config.method} side network" if hasattr(config, "placement") else f"{config.method}"
     raise UserError(
         f"{what} cannot be merged into the backbone: it is a network of its own that runs beside the "
-        f"encoder's weights, unlike {able}; save it with save_pretrained (self-contained with "
+        f"backbone's weights, unlike {able}; save it with save_pretrained (self-contained with "
         "save_backbone=True)"
     )
 
 
-@torch.no_grad()
 def merged_classifier(model: nn.Module) -> WhisperForAudioClassification:
     """See :meth:`whisper_meft.MeftModel.merge_and_unload`."""
+    _check(model, "classifier", "counts padding as sound")
+    tensors = _merged(model.encoder, "encoder.", torch.float32)
+    for part in ("projector", "classifier"):
+        tensors |= {f"{part}.{name}": t for name, t in getattr(model, part).state_dict().items()}
+    config = WhisperConfig.from_dict(model.encoder.config.to_dict())
+    config.id2label, config.label2id = dict(model.config.id2label), dict(model.config.label2id)
+    config.classifier_proj_size = model.config.classifier_proj_size
+    config.use_weighted_layer_sum = False
+    return _plain(WhisperForAudioClassification, model, config, tensors)
+
+
+def merged_recogniser(model: nn.Module) -> WhisperForConditionalGeneration:
+    """See :meth:`whisper_meft.MeftForConditionalGeneration.merge_and_unload`."""
+    _check(model, "recogniser", "hears the padding")
+    dtype = torch.promote_types(model.decoder.dtype, torch.float32)
+    tensors = _merged(model.encoder, "model.encoder.", dtype)
+    tensors |= _merged(model.decoder, "model.decoder.", dtype)
+    head = tensors.pop("model.decoder.proj_out.weight", None)
+    tied = model.decoder.proj_out.weight is model.decoder.embed_tokens.weight
+    tensors["proj_out.weight"] = tensors["model.decoder.embed_tokens.weight"] if tied else head
+    config = WhisperConfig.from_dict(model.decoder.config.to_dict())
+    plain = _plain(WhisperForConditionalGeneration, model, config, tensors)
+    plain.tie_weights()
+    plain.generation_config = type(model.generation_config).from_dict(model.generation_config.to_dict())
+    return plain
+
+
+def _check(model: nn.Module, kind: str, does: str) -> None:
     check_mergeable(model.meft_config)
     if model.encoder.quantization is not None:
         raise UserError(
@@ -39,24 +73,26 @@ def merged_classifier(model: nn.Module) -> WhisperForAudioClassification:
     if model.meft_config.max_frames != "fidelity":
         warn_once(
             f"The model was trained with max_frames={model.meft_config.max_frames!r}; a plain Whisper "
-            "classifier computes the whole window and counts padding as sound, so its scores will differ."
+            f"{kind} computes the whole window and {does}, so its scores will differ."
         )
-    encoder = model.encoder
-    tensors = {f"encoder.{name}": t.float() for name, t in encoder.backbone_state().items()}
-    for name, module in encoder.named_modules():
+
+
+@torch.no_grad()
+def _merged(part: nn.Module, prefix: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The tensors of an encoder or decoder with what was trained in them."""
+    tensors = {prefix + name: t.detach().to(dtype) for name, t in part.backbone_state().items()}
+    for name, module in part.named_modules():
         if hasattr(module, "get_delta_weight"):  # a layer of the LoRA family
-            key = f"encoder.{name}.weight"
-            tensors[key] = tensors[key] + module.get_delta_weight("default").float()
-    for part in ("projector", "classifier"):
-        tensors |= {f"{part}.{name}": t for name, t in getattr(model, part).state_dict().items()}
-    config = WhisperConfig.from_dict(encoder.config.to_dict())
-    config.id2label, config.label2id = dict(model.config.id2label), dict(model.config.label2id)
-    config.classifier_proj_size = model.config.classifier_proj_size
-    config.use_weighted_layer_sum = False
-    config.dtype = torch.float32
+            key = f"{prefix}{name}.weight"
+            tensors[key] = tensors[key] + module.get_delta_weight("default").to(dtype)
+    return tensors
+
+
+def _plain(
+    kind: type[PreTrainedModel], model: nn.Module, config: Any, tensors: dict[str, torch.Tensor]
+) -> PreTrainedModel:
+    config.dtype = next(iter(tensors.values())).dtype
     with torch.device("meta"):
-        plain = WhisperForAudioClassification._from_config(
-            config, attn_implementation=encoder.config._attn_implementation
-        )
+        plain = kind._from_config(config, attn_implementation=model.encoder.config._attn_implementation)
     plain.load_state_dict({name: t.detach().clone() for name, t in tensors.items()}, assign=True)
     return plain.eval()

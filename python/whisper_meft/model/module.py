@@ -21,7 +21,7 @@ from ..methods import MeftConfig
 from .backbone import resolve_backbone
 from .base import MeftBase, check_tensors
 from .config import MeftModelConfig
-from .loss import classification_loss, refuse_backward, with_penalty
+from .loss import classification_loss, refuse_backward, refuse_gradients, with_penalty
 from .merging import merged_classifier
 from .transcription import MeftForConditionalGeneration
 
@@ -51,6 +51,11 @@ class MeftModel(MeftBase):
             raise UserError(
                 "placement must be 'encoder' for classification, which has no decoder, got "
                 f"{self.meft_config.placement!r}"
+            )
+        if getattr(self.meft_config, "target", None) not in (None, "encoder"):
+            raise UserError(
+                "target must be None or 'encoder' for classification, which has no decoder, got "
+                f"{self.meft_config.target!r}"
             )
         super().check_method()
 
@@ -145,10 +150,7 @@ class MeftModel(MeftBase):
         """
         options = self.meft_config
         if self.training and options.method == "mezo" and torch.is_grad_enabled():
-            raise UserError(
-                "mezo trains without gradients: use whisper_meft.MeftTrainer, or MeZO.measure of "
-                "whisper_meft.methods.mezo in a loop of your own"
-            )
+            refuse_gradients()
         if (input_features is None) == (hidden_states is None):
             raise UserError("one of input_features and hidden_states is needed, and not both")
         check_tensors(

@@ -37,10 +37,8 @@ def save(
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items() if k in saved}
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
-    # Where the backbone's own weights train, all of them are saved: which they came from does not matter.
-    config.base_model_fingerprint = None
-    if not model.meft_config.trains_backbone:
-        config.base_model_fingerprint = model.fingerprint()
+    # What trains of the backbone's own weights is saved: which they came from does not matter.
+    config.base_model_fingerprint = model.fingerprint() or None
     config.quantization_revision = REVISION if model.encoder.quantization else None
     # The number format that was trained with, so that the scores come out the same after loading.
     config.meft = model.meft_config.to_dict() | {

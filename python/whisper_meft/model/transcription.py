@@ -1,4 +1,4 @@
-"""A frozen Whisper that transcribes, and a side network that corrects it, as one Hugging Face model."""
+"""A Whisper that transcribes, and what a method trains of it or beside it, as one Hugging Face model."""
 
 import copy
 import os
@@ -16,9 +16,7 @@ from meft_kernels import linear_cross_entropy
 
 from ..decoder.chunked import decoded_in_chunks
 from ..decoder.corrected import CorrectedDecoder
-from ..decoder.frozen import FrozenDecoder
 from ..encoder.chunked import automatic_chunk, corrected_in_chunks, heard_beside
-from ..encoder.dtypes import parse_dtype
 from ..encoder.fingerprint import fingerprint
 from ..errors import UserError
 from ..files import write_text
@@ -27,14 +25,18 @@ from ..padding import frames_with_sound
 from .backbone import write_whisper
 from .base import MeftBase, check_tensors
 from .config import MeftModelConfig
-from .merging import check_mergeable
+from .loss import refuse_backward, refuse_gradients, with_penalty
+from .merging import merged_recogniser
 
 
 class MeftForConditionalGeneration(MeftBase):
-    """A frozen Whisper and a side network that corrects what its decoder hears, or what it writes.
+    """A Whisper with a side network that corrects what its decoder hears, or what it writes; or one that a
+    method trains inside.
 
     Made by :func:`get_meft_model` or :meth:`from_pretrained`. ``side_network`` trains and is what is saved;
-    ``encoder`` and ``decoder`` are the frozen backbone. Before training it transcribes as the backbone does.
+    ``encoder`` and ``decoder`` are the frozen backbone. Methods that train inside the backbone have no
+    parameters in ``side_network``; what they train in ``encoder`` and ``decoder`` is saved. Before training
+    it transcribes as the backbone does.
 
     Args:
         config: sizes and the method's options.
@@ -72,12 +74,12 @@ class MeftForConditionalGeneration(MeftBase):
             raise UserError(
                 f"pooling is of classification; nothing is pooled for recognition, got {options.pooling!r}"
             )
-        layers = config.decoder_layers if options.placement == "decoder" else config.num_hidden_layers
+        layers = config.decoder_layers if self.placement == "decoder" else config.num_hidden_layers
         options.check_backbone(config.hidden_size, layers, config.max_source_positions)
 
     def build(self, base: WhisperForConditionalGeneration, **place: Any) -> None:
         config, options = self.config, self.meft_config
-        self.decoder = FrozenDecoder(base, parse_dtype(options.backbone_dtype))
+        self.decoder = options.build_decoder(base, self.encoder)
         sizes = {
             "decoder_layers": self.decoder.num_layers,
             "vocab_size": self.decoder.proj_out.weight.shape[0],
@@ -89,16 +91,27 @@ class MeftForConditionalGeneration(MeftBase):
                     f"{getattr(config, name)} is needed"
                 )
         layers = {"encoder": config.num_hidden_layers, "decoder": config.decoder_layers}
-        if options.placement == "both":
+        if self.placement is None:
+            self.side_network = options.build_side_network(
+                config.hidden_size, config.num_hidden_layers, **place
+            )
+        elif self.placement == "both":
             self.side_network = options.build_pair(config.hidden_size, *layers.values(), **place)
         else:
-            self.side_network = options.build_correction(
-                config.hidden_size, layers[options.placement], **place
-            )
+            self.side_network = options.build_correction(config.hidden_size, layers[self.placement], **place)
         self.generation_config = copy.deepcopy(base.generation_config)
 
+    @property
+    def placement(self) -> str | None:
+        """Where the side network stands; None: there is none, the method trains inside the backbone."""
+        return getattr(self.meft_config, "placement", None)
+
+    @property
+    def tuned(self) -> nn.Module:
+        return self
+
     def frozen_names(self) -> set[str]:
-        return super().frozen_names() | {f"decoder.{name}" for name in self.decoder.state_dict()}
+        return super().frozen_names() | {f"decoder.{name}" for name in self.decoder.frozen_names()}
 
     def fingerprint(self) -> str:
         return fingerprint(self.encoder) + fingerprint(self.decoder)
@@ -147,7 +160,6 @@ class MeftForConditionalGeneration(MeftBase):
         return_dict: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         return_logits: bool | None = None,
-        label_smoothing: float = 0.0,
         **kwargs: Any,
     ) -> Seq2SeqLMOutput | tuple[torch.Tensor, ...]:
         """The mean cross-entropy of ``labels``, and the scores of every token of the vocabulary.
@@ -165,8 +177,8 @@ class MeftForConditionalGeneration(MeftBase):
                 count.
             return_logits: whether to compute scores beside a loss, which does not need them; unset only in
                 evaluation mode.
-            label_smoothing: share of the loss's target that is spread over the vocabulary.
-            kwargs: ignored, for callers that pass options of other models.
+            kwargs: ``label_smoothing``, the share of the loss's target that is spread over the vocabulary;
+                others are ignored, for callers that pass options of other models.
 
         Returns:
             ``loss`` (a float32 scalar) if ``labels`` are given, and ``logits`` (B, U, vocabulary) unless they
@@ -176,6 +188,8 @@ class MeftForConditionalGeneration(MeftBase):
             UserError: wrong shape, dtype, device or label, more tokens than the decoder has positions, or
                 sound behind ``max_frames``.
         """
+        if self.training and self.meft_config.method == "mezo" and torch.is_grad_enabled():
+            refuse_gradients()
         check_tensors(
             input_features=input_features,
             attention_mask=attention_mask,
@@ -200,22 +214,29 @@ class MeftForConditionalGeneration(MeftBase):
             heard = self._heard(input_features)
         else:
             heard = iter((encoder_outputs[0],))
-        if self.meft_config.placement == "encoder":
-            output = decoded_in_chunks(self.decoder, decoder_input_ids, heard, decoder_attention_mask)
-        else:
+        if self.placement in ("decoder", "both"):
             output = self._corrected(decoder_input_ids, heard, decoder_attention_mask)
-        loss = None if labels is None else self._loss(output, labels, num_items_in_batch, label_smoothing)
+        else:
+            output = decoded_in_chunks(self.decoder, decoder_input_ids, heard, decoder_attention_mask)
+        # Not named above: a Trainer takes every argument for labels that is called so, and asks for all.
+        smoothing = kwargs.get("label_smoothing", 0.0)
+        loss = None if labels is None else self._loss(output, labels, num_items_in_batch, smoothing)
+        if loss is not None and self.training:
+            loss = with_penalty(loss, self.penalty(), labels, num_items_in_batch)
         logits = None
         if labels is None or (not self.training if return_logits is None else return_logits):
             with self.decoder.weights_as_they_are(output.device):
                 logits = self.decoder.proj_out(output)
+        trains = self.training and output.requires_grad and not torch.compiler.is_compiling()
+        if loss is None and trains and not self.penalty_elsewhere and self.penalty() is not None:
+            refuse_backward(logits, self.meft_config.method)
         if return_dict is False:
             return tuple(each for each in (loss, logits) if each is not None)
         return Seq2SeqLMOutput(loss=loss, logits=logits)
 
     def generate(self, input_features: torch.Tensor | None = None, **kwargs: Any) -> Any:
         """Transcribes: Hugging Face's ``WhisperForConditionalGeneration.generate``, with all its arguments
-        (beams, language, timestamps, long form) and results.
+        (beams, language, timestamps, long form) and results. In evaluation mode, whatever the model is in.
 
         Args:
             input_features: (B, mel bins, frames). kwargs: see there; ``encoder_outputs`` are what
@@ -224,14 +245,19 @@ class MeftForConditionalGeneration(MeftBase):
         Raises:
             UserError: sound behind ``max_frames``.
         """
-        if self.meft_config.placement == "encoder":
-            decoder = self.decoder.around()
-        else:
-            decoder = CorrectedDecoder(self.decoder, self._of_the_decoder()).whisper_decoder()
-        whisper = self.decoder.whisper(_Encoder(self), decoder)
-        whisper.generation_config = self.generation_config
-        with self.decoder.weights_as_they_are(self.encoder.conv1.weight.device):
-            return whisper.generate(input_features, **kwargs)
+        training = self.training
+        self.eval()
+        try:
+            if self.placement in ("decoder", "both"):
+                decoder = CorrectedDecoder(self.decoder, self._of_the_decoder()).whisper_decoder()
+            else:
+                decoder = self.decoder.around()
+            whisper = self.decoder.whisper(_Encoder(self), decoder)
+            whisper.generation_config = self.generation_config
+            with self.decoder.weights_as_they_are(self.encoder.conv1.weight.device):
+                return whisper.generate(input_features, **kwargs)
+        finally:
+            self.train(training)
 
     def _heard(self, features: torch.Tensor) -> Iterator[torch.Tensor]:
         """What the decoder reads of the audio, (b, T, D) of some clips after the other."""
@@ -250,12 +276,16 @@ class MeftForConditionalGeneration(MeftBase):
             lengths = torch.full(
                 (len(features),), (features.shape[2] + 1) // 2, dtype=torch.long, device=features.device
             )
-        if options.placement == "encoder":
+        if self.placement == "encoder":
             given = (self.encoder, self.side_network, features, lengths, options.chunk_size)
             return corrected_in_chunks(*given, options.through_last_layer)
-        if options.placement == "both":
+        if self.placement == "both":
             given = (self.encoder, self.side_network.memory, features, lengths, options.chunk_size)
             return heard_beside(*given)
+        if not options.frozen_encoder:
+            *_, heard = self.encoder.stream(features, lengths, final_norm=True)
+            # A decoder in half precision that does not train is none of autocast's business.
+            return iter((heard if self.decoder.dtype == torch.float32 else heard.to(self.decoder.dtype),))
         with torch.no_grad():
             return iter((self._encoded(features, lengths),))
 
@@ -287,7 +317,7 @@ class MeftForConditionalGeneration(MeftBase):
 
     def _of_the_decoder(self) -> nn.Module:
         """The side network that reads the decoder's states."""
-        return self.side_network.decoder if self.meft_config.placement == "both" else self.side_network
+        return self.side_network.decoder if self.placement == "both" else self.side_network
 
     def _loss(
         self,
@@ -335,7 +365,7 @@ class MeftForConditionalGeneration(MeftBase):
         config.dtype = self.encoder.dtype
         tensors = {f"model.encoder.{name}": t for name, t in self.encoder.backbone_state().items()}
         tied = self.decoder.proj_out.weight is self.decoder.embed_tokens.weight
-        for name, tensor in self.decoder.state_dict().items():
+        for name, tensor in self.decoder.backbone_state().items():
             if not name.startswith("proj_out."):
                 tensors[f"model.decoder.{name}"] = tensor
             elif not tied:
@@ -344,12 +374,15 @@ class MeftForConditionalGeneration(MeftBase):
         write_text(Path(folder) / "generation_config.json", self.generation_config.to_json_string())
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> WhisperForConditionalGeneration:
-        """Refused: a side network is none of the backbone's weights.
+        """A plain Whisper in float32 that transcribes the same, for methods that only change the backbone's
+        weights: the LoRA family, and those that train the weights themselves.
+
+        This model stays as it is. Arguments are ignored, for callers of PEFT.
 
         Raises:
-            UserError: always.
+            UserError: side networks and adapters cannot be merged.
         """
-        check_mergeable(self.meft_config)
+        return merged_recogniser(self)
 
 
 class _Encoder(nn.Module):

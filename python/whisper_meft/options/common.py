@@ -127,6 +127,13 @@ class MethodArguments:
             "(default: q_proj v_proj)"
         },
     )
+    target: Literal["encoder", "decoder", "both"] | None = field(
+        default=None,
+        metadata={
+            "help": "what trains of a recogniser, of the methods that train inside the backbone; a "
+            "classifier has an encoder alone (default: both)"
+        },
+    )
     r: int | None = field(
         default=None,
         metadata={"help": "rank of the update of each weight; lora, lora_plus, s2_lora (default: 64)"},

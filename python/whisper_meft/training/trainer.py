@@ -185,7 +185,7 @@ class MeftTrainer(Trainer):
 
         optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
         optimizer = create_loraplus_optimizer(
-            self.model.encoder,
+            self.model.tuned,
             optimizer_class,
             lr=options.pop("lr"),
             loraplus_lr_ratio=self.method.loraplus_lr_ratio,
@@ -196,10 +196,13 @@ class MeftTrainer(Trainer):
         for decays in (True, False):
             head = [
                 parameter
-                for part in (self.model.projector, self.model.classifier)
-                for name, parameter in part.named_parameters()
+                for part in ("projector", "classifier")
+                if hasattr(self.model, part)  # a recogniser has no head of its own
+                for name, parameter in getattr(self.model, part).named_parameters()
                 if (name != "bias") == decays
             ]
+            if not head:
+                continue
             decay = self.args.weight_decay if decays else 0.0
             optimizer.add_param_group({"params": head, "lr": self.args.learning_rate, "weight_decay": decay})
         return optimizer
