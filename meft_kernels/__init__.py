@@ -6,9 +6,18 @@
 """
 
 from . import ops, reference
-from .modules import LST, SHERL, CausalUniPT, LadderDecoder, LadderMemory, UniPT
+from .modules import (
+    LST,
+    SHERL,
+    CausalUniPT,
+    LadderDecoder,
+    LadderMemory,
+    UniPT,
+    UniPTDecoder,
+    UniPTMemory,
+)
 from .ops import linear_cross_entropy, use_backend
-from .reference import HiddenState, LadderPair
+from .reference import HiddenState, SidePair
 
 __version__ = "0.1.0"
 
@@ -18,9 +27,11 @@ __all__ = [
     "LST",
     "LadderDecoder",
     "LadderMemory",
-    "LadderPair",
     "SHERL",
+    "SidePair",
     "UniPT",
+    "UniPTDecoder",
+    "UniPTMemory",
     "linear_cross_entropy",
     "ops",
     "reference",

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from . import ops, reference
 from .guiding import GuidanceOfOwn
@@ -138,6 +139,20 @@ class CausalUniPT(_Folded, reference.CausalUniPT):
     def adapt(self, merged: Tensor) -> Tensor:
         """W2 gelu(W1 LN(G) + b1) + b2, (B, U, r)."""
         return ops.adapter(merged, *adapter_params(self.adapter))
+
+
+class UniPTMemory(UniPT, reference.UniPTMemory):
+    __doc__ = reference.UniPTMemory.__doc__
+
+
+class UniPTDecoder(CausalUniPT, reference.UniPTDecoder):
+    __doc__ = reference.UniPTDecoder.__doc__
+
+    def hear(self, features: Tensor, memory: Tensor) -> Tensor:
+        """X_i, (B, U, r); the scores of all frames are made again in the backward."""
+        if not torch.is_grad_enabled():
+            return super().hear(features, memory)
+        return checkpoint(super().hear, features, memory, use_reentrant=False, preserve_rng_state=False)
 
 
 class SHERL(reference.SHERL):

@@ -18,10 +18,12 @@ from . import (
     pooled_upsample,
     relu_attention,
     side_decoder,
+    unipt_decoder,
 )
 from .common import accumulation_dtype, row_statistics
 from .modules import LST, SAVED_ACTIVATIONS, SHERL, SHERL_STARTS, CausalUniPT, HiddenState, UniPT
-from .side_decoder import LadderDecoder, LadderMemory, LadderPair
+from .side_decoder import LadderDecoder, LadderMemory, SidePair
+from .unipt_decoder import UniPTDecoder, UniPTMemory
 
 __all__ = [
     "CausalUniPT",
@@ -29,11 +31,13 @@ __all__ = [
     "LST",
     "LadderDecoder",
     "LadderMemory",
-    "LadderPair",
     "SAVED_ACTIVATIONS",
     "SHERL",
     "SHERL_STARTS",
+    "SidePair",
     "UniPT",
+    "UniPTDecoder",
+    "UniPTMemory",
     "accumulation_dtype",
     "adapter",
     "causal_attention",
@@ -46,6 +50,7 @@ __all__ = [
     "norm_linear",
     "pooled_upsample",
     "relu_attention",
-    "side_decoder",
     "row_statistics",
+    "side_decoder",
+    "unipt_decoder",
 ]

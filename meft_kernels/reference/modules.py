@@ -504,6 +504,16 @@ class CausalUniPT(UniPT):
         """
         *features, anchor = self.features(hidden_states)
         self.check_lengths(lengths, anchor)
+        return self.attend(anchor, features, past, valid)
+
+    def attend(
+        self,
+        anchor: Tensor,
+        features: list[Tensor],
+        past: Callable[[list[Tensor]], list[Tensor]] | None,
+        valid: Tensor | None,
+    ) -> Tensor:
+        """Z, (B, U, r), from A and F_0 .. F_{L-1}."""
         keys = None if past is None else past(features)
         gate = self.gate.weight, self.gate.bias
         merged = causal_attention.definition(anchor, *gate, features, keys, valid)

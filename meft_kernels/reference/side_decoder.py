@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from . import adapter, norm_linear
 from .common import GATE_TEMPERATURE, NORM_EPS, accumulation_dtype
-from .modules import LST, Rung, adapter_params, norm_linear_params, norm_params
+from .modules import LST, Rung, SideNetwork, adapter_params, norm_linear_params, norm_params
 
 Cache = Callable[[int, bool, Callable[[], tuple[Tensor, Tensor]]], tuple[Tensor, Tensor]]
 
@@ -168,13 +168,13 @@ def _mask(tokens: int, seen: int, valid: Tensor | None, device: torch.device) ->
     return (mask & valid[:, None, None, :]) | itself
 
 
-class LadderPair(nn.Module):
-    """A ``LadderMemory`` beside the encoder and a ``LadderDecoder`` beside the decoder.
+class SidePair(nn.Module):
+    """What hears beside the encoder, and what writes beside the decoder and listens to it.
 
     Args:
-        memory, decoder: the two.
+        memory: a ``LadderMemory`` or ``UniPTMemory``. decoder: a ``LadderDecoder`` or ``UniPTDecoder``.
     """
 
-    def __init__(self, memory: LadderMemory, decoder: LadderDecoder) -> None:
+    def __init__(self, memory: SideNetwork, decoder: SideNetwork) -> None:
         super().__init__()
         self.memory, self.decoder = memory, decoder

@@ -138,15 +138,18 @@ def test_sherl_that_starts_at_zero_shot(package):
         package.SHERL(WIDTH, LAYERS, FACTOR, start="open")
 
 
-# ---------------------------------------------------------------- a ladder that hears, and one that writes
+# ---------------------------------------------------------------- one that hears, and one that writes
 
 
-def pair(package, trained=True):
+PAIRS = pytest.mark.parametrize("kind", ["Ladder", "UniPT"])
+
+
+def pair(package, kind, trained=True):
     torch.manual_seed(0)
-    place = {"adapter_dim": 10, "dtype": torch.float64}
+    place = {"dtype": torch.float64} | ({"adapter_dim": 10} if kind == "Ladder" else {})
     memory, decoder = (
-        package.LadderMemory(WIDE, 2, 2, **place),
-        package.LadderDecoder(WIDE, LAYERS, 2, **place),
+        getattr(package, f"{kind}Memory")(WIDE, 2, 2, **place),
+        getattr(package, f"{kind}Decoder")(WIDE, LAYERS, 2, **place),
     )
     if trained:
         with torch.no_grad():
@@ -167,17 +170,20 @@ def written(decoder, states, heard, **options):
     return decoder.widen(decoder.state(states, None, heard, **options))
 
 
+@PAIRS
 @PACKAGES
-def test_a_pair_starts_at_zero(package):
-    memory, decoder = pair(package, trained=False)
+def test_a_pair_starts_at_zero(package, kind):
+    memory, decoder = pair(package, kind, trained=False)
     heard, states = memory(wide_states(11, 3, 1)), wide_states(5, LAYERS + 1, 2)
     assert heard.shape == (2, 11, WIDE // 2) and memory.up is None
     out = written(decoder, states, heard)
     assert out.shape == (2, 5, WIDE) and not out.any()
-    with pytest.raises(ValueError, match="memory must be the encoder ladder's output"):
+    with pytest.raises(ValueError, match="memory must be the encoder"):
         decoder(states)
     with pytest.raises(ValueError, match="correction must be False"):
-        package.LadderMemory(WIDE, 2, correction=True)
+        getattr(package, f"{kind}Memory")(WIDE, 2, correction=True)
+    with pytest.raises(ValueError, match="pooled is"):
+        memory.pooled(wide_states(11, 3, 1))
 
 
 @PACKAGES
@@ -198,10 +204,11 @@ def test_heads_are_of_about_32(package, size, heads):
     torch.testing.assert_close(attention.attend(x, keys, values, None), theirs(x, x, x)[0])
 
 
-def test_a_pair_on_the_ops_is_the_readable_one():
+@PAIRS
+def test_a_pair_on_the_ops_is_the_readable_one(kind):
     results = []
     for package in (meft_kernels, reference):
-        memory, decoder = pair(package)
+        memory, decoder = pair(package, kind)
         out = written(decoder, wide_states(5, LAYERS + 1, 2), memory(wide_states(11, 3, 1)))
         out.backward(torch.ones_like(out).cumsum(-1))
         results.append([out.detach(), *(p.grad for p in (*memory.parameters(), *decoder.parameters()))])
@@ -209,29 +216,45 @@ def test_a_pair_on_the_ops_is_the_readable_one():
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-7)
 
 
+class Cache:
+    """Keeps what earlier tokens left behind, as a generation does."""
+
+    def __init__(self):
+        self.kept = {}
+
+    def of_a_ladder(self, rung, listens, make):
+        if listens:
+            return self.kept.setdefault((rung, listens), make())
+        before, now = self.kept.get((rung, listens)), make()
+        self.kept[rung, listens] = (
+            now if before is None else tuple(torch.cat(each, 2) for each in zip(before, now))
+        )
+        return self.kept[rung, listens]
+
+    def of_unipt(self, features):
+        before = self.kept.get("features")
+        self.kept["features"] = (
+            features if before is None else [torch.cat(each, 1) for each in zip(before, features)]
+        )
+        return self.kept["features"]
+
+
+@PAIRS
 @PACKAGES
-def test_a_pair_writes_causally_and_the_same_with_a_cache(package):
-    memory, decoder = pair(package)
+def test_a_pair_writes_causally_and_the_same_with_a_cache(package, kind):
+    memory, decoder = pair(package, kind)
     heard, states = memory(wide_states(11, 3, 1)), wide_states(6, LAYERS + 1, 2)
     whole = written(decoder, states, heard)
     changed = [state.clone() for state in states]
     for state in changed:
         state[:, 4:] = torch.randn_like(state[:, 4:])
     assert torch.equal(written(decoder, changed, heard)[:, :4], whole[:, :4])
-    kept = {}
-
-    def cache(rung, listens, make):
-        if listens:
-            return kept.setdefault((rung, listens), make())
-        before = kept.get((rung, listens))
-        now = make()
-        kept[rung, listens] = (
-            now if before is None else tuple(torch.cat(each, 2) for each in zip(before, now))
-        )
-        return kept[rung, listens]
-
+    other = written(decoder, states, heard + 0.1)
+    assert not torch.allclose(other, whole, atol=1e-3)  # it listens
+    cache = Cache()
+    options = {"cache": cache.of_a_ladder} if kind == "Ladder" else {"past": cache.of_unipt}
     parts = [
-        written(decoder, [state[:, part] for state in states], heard, cache=cache)
+        written(decoder, [state[:, part] for state in states], heard, **options)
         for part in (slice(0, 3), slice(3, 4), slice(4, 6))
     ]
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-10, atol=1e-11)
@@ -240,3 +263,48 @@ def test_a_pair_writes_causally_and_the_same_with_a_cache(package):
     padded = written(decoder, states, heard, valid=valid)
     torch.testing.assert_close(padded[:, 2:], short, rtol=1e-10, atol=1e-11)
     assert padded.isfinite().all()
+
+
+@PACKAGES
+def test_unipt_listens_token_by_token(package):
+    """Each token worked out alone from the formulas."""
+    memory, decoder = pair(package, "UniPT")
+    heard, states = memory(wide_states(11, 3, 1)), wide_states(5, LAYERS + 1, 2)
+    with torch.no_grad():
+        decoder.listening[1].linear.bias[0] = 3  # so that their order shows
+
+    def projected(i):
+        down = decoder.down[i]
+        normed = F.layer_norm(states[i], (WIDE,), down.norm.weight, down.norm.bias, 1e-5)
+        return F.linear(normed, down.linear.weight, down.linear.bias)
+
+    *features, anchor = map(projected, range(LAYERS + 1))
+    listened = []
+    for feature, each in zip(features, decoder.listening):
+        rows = torch.empty_like(feature)
+        for clip in range(2):
+            for t in range(5):
+                scores = torch.relu(heard[clip] @ feature[clip, t])
+                x = scores @ heard[clip] / (scores.sum() + 1e-7)
+                x = F.linear(x, each.linear.weight, each.linear.bias)
+                x = F.layer_norm(x, x.shape, each.norm.weight, each.norm.bias, 1e-5)
+                rows[clip, t] = feature[clip, t] + x
+        listened.append(rows)
+    gate = decoder.gate.weight, decoder.gate.bias
+    mixed = reference.causal_attention.definition(anchor, *gate, listened)
+    expected = anchor + decoder.adapt(mixed)
+    torch.testing.assert_close(decoder.state(states, None, heard), expected, rtol=1e-9, atol=1e-10)
+
+
+def test_unipt_that_listens_keeps_no_scores_of_frames():
+    """Scores of all frames are many times what else is kept."""
+    memory, decoder = pair(meft_kernels, "UniPT")
+    heard, states, saved = memory(wide_states(400, 3, 1)).detach(), wide_states(50, LAYERS + 1, 2), {}
+
+    def note(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        written(decoder, states, heard)
+    assert saved and 2 * 50 * 400 * heard.itemsize not in saved.values()

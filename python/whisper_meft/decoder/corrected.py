@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from meft_kernels import SHERL, CausalUniPT, LadderDecoder
+from meft_kernels import SHERL, CausalUniPT, LadderDecoder, UniPTDecoder
 
 from .frozen import FrozenDecoder
 
@@ -26,8 +26,8 @@ class CorrectedDecoder:
 
     Args:
         decoder: the frozen one. side_network: reads its hidden states.
-        memory: (B, T, r), what a ``LadderDecoder`` listens to; None: it stands behind the encoder's output,
-            (B, T, D + r), as generation hands it around.
+        memory: (B, T, r), what a ``LadderDecoder`` or ``UniPTDecoder`` listens to; None: it stands behind the
+            encoder's output, (B, T, D + r), as generation hands it around.
     """
 
     def __init__(self, decoder: FrozenDecoder, side_network: nn.Module, memory: Tensor | None = None):
@@ -95,7 +95,8 @@ class _Reading:
         if not isinstance(self.side_network, CausalUniPT):
             return self.side_network.state(self.states, None)
         past = None if self.cache is None else self._with_earlier_tokens
-        return self.side_network.state(self.states, None, past=past, valid=valid)
+        options = {"memory": self.memory} if isinstance(self.side_network, UniPTDecoder) else {}
+        return self.side_network.state(self.states, None, past=past, valid=valid, **options)
 
     def _with_earlier_tokens(self, features: list[Tensor]) -> list[Tensor]:
         """Features (B, U, r) of these tokens to (B, K, r) of all so far, by the cache of the generation,

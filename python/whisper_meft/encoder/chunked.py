@@ -159,7 +159,8 @@ def heard_beside(
     """The encoder's own output, without gradient, and what a side network hears beside it.
 
     Args:
-        memory: a ``meft_kernels.LadderMemory``; the others as for :func:`pooled_in_chunks`.
+        memory: a ``meft_kernels.LadderMemory`` or ``UniPTMemory``.
+        encoder, features, lengths, chunk_size: as for :func:`pooled_in_chunks`.
 
     Yields:
         (b, T, D) and (b, T, r) of some of the clips, in order.

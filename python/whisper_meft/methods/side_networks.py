@@ -79,8 +79,8 @@ class SideNetworkConfig(MeftConfig):
         default="encoder",
         metadata={
             "help": "Where the side network stands: of a recogniser 'encoder' corrects what the decoder "
-            "hears, 'decoder' what it writes, 'both' (of lst) what it writes, by a hearing of its own; a "
-            "classifier has an encoder alone."
+            "hears, 'decoder' what it writes, 'both' (lst and unipt) what it writes, by a hearing of its "
+            "own; a classifier has an encoder alone."
         },
     )
 
@@ -92,7 +92,7 @@ class SideNetworkConfig(MeftConfig):
 
     def build_pair(
         self, hidden_size: int, encoder_layers: int, decoder_layers: int, **place: Any
-    ) -> meft_kernels.LadderPair:
+    ) -> meft_kernels.SidePair:
         """The side networks of a recogniser with ``placement="both"``, new, float32, such that they add
         nothing yet."""
         raise NotImplementedError
@@ -104,6 +104,8 @@ class SideNetworkConfig(MeftConfig):
             raise UserError(f"placement must be {accepted}, got {self.placement!r}")
         if self.placement == "both" and not self.makes_pairs:
             raise UserError(f"placement must be 'encoder' or 'decoder' for {self.method}, got 'both'")
+        if self.placement == "both" and getattr(self, "layers", None) is not None:
+            raise UserError(f"layers must be None for placement='both', which reads all, got {self.layers!r}")
         check_positive_int("reduction_factor", self.reduction_factor)
         if self.saved_activations not in SAVED_ACTIVATIONS:
             accepted = " or ".join(map(repr, SAVED_ACTIVATIONS))
@@ -150,19 +152,15 @@ class LSTConfig(SideNetworkConfig):
     def validate(self) -> None:
         super().validate()
         check_positive_int("adapter_dim", self.adapter_dim)
-        if self.placement == "both" and self.layers is not None:
-            raise UserError(f"layers must be None for placement='both', which reads all, got {self.layers!r}")
 
     def build_pair(
         self, hidden_size: int, encoder_layers: int, decoder_layers: int, **place: Any
-    ) -> meft_kernels.LadderPair:
+    ) -> meft_kernels.SidePair:
         sizes = {"reduction_factor": self.reduction_factor, "adapter_dim": self.adapter_dim, **place}
         memory = meft_kernels.LadderMemory(
             hidden_size, encoder_layers, saved_activations=self.saved_activations, **sizes
         )
-        return meft_kernels.LadderPair(
-            memory, meft_kernels.LadderDecoder(hidden_size, decoder_layers, **sizes)
-        )
+        return meft_kernels.SidePair(memory, meft_kernels.LadderDecoder(hidden_size, decoder_layers, **sizes))
 
     def build_side_network(self, hidden_size: int, num_layers: int, **place: Any) -> nn.Module:
         return meft_kernels.LST(
@@ -185,11 +183,24 @@ class UniPTConfig(SideNetworkConfig):
     confidence."""
 
     method: ClassVar[str] = "unipt"
+    makes_pairs: ClassVar[bool] = True
+    # A softmax does not see a shift.
     without_gradient: ClassVar[tuple[str, ...]] = (
         "side_network.gate.bias",
-    )  # a softmax does not see a shift
+        "side_network.memory.gate.bias",
+        "side_network.decoder.gate.bias",
+    )
 
     layers: list[int] | str | None = field(default=None, metadata={"help": _LAYERS_HELP})
+
+    def build_pair(
+        self, hidden_size: int, encoder_layers: int, decoder_layers: int, **place: Any
+    ) -> meft_kernels.SidePair:
+        options = {"reduction_factor": self.reduction_factor, "saved_activations": self.saved_activations}
+        return meft_kernels.SidePair(
+            meft_kernels.UniPTMemory(hidden_size, encoder_layers, **options, **place),
+            meft_kernels.UniPTDecoder(hidden_size, decoder_layers, **options, **place),
+        )
 
     def build_correction(self, hidden_size: int, num_layers: int, **place: Any) -> nn.Module:
         return self.build_side_network(hidden_size, num_layers, correction=True, **place)
