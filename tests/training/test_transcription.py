@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +28,10 @@ from whisper_meft.commands.cli import main
 from whisper_meft.commands.train import make_parser
 from whisper_meft.data import load_examples
 from whisper_meft.evaluation.transcriber import Transcriber
-from whisper_meft.evaluation.transcripts import score_transcripts
+from whisper_meft.evaluation.transcripts import ErrorCounts, score_transcripts
 from whisper_meft.training import checkpoints
 from whisper_meft.training import run as train
+from whisper_meft.training.tasks import transcription
 from whisper_meft.training.transcribing import TranscriptionTrainer
 
 ROOT = Path(__file__).parents[2]
@@ -111,6 +113,9 @@ def test_a_run_learns_and_leaves_model_results_and_figures(work, finished):
     assert "adapted" in text and "zero-shot" in text and "speaker1" in text
     assert (finished / "learning_curve.png").read_bytes()[:4] == b"\x89PNG"
     assert not (finished / "confusion_matrix.png").exists()
+    heard = list(csv.DictReader((finished / "transcripts.csv").open()))
+    assert [row["reference"] for row in heard] == ["high", "high", "low", "low", "middle", "middle"]
+    assert all(row["hypothesis"] and row["zero_shot"] for row in heard)
     assert all(name.startswith("side_network.") for name in weights(finished))
 
 
@@ -134,6 +139,9 @@ def test_the_scores_are_those_of_the_saved_model_and_of_the_backbone(work, finis
         speakers = [each.speaker for each in said]
         expected = score_transcripts([each.text for each in said], texts, "nl", speakers).as_dict()
         assert {name: scored[name] for name in expected} == expected
+    assert main(["evaluate", str(finished), "--data", str(work / "held_out.csv"), "--device", "cpu"]) == 0
+    again = json.loads((finished / "evaluation" / "eval_results.json").read_text())
+    assert again["zero_shot"]["count"] == 6
 
 
 def test_hugging_face_finds_all_that_it_needs(work, finished, monkeypatch):
@@ -197,24 +205,17 @@ def test_whole_speakers_are_set_aside_whatever_classes_the_data_has(work, tmp_pa
 
 
 def test_the_best_epoch_by_word_errors(work, tmp_path, monkeypatch):
-    rates = iter([0.5, 0.25, 0.75])
+    rates = iter([0.5, 0.25, 0.75])  # one per epoch: the second is the best
+    original = transcription.evaluate_transcripts
 
-    def pretend(self, model, examples):
-        scores = score_transcripts(["a b c d"], ["a b c d"], "nl")
-        rate = next(rates, None)
-        return (
-            scores
-            if rate is None
-            else type(
-                "Scores",
-                (),
-                dict.fromkeys(
-                    ("wer", "cer", "normalized_wer", "normalized_cer"), type("Rate", (), {"rate": rate})
-                ),
-            )
-        )
+    def pretend(transcriber, examples, zero_shot=None):
+        found = original(transcriber, examples, zero_shot)
+        if zero_shot is None:
+            errors = round(100 * next(rates))
+            found = replace(found, scores=replace(found.scores, wer=ErrorCounts(100, errors, 0, 0)))
+        return found
 
-    monkeypatch.setattr(train.settle.__globals__["Transcription"], "_scores", pretend)
+    monkeypatch.setattr(transcription, "evaluate_transcripts", pretend)
     out = tmp_path / "out"
     assert run(work, out, num_train_epochs=3, metric_for_best_model="wer", save_total_limit=3) == 0
     training, _ = results_of(out)

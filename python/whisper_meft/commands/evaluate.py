@@ -42,10 +42,6 @@ class EvaluateArguments(DataFormatArguments):
     max_eval_samples: int | None = field(
         default=None, metadata={"help": "score at most this many examples, chosen at random"}
     )
-    text_column_name: str | None = field(
-        default=None,
-        metadata={"help": "column that holds the transcript, of Kaldi the file (default: detected)"},
-    )
     zero_shot: bool = field(
         default=True,
         metadata={
@@ -84,8 +80,7 @@ def make_parser() -> Parser:
 
 def load_scored(arguments: EvaluateArguments, transcribes: bool) -> ExampleSet:
     """The examples that the arguments describe, before their audio is checked."""
-    options = {**arguments.reader_options(), "text_column_name": arguments.text_column_name}
-    options["require_text"] = transcribes
+    options = {**arguments.reader_options(), "require_text": transcribes}
     splits = data.list_splits(arguments.data, **options)
     has_test = "test" in split_kinds(splits).values()
     split = arguments.split or ("test" if has_test else None)

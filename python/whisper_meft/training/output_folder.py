@@ -25,6 +25,7 @@ RESULT_FILES = [
     "train_results.json",
     "eval_results.json",
     "evaluation.txt",
+    "transcripts.csv",
     "confusion_matrix.png",
     "learning_curve.png",
 ]

@@ -11,13 +11,13 @@ from .. import data
 from ..errors import printable
 from ..evaluation import plots
 from ..evaluation.metrics import Scores
+from ..evaluation.recognition import Recognition
 from ..files import write_json
 from ..model.base import MeftBase
 from .console import say
 from .data import RunData
 from .settings import Settings
 from .tasks.base import Task
-from .tasks.transcription import AdaptedScores
 from .trainer import MeftTrainer
 
 
@@ -35,7 +35,7 @@ class TrainResult:
 
     model: MeftBase
     feature_extractor: WhisperFeatureExtractor
-    scores: Scores | AdaptedScores | None
+    scores: Scores | Recognition | None
     training: dict[str, Any]
     history: list[dict[str, Any]]
 
@@ -88,7 +88,7 @@ def write_results(
     folder: Path,
     task: Task,
     summary: dict[str, Any],
-    scores: Scores | AdaptedScores | None,
+    scores: Scores | Recognition | None,
     loss: float | None,
     examples: RunData,
     history: list[dict[str, Any]],
@@ -102,12 +102,13 @@ def write_results(
     write_json(folder / "train_results.json", summary)
 
 
-def report(folder: Path, scores: Scores | AdaptedScores | None, examples: RunData) -> None:
+def report(folder: Path, scores: Scores | Recognition | None, examples: RunData) -> None:
     """Prints how the run went."""
     if scores is not None:
         scored, note = printable(examples.evaluation.description), printable(examples.note)
         say(f"\nevaluation on {scored}\n{scores.as_text()}\nnote: {note}")
     say(f"\nmodel and results are in {folder}")
-    if examples.left_out:
+    left_out = [*examples.left_out, *getattr(scores, "left_out", ())]
+    if left_out:
         count = len(examples.training) + len(examples.evaluation or ()) + len(examples.left_out)
-        say(data.describe_bad(examples.left_out, count))
+        say(data.describe_bad(left_out, count))

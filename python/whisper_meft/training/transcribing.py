@@ -1,13 +1,18 @@
-"""The Trainer of models that transcribe."""
+"""The Trainer of models that transcribe, and what they write in a run of several processes."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 
+from ..data.examples import ExampleSet
+from ..evaluation.generating import Transcript
+from ..evaluation.transcriber import Transcriber
 from .trainer import MeftTrainer
 
 
@@ -72,3 +77,19 @@ class TranscriptionTrainer(MeftTrainer):
             return self.predict(self.eval_dataset, metric_key_prefix="eval").metrics["eval_loss"]
         finally:
             self.rates = rates
+
+
+class SharedTranscriber(Transcriber):
+    """:class:`whisper_meft.evaluation.transcriber.Transcriber` whose work the processes of a run share: all
+    of them must call it, and all get the whole."""
+
+    def transcribe(self, examples: ExampleSet) -> tuple[list[Transcript | None], list[tuple[str, str]]]:
+        state = PartialState()
+        if state.num_processes == 1:
+            return super().transcribe(examples)
+        mine = range(state.process_index, len(examples), state.num_processes)
+        found, failed = super().transcribe(examples.select(mine)) if mine else ([], [])
+        by_place = dict(gather_object(list(zip(mine, found))))
+        reasons = dict(gather_object(failed))
+        names = [example.name for example in examples if example.name in reasons]
+        return [by_place[i] for i in range(len(examples))], [(name, reasons[name]) for name in names]

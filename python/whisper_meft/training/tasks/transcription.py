@@ -1,12 +1,11 @@
 """Training for what is said in a clip."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import (
@@ -20,8 +19,7 @@ from ... import data
 from ...data.examples import ExampleSet
 from ...data.features import read_features, true_frames, window_of
 from ...errors import UserError
-from ...evaluation.transcriber import Transcriber
-from ...evaluation.transcripts import TranscriptScores, score_transcripts
+from ...evaluation.recognition import Recognition, evaluate_transcripts
 from ...files import read_json, write_text
 from ...methods import MeftConfig
 from ...model.module import get_meft_model
@@ -29,37 +27,10 @@ from ...model.speaking import LanguageOf
 from ...options.common import DataFormatArguments
 from ...options.training import METRICS, TrainArguments
 from ..console import main_process, say
-from ..transcribing import TranscriptionTrainer
+from ..transcribing import SharedTranscriber, TranscriptionTrainer
 from .base import Task
 
 _RATES = METRICS["transcribe"][1:]
-
-
-@dataclass(frozen=True)
-class AdaptedScores:
-    """Scores of what was trained and, beside them, of the backbone as it was.
-
-    Attributes:
-        adapted: of the trained model. zero_shot: of the backbone as it was, which hears its whole window.
-    """
-
-    adapted: TranscriptScores
-    zero_shot: TranscriptScores
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-ready: the adapted model's, and ``zero_shot``."""
-        return {**self.adapted.as_dict(), "zero_shot": self.zero_shot.as_dict()}
-
-    def as_text(self) -> str:
-        """A few lines for people."""
-        return (
-            f"adapted\n{_indented(self.adapted.as_text())}\n"
-            f"zero-shot, the backbone before training\n{_indented(self.zero_shot.as_text())}"
-        )
-
-
-def _indented(text: str) -> str:
-    return "\n".join(f"  {line}" if line else "" for line in text.splitlines())
 
 
 class Transcription(Task):
@@ -159,7 +130,7 @@ class Transcription(Task):
 
     def trainer_options(self, evaluation: ExampleSet | None) -> dict[str, Any]:
         def rates(model: nn.Module) -> dict[str, float]:
-            scores = self._scores(model, evaluation)
+            scores = evaluate_transcripts(self._transcriber(model), evaluation).scores
             return {name: getattr(scores, name).rate for name in _RATES}
 
         return {
@@ -173,47 +144,30 @@ class Transcription(Task):
         counted = [sum(label != -100 for label in self.tokens(each)["labels"]) for each in examples]
         return sum(counted) / len(counted)
 
-    def _scores(self, model: nn.Module, examples: ExampleSet) -> TranscriptScores:
-        """Of what a model writes for examples; all processes, which share them, must call it."""
-        texts = self._transcribe(model, examples)
-        return score_transcripts(
-            [example.text for example in examples],
-            texts,
-            self.speaking.language,
-            [example.speaker for example in examples],
-            self.speaking.spelling,
-        )
-
     def score(
         self, trainer: TranscriptionTrainer, evaluation: ExampleSet, load_base: Callable[[], PreTrainedModel]
-    ) -> tuple[AdaptedScores, float]:
+    ) -> tuple[Recognition, float]:
         say(f"transcribing {len(evaluation)} examples by the trained model and by the backbone as it was")
         loss = trainer.evaluation_loss()
-        adapted = self._scores(trainer.model, evaluation)
         before = load_base()
         self.speaking.set_in(before.generation_config)
-        return AdaptedScores(adapted, self._scores(before, evaluation)), loss
+        zero_shot = self._transcriber(before)
+        return evaluate_transcripts(self._transcriber(trainer.model), evaluation, zero_shot), loss
 
-    def _transcribe(self, model: nn.Module, examples: ExampleSet) -> list[str]:
-        """As ``whisper-meft evaluate`` hears them."""
+    def _transcriber(self, model: nn.Module) -> SharedTranscriber:
+        """What hears as ``whisper-meft evaluate`` does."""
         arguments = self.arguments
-        mine = range(arguments.process_index, len(examples), arguments.world_size)
         show = main_process() and not arguments.disable_tqdm
         how = (arguments.device, arguments.per_device_eval_batch_size, arguments.dataloader_num_workers, show)
-        transcriber = Transcriber(model, self.extractor, self.speaking.tokenizer, *how, **self.generation)
-        found, failed = transcriber.transcribe(examples.select(mine)) if len(mine) else ([], [])
-        failed = gather_object(failed)
-        if failed:
-            raise UserError(f"{failed[0][0]} cannot be transcribed: {failed[0][1]}")
-        texts = dict(gather_object(list(zip(mine, (each.text for each in found)))))
-        return [texts[index] for index in range(len(examples))]
+        return SharedTranscriber(model, self.extractor, self.speaking.tokenizer, *how, **self.generation)
 
     def summary(self, training: ExampleSet) -> dict[str, Any]:
         return {"task": "transcribe", "language": self.speaking.language}
 
-    def write_scores(self, folder: Path, scores: AdaptedScores) -> dict[str, Any]:
+    def write_scores(self, folder: Path, scores: Recognition) -> dict[str, Any]:
+        write_text(folder / "transcripts.csv", scores.as_csv())
         write_text(folder / "evaluation.txt", scores.as_text() + "\n")
-        return {"language": self.speaking.language, "generation": self.generation, **scores.as_dict()}
+        return {"generation": self.generation, **scores.as_dict()}
 
 
 def check_method(config: MeftConfig, sizes: WhisperConfig) -> None:
