@@ -10,6 +10,7 @@ import torch
 from .. import data
 from ..comparison import report as compare_report
 from ..comparison.arguments import CompareArguments
+from ..comparison.measures import Measure
 from ..comparison.runs import Comparison
 from ..errors import one_line
 from ..options.parser import Parser
@@ -22,8 +23,9 @@ def make_parser() -> Parser:
         (CompareArguments,),
         usage="--output_dir DIR [--methods all|a,b,c] [--quick] [--seeds 3] [options]",
         description="Trains every method on one dataset with the same budget and the same search for a "
-        "learning rate, chosen on validation data, and writes test accuracy with its spread over seeds, step "
-        "time, memory and trained parameters as JSON, Markdown and figures. Run again to go on.",
+        "learning rate, chosen on validation data, and writes test accuracy (to transcribe error rates of "
+        "words and characters, beside those of the backbone alone) with its spread over seeds, step time, "
+        "memory and trained parameters as JSON, Markdown and figures. Run again to go on.",
     )
 
 
@@ -37,6 +39,11 @@ def run(argv: Sequence[str]) -> int:
         return _run(arguments)
     finally:
         torch.set_num_threads(threads)
+
+
+def _test_score(measure: Measure, row: dict[str, Any]) -> str:
+    score = f"{row[measure.key]['mean']:.1%}"
+    return f"WER {score} on the test clips" if measure.key == "wer" else f"{score} of the test clips"
 
 
 def _run(arguments: CompareArguments) -> int:
@@ -56,6 +63,9 @@ def _run(arguments: CompareArguments) -> int:
         total = len(comparison.left_out) + sum(map(len, parts))
         print(data.describe_bad(comparison.left_out, total), flush=True)
     rows: dict[str, Any] = {}
+    if arguments.task == "transcribe":
+        rows[compare_report.ZERO_SHOT] = comparison.zero_shot()
+        print(f"zero-shot: {_test_score(comparison.measure, rows[compare_report.ZERO_SHOT])}", flush=True)
     results = {"settings": {**comparison.settings, "seeds": arguments.seeds}, "methods": rows}
     results["settings"]["learning_rates"] = arguments.learning_rates
     for method in arguments.chosen:
@@ -67,8 +77,8 @@ def _run(arguments: CompareArguments) -> int:
         else:
             row = rows[method]
             print(
-                f"{method}: {row['accuracy']['mean']:.1%} of the test clips at learning rate "
-                f"{row['learning_rate']:g}, {row['step_time_ratio']:.2f} x the encoder's inference, "
+                f"{method}: {_test_score(comparison.measure, row)} at learning rate "
+                f"{row['learning_rate']:g}, {row['step_time_ratio']:.2f} x the frozen backbone's inference, "
                 f"{row['counted_mib']:.0f} MiB",
                 flush=True,
             )

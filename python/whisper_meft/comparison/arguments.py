@@ -8,6 +8,7 @@ from typing import Any
 from ..methods import MeftConfig
 from ..options.common import DataFormatArguments
 from ..options.parser import UsageError
+from ..options.task import TaskArguments
 
 # MeZO's directions have unit variance in every weight; its own paper's rates are a hundredth of the others'.
 RATE_FACTOR = {"mezo": 0.01}
@@ -19,7 +20,7 @@ _COMMA = re.compile(r",(?![^\[]*\])")  # outside a list's brackets
 
 
 @dataclass
-class CompareArguments(DataFormatArguments):
+class CompareArguments(TaskArguments, DataFormatArguments):
     """What is compared, and on what."""
 
     _argument_group_name = "comparison"
@@ -27,8 +28,8 @@ class CompareArguments(DataFormatArguments):
     methods: str = field(
         default="all",
         metadata={
-            "help": "all, or some of them with commas between, options behind a colon: "
-            "lora,lst,lst:reduction_factor=2,adalora:init_r=32+target_r=8"
+            "help": "all of the task, or some of them with commas between, options behind a colon: "
+            "lora,lst,lst:reduction_factor=2,adalora:init_r=32+target_r=8,lst:placement=both"
         },
     )
     output_dir: str | None = field(
@@ -59,10 +60,16 @@ class CompareArguments(DataFormatArguments):
         metadata={"help": "train under autocast to bfloat16 (default: on a GPU that has it)"},
     )
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Whisper checkpoint (default: the tiny one that is shipped)"}
+        default=None,
+        metadata={
+            "help": "Whisper checkpoint (default: the tiny one that is shipped, which classifies alone)"
+        },
     )
     train_data: str | None = field(
-        default=None, metadata={"help": "training data (default: a corpus of synthetic accents is made)"}
+        default=None,
+        metadata={
+            "help": "training data (default: a corpus of synthetic accents is made; needed to transcribe)"
+        },
     )
     eval_data: str | None = field(
         default=None,
@@ -100,7 +107,14 @@ class CompareArguments(DataFormatArguments):
                 raise UsageError(f"--{name} must be at least 1, got {getattr(self, name)}")
         if not all(0 < rate < float("inf") for rate in self.learning_rates):
             raise UsageError(f"--learning_rates must be above 0 and finite, got {self.learning_rates}")
-        known = list(MeftConfig.methods())
+        if self.task == "transcribe":
+            for name in ("model_name_or_path", "train_data"):
+                if getattr(self, name) is None:
+                    raise UsageError(f"--{name} is needed with --task transcribe")
+        elif self.language is not None:
+            raise UsageError("--language cannot be used with --task classify: it is of --task transcribe")
+        methods = MeftConfig.methods()
+        known = [name for name in methods if self.task == "classify" or methods[name].transcribes]
         self.chosen = known if self.methods == "all" else [m for m in _COMMA.split(self.methods) if m]
         for entry in self.chosen:
             name, options = parse_method(entry)

@@ -8,13 +8,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerState, WhisperConfig, WhisperForAudioClassification
+from transformers import (
+    PreTrainedModel,
+    TrainerState,
+    WhisperConfig,
+    WhisperForAudioClassification,
+    WhisperForConditionalGeneration,
+)
 
 from ..memory.counting import count_step
 from ..methods import MeftConfig
 from ..methods.mezo import MeZO
 from ..model.backbone import quiet_transformers
-from ..model.module import MeftModel, get_meft_model
+from ..model.base import MeftBase
+from ..model.module import get_meft_model
 
 _REPEATS = 7
 
@@ -26,6 +33,7 @@ def measure_costs(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     autocast: torch.dtype | None = None,
+    base_class: type[PreTrainedModel] = WhisperForAudioClassification,
 ) -> dict[str, Any]:
     """Time and memory of a training step on a model with drawn weights: neither depends on their values.
 
@@ -33,17 +41,18 @@ def measure_costs(
         config: the backbone's sizes and the number of labels. method: what trains.
         batch: keyword arguments of the model's forward, ``labels`` included; on any device.
         device: where. dtype: of frozen weights. autocast: its type in the forward, or None.
+        base_class: transformers' Whisper model of the task.
 
     Returns:
         ``trainable_parameters``, ``all_parameters``; ``step_time_ratio``: a step's median time divided by
-        that of the frozen encoder's forward in inference, measured in turn, on a CPU by the process's CPU
+        that of the frozen backbone's forward in inference, measured in turn, on a CPU by the process's CPU
         time; ``counted_mib``: peak memory of a step counted on fake tensors; ``measured_mib``: of a real
         step, by the allocator on CUDA and by watching every storage on a CPU.
     """
     weights = torch.float32 if method.trains_backbone else dtype
 
-    def build() -> MeftModel:
-        return get_meft_model(WhisperForAudioClassification._from_config(config, dtype=weights), method)
+    def build() -> MeftBase:
+        return get_meft_model(base_class._from_config(config, dtype=weights), method)
 
     # On a CPU: fake tensors there stand for those of any device.
     given = {name: t.cpu() for name, t in batch.items()}
@@ -51,8 +60,7 @@ def measure_costs(
         model = build().to(device)
         batch = {name: t.to(device) for name, t in batch.items()}
         encoder = get_meft_model(
-            WhisperForAudioClassification._from_config(config, dtype=dtype),
-            MeftConfig.from_dict({"method": "head", "max_frames": method.max_frames}),
+            base_class._from_config(config, dtype=dtype), _hardly_any(config, method, base_class)
         )
         encoder = encoder.to(device).eval()
         step = _step(model, batch, device, autocast)
@@ -74,18 +82,27 @@ def measure_costs(
     return costs
 
 
+def _hardly_any(config: WhisperConfig, method: MeftConfig, base_class: type[PreTrainedModel]) -> MeftConfig:
+    """A method that takes hardly any time in inference beside the frozen backbone."""
+    options: dict[str, Any] = {"method": "head"}
+    if base_class is WhisperForConditionalGeneration:
+        options = {"method": "lst", "placement": "decoder", "adapter_dim": 1}
+        options["reduction_factor"] = config.d_model
+    return MeftConfig.from_dict({**options, "max_frames": method.max_frames})
+
+
 def _fake_inputs(given: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
     """Makes tensors like ``given``, inside whatever mode is active."""
     return lambda: {name: torch.zeros(t.shape, dtype=t.dtype) for name, t in given.items()}
 
 
-def _inference(model: MeftModel, batch: dict[str, Tensor]) -> None:
+def _inference(model: MeftBase, batch: dict[str, Tensor]) -> None:
     with torch.inference_mode():
         model(**{name: t for name, t in batch.items() if name != "labels"})
 
 
 def _step(
-    model: MeftModel, batch: dict[str, Tensor], device: torch.device, autocast: torch.dtype | None
+    model: MeftBase, batch: dict[str, Tensor], device: torch.device, autocast: torch.dtype | None
 ) -> Callable[[], None]:
     """One whole training step: forward, backward, optimizer, and what the method does beside them."""
     method = model.meft_config
@@ -109,7 +126,7 @@ def _step(
     if method.method == "adalora":
         from ..methods.adalora import RankAllocation
 
-        allocation = RankAllocation(model.encoder, method)
+        allocation = RankAllocation(model.tuned, method)
         allocation.on_train_begin(None, state, None)
 
     def step() -> None:

@@ -6,14 +6,28 @@ from typing import Any
 from ..errors import markdown
 from ..evaluation.plots import BLUE, ORANGE, drawing
 from ..files import write_json, write_text
+from .measures import MEASURES, Measure
+
+ZERO_SHOT = "zero-shot"  # the row of the backbone alone
+
+
+def _measure(results: dict[str, Any]) -> Measure:
+    return MEASURES[results["settings"].get("task", "classify")]
+
+
+def _best_first(rows: dict[str, Any], measure: Measure) -> list[str]:
+    """The methods that have a score."""
+    good = [method for method in rows if rows[method]["status"] == "ok"]
+    return sorted(good, key=lambda m: rows[m][measure.key]["mean"], reverse=measure.higher_is_better)
 
 
 def table(results: dict[str, Any]) -> str:
     """One Markdown row per method, best first, failed ones last with their reason."""
+    measure = _measure(results)
     head = [
         "method",
-        "accuracy, test",
-        "mean of classes",
+        measure.column,
+        measure.second[1],
         "trained parameters",
         "step time",
         "memory, counted",
@@ -22,14 +36,15 @@ def table(results: dict[str, Any]) -> str:
     ]
     lines = ["| " + " | ".join(head) + " |", "|---|" + "--:|" * (len(head) - 1)]
     rows = results["methods"]
-    good = sorted((m for m in rows if rows[m]["status"] == "ok"), key=lambda m: -rows[m]["accuracy"]["mean"])
-    for method in good:
+    for method in _best_first(rows, measure):
         row = rows[method]
+        scores = [method, _percent(row[measure.key]), _percent(row[measure.second[0]])]
+        if "trainable_parameters" not in row:  # nothing is trained
+            lines.append("| " + " | ".join(scores) + " |" + " |" * (len(head) - len(scores)))
+            continue
         share = row["trainable_parameters"] / row["all_parameters"]
         cells = [
-            method,
-            _percent(row["accuracy"]),
-            _percent(row["mean_class_accuracy"]),
+            *scores,
             f"{row['trainable_parameters']:,} ({share:.2%})",
             f"{row['step_time_ratio']:.2f} x",
             f"{row['counted_mib']:.1f} MiB",
@@ -51,9 +66,13 @@ def _percent(values: dict[str, Any]) -> str:
 
 def page(results: dict[str, Any]) -> str:
     """The table with what its figures mean."""
-    settings = results["settings"]
+    settings, measure = results["settings"], _measure(results)
     how = "the CUDA allocator" if settings["device"] == "cuda" else "every storage of a real step"
-    chance = 1 / len(settings["labels"])
+    frozen = "encoder" if "labels" in settings else "Whisper"
+    if "labels" in settings:
+        of = f"of {len(settings['labels'])} classes (chance {1 / len(settings['labels']):.0%})"
+    else:
+        of = f"with transcripts, language {settings['language'] or 'en'}"
     return "\n".join(
         [
             "# Comparison of methods",
@@ -61,23 +80,25 @@ def page(results: dict[str, Any]) -> str:
             table(results),
             "",
             f"- Data: {settings['train_examples']} training, {settings['validation_examples']} validation "
-            f"and {settings['test_examples']} test clips of {len(settings['labels'])} classes (chance "
-            f"{chance:.0%}); backbone {markdown(Path(settings['backbone']).name)}.",
+            f"and {settings['test_examples']} test clips {of}; backbone "
+            f"{markdown(Path(settings['backbone']).name)}.",
             f"- Budget of each run: {settings['num_train_epochs']:g} epochs in batches of "
             f"{settings['batch_size']}. Learning rate out of "
             f"{', '.join(f'{rate:g}' for rate in settings['learning_rates'])} (mezo: a hundredth of each) "
             "and epoch are chosen on the validation clips; the test clips are scored once per seed, "
             "with what was chosen.",
-            f"- Accuracy: mean over {settings['seeds']} seeds, ± standard deviation over them."
+            f"- {measure.title.capitalize()}: mean over {settings['seeds']} seeds, ± standard deviation over "
+            "them."
             if settings["seeds"] > 1
-            else "- Accuracy: of one seed, so without a spread: small differences mean nothing.",
+            else f"- {measure.title.capitalize()}: of one seed, so without a spread: small differences mean "
+            "nothing.",
             *_sampling_error(results),
-            "- Step time: a training step divided by the frozen encoder's forward in inference, in turn on "
+            f"- Step time: a training step divided by the frozen {frozen}'s forward in inference, in turn on "
             f"the same batch{'' if settings['device'] == 'cuda' else ', in CPU time of the process'}.",
             "- Memory: peak of a training step at that batch, counted on fake tensors, and measured on real "
             f"ones ({how}).",
             "",
-            "![accuracy](accuracy.png)",
+            f"![{measure.title}]({measure.key}.png)",
             "",
             "![costs](costs.png)",
             "",
@@ -87,6 +108,11 @@ def page(results: dict[str, Any]) -> str:
 
 def _sampling_error(results: dict[str, Any]) -> list[str]:
     """A line on what the number of test clips alone leaves open; none where no method has a score."""
+    if _measure(results).key != "accuracy":
+        return [
+            "- WER and CER: after Whisper's normaliser, edits summed over all test clips; those as written "
+            "are in compare.json, with the 95 % interval of each run's WER."
+        ]
     means = [row["accuracy"]["mean"] for row in results["methods"].values() if row["status"] == "ok"]
     if not means:
         return []
@@ -99,47 +125,53 @@ def _sampling_error(results: dict[str, Any]) -> list[str]:
 
 
 def write(results: dict[str, Any], folder: Path) -> None:
-    """Writes compare.json, compare.md, accuracy.png and costs.png, each atomically."""
+    """Writes compare.json, compare.md, accuracy.png (or wer.png) and costs.png, each atomically."""
     write_json(folder / "compare.json", results)
+    measure, labels = _measure(results), results["settings"].get("labels")
     rows = {method: row for method, row in results["methods"].items() if row["status"] == "ok"}
-    if rows:
-        _plot_accuracy(rows, 1 / len(results["settings"]["labels"]), folder / "accuracy.png")
-        _plot_costs(rows, folder / "costs.png")
+    trained = {method: row for method, row in rows.items() if "trainable_parameters" in row}
+    if labels is not None:
+        level = ("chance", 1 / len(labels))
+    else:
+        level = (ZERO_SHOT, rows[ZERO_SHOT][measure.key]["mean"]) if ZERO_SHOT in rows else None
+    if trained:
+        _plot_scores(trained, measure, level, folder / f"{measure.key}.png")
+        _plot_costs(trained, measure, folder / "costs.png")
     write_text(folder / "compare.md", page(results))
 
 
-def _plot_accuracy(rows: dict[str, Any], chance: float, path: Path) -> None:
-    """Test accuracy by method: a dot per seed, a bar at the mean."""
-    order = sorted(rows, key=lambda method: rows[method]["accuracy"]["mean"])
+def _plot_scores(rows: dict[str, Any], measure: Measure, level: tuple[str, float] | None, path: Path) -> None:
+    """The score on test data by method: a dot per seed, a bar at the mean; ``level``: what to beat."""
+    order = _best_first(rows, measure)[::-1]
     with drawing(7, 1.4 + 0.32 * len(order), path) as figure:
         axes = figure.add_subplot()
         for height, method in enumerate(order):
-            values = [100 * value for value in rows[method]["accuracy"]["values"]]
+            score = rows[method][measure.key]
+            values = [100 * value for value in score["values"]]
             axes.scatter(values, [height] * len(values), color=BLUE, s=28, zorder=3)
-            axes.plot(
-                [100 * rows[method]["accuracy"]["mean"]] * 2, [height - 0.3, height + 0.3], color=ORANGE
-            )
-        axes.axvline(100 * chance, color="grey", linestyle=":", label="chance")
+            axes.plot([100 * score["mean"]] * 2, [height - 0.3, height + 0.3], color=ORANGE)
+        if level is not None:
+            axes.axvline(100 * level[1], color="grey", linestyle=":", label=level[0])
+            axes.legend(frameon=False)
         axes.set_yticks(range(len(order)), order)
-        axes.set_xlabel("test accuracy in percent; dots: seeds, line: their mean")
-        axes.legend(frameon=False)
+        axes.set_xlabel(f"test {measure.title} in percent; dots: seeds, line: their mean")
         _tidy(axes)
 
 
-def _plot_costs(rows: dict[str, Any], path: Path) -> None:
-    """Counted memory and step time, each against test accuracy."""
+def _plot_costs(rows: dict[str, Any], measure: Measure, path: Path) -> None:
+    """Counted memory and step time, each against the score on test data."""
     with drawing(10, 4.4, path) as figure:
         for axes, key, label in zip(
             figure.subplots(1, 2),
             ("counted_mib", "step_time_ratio"),
-            ("peak memory of a training step in MiB", "training step ÷ encoder's inference forward"),
+            ("peak memory of a training step in MiB", "training step ÷ backbone's inference forward"),
         ):
-            points = {m: (row[key], 100 * row["accuracy"]["mean"]) for m, row in rows.items()}
+            points = {m: (row[key], 100 * row[measure.key]["mean"]) for m, row in rows.items()}
             axes.scatter(*zip(*points.values()), color=BLUE, s=28, zorder=3)
             axes.margins(0.12)
             axes.set_xlim(left=0)
             axes.set_xlabel(label)
-            axes.set_ylabel("test accuracy in percent")
+            axes.set_ylabel(f"test {measure.title} in percent")
             _tidy(axes)
             _name_points(axes, points)
 

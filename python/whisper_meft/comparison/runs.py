@@ -10,36 +10,39 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from .. import data
-from ..data.examples import ExampleSet, check_known_labels, label_inventory, warn_on_shared_speakers
+from ..data.examples import ExampleSet, label_inventory, warn_on_shared_speakers
 from ..data.splits import split_kinds
 from ..encoder.dtypes import parse_dtype
 from ..errors import UserError, one_line
 from ..evaluation.classifier import Classifier
+from ..evaluation.recognition import evaluate_transcripts
 from ..evaluation.scoring import evaluate
+from ..evaluation.transcriber import Transcriber
 from ..files import check_writable, read_json, write_json
 from ..methods import MeftConfig
 from ..model.pretrained import load_config, load_feature_extractor, resolve_dtype
 from ..options.common import DataFormatArguments, ModelArguments
+from ..options.generation import GenerationArguments
 from ..options.inference import InferenceArguments
 from ..options.training import TrainDataArguments, parsed_options
 from ..synthetic.shipped import shipped_backbone
 from ..training.checkpoints import list_checkpoints
-from ..training.data import load_data
+from ..training.data import load_data, usable_examples
 from ..training.output_folder import clear_earlier_run, prepare_output_dir
 from ..training.run import train
-from ..training.tasks.classification import Classification
+from ..training.settings import make_task
 from .arguments import RATE_FACTOR, CompareArguments, options_of, parse_method
 from .costs import measure_costs
+from .measures import MEASURES
 
 _CACHED_BYTES = 2**31  # of features that are kept in memory between runs
 
@@ -85,9 +88,15 @@ class Comparison:
             **{each.name: getattr(arguments, each.name) for each in fields(DataFormatArguments)},
         )
         how = {"progress": False, "feature_extractor": self.extractor}
-        task = Classification(MeftConfig.from_dict({"method": "head"}), self.extractor)
-        self.examples = load_data(self.data_arguments, task, True, True, arguments.seed, **how)
-        self.labels = label_inventory(self.examples.training)
+        self.measure = MEASURES[arguments.task]
+        # What is learnt of the data does not depend on the method.
+        method = MeftConfig.from_dict({"method": "lst", "max_frames": arguments.max_frames})
+        of_task = {"task": arguments.task, "language": arguments.language}
+        (model_arguments, _, _, training), sizes = self._any_run(of_task), self.config
+        self.task = make_task(model_arguments, training, method, sizes, self.extractor)
+        self.examples = load_data(self.data_arguments, self.task, True, True, arguments.seed, **how)
+        self.task.note(self.examples.training)
+        self.labels = label_inventory(self.examples.training) if arguments.task == "classify" else None
         self.test = self._load_test()
         self.settings = {
             "backbone": self.backbone,
@@ -97,7 +106,7 @@ class Comparison:
             "train_examples": len(self.examples.training),
             "validation_examples": len(self.examples.evaluation),
             "test_examples": len(self.test),
-            "labels": self.labels,
+            **({"labels": self.labels} if self.labels is not None else of_task),
             "split_seed": arguments.seed,
             "num_train_epochs": arguments.num_train_epochs,
             "batch_size": arguments.batch_size,
@@ -124,18 +133,22 @@ class Comparison:
 
     def _load_test(self) -> ExampleSet:
         source = self.arguments.test_data or self.source
-        options = self.arguments.reader_options()
+        options = self.task.reader_options(self.data_arguments)
         kinds = split_kinds(data.list_splits(source, **options)).values()
         if self.arguments.test_data is None and "test" not in kinds:
             raise UserError(f"--test_data is needed: {source} has no test split")
         test = data.load_examples(source, split="test" if "test" in kinds else None, **options)
-        test, bad = data.check_audio(
-            test, self.arguments.strict, progress=False, feature_extractor=self.extractor
-        )
+        how = {"strict": self.arguments.strict, "progress": False, "feature_extractor": self.extractor}
+        test, bad = usable_examples(self.task, self.task.check_read(test), **how)
         self.left_out = self.examples.left_out + bad
-        check_known_labels(test, self.labels)
+        self.task.check(self.examples.training, test)
         warn_on_shared_speakers(self.examples.training, test)
         return test
+
+    def _any_run(self, options: dict[str, Any]) -> tuple:
+        """The arguments of `whisper-meft train` of all runs alike."""
+        given = {"model_name_or_path": self.backbone, "train_data": self.source, "output_dir": self.output}
+        return parsed_options({**given, "use_cpu": self.device.type == "cpu", **options})
 
     def _parse(self, method: str, rate: float, seed: int, folder: Path) -> tuple:
         """The arguments of `whisper-meft train` for one run."""
@@ -158,6 +171,8 @@ class Comparison:
             "use_cpu": self.device.type == "cpu",
             "disable_tqdm": True,
         }
+        if self.arguments.task == "transcribe":  # the backbone alone is scored once, on the test data
+            values |= {"task": "transcribe", "language": self.arguments.language, "zero_shot": False}
         if self._cache is not None:
             values["dataloader_num_workers"] = 0  # the cache is in this process
         return parsed_options(values)
@@ -201,7 +216,7 @@ class Comparison:
             "folder": str(folder.relative_to(self.output)),
             "learning_rate": rate,
             "seed": seed,
-            "validation_accuracy": outcome.scores.accuracy,
+            **self.measure.validation(outcome),
             "validation_loss": read_json(folder / "eval_results.json")["loss"],
             "steps": outcome.training["steps"],
             "train_loss": outcome.training["train_loss"],
@@ -222,10 +237,29 @@ class Comparison:
         folder = self.output / run["folder"]
         if (folder / "test.json").is_file():
             return read_json(folder / "test.json")
+        scores = self._scores(str(folder))
+        write_json(folder / "test.json", scores)
+        return scores
+
+    def _scores(self, model_dir: str) -> dict[str, Any]:
+        """On the test data."""
         options = InferenceArguments(batch_size=2 * self.arguments.batch_size, device=self.device.type)
-        scores, _ = evaluate(Classifier.load(folder, options, progress=False), self.test)
-        write_json(folder / "test.json", scores.as_dict())
-        return scores.as_dict()
+        if self.arguments.task == "classify":
+            scores, _ = evaluate(Classifier.load(model_dir, options, progress=False), self.test)
+            return scores.as_dict()
+        generation = GenerationArguments(language=self.task.speaking.language)
+        transcriber = Transcriber.load(model_dir, options, generation, progress=False)
+        return evaluate_transcripts(transcriber, self.test).as_dict()
+
+    def zero_shot(self) -> dict[str, Any]:
+        """The row of the backbone alone, scored once on the test data."""
+        path, settings = self.output / "zero_shot.json", {"backbone": self.backbone}
+        settings |= {name: self.settings[name] for name in ("test_data", "test_examples", "language")}
+        known = read_json(path) if path.is_file() else {}
+        if known.get("settings") != settings:
+            known = {"settings": settings, "test": self._scores(self.backbone)}
+            write_json(path, known)
+        return {"status": "ok", **self.measure.of_test([known["test"]])}
 
     def compare(self, method: str, say: Callable[[str], None]) -> dict[str, Any]:
         """Everything about one method: search, seeds, test scores, costs."""
@@ -240,12 +274,12 @@ class Comparison:
                 say(f"  {method}: learning rate {rate:g} failed: {failures[-1]['failed']}")
                 continue
             say(
-                f"  {method}: learning rate {rate:g}: {search[-1]['validation_accuracy']:.1%} of the "
-                f"validation clips, loss {search[-1]['validation_loss']:.3f}, {search[-1]['seconds']:.0f} s"
+                f"  {method}: learning rate {rate:g}: {self.measure.said(search[-1])}, loss "
+                f"{search[-1]['validation_loss']:.3f}, {search[-1]['seconds']:.0f} s"
             )
         if not search:
             raise UserError(failures[0]["failed"])
-        best = max(search, key=lambda run: (run["validation_accuracy"], -run["validation_loss"]))
+        best = max(search, key=self.measure.quality)
         if not self._can_score(best):  # its weights went when another rate was best
             (self.output / best["folder"] / "result.json").unlink()
             best = self.run(method, best["learning_rate"], arguments.seed)
@@ -256,19 +290,17 @@ class Comparison:
         for run in search:
             if run["folder"] != best["folder"]:  # a whole encoder in some methods
                 (self.output / run["folder"] / "model.safetensors").unlink(missing_ok=True)
-        accuracy = [test["accuracy"] for test in tests]
-        by_class = [test["mean_class_accuracy"] for test in tests]
+        validation = f"validation_{self.measure.key}"
         return {
             "status": "ok",
             "options": options_of(method, self.config.d_model, arguments.reduction_factor),
             "learning_rate": best["learning_rate"],
             "search": search + failures,
             "seeds": [
-                {"seed": run["seed"], "validation_accuracy": run["validation_accuracy"], "test": test}
+                {"seed": run["seed"], validation: run[validation], "test": test}
                 for run, test in zip(runs, tests)
             ],
-            "accuracy": spread(accuracy),
-            "mean_class_accuracy": spread(by_class),
+            **self.measure.of_test(tests),
             **self.costs(method),
         }
 
@@ -277,20 +309,13 @@ class Comparison:
         arguments = self.arguments
         options = options_of(method, self.config.d_model, arguments.reduction_factor)
         config = MeftConfig.from_dict({"max_frames": arguments.max_frames, **options})
-        label2id = {label: index for index, label in enumerate(self.labels)}
-        dataset = self._dataset(self.examples.training, self.extractor, label2id, config.max_frames)
+        dataset = self.task.dataset(self.examples.training, self._dataset)
         size = min(arguments.batch_size, len(dataset))
         items = [dataset[index] for index in range(size)]
-        batch = data.Collator(self.extractor, config.max_frames)(items)
+        batch = self.task.collator()(items)
         sizes = type(self.config).from_dict(self.config.to_dict())
-        sizes.num_labels = len(self.labels)
+        if self.labels is not None:
+            sizes.num_labels = len(self.labels)
         dtype = parse_dtype(resolve_dtype("auto", self.device.type == "cpu"))
-        return measure_costs(
-            sizes, config, batch, self.device, dtype, torch.bfloat16 if arguments.bf16 else None
-        )
-
-
-def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Mean, standard deviation (of the sample; None for a single value) and the values themselves."""
-    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
-    return {"mean": float(np.mean(values)), "std": deviation, "values": [float(value) for value in values]}
+        autocast = torch.bfloat16 if arguments.bf16 else None
+        return measure_costs(sizes, config, batch, self.device, dtype, autocast, self.measure.base_class)

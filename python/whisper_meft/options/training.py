@@ -74,6 +74,7 @@ OF_ONE_TASK: dict[str, dict[str, Any]] = {
     "transcribe": {
         "language": None,
         "predict_with_generate": None,
+        "zero_shot": True,
         "generation_max_length": None,
         "generation_num_beams": None,
     },
@@ -269,6 +270,10 @@ class TrainArguments(TaskArguments, TrainingArguments):
             "times as long as the loss (default: if metric_for_best_model is one of their scores); at the "
             "end they are generated in any case"
         },
+    )
+    zero_shot: bool = field(
+        default=True,
+        metadata={"help": "transcribe: at the end score the backbone alone too, which takes as long again"},
     )
     generation_max_length: int | None = field(
         default=None,
@@ -467,6 +472,7 @@ COMMON_TRAINING_OPTIONS = [
     "load_best_model_at_end",
     "metric_for_best_model",
     "predict_with_generate",
+    "zero_shot",
     "generation_max_length",
     "generation_num_beams",
     "label_smoothing_factor",

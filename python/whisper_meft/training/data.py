@@ -93,9 +93,9 @@ def load_data(
     cached = cache_folder is not None and (Path(cache_folder) / "cache.json").is_file()
     known = FeatureCache(cache_folder).checked if cached else None
     how = (arguments.strict, num_workers, show, known, feature_extractor)
-    training, left_out = _usable(task, training, *how)
+    training, left_out = usable_examples(task, training, *how)
     if evaluation is not None:
-        evaluation, more = _usable(task, evaluation, *how)
+        evaluation, more = usable_examples(task, evaluation, *how)
         left_out = left_out + more
     elif evaluate:
         training, evaluation = split_by_speaker(training, arguments.validation_fraction, seed)
@@ -121,11 +121,12 @@ def load_data(
     return RunData(training, evaluation, left_out, origin + note)
 
 
-def _usable(
-    task: Task, examples: ExampleSet, strict: bool, *how: Any
+def usable_examples(
+    task: Task, examples: ExampleSet, strict: bool, *how: Any, **named: Any
 ) -> tuple[ExampleSet, list[tuple[str, str]]]:
-    """The examples that can be used, and (name, reason) of the others, which are an error where strict."""
-    readable, left_out = data.check_audio(examples, strict, *how)
+    """The examples that can be used, and (name, reason) of the others, which are an error where strict; other
+    arguments as in :func:`whisper_meft.data.check_audio`."""
+    readable, left_out = data.check_audio(examples, strict, *how, **named)
     usable, more = task.usable(readable)
     if strict and more:
         raise UserError(f"{more[0][0]}: {more[0][1]}")

@@ -161,7 +161,8 @@ def _fitting(settings: Settings, num_labels: int | None) -> tuple:
 
 def build_model(base: PreTrainedModel, settings: Settings, examples: RunData) -> MeftBase:
     """The model that is trained: the method put on the backbone, and what the task needs of the examples."""
-    settings.task.prepare(base, examples.training)
+    settings.task.note(examples.training)
+    settings.task.prepare(base)
     if settings.config.backbone_quantization:
         base.get_encoder().to(settings.training.device)  # which decides how it is done
     model = get_meft_model(base, settings.config)

@@ -52,7 +52,10 @@ class Task:
     def check(self, training: ExampleSet, evaluation: ExampleSet | None) -> None:
         """Raises UserError where the two sets do not go together."""
 
-    def prepare(self, base: PreTrainedModel, training: ExampleSet) -> None:
+    def note(self, training: ExampleSet) -> None:
+        """Takes note of what the training examples define, before any dataset is made."""
+
+    def prepare(self, base: PreTrainedModel) -> None:
         """Makes the loaded backbone ready for the method."""
 
     def check_resumed(self, checkpoint: Path) -> None:

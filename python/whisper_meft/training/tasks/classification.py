@@ -53,10 +53,11 @@ class Classification(Task):
         if evaluation is not None:
             check_known_labels(evaluation, label_inventory(training))
 
-    def prepare(self, base: PreTrainedModel, training: ExampleSet) -> None:
-        labels = label_inventory(training)
-        self.label2id = {label: index for index, label in enumerate(labels)}
-        set_labels(base, labels)
+    def note(self, training: ExampleSet) -> None:
+        self.label2id = {label: index for index, label in enumerate(label_inventory(training))}
+
+    def prepare(self, base: PreTrainedModel) -> None:
+        set_labels(base, list(self.label2id))
 
     def dataset(self, examples: ExampleSet, make_dataset: Callable[..., Dataset]) -> Dataset:
         return make_dataset(examples, self.extractor, self.label2id, self.max_frames)

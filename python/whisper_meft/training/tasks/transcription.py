@@ -105,7 +105,7 @@ class Transcription(Task):
             )
         return ExampleSet(good, examples.description), bad
 
-    def prepare(self, base: PreTrainedModel, training: ExampleSet) -> None:
+    def prepare(self, base: PreTrainedModel) -> None:
         self.speaking.set_in(base.generation_config)
 
     def check_resumed(self, checkpoint: Path) -> None:
@@ -147,11 +147,13 @@ class Transcription(Task):
     def score(
         self, trainer: TranscriptionTrainer, evaluation: ExampleSet, load_base: Callable[[], PreTrainedModel]
     ) -> tuple[Recognition, float]:
-        say(f"transcribing {len(evaluation)} examples by the trained model and by the backbone as it was")
-        loss = trainer.evaluation_loss()
-        before = load_base()
-        self.speaking.set_in(before.generation_config)
-        zero_shot = self._transcriber(before)
+        also = " and by the backbone as it was" if self.arguments.zero_shot else ""
+        say(f"transcribing {len(evaluation)} examples by the trained model{also}")
+        loss, zero_shot = trainer.evaluation_loss(), None
+        if self.arguments.zero_shot:
+            before = load_base()
+            self.speaking.set_in(before.generation_config)
+            zero_shot = self._transcriber(before)
         return evaluate_transcripts(self._transcriber(trainer.model), evaluation, zero_shot), loss
 
     def _transcriber(self, model: nn.Module) -> SharedTranscriber:
