@@ -1,12 +1,14 @@
 """A real Whisper transcribes as ever with an untrained side network beside it, whatever generate is asked."""
 
+import copy
 import os
 
 import numpy as np
 import pytest
 import torch
 from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
-from whisper_meft import LSTConfig, SHERLConfig, UniPTConfig, get_meft_model
+from whisper_meft import LSTConfig, MeftConfig, SHERLConfig, UniPTConfig, get_meft_model
+from whisper_meft.methods.mezo import MeZO
 
 pytestmark = pytest.mark.real
 
@@ -15,6 +17,7 @@ MODELS = pytest.mark.parametrize(
     [
         (LSTConfig, "encoder"),
         (LSTConfig, "both"),
+        (UniPTConfig, "both"),
         (UniPTConfig, "decoder"),
         (SHERLConfig, "encoder"),
         (SHERLConfig, "decoder"),
@@ -66,3 +69,59 @@ def test_logits_and_a_step(config, placement, whisper):
     model.train()(features, labels=ids).loss.backward()
     names = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     assert names and all(name.startswith("side_network.") for name in names)
+
+
+# Of each method that trains inside: a learning rate at which five steps show.
+RATES = {
+    "full": 1e-5,
+    "bitfit": 1e-3,
+    "adapter": 1e-3,
+    "lora": 1e-4,
+    "lora_plus": 5e-5,
+    "adalora": 1e-3,
+    "s2_lora": 1e-3,
+    "mezo": 1e-6,
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "target"),
+    [
+        *((method, "both") for method in RATES),
+        *((m, t) for m in ("full", "lora") for t in ("encoder", "decoder")),
+    ],
+)
+def test_methods_inside_start_at_zero_shot_and_learn(method, target, whisper):
+    base = copy.deepcopy(whisper)
+    model = get_meft_model(
+        base, MeftConfig.from_dict({"method": method, "target": target, "max_frames": 400})
+    )
+    features = log_mel(8).input_features
+    labels = torch.tensor([[50258, 50259, 50359, 50363, 2425, 11, 1002, 50257]])
+    ids = model.prepare_decoder_input_ids_from_labels(labels)
+    with torch.no_grad():
+        heard = model.eval().get_encoder()(features)
+        expected = whisper(encoder_outputs=heard, decoder_input_ids=ids).logits
+        assert torch.equal(model(features, decoder_input_ids=ids).logits, expected)
+    labels[:, :3] = -100
+    trained = [p for p in model.train().parameters() if p.requires_grad]
+    optimizer = MeZO(trained, RATES[method]) if method == "mezo" else torch.optim.Adam(trained, RATES[method])
+
+    def loss():
+        return model(features, labels=labels).loss
+
+    losses = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        if method == "mezo":
+            losses.append(optimizer.measure(loss))
+        else:
+            losses.append(loss())
+            losses[-1].backward()
+            assert all(p.grad.isfinite().all() for p in trained)
+        optimizer.step()
+    with torch.no_grad():
+        losses = torch.stack([*losses, loss()]).detach()
+    assert losses.isfinite().all()
+    if method != "mezo":  # five random directions promise nothing
+        assert losses[-1] < losses[0]
