@@ -2,20 +2,25 @@
 
 import copy
 import json
+import os
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
-import peft
 import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
 from modelling_fixtures import LAYERS, randomise, tiny_whisper
 from recognition_fixtures import TOKENS, VOCABULARY, clips, ids_of, logits, recogniser
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModelForSpeechSeq2Seq,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
+    TrainerCallback,
     TrainingArguments,
     WhisperForConditionalGeneration,
 )
@@ -33,6 +38,7 @@ from whisper_meft import (
     UserError,
     get_meft_model,
 )
+from whisper_meft.decoder import chunked as decoder_chunked
 from whisper_meft.methods.adalora import RankAllocation
 from whisper_meft.methods.mezo import MeZO
 
@@ -326,7 +332,10 @@ def plain_loss(base, method, weights, options, features, labels):
 
 
 @MODULES
-def test_every_gradient_is_that_of_a_plain_reimplementation(method, target):
+def test_every_gradient_is_that_of_a_plain_reimplementation(method, target, monkeypatch):
+    if target == "encoder":  # the frozen decoder computed again, one clip at a time
+        monkeypatch.setattr(decoder_chunked, "_KEPT_BYTES", 0)
+        monkeypatch.setitem(decoder_chunked._LAYER_BYTES, "cpu", 1)
     base = recogniser(dtype=torch.float64, **STILL)
     model = model_of(method, target, base=copy.deepcopy(base), dtype=torch.float64).train()
     features, labels = clips(dtype=torch.float64)
@@ -351,6 +360,8 @@ def test_every_gradient_is_that_of_a_plain_reimplementation(method, target):
 
 def test_lora_is_that_of_peft():
     """The library by itself, on the whole of Hugging Face's model."""
+    import peft
+
     base = recogniser(dtype=torch.float64, **STILL)
     model = model_of("lora", "both", base=copy.deepcopy(base), dtype=torch.float64).train()
     options = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
@@ -381,6 +392,18 @@ def test_the_head_is_the_embedding_and_stays_it():
     read = set(ids_of(model, labels).flatten().tolist())
     never = [word for word in range(VOCABULARY) if word not in read]
     assert never and model.decoder.embed_tokens.weight.grad[never].any(1).all()
+
+
+def test_smoothed_labels_with_a_head_that_trains():
+    model = model_of("full", "both", dtype=torch.float64).train()
+    features, labels = clips(dtype=torch.float64)
+    scores = model(features, labels=labels, return_logits=True).logits
+    truth = F.cross_entropy(scores.flatten(0, 1), labels.flatten(), label_smoothing=0.2)
+    trains = [p for p in model.parameters() if p.requires_grad]
+    expected = torch.autograd.grad(truth, trains)
+    found = torch.autograd.grad(model(features, labels=labels, label_smoothing=0.2).loss, trains)
+    for ours, theirs in zip(found, expected):
+        torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-10)
 
 
 def test_a_head_of_its_own_trains_and_is_saved(tmp_path):
@@ -443,6 +466,17 @@ def test_dropout_of_a_method_is_active_in_training_alone(target):
     assert not torch.allclose(first, second)
     first, second = (logits(model.eval(), features, ids) for _ in range(2))
     assert torch.equal(first, second)
+
+
+@EVERYWHERE
+def test_can_be_counted_on_fake_tensors(method, target):
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = get_meft_model(recogniser(**STILL), config_of(method, target)).train()
+        with torch.set_grad_enabled(method != "mezo"):
+            loss = model(torch.empty(2, 12, 48), labels=torch.zeros(2, 5, dtype=torch.long)).loss
+        if method != "mezo":
+            loss.backward()
+            assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
 # ---------------------------------------------------------------- number formats
@@ -791,3 +825,76 @@ def test_the_own_trainer_too(method, tmp_path):
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
     assert trainer.evaluate()["eval_loss"] < 0.7 * before
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.step
+
+
+@pytest.mark.parametrize("method", ["full", "adalora"])
+def test_resume_equals_the_uninterrupted_run(method, tmp_path):
+    extra = {"allocation_interval": 2, "tfinal": 3} if method == "adalora" else {}
+    found = []
+    for stops in ([], [StopAt(4)], []):
+        folder = tmp_path / ("whole" if not found else "parts")
+        model = model_of(method, "both", trained=False, **extra)
+        options = {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "linear", "seed": 3}
+        trainer = Seq2SeqTrainer(
+            model,
+            arguments(folder, Seq2SeqTrainingArguments, **options),
+            train_dataset=Spoken(),
+            callbacks=stops,
+        )
+        trainer.train(resume_from_checkpoint=len(found) == 2)
+        found.append(trained(model))
+    for name, tensor in found[0].items():
+        assert torch.equal(found[2][name], tensor), name
+    assert any(not torch.equal(found[1][name], tensor) for name, tensor in found[0].items())
+
+
+DDP_METHODS = {"full": "both", "s2_lora": "both", "adapter": "decoder", "mezo": "decoder"}
+DDP_OPTIONS = {"max_steps": 3, "optim": "sgd", "learning_rate": 1e-3, "max_grad_norm": 0.0, "seed": 3}
+DDP_SCRIPT = """
+import sys
+import torch
+from test_transcription_methods import DDP_METHODS, ddp_run, trained
+
+for method, target in DDP_METHODS.items():
+    model = ddp_run(method, target, sys.argv[1], 2)
+    torch.save(trained(model), f"{sys.argv[1]}/{method}-{torch.distributed.get_rank()}.pt")
+"""
+
+
+def ddp_run(method, target, folder, size):
+    model = model_of(method, target, trained=False)
+    more = {"per_device_train_batch_size": size, "ddp_find_unused_parameters": False, **DDP_OPTIONS}
+    MeftTrainer(model=model, args=arguments(folder, **more), train_dataset=Spoken()).train()
+    return model
+
+
+def test_two_processes_equal_one_on_the_joined_batch(tmp_path):
+    (tmp_path / "run.py").write_text(DDP_SCRIPT)
+    here = Path(__file__).parent
+    root = here.parents[1]
+    paths = [here, here.parent, root, root / "python", os.environ.get("PYTHONPATH", "")]
+    run = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        + [str(tmp_path / "run.py"), str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    for method, target in DDP_METHODS.items():
+        start = trained(model_of(method, target, trained=False))
+        single = trained(ddp_run(method, target, tmp_path, 4))
+        ranks = [torch.load(tmp_path / f"{method}-{rank}.pt") for rank in (0, 1)]
+        for name, tensor in single.items():
+            assert torch.equal(ranks[0][name], ranks[1][name]), (method, name)
+            torch.testing.assert_close(ranks[0][name], tensor, rtol=2e-5, atol=2e-5, msg=name)
+        assert any(not torch.equal(start[name], tensor) for name, tensor in single.items())
