@@ -456,6 +456,27 @@ def test_checkpointing_gives_the_same_gradients_for_less(method, target):
         torch.testing.assert_close(found[1][name], expected, rtol=1e-5, atol=1e-6, msg=name)
 
 
+def test_dropout_of_the_backbone_is_that_of_hugging_face(monkeypatch):
+    base = recogniser()
+    plain = copy.deepcopy(base).train()
+    plain.model.encoder.layerdrop = plain.model.decoder.layerdrop = 0.0
+    model = model_of("full", "both", trained=False, base=base).train()
+    features, labels = clips()
+    losses = []
+    monkeypatch.setattr(torch, "rand", lambda *_: torch.ones(()))  # which decides about LayerDrop
+    for each in (plain, model):
+        torch.manual_seed(4)
+        losses.append(each(features, labels=labels).loss)
+        losses[-1].backward()
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
+    quiet = model.eval()(features, labels=labels).loss
+    assert abs(quiet - losses[0]) > 1e-2
+    found, expected = dict(model.named_parameters()), dict(plain.model.named_parameters())
+    for name, parameter in found.items():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_dropout_of_a_method_is_active_in_training_alone(target):
     base = recogniser(**STILL)

@@ -5,11 +5,11 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import WhisperForConditionalGeneration
 
 from ..tuning import Tuned
-from .frozen import FrozenDecoder
+from .frozen import Around, FrozenDecoder
 
 
 class TunedDecoder(Tuned, FrozenDecoder):
@@ -38,9 +38,14 @@ class TunedDecoder(Tuned, FrozenDecoder):
         self.prepare(prepare)
 
     def around(self, *functions: Callable | None, **named: Callable | None) -> nn.Module:
-        decoder: Any = super().around(*functions, **named)
-        decoder.training, decoder.layerdrop = self.training, 0.0
+        decoder: Any = super().around(*functions, **named)  # in evaluation mode: no LayerDrop
+        if self.training and self.config.dropout:
+            decoder.layers[0] = Around(decoder.layers[0], self._after_dropout)
         return decoder
+
+    def _after_dropout(self, layer: nn.Module, states: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        """The first layer on embedded tokens of which dropout has taken some."""
+        return layer(nn.functional.dropout(states, self.config.dropout), *arguments, **options)
 
     def weights_as_they_are(self, device: torch.device) -> AbstractContextManager:
         return self.masters_autocast(device) or super().weights_as_they_are(device)
