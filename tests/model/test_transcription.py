@@ -564,7 +564,7 @@ def test_where_sherl_starts():
     ("changes", "message"),
     [
         ({"labels": None}, "labels or decoder_input_ids are needed: to transcribe, call generate"),
-        ({"input_features": None}, "one of input_features and encoder_outputs is needed"),
+        ({"input_features": None}, "one of input_features, encoder_outputs and hidden_states is needed"),
         ({"labels": torch.full((3, 4), VOCABULARY)}, r"labels must lie in 0..19, the vocabulary, got 20"),
         ({"labels": torch.full((3, 4), -1)}, r"labels must lie in 0..19, the vocabulary, got -1"),
         ({"labels": torch.full((3, 17), 4)}, "labels must hold 1 to 16 tokens"),

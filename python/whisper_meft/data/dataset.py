@@ -179,10 +179,18 @@ class Collator:
             return torch.stack([torch.nn.functional.pad(row, (0, frames - row.shape[-1])) for row in rows])
 
         batch = {"input_features": stack("input_features"), "attention_mask": stack("attention_mask")}
-        if "decoder_input_ids" in items[0]:
-            for name, padding in (("decoder_input_ids", self.pad_token_id), ("labels", -100)):
-                rows = [item[name] for item in items]
-                batch[name] = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding)
-        elif "labels" in items[0]:
-            batch["labels"] = torch.tensor([int(item["labels"]) for item in items])
+        return batch | labels_of(items, self.pad_token_id)
+
+
+def labels_of(items: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """What a batch holds beside audio: ``labels`` (B,) of classes; or of transcripts ``decoder_input_ids``
+    (B, U), padded with ``pad_token_id``, and ``labels`` (B, U), padded with -100; or nothing."""
+    if "decoder_input_ids" in items[0]:
+        batch = {}
+        for name, padding in (("decoder_input_ids", pad_token_id), ("labels", -100)):
+            rows = [item[name] for item in items]
+            batch[name] = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding)
         return batch
+    if "labels" in items[0]:
+        return {"labels": torch.tensor([int(item["labels"]) for item in items])}
+    return {}

@@ -141,10 +141,7 @@ def corrected_in_chunks(
     Yields:
         (b, T, D) of some of the clips, in order, in the type of the hidden states.
     """
-    if through_last_layer:
-        read = partial(_through_last_layer, encoder, side_network, features.shape[0])
-    else:
-        read = partial(_corrected, encoder, side_network, side_network.fold())
+    read = correcting(encoder, side_network, features.shape[0], through_last_layer)
     for states, of_part in _slabs(encoder, side_network, features, lengths, chunk_size, False):
         yield read(states, of_part)
 
@@ -165,9 +162,30 @@ def heard_beside(
     Yields:
         (b, T, D) and (b, T, r) of some of the clips, in order.
     """
-    read = partial(_corrected, encoder, memory, memory.fold(), join=lambda own, side: (own, side))
+    read = hearing(encoder, memory)
     for states, of_part in _slabs(encoder, memory, features, lengths, chunk_size, False):
         yield read(states, of_part)
+
+
+def correcting(
+    encoder: FrozenEncoder, side_network: nn.Module, clips: int, through_last_layer: bool = False
+) -> Callable[[Iterable[Tensor | HiddenState | None], Tensor | None], Tensor]:
+    """What makes :func:`corrected_in_chunks`'s output of the hidden states and the lengths of some of the
+    ``clips`` of a step."""
+    if through_last_layer:
+        return partial(_through_last_layer, encoder, side_network, clips)
+    return partial(_corrected, encoder, side_network, side_network.fold())
+
+
+def hearing(
+    encoder: FrozenEncoder, memory: nn.Module
+) -> Callable[[Iterable[Tensor | HiddenState | None], Tensor | None], tuple[Tensor, Tensor]]:
+    """As :func:`correcting`, for :func:`heard_beside`."""
+    return partial(_corrected, encoder, memory, memory.fold(), join=_both)
+
+
+def _both(own: Tensor, side: Tensor) -> tuple[Tensor, Tensor]:
+    return own, side
 
 
 def _corrected(

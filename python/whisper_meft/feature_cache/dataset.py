@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..data.examples import ExampleSet, check_known_labels
+from ..data.dataset import labels_of
+from ..data.examples import ExampleSet, check_known_labels, check_transcribed
+from ..data.transcripts import TranscriptTokens
 from ..errors import UserError
-from ..model.module import MeftModel
+from ..model.base import MeftBase
+from .key import clip_fingerprint, token_fingerprint
 from .store import FeatureCache
 
 
@@ -18,33 +21,52 @@ class CachedDataset(Dataset):
     """Examples as hidden states from a cache, in the place of :class:`whisper_meft.data.SpeechDataset`.
 
     Args:
-        examples: labelled, unless ``label2id`` is None. cache: holds all of them.
-        model: whose states they are. label2id: class ids by name.
+        examples: labelled, unless ``label2id`` is None; transcribed, if ``tokens`` is given.
+        cache: holds all of them. model: whose states they are. label2id: class ids by name.
+        tokens: makes items of the transcripts, for recognition.
 
     Items are dicts of ``hidden_states`` (S, T, D), ``hidden_state_statistics`` (S, T, 2), where those are
-    8-bit codes ``hidden_state_scales`` (S, 2, D), ``length`` (int, T) and ``labels`` (int).
+    8-bit codes ``hidden_state_scales`` (S, 2, D), ``length`` (int, T) and ``labels`` (int). With ``tokens``,
+    ``labels`` and ``decoder_input_ids`` are int64 ``(tokens,)``; states of the decoder are those of them.
 
     Raises:
-        UserError: the cache lacks a clip or has it of another file; unknown or missing labels.
+        UserError: the cache lacks a clip, or has it of another file or, for states of the decoder, with
+            another transcript only, or holds other states; unknown or missing labels or transcripts.
     """
 
     def __init__(
         self,
         examples: ExampleSet,
         cache: FeatureCache,
-        model: MeftModel,
+        model: MeftBase,
         label2id: dict[str, int] | None = None,
+        tokens: TranscriptTokens | None = None,
     ):
+        if label2id is not None and tokens is not None:
+            raise UserError("label2id is for classes and tokens for transcripts: give one of them")
         if label2id is not None:
             check_known_labels(examples, list(label2id))
-        found = [cache.find(example) for example in examples]
+        elif tokens is not None:
+            check_transcribed(examples)
+        cache.check_states_of(model.states_of)
+        of_tokens = model.states_of == "decoder"
+        if of_tokens and tokens is None:
+            raise UserError("tokens are needed for states of the decoder, which are those of a transcript")
+        found = []
+        for example in examples:
+            about = clip_fingerprint(example)
+            if of_tokens:
+                about = token_fingerprint(about, tokens(example)["decoder_input_ids"])
+            found.append(cache.find(example, about))
         missing = [example.name for example, clip in zip(examples, found) if clip is None]
         if missing:
+            what = "clips with their present transcripts" if of_tokens else "clips"
             raise UserError(
-                f"the cache in {cache.folder} lacks {len(missing)} of {len(examples)} clips of "
+                f"the cache in {cache.folder} lacks {len(missing)} of {len(examples)} {what} of "
                 f"{examples.description}, the first is {missing[0]}: fill it with whisper-meft cache"
             )
         self.examples, self.cache, self.clips, self.label2id = examples, cache, found, label2id
+        self.tokens = tokens
         self.layers = model.states_read
 
     def __len__(self) -> int:
@@ -52,7 +74,7 @@ class CachedDataset(Dataset):
 
     @property
     def lengths(self) -> list[int]:
-        """Encoder frames of every item, for batching by length."""
+        """Encoder frames of every item (or tokens, of the decoder's states), for batching by length."""
         return [clip.frames for clip in self.clips]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -66,6 +88,9 @@ class CachedDataset(Dataset):
             item["hidden_state_scales"] = clip.scales
         if self.label2id is not None:
             item["labels"] = self.label2id[self.examples[index].label]
+        if self.tokens is not None:
+            made = self.tokens(self.examples[index])
+            item |= {name: torch.tensor(ids) for name, ids in made.items()}
         return item
 
 
@@ -75,8 +100,14 @@ class CachedCollator:
 
     Returns a dict of ``hidden_states`` (B, S, T, D), 0 past a clip's end, laid out so that one layer's are
     contiguous, ``hidden_state_statistics`` (B, S, T, 2), ``hidden_state_lengths`` (B,) int64 and, where the
-    items have them, ``hidden_state_scales`` (B, S, 2, D) and ``labels`` (B,) int64.
+    items have them, ``hidden_state_scales`` (B, S, 2, D) and ``labels`` (B,) int64; of transcripts
+    ``decoder_input_ids`` and ``labels`` (B, U) int64, as of :class:`whisper_meft.data.Collator`.
+
+    Args:
+        pad_token_id: pads ``decoder_input_ids`` (``TranscriptTokens.end``).
     """
+
+    pad_token_id: int = 50257
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         longest = max(item["length"] for item in items)
@@ -96,6 +127,4 @@ class CachedCollator:
         }
         if "hidden_state_scales" in items[0]:
             batch["hidden_state_scales"] = torch.stack([item["hidden_state_scales"] for item in items])
-        if "labels" in items[0]:
-            batch["labels"] = torch.tensor([int(item["labels"]) for item in items])
-        return batch
+        return batch | labels_of(items, self.pad_token_id)

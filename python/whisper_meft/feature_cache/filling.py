@@ -19,11 +19,12 @@ from meft_kernels import HiddenState
 from ..data.dataset import Collator, SpeechDataset
 from ..data.examples import ExampleSet
 from ..data.features import window_of
+from ..data.transcripts import TranscriptTokens
 from ..encoder.chunked import automatic_chunk
 from ..errors import UserError
-from ..model.module import MeftModel
+from ..model.base import MeftBase
 from .claims import Claims
-from .key import cache_key, clip_fingerprint
+from .key import clip_fingerprint, key_of, token_fingerprint
 from .shards import clip_bytes, pack
 from .store import FeatureCache
 
@@ -43,7 +44,7 @@ def _nothing(*_: Any) -> None:
 
 def prepare_cache(
     folder: str,
-    model: MeftModel,
+    model: MeftBase,
     feature_extractor: Any,
     sets: Sequence[ExampleSet],
     storage: str | None = None,
@@ -52,6 +53,7 @@ def prepare_cache(
     progress: bool = True,
     say: Callable[[str], None] = _nothing,
     wait_for_everyone: Callable[[], None] = _nothing,
+    tokens: TranscriptTokens | None = None,
 ) -> FeatureCache:
     """A cache with the states that ``model`` reads of all clips of ``sets``: what is missing is computed.
 
@@ -61,13 +63,14 @@ def prepare_cache(
         autocast: "bfloat16" or "float16" where float32 weights are run in that, as training will.
         num_workers: processes that read audio. progress: show a bar. say: takes sentences about what is done.
         wait_for_everyone: called when this process has nothing left to fill.
+        tokens: of the transcripts, of which a recogniser with ``placement="decoder"`` reads states.
 
     Raises:
         UserError: the method trains inside the encoder; the cache is stale; the disk is too small; a clip
-            cannot be read.
+            cannot be read, or its transcript cannot be used.
     """
     layers = model.states_read
-    key = cache_key(model.encoder, feature_extractor, model.meft_config.max_frames, autocast)
+    key = key_of(model, feature_extractor, autocast, tokens)
     cache = FeatureCache.create(folder, key, layers, model.encoder.hidden_size, storage)
     if bad := cache.damaged():
         say(f"{len(bad)} damaged shards of the feature cache are computed again: {', '.join(bad)}")
@@ -75,7 +78,8 @@ def prepare_cache(
     with Claims(folder) as claims:
         with suppress(OSError), claims.locked():
             cache.remove_leftovers(alone=not claims.of_others())
-        filler = _Filler(cache, claims, model, feature_extractor, autocast, num_workers, progress)
+        given = (model, feature_extractor, autocast, num_workers, progress, tokens)
+        filler = _Filler(cache, claims, *given)
         for examples in sets:
             filler.fill(examples, say)
     wait_for_everyone()
@@ -90,24 +94,27 @@ class _Filler:
         self,
         cache: FeatureCache,
         claims: Claims,
-        model: MeftModel,
+        model: MeftBase,
         feature_extractor: Any,
         autocast: str | None,
         num_workers: int,
         progress: bool,
+        tokens: TranscriptTokens | None,
     ):
-        self.cache, self.claims, self.encoder, self.extractor = (
-            cache,
-            claims,
-            model.encoder,
-            feature_extractor,
-        )
-        self.max_frames = model.meft_config.max_frames
+        self.cache, self.claims, self.model, self.extractor = cache, claims, model, feature_extractor
+        self.encoder = model.encoder
+        self.transcribes = model.task == "transcription"
+        # A recogniser hears padding, and cuts the window itself.
+        self.max_frames = "fidelity" if self.transcribes else model.meft_config.max_frames
+        self.tokens = tokens if model.states_of == "decoder" else None
         self.autocast, self.num_workers, self.progress = autocast, num_workers, progress
 
     def fill(self, examples: ExampleSet, say: Callable[[str], None]) -> None:
-        dataset = SpeechDataset(examples, self.extractor, None, self.max_frames)
+        dataset = SpeechDataset(examples, self.extractor, None, self.max_frames, self.tokens)
         prints = [clip_fingerprint(example) for example in examples]
+        if self.tokens is not None:
+            said = [self.tokens(example)["decoder_input_ids"] for example in examples]
+            prints = [token_fingerprint(*both) for both in zip(prints, said)]
         missing = {
             (example.name, fingerprint): i
             for i, (example, fingerprint) in enumerate(zip(examples, prints))
@@ -116,9 +123,12 @@ class _Filler:
         if not missing:
             say(f"feature cache {self.cache.folder}: all {len(examples)} clips are there")
             return
-        window = window_of(self.extractor, self.max_frames) // 2
-        known = None if self.max_frames == "fidelity" else dataset.lengths
-        frames = [window] * len(examples) if known is None else known
+        if self.tokens is not None:
+            frames = [len(ids) for ids in said]
+        else:
+            window = window_of(self.extractor, self.model.meft_config.max_frames) // 2
+            known = None if self.max_frames == "fidelity" else dataset.lengths
+            frames = [window] * len(examples) if known is None else known
         about = (len(self.cache.layers), self.encoder.hidden_size, self.cache.storage, self.encoder.dtype)
         todo = {i: clip_bytes(frames[i], *about) for i in sorted(missing.values(), key=lambda i: frames[i])}
         room = check_disk(self.cache.folder, sum(todo.values()))
@@ -133,7 +143,7 @@ class _Filler:
                 bar.update(bar.total - len(todo) - bar.n)
                 if chosen:
                     packed = []
-                    for i, parts in zip(chosen, self._compute(dataset, chosen)):
+                    for i, parts in zip(chosen, self._compute(dataset, chosen, frames)):
                         packed.append((examples[i], prints[i], parts))
                         self.claims.touch()
                         bar.update()
@@ -159,37 +169,66 @@ class _Filler:
             raise UserError(f"cannot write in {self.cache.folder}: {error.strerror}") from error
         return chosen
 
-    def _compute(self, dataset: SpeechDataset, chosen: Sequence[int]) -> Iterator[dict[str, Tensor]]:
-        """What is stored of each clip, in this order."""
+    def _compute(
+        self, dataset: SpeechDataset, chosen: Sequence[int], expected: Sequence[int]
+    ) -> Iterator[dict[str, Tensor]]:
+        """What is stored of each of the ``chosen`` clips, in this order; ``expected``: frames or tokens of
+        every clip."""
         whole = self.max_frames == "fidelity"
         collator = Collator(self.extractor, "fidelity" if whole else "longest")
+        if self.tokens is not None:
+            collator.pad_token_id = self.tokens.end
         loader = DataLoader(
             Subset(dataset, chosen), _BATCH, collate_fn=collator, num_workers=self.num_workers
         )
         device = self.encoder.conv1.weight.device
-        names = iter([dataset.examples[i].name for i in chosen])
+        numbers = iter(chosen)
         for batch in loader:
-            features = batch["input_features"].to(device)
-            mask = batch["attention_mask"].to(device)
+            clips = [next(numbers) for _ in batch["input_features"]]
+            names = [dataset.examples[i].name for i in clips]
+            batch = {name: each.to(device) for name, each in batch.items()}
+            features, lengths = self._window(batch, whole, names)
             frames = (features.shape[-1] + 1) // 2
-            lengths = None if whole else ((mask.sum(-1) + 1) // 2).clamp(1, frames)
+            kept = [frames] * len(clips) if lengths is None else lengths.tolist()
+            if self.tokens is not None:
+                kept = [expected[i] for i in clips]
             size = automatic_chunk(self.encoder, frames, device)
             for start in range(0, len(features), size):
                 part = slice(start, start + size)
-                states = self._states(features[part], None if lengths is None else lengths[part])
-                for b in range(len(features[part])):
-                    length = frames if lengths is None else int(lengths[start + b])
-                    name = next(names)
+                given = [None if each is None else each[part] for each in (features, lengths)]
+                states = self._states(*given, batch["decoder_input_ids"][part] if self.tokens else None)
+                for b, (name, length) in enumerate(zip(names[part], kept[part])):
                     try:
                         yield pack([_row(state, b) for state in states], length, self.cache.storage)
                     except UserError as error:
                         raise UserError(f"{name}: {error}") from error
 
-    def _states(self, features: Tensor, lengths: Tensor | None) -> list[Tensor | HiddenState]:
+    def _window(
+        self, batch: dict[str, Tensor], whole: bool, names: Sequence[str]
+    ) -> tuple[Tensor, Tensor | None]:
+        """The features that are computed of a batch of clips, and the clips' lengths, or None."""
+        features = batch["input_features"]
+        if not self.transcribes:
+            frames = (features.shape[-1] + 1) // 2
+            return features, None if whole else ((batch["attention_mask"].sum(-1) + 1) // 2).clamp(1, frames)
+        for name, clip in zip(names, features.split(1)):
+            try:
+                self.model.window(clip)
+            except UserError as error:
+                raise UserError(f"{name}: {error}") from error
+        return self.model.window(features)
+
+    def _states(
+        self, features: Tensor, lengths: Tensor | None, input_ids: Tensor | None
+    ) -> list[Tensor | HiddenState]:
+        """The cache's layers of some clips, or of their tokens ``input_ids``."""
         device, last = features.device.type, self.cache.layers[-1]
         dtype = None if self.autocast is None else getattr(torch, self.autocast)
         found = []
         with nullcontext() if dtype is None else torch.autocast(device, dtype):
+            if input_ids is not None:
+                states = self.model.token_states(features, lengths, input_ids)
+                return [states[layer] for layer in self.cache.layers]
             for layer, state in enumerate(self.encoder.stream(features, lengths, statistics=True)):
                 if layer in self.cache.layers:
                     found.append(state)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -11,9 +12,11 @@ import torch
 
 from ..audio import VERSION as READING
 from ..data.examples import Example
+from ..data.transcripts import TranscriptTokens
 from ..encoder.frozen import FrozenEncoder
 from ..encoder.quantization import REVISION, weights_digest
 from ..errors import UserError
+from ..model.base import MeftBase
 
 FORMAT = 2  # 1 had no checksums of indices and no config of the backbone
 
@@ -29,13 +32,62 @@ KEY_NAMES = {
     "autocast": "autocast (bf16, fp16)",
     "feature_extractor": "the feature extractor",
     "max_frames": "max_frames",
+    "decoder": "the decoder's weights",
+    "decoder_config": "the decoder's config",
+    "prompt": "the prompt before a transcript (language and task)",
 }
+
+# Entries that hash weights.
+WEIGHTS = ("backbone", "decoder")
+
+
+def key_of(
+    model: MeftBase,
+    feature_extractor: Any,
+    autocast: str | None = None,
+    tokens: TranscriptTokens | None = None,
+) -> dict[str, Any]:
+    """What the states that ``model`` reads depend on beside the clips; plain JSON values.
+
+    Args:
+        model: see :func:`cache_key` for ``feature_extractor`` and ``autocast``.
+        tokens: of the transcripts; needed for states of the decoder.
+
+    Raises:
+        UserError: see :func:`cache_key`; or ``tokens`` are needed.
+    """
+    max_frames = model.meft_config.max_frames
+    if model.task == "transcription" and max_frames != "fidelity":
+        max_frames = f"{max_frames} of every clip, padding heard"  # as none is for classification
+    key = cache_key(model.encoder, feature_extractor, max_frames, autocast)
+    if model.states_of == "encoder":
+        return key
+    if tokens is None:
+        raise UserError("tokens are needed to cache states of the decoder, which are those of a transcript")
+    decoder = model.decoder
+    weights = {name: w for name, w in decoder.state_dict().items() if not name.startswith("proj_out.")}
+    attention = decoder.layers[0].self_attn
+    config = {
+        "decoder_attention_heads": attention.num_heads,
+        "attention_scaling": attention.scaling,
+        "activation_function": str(decoder.config.activation_function),
+        "scale_embedding": bool(decoder.config.scale_embedding),
+        "layer_norm_eps": decoder.layer_norm.eps,
+    }
+    prompt = "".join(tokens.tokenizer.convert_ids_to_tokens(tokens.prompt))
+    return {
+        **key,
+        "states": model.states_of,
+        "decoder": weights_digest(weights),
+        "decoder_config": config,
+        "prompt": prompt,
+    }
 
 
 def cache_key(
     encoder: FrozenEncoder, feature_extractor: Any, max_frames: int | str, autocast: str | None = None
 ) -> dict[str, Any]:
-    """What the states of a clip depend on beside the clip itself; plain JSON values.
+    """What the encoder's states of a clip depend on beside the clip itself; plain JSON values.
 
     Args:
         encoder: the frozen backbone; all its weights are hashed, as they were before quantisation.
@@ -78,6 +130,21 @@ def _beside_the_weights(encoder: FrozenEncoder) -> dict[str, Any]:
     }
 
 
+# Between what a fingerprint says of a clip's source and what it says of the tokens of its transcript.
+_AND_TOKENS = ", tokens "
+
+
+def token_fingerprint(source: str, decoder_input_ids: Sequence[int]) -> str:
+    """What tells the states of a transcript's tokens from others; ``source``: :func:`clip_fingerprint`."""
+    numbers = " ".join(str(int(token)) for token in decoder_input_ids)
+    return f"{source}{_AND_TOKENS}{hashlib.sha256(numbers.encode()).hexdigest()[:32]}"
+
+
+def source_of(fingerprint: str) -> str:
+    """What a fingerprint says of the clip's source, whatever its transcript."""
+    return fingerprint.partition(_AND_TOKENS)[0]
+
+
 def clip_fingerprint(example: Example) -> str:
     """What tells a clip's source from another of the same name: size, time of change and some of the bytes of
     its file, or a hash of its content where it comes from elsewhere; and which part of it is meant.
@@ -86,7 +153,7 @@ def clip_fingerprint(example: Example) -> str:
         UserError: the source cannot be read.
     """
     source = example.value()
-    told = ("audio", "label", "speaker", "name", "seconds")
+    told = ("audio", "label", "speaker", "text", "name", "seconds")
     part = " ".join(str(getattr(example, each.name)) for each in fields(example) if each.name not in told)
     if isinstance(source, dict):
         part += f" at {source.get('sampling_rate')} Hz"

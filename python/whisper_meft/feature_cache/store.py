@@ -24,7 +24,7 @@ from torch import Tensor
 from ..data.examples import Example
 from ..errors import UserError
 from ..files import read_json, replacing, write_json
-from .key import FORMAT, KEY_NAMES, clip_fingerprint
+from .key import FORMAT, KEY_NAMES, WEIGHTS, clip_fingerprint, source_of
 from .shards import STORAGES, CachedClip, checksum, parts_of, read_header, read_rows, unpack
 
 # What nobody who fills the cache is known to be writing, see FeatureCache.remove_leftovers.
@@ -35,8 +35,8 @@ _CREATING_SECONDS = 60
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """Where a clip's states are: the ``number``-th of a shard's; ``frames`` of them per layer. ``seconds``:
-    the length of its audio, None where that was not known."""
+    """Where a clip's states are: the ``number``-th of a shard's; ``frames`` per layer, or tokens.
+    ``seconds``: the length of its audio, None where that was not known."""
 
     shard: str
     number: int
@@ -129,12 +129,13 @@ class FeatureCache:
 
     def check(self, key: dict[str, Any], layers: Sequence[int]) -> None:
         """Raises UserError, naming what differs, unless the cache is of these states."""
+        self.check_states_of(key.get("states", "encoder"))
         different = []
         for name, meaning in KEY_NAMES.items():
             before, now = self.key.get(name), key.get(name)
             if before == now:
                 continue
-            if name == "backbone":
+            if name in WEIGHTS:
                 different.append(f"{meaning} are others")
             elif isinstance(before, dict):
                 for each in sorted(before.keys() | now.keys()):
@@ -149,6 +150,15 @@ class FeatureCache:
             raise UserError(
                 f"the cache in {self.folder} is stale: {'; '.join(different)}; name another folder or remove "
                 "it"
+            )
+
+    def check_states_of(self, part: str) -> None:
+        """Raises UserError unless the states are those of this part, ``"encoder"`` or ``"decoder"``."""
+        found = self.key.get("states", "encoder")
+        if found != part:
+            raise UserError(
+                f"the cache in {self.folder} holds states of the {found}, those of the {part} are "
+                "needed: name another folder"
             )
 
     def scan(self) -> None:
@@ -193,21 +203,26 @@ class FeatureCache:
         """
         versions = self._clips.get(example.name, {})
         fingerprint = fingerprint or clip_fingerprint(example)
-        if versions and fingerprint not in versions and isinstance(example.audio, str | os.PathLike):
+        if fingerprint in versions:
+            return versions[fingerprint]
+        # Another transcript of the same clip makes nothing stale.
+        changed = versions and source_of(fingerprint) not in map(source_of, versions)
+        if changed and isinstance(example.audio, str | os.PathLike):
             raise UserError(
                 f"the cache in {self.folder} is stale: {example.name} has another size, date or segment than "
                 "when its states were computed; name another folder or remove it"
             )
-        return versions.get(fingerprint)
+        return None
 
     def checked(self, example: Example) -> Example | None:
         """The example with its length in ``seconds``, if its states are here: its audio was decoded when
         they were made, and has not changed since."""
-        versions = self._clips.get(example.name)
+        versions = self._clips.get(example.name, {})
         try:
-            clip = versions.get(clip_fingerprint(example)) if versions else None
+            source = clip_fingerprint(example) if versions else None
         except UserError:  # whoever checks the audio says it better
             return None
+        clip = next((each for found, each in versions.items() if source_of(found) == source), None)
         if clip is None or (clip.seconds is None and not example.has_features):
             return None
         return replace(example, seconds=clip.seconds)

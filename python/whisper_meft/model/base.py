@@ -38,6 +38,9 @@ class MeftBase(PreTrainedModel):
     task: ClassVar[str]
     base_class: ClassVar[type[PreTrainedModel]]
 
+    # Whose hidden states `states_read` counts: the encoder's of frames, or the decoder's of tokens.
+    states_of: str = "encoder"
+
     config_class = MeftModelConfig
     base_model_prefix = "meft"  # names no attribute: nothing of this model is a stock base model
     main_input_name = "input_features"

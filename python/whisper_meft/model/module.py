@@ -12,7 +12,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from ..encoder.cached import pooled_of_cached, states_read
+from ..encoder.cached import StoredStates, pooled_of_cached, states_read
 from ..encoder.chunked import pooled_in_chunks
 from ..encoder.graphed import GraphedReader
 from ..encoder.pooling import LastState, RunningStandardisation, StatisticsOf
@@ -165,9 +165,10 @@ class MeftModel(MeftBase):
         taken = StatisticsOf(self._last_state) if options.pooling == "statistics" else None
         if hidden_states is not None:
             lengths = None if options.max_frames == "fidelity" else hidden_state_lengths
-            given = (self.states_read, hidden_states, lengths, hidden_state_statistics, hidden_state_scales)
-            reading = (options.final_norm, options.through_last_layer)
-            pooled = pooled_of_cached(self.encoder, self.side_network, *given, *reading, taken)
+            given = (hidden_states, lengths, hidden_state_statistics, hidden_state_scales)
+            stored = StoredStates(self.states_read, *given)
+            reading = (options.final_norm, options.through_last_layer, taken)
+            pooled = pooled_of_cached(self.encoder, self.side_network, stored, *reading)
         elif options.frozen_encoder:
             features, lengths = self._frames_to_compute(input_features, attention_mask)
             graphed = self.training and torch.is_grad_enabled() and self._graphed is not None

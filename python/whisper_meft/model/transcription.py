@@ -3,6 +3,7 @@
 import copy
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from transformers.models.whisper.modeling_whisper import shift_tokens_right
 
 from meft_kernels import linear_cross_entropy
 
+from ..decoder.cached import corrected_of_tokens, token_states
 from ..decoder.chunked import decoded_in_chunks
 from ..decoder.corrected import CorrectedDecoder
+from ..encoder.cached import StoredStates, corrected_of_cached, heard_of_cached, states_corrected
 from ..encoder.chunked import automatic_chunk, corrected_in_chunks, heard_beside
 from ..encoder.fingerprint import fingerprint
 from ..errors import UserError
@@ -117,15 +120,26 @@ class MeftForConditionalGeneration(MeftBase):
         return fingerprint(self.encoder) + fingerprint(self.decoder)
 
     @property
-    def states_read(self) -> tuple[int, ...]:
-        """Not there for recognition yet.
+    def states_of(self) -> str:
+        """Whose hidden states :attr:`states_read` counts: the ``"encoder"``'s of frames, or the
+        ``"decoder"``'s of tokens."""
+        beside = self.placement == "decoder" and not self.meft_config.through_last_layer
+        return "decoder" if beside else "encoder"
 
-        Raises:
-            UserError: always.
+    @property
+    def states_read(self) -> tuple[int, ...]:
+        """Indices of the hidden states that can be computed ahead.
+
+        Of the encoder with ``placement="encoder"`` and ``"both"``; of the decoder, given a clip's tokens,
+        with ``"decoder"``. SHERL beside the decoder needs the encoder's output as well, for the last layer,
+        and reads that alone: the last state of the encoder, on which the decoder is run again.
         """
-        raise UserError(
-            "hidden states cannot be computed ahead for recognition yet: leave the feature cache out"
-        )
+        if self.states_of == "decoder":
+            return states_corrected(self.side_network, self.decoder.num_layers)
+        if self.placement in ("decoder", None):
+            return (self.encoder.num_layers,)
+        beside = self.side_network.memory if self.placement == "both" else self.side_network
+        return states_corrected(beside, self.encoder.num_layers)
 
     def set_attn_implementation(self, attn_implementation: str) -> None:
         """Chooses the attention of both: ``"sdpa"``, ``"eager"`` or ``"flash_attention_2"``."""
@@ -160,6 +174,10 @@ class MeftForConditionalGeneration(MeftBase):
         return_dict: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         return_logits: bool | None = None,
+        hidden_states: torch.Tensor | None = None,
+        hidden_state_lengths: torch.Tensor | None = None,
+        hidden_state_statistics: torch.Tensor | None = None,
+        hidden_state_scales: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Seq2SeqLMOutput | tuple[torch.Tensor, ...]:
         """The mean cross-entropy of ``labels``, and the scores of every token of the vocabulary.
@@ -177,6 +195,12 @@ class MeftForConditionalGeneration(MeftBase):
                 count.
             return_logits: whether to compute scores beside a loss, which does not need them; unset only in
                 evaluation mode.
+            hidden_states: (B, S, T, D) in place of ``input_features``: the states that :attr:`states_read`
+                names, computed earlier (:mod:`whisper_meft.feature_cache`), of the whole window's frames; or,
+                where :attr:`states_of` says "decoder", of the U tokens of ``decoder_input_ids``.
+            hidden_state_lengths: (B,) how many of the frames or tokens are a clip's own.
+            hidden_state_statistics: (B, S, T, 2) mean and rstd of their rows, where these are known.
+            hidden_state_scales: (B, S, 2, D) scale and shift of ``hidden_states`` in 8 bits, float8_e4m3fn.
             kwargs: ``label_smoothing``, the share of the loss's target that is spread over the vocabulary;
                 others are ignored, for callers that pass options of other models.
 
@@ -196,12 +220,25 @@ class MeftForConditionalGeneration(MeftBase):
             decoder_input_ids=decoder_input_ids,
             decoder_attention_mask=decoder_attention_mask,
             labels=labels,
+            hidden_states=hidden_states,
+            hidden_state_lengths=hidden_state_lengths,
+            hidden_state_statistics=hidden_state_statistics,
+            hidden_state_scales=hidden_state_scales,
         )
-        if (input_features is None) == (encoder_outputs is None):
-            raise UserError("one of input_features and encoder_outputs is needed, and not both")
+        if sum(each is not None for each in (input_features, encoder_outputs, hidden_states)) != 1:
+            raise UserError(
+                "one of input_features, encoder_outputs and hidden_states is needed, and no more of them"
+            )
         if labels is None and decoder_input_ids is None:
             raise UserError("labels or decoder_input_ids are needed: to transcribe, call generate")
-        clips = len(input_features if encoder_outputs is None else encoder_outputs[0])
+        stored = None
+        if hidden_states is not None:
+            given = (hidden_states, hidden_state_lengths, hidden_state_statistics, hidden_state_scales)
+            stored = StoredStates(self.states_read, *given)
+            along = "tokens" if self.states_of == "decoder" else "frames"
+            stored.check(self.encoder.hidden_size, self.encoder.layer_norm.weight.device, along)
+        given = input_features if encoder_outputs is None else encoder_outputs[0]
+        clips = len(given if hidden_states is None else hidden_states)
         self._check_tokens(clips, labels=labels, decoder_input_ids=decoder_input_ids)
         if decoder_input_ids is None:
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
@@ -210,14 +247,19 @@ class MeftForConditionalGeneration(MeftBase):
                 f"labels must have the shape of decoder_input_ids, {tuple(decoder_input_ids.shape)}, got "
                 f"{tuple(labels.shape)}"
             )
-        if encoder_outputs is None:
-            heard = self._heard(input_features)
+        if stored is not None and self.states_of == "decoder":
+            output = self._of_cached_tokens(stored, decoder_input_ids, labels, decoder_attention_mask)
         else:
-            heard = iter((encoder_outputs[0],))
-        if self.placement in ("decoder", "both"):
-            output = self._corrected(decoder_input_ids, heard, decoder_attention_mask)
-        else:
-            output = decoded_in_chunks(self.decoder, decoder_input_ids, heard, decoder_attention_mask)
+            if stored is not None:
+                heard = self._of_cached_frames(stored)
+            elif encoder_outputs is None:
+                heard = self._heard(input_features)
+            else:
+                heard = iter((encoder_outputs[0],))
+            if self.placement in ("decoder", "both"):
+                output = self._corrected(decoder_input_ids, heard, decoder_attention_mask)
+            else:
+                output = decoded_in_chunks(self.decoder, decoder_input_ids, heard, decoder_attention_mask)
         # Not named above: a Trainer takes every argument for labels that is called so, and asks for all.
         smoothing = kwargs.get("label_smoothing", 0.0)
         loss = None if labels is None else self._loss(output, labels, num_items_in_batch, smoothing)
@@ -259,8 +301,13 @@ class MeftForConditionalGeneration(MeftBase):
         finally:
             self.train(training)
 
-    def _heard(self, features: torch.Tensor) -> Iterator[torch.Tensor]:
-        """What the decoder reads of the audio, (b, T, D) of some clips after the other."""
+    def window(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What is computed of log-mel (B, mel bins, frames): the first ``max_frames`` of all clips alike; and
+        how many encoder frames that is (B,), or None for the backbone's whole window.
+
+        Raises:
+            UserError: sound behind them.
+        """
         options, lengths = self.meft_config, None
         if options.max_frames != "fidelity" and features.ndim == 3:
             most = 2 * options.max_frames
@@ -276,6 +323,12 @@ class MeftForConditionalGeneration(MeftBase):
             lengths = torch.full(
                 (len(features),), (features.shape[2] + 1) // 2, dtype=torch.long, device=features.device
             )
+        return features, lengths
+
+    def _heard(self, features: torch.Tensor) -> Iterator[torch.Tensor]:
+        """What the decoder reads of the audio, (b, T, D) of some clips after the other."""
+        options = self.meft_config
+        features, lengths = self.window(features)
         if self.placement == "encoder":
             given = (self.encoder, self.side_network, features, lengths, options.chunk_size)
             return corrected_in_chunks(*given, options.through_last_layer)
@@ -300,6 +353,63 @@ class MeftForConditionalGeneration(MeftBase):
         for states in self.encoder.stream(features, lengths, chunk_size=size, overwrite=True):  # noqa: B007
             pass
         return self.encoder.normed_output(states)
+
+    def _of_cached_frames(self, stored: StoredStates) -> Iterator[Any]:
+        """What :meth:`_heard` gives, from the encoder's states."""
+        options, encoder = self.meft_config, self.encoder
+        whole, frames = options.max_frames == "fidelity", stored.values.shape[2]
+        most = encoder.max_source_positions if whole else options.max_frames
+        stored.check_whole(most, "the backbone's whole window" if whole else "as max_frames says")
+        lengths = stored.lengths
+        if lengths is not None and _readable(lengths) and bool((lengths != frames).any()):
+            raise UserError(
+                f"hidden_state_lengths must all be {frames} for recognition, which hears padding as silence, "
+                f"got {int(lengths[lengths != frames][0])}"
+            )
+        alike = torch.full((len(stored.values),), frames, device=stored.values.device)
+        stored = replace(stored, lengths=None if whole else alike)
+        if self.placement == "encoder":
+            given = (encoder, self.side_network, stored, options.chunk_size)
+            return corrected_of_cached(*given, options.through_last_layer)
+        if self.placement == "both":
+            return heard_of_cached(encoder, self.side_network.memory, stored, options.chunk_size)
+        return iter((encoder.normed_output(stored.state(0, encoder.dtype)),))
+
+    def _of_cached_tokens(
+        self,
+        stored: StoredStates,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor | None,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The corrected output of the decoder (B, U, D), from its states."""
+        decoder, tokens = self.decoder, input_ids.shape[1]
+        if mask is not None:
+            raise UserError(
+                "decoder_attention_mask must be None beside hidden_states of the decoder, computed without it"
+            )
+        if stored.values.shape[2] != tokens:
+            raise UserError(
+                f"hidden_states must have the {tokens} tokens of decoder_input_ids, got "
+                f"{stored.values.shape[2]}: they are of other transcripts"
+            )
+        lengths = stored.lengths
+        if labels is not None and lengths is not None and _readable(labels) and _readable(lengths):
+            behind = torch.arange(tokens) >= lengths[:, None]
+            if bool((behind & (labels != -100)).any()):
+                raise UserError(
+                    "labels must be -100 behind hidden_state_lengths, the tokens whose states there are: "
+                    "they are of other transcripts"
+                )
+        states = stored.stream(decoder.dtype, statistics=True)
+        return corrected_of_tokens(decoder, self.side_network, states)
+
+    @torch.no_grad()
+    def token_states(
+        self, features: torch.Tensor, lengths: torch.Tensor | None, input_ids: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """The frozen decoder's states d_0 to d_L (B, U, D) of tokens (B, U), for what :meth:`window` gave."""
+        return token_states(self.decoder, input_ids, self._encoded(features, lengths))
 
     def _corrected(
         self, input_ids: torch.Tensor, heard: Iterator[torch.Tensor], mask: torch.Tensor | None
@@ -349,9 +459,7 @@ class MeftForConditionalGeneration(MeftBase):
                 raise UserError(
                     f"{name} must hold 1 to {most} tokens, the decoder's positions, got {tokens.shape[1]}"
                 )
-            # Only where looking at the values costs no wait for a device (fake tensors have no values).
-            readable = type(tokens) is torch.Tensor and tokens.device.type == "cpu"
-            if readable and not torch.compiler.is_compiling() and clips:
+            if _readable(tokens) and clips:
                 counted = tokens[tokens != -100] if name == "labels" else tokens
                 wrong = counted[(counted < 0) | (counted >= vocabulary)]
                 if len(wrong):
@@ -383,6 +491,12 @@ class MeftForConditionalGeneration(MeftBase):
             UserError: side networks and adapters cannot be merged.
         """
         return merged_recogniser(self)
+
+
+def _readable(tensor: torch.Tensor) -> bool:
+    """Whether looking at the values costs no wait for a device (fake tensors have none)."""
+    here = type(tensor) is torch.Tensor and tensor.device.type == "cpu"
+    return here and not torch.compiler.is_compiling()
 
 
 class _Encoder(nn.Module):
