@@ -88,6 +88,14 @@ class LadderDecoder(reference.LadderDecoder):
         """D_i, (B, U, r)."""
         return ops.norm_linear(hidden_state, *norm_linear_params(self.down[index]))
 
+    def climb(self, *given) -> Tensor:
+        """As the reference's, and computed again in the backward where there is no cache: keys and values of
+        all frames, kept for every rung, would outweigh the ladder beside the encoder."""
+        *_, cache, _ = given
+        if cache is not None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return super().climb(*given)
+        return checkpoint(super().climb, *given, use_reentrant=False, preserve_rng_state=False)
+
     def adapt(self, rung: torch.nn.Module, state: Tensor) -> Tensor:
         """W2 gelu(W1 LN(m) + b1) + b2, (B, U, r)."""
         return ops.adapter(state, *adapter_params(rung))

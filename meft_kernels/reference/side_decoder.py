@@ -125,25 +125,43 @@ class LadderDecoder(LST):
         stream = (state.values for state in self.read(hidden_states))
         first = next(stream)
         self.check_lengths(lengths, first)
-        state, mask = self.project(0, first), None
-        memory = memory.to(state.dtype)
-        keep = cache or (lambda rung, listens, make: make())
+        state = self.project(0, first)
+        memory, mask = memory.to(state.dtype), None
+        if cache is None:
+            mask = _mask(state.shape[1], state.shape[1], valid, state.device)
         for i, hidden_state in enumerate(stream):
-            rung, gate = self.rungs[i], torch.sigmoid(self.rungs[i].gate / GATE_TEMPERATURE)
             down = self.project(i + 1, hidden_state)
-            gate = gate.to(down.dtype)
-            state = gate * state + (1 - gate) * down
-            speaking, listening = self.speaking[i], self.listening[i]
-            normed = speaking.normed(state)
-            keys, values = keep(i, False, lambda a=speaking, n=normed: _keys_and_values(a, n))
-            if mask is None:
-                mask = _mask(state.shape[1], keys.shape[2], valid, state.device)
-            state = state + speaking.attend(normed, keys, values, mask)
-            normed = listening.normed(state)
-            keys, values = keep(i, True, lambda a=listening: _keys_and_values(a, memory))
-            state = state + listening.attend(normed, keys, values, None)
-            state = state + self.adapt(rung, state)
+            state = self.climb(i, state, down, memory, mask, cache, valid)
         return state
+
+    def climb(
+        self,
+        index: int,
+        state: Tensor,
+        down: Tensor,
+        memory: Tensor,
+        mask: Tensor | None,
+        cache: Cache | None = None,
+        valid: Tensor | None = None,
+    ) -> Tensor:
+        """s_i, (B, U, r), from s_{i-1} and D_i.
+
+        Args:
+            index: of the rung, i - 1. memory, cache, valid: as ``state``'s. mask: which token looks at which,
+                None: made of what ``cache`` gives.
+        """
+        rung, speaking, listening = self.rungs[index], self.speaking[index], self.listening[index]
+        keep = cache or (lambda rung, listens, make: make())
+        gate = torch.sigmoid(rung.gate / GATE_TEMPERATURE).to(down.dtype)
+        state = gate * state + (1 - gate) * down
+        normed = speaking.normed(state)
+        keys, values = keep(index, False, lambda: _keys_and_values(speaking, normed))
+        if mask is None:
+            mask = _mask(state.shape[1], keys.shape[2], valid, state.device)
+        state = state + speaking.attend(normed, keys, values, mask)
+        keys, values = keep(index, True, lambda: _keys_and_values(listening, memory))
+        state = state + listening.attend(listening.normed(state), keys, values, None)
+        return state + self.adapt(rung, state)
 
     def project(self, index: int, hidden_state: Tensor) -> Tensor:
         """D_i, (B, U, r)."""

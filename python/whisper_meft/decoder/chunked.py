@@ -23,6 +23,25 @@ _DEFAULT_LAYER_BYTES = 2**27
 _KEPT_BYTES = 2**28
 
 
+def _layer_bytes(decoder: FrozenDecoder, frames: int, width: int) -> int:
+    """Of one clip's keys and values in one layer."""
+    return max(1, 2 * frames * width * decoder.dtype.itemsize)
+
+
+def keeps_much(
+    decoder: FrozenDecoder, clips: int, frames: int, width: int, layers: int | None = None
+) -> bool:
+    """Whether keys and values of what ``clips`` hear, in ``layers`` layers or all, are too much to keep."""
+    layers = decoder.num_layers if layers is None else layers
+    return clips * _layer_bytes(decoder, frames, width) * layers > _KEPT_BYTES
+
+
+def clips_at_a_time(decoder: FrozenDecoder, frames: int, width: int, device: torch.device) -> int:
+    """So many clips that one layer's keys and values of what they hear, (frames, width) each, take little."""
+    most = _LAYER_BYTES.get(device_type(device), _DEFAULT_LAYER_BYTES)
+    return max(1, most // _layer_bytes(decoder, frames, width))
+
+
 def decoded_in_chunks(
     decoder: FrozenDecoder, input_ids: Tensor, encoder_outputs: Iterable[Tensor], mask: Tensor | None = None
 ) -> Tensor:
@@ -40,11 +59,10 @@ def decoded_in_chunks(
         size, whole = output.shape[0], output.shape[0]
         run = decoder.around()
         recomputes = decoder.recomputes and output.requires_grad and torch.is_grad_enabled()
-        if recomputes and not torch.compiler.is_compiling():
-            layer = 2 * output.shape[1] * output.shape[2] * decoder.dtype.itemsize
-            if input_ids.shape[0] * layer * decoder.num_layers > _KEPT_BYTES:
-                most = _LAYER_BYTES.get(device_type(output.device), _DEFAULT_LAYER_BYTES)
-                size, run = max(1, most // layer), decoder.around(recomputed)
+        recomputes = recomputes and not torch.compiler.is_compiling()
+        if recomputes and keeps_much(decoder, input_ids.shape[0], *output.shape[1:]):
+            size = clips_at_a_time(decoder, *output.shape[1:], output.device)
+            run = decoder.around(recomputed)
         for part in output.split(max(size, 1)) if size < whole else (output,):
             rows = slice(done, done + part.shape[0])
             of_part = None if mask is None else mask[rows]

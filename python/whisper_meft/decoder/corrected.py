@@ -18,7 +18,8 @@ from transformers.cache_utils import DynamicLayer
 
 from meft_kernels import SHERL, CausalUniPT, LadderDecoder, UniPTDecoder
 
-from .frozen import FrozenDecoder
+from .chunked import keeps_much
+from .frozen import FrozenDecoder, recomputed
 
 
 class CorrectedDecoder:
@@ -26,14 +27,14 @@ class CorrectedDecoder:
 
     Args:
         decoder: the frozen one. side_network: reads its hidden states.
-        memory: (B, T, r), what a ``LadderDecoder`` or ``UniPTDecoder`` listens to; None: it stands behind the
-            encoder's output, (B, T, D + r), as generation hands it around.
+        clips: of a training step, of which each call has some: where the last layer of all would keep much
+            for the backward, it is computed again there.
     """
 
-    def __init__(self, decoder: FrozenDecoder, side_network: nn.Module, memory: Tensor | None = None):
+    def __init__(self, decoder: FrozenDecoder, side_network: nn.Module, clips: int = 0):
         self.decoder = decoder
         self.side_network = side_network
-        self.memory = memory
+        self.clips = clips
 
     def whisper_decoder(self) -> nn.Module:
         """The decoder for one call, or for a whole generation. Where gradients are enabled when it is called,
@@ -46,7 +47,8 @@ class _Reading:
 
     def __init__(self, corrected: CorrectedDecoder):
         self.decoder, self.side_network = corrected.decoder, corrected.side_network
-        self.memory = self.given_memory = corrected.memory
+        self.clips = corrected.clips
+        self.memory: Tensor | None = None
         self.states: list[Tensor] = []
         self.cache: Any = None
         self.mask: Tensor | None = None
@@ -61,7 +63,7 @@ class _Reading:
 
     def begin(self, mask: Tensor | None) -> None:
         self.states, self.cache, self.mask = [], None, mask
-        self.memory = self.given_memory
+        self.memory = None
         self.with_gradient = torch.is_grad_enabled()
 
     def _layer(self, layer: nn.Module, states: Tensor, *arguments: Any, **options: Any) -> Tensor:
@@ -78,7 +80,11 @@ class _Reading:
     def _last_layer(self, layer: nn.Module, states: Tensor, *arguments: Any, **options: Any) -> Tensor:
         self.states.append(states.detach())
         with torch.set_grad_enabled(self.with_gradient):
-            return layer(self.side_network(self.states), *arguments, **options)
+            merged, heard = self.side_network(self.states), arguments[1]
+            keeps = merged.requires_grad and not torch.compiler.is_compiling()
+            if keeps and keeps_much(self.decoder, self.clips, *heard.shape[1:], layers=1):
+                return recomputed(layer, merged, *arguments, **options)
+            return layer(merged, *arguments, **options)
 
     def _norm(self, norm: nn.Module, states: Tensor) -> Tensor:
         self.states.append(states.detach())

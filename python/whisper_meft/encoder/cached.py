@@ -179,7 +179,7 @@ def corrected_of_cached(
     """
     read = correcting(encoder, side_network, len(stored.values), through_last_layer)
     for part in _slabs(encoder, side_network, stored, chunk_size):
-        yield read(part.stream(encoder.dtype, hasattr(side_network, "fold")), part.lengths)
+        yield from read(part.stream(encoder.dtype, hasattr(side_network, "fold")), part.lengths)
 
 
 def heard_of_cached(
@@ -189,7 +189,7 @@ def heard_of_cached(
     as for :func:`corrected_of_cached`."""
     read = hearing(encoder, memory)
     for part in _slabs(encoder, memory, stored, chunk_size):
-        yield read(part.stream(encoder.dtype, True), part.lengths)
+        yield from read(part.stream(encoder.dtype, True), part.lengths)
 
 
 def _slabs(

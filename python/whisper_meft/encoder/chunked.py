@@ -33,6 +33,9 @@ _DEFAULT_INNER_ELEMENTS = 3 * 2**24
 # for that layer then: worth so many bytes.
 _WAITING_BYTES = 2**27
 
+# A correction is widened for so many bytes of the encoder's output at a time.
+_WIDE_BYTES = 2**26
+
 # What SHERL's last layer may keep for its backward, in bytes, before it is computed again instead; a layer
 # keeps about so many tensors of the backbone's width.
 _KEPT_BYTES = 2**28
@@ -143,7 +146,7 @@ def corrected_in_chunks(
     """
     read = correcting(encoder, side_network, features.shape[0], through_last_layer)
     for states, of_part in _slabs(encoder, side_network, features, lengths, chunk_size, False):
-        yield read(states, of_part)
+        yield from read(states, of_part)
 
 
 def heard_beside(
@@ -164,13 +167,13 @@ def heard_beside(
     """
     read = hearing(encoder, memory)
     for states, of_part in _slabs(encoder, memory, features, lengths, chunk_size, False):
-        yield read(states, of_part)
+        yield from read(states, of_part)
 
 
 def correcting(
     encoder: FrozenEncoder, side_network: nn.Module, clips: int, through_last_layer: bool = False
-) -> Callable[[Iterable[Tensor | HiddenState | None], Tensor | None], Tensor]:
-    """What makes :func:`corrected_in_chunks`'s output of the hidden states and the lengths of some of the
+) -> Callable[[Iterable[Tensor | HiddenState | None], Tensor | None], Iterator[Tensor]]:
+    """What makes :func:`corrected_in_chunks`'s parts of the hidden states and the lengths of some of the
     ``clips`` of a step."""
     if through_last_layer:
         return partial(_through_last_layer, encoder, side_network, clips)
@@ -179,7 +182,7 @@ def correcting(
 
 def hearing(
     encoder: FrozenEncoder, memory: nn.Module
-) -> Callable[[Iterable[Tensor | HiddenState | None], Tensor | None], tuple[Tensor, Tensor]]:
+) -> Callable[[Iterable[Tensor | HiddenState | None], Tensor | None], Iterator[tuple[Tensor, Tensor]]]:
     """As :func:`correcting`, for :func:`heard_beside`."""
     return partial(_corrected, encoder, memory, memory.fold(), join=_both)
 
@@ -195,7 +198,9 @@ def _corrected(
     hidden_states: Iterable[Tensor | HiddenState],
     lengths: Tensor | None,
     join: Callable[[Tensor, Tensor], Any] = torch.add,
-) -> Any:
+) -> Iterator[Any]:
+    """Some clips at a time: at the backbone's width each part is short-lived, and what is added to it holds
+    it in float32 on the way."""
     last = None
 
     def remembered() -> Iterator[Tensor | HiddenState]:
@@ -208,8 +213,12 @@ def _corrected(
     state = side_network.state(stream, lengths, folded)
     for _ in stream:  # layers behind the last that is tapped
         pass
-    own = encoder.normed_output(last.values if isinstance(last, HiddenState) else last)
-    return join(own, side_network.widen(state))
+    last = last.values if isinstance(last, HiddenState) else last
+    size = max(last.shape[0], 1)
+    if not torch.compiler.is_compiling():
+        size = max(1, _WIDE_BYTES // max(1, last.shape[1] * last.shape[2] * last.itemsize))
+    for own, part in zip(last.split(size), state.split(size)):
+        yield join(encoder.normed_output(own), side_network.widen(part))
 
 
 def _through_last_layer(
@@ -218,7 +227,7 @@ def _through_last_layer(
     whole_batch: int,
     hidden_states: Iterable[Tensor | HiddenState],
     lengths: Tensor | None,
-) -> Tensor:
+) -> Iterator[Tensor]:
     """SHERL and the frozen last layer's output for some of the ``whole_batch`` utterances of a step."""
     deepest, merged = side_network.merge(hidden_states, lengths)
     part = None
@@ -226,7 +235,7 @@ def _through_last_layer(
         part = len(deepest)
         if not torch.compiler.is_compiling():
             part = automatic_backward_part(encoder, side_network, whole_batch, deepest)
-    return states_through_last_layer(encoder, side_network, deepest, merged, lengths, part)
+    yield states_through_last_layer(encoder, side_network, deepest, merged, lengths, part)
 
 
 def _slabs(

@@ -106,11 +106,12 @@ class _Filler:
         self.transcribes = model.task == "transcription"
         # A recogniser hears padding, and cuts the window itself.
         self.max_frames = "fidelity" if self.transcribes else model.meft_config.max_frames
+        self.transcripts = tokens if self.transcribes else None
         self.tokens = tokens if model.states_of == "decoder" else None
         self.autocast, self.num_workers, self.progress = autocast, num_workers, progress
 
     def fill(self, examples: ExampleSet, say: Callable[[str], None]) -> None:
-        dataset = SpeechDataset(examples, self.extractor, None, self.max_frames, self.tokens)
+        dataset = SpeechDataset(examples, self.extractor, None, self.max_frames, self.transcripts)
         prints = [clip_fingerprint(example) for example in examples]
         if self.tokens is not None:
             said = [self.tokens(example)["decoder_input_ids"] for example in examples]
@@ -176,8 +177,8 @@ class _Filler:
         every clip."""
         whole = self.max_frames == "fidelity"
         collator = Collator(self.extractor, "fidelity" if whole else "longest")
-        if self.tokens is not None:
-            collator.pad_token_id = self.tokens.end
+        if self.transcripts is not None:
+            collator.pad_token_id = self.transcripts.end
         loader = DataLoader(
             Subset(dataset, chosen), _BATCH, collate_fn=collator, num_workers=self.num_workers
         )

@@ -16,7 +16,7 @@ from transformers.models.whisper.modeling_whisper import shift_tokens_right
 from meft_kernels import linear_cross_entropy
 
 from ..decoder.cached import corrected_of_tokens, token_states
-from ..decoder.chunked import decoded_in_chunks
+from ..decoder.chunked import clips_at_a_time, decoded_in_chunks
 from ..decoder.corrected import CorrectedDecoder
 from ..encoder.cached import StoredStates, corrected_of_cached, heard_of_cached, states_corrected
 from ..encoder.chunked import automatic_chunk, corrected_in_chunks, heard_beside
@@ -339,8 +339,25 @@ class MeftForConditionalGeneration(MeftBase):
             *_, heard = self.encoder.stream(features, lengths, final_norm=True)
             # A decoder in half precision that does not train is none of autocast's business.
             return iter((heard if self.decoder.dtype == torch.float32 else heard.to(self.decoder.dtype),))
-        with torch.no_grad():
-            return iter((self._encoded(features, lengths),))
+        return self._encoded_in_parts(features, lengths)
+
+    def _clips_at_a_time(self, frames: int, width: int, device: torch.device) -> int:
+        """Clips that the frozen decoder listens to at a time; (frames, width) is what each gives it."""
+        size = clips_at_a_time(self.decoder, frames, width, device)
+        # A backward through the last layer holds the gradients of keys and values beside them.
+        return max(1, size // 2) if self.meft_config.through_last_layer else size
+
+    def _encoded_in_parts(
+        self, features: torch.Tensor, lengths: torch.Tensor | None
+    ) -> Iterator[torch.Tensor]:
+        """:meth:`_encoded` of as many clips as the decoder listens to at a time."""
+        size = len(features)
+        if features.ndim == 3 and not torch.compiler.is_compiling():
+            heard = (features.shape[2] + 1) // 2, self.encoder.hidden_size
+            size = self._clips_at_a_time(*heard, features.device)
+        for start in range(0, max(len(features), 1), max(size, 1)):
+            part = slice(start, start + size)
+            yield self._encoded(features[part], None if lengths is None else lengths[part])
 
     @torch.no_grad()
     def _encoded(self, features: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
@@ -373,7 +390,17 @@ class MeftForConditionalGeneration(MeftBase):
             return corrected_of_cached(*given, options.through_last_layer)
         if self.placement == "both":
             return heard_of_cached(encoder, self.side_network.memory, stored, options.chunk_size)
-        return iter((encoder.normed_output(stored.state(0, encoder.dtype)),))
+        return self._encoded_before(stored)
+
+    def _encoded_before(self, stored: StoredStates) -> Iterator[torch.Tensor]:
+        """The encoder's output, from its last state, of as many clips as the decoder listens to at a time."""
+        encoder, (clips, _, frames, width) = self.encoder, stored.values.shape
+        size = clips
+        if not torch.compiler.is_compiling():
+            size = self._clips_at_a_time(frames, width, stored.values.device)
+        for start in range(0, max(clips, 1), max(size, 1)):
+            part = stored.clips(slice(start, start + size))
+            yield encoder.normed_output(part.state(0, encoder.dtype))
 
     def _of_cached_tokens(
         self,
@@ -414,16 +441,40 @@ class MeftForConditionalGeneration(MeftBase):
     def _corrected(
         self, input_ids: torch.Tensor, heard: Iterator[torch.Tensor], mask: torch.Tensor | None
     ) -> torch.Tensor:
+        if not self.meft_config.through_last_layer:
+            return self._of_tokens(input_ids, heard, mask)
         outputs, done = [], 0
-        for part in heard:
-            own, memory = part if isinstance(part, tuple) else (part, None)
+        for own in heard:
             rows = slice(done, done + len(own))
-            corrected = CorrectedDecoder(self.decoder, self._of_the_decoder(), memory)
+            corrected = CorrectedDecoder(self.decoder, self.side_network, clips=len(input_ids))
             of_part = None if mask is None else mask[rows]
             run = corrected.whisper_decoder()
             outputs.append(self.decoder.run(run, input_ids[rows], own, of_part))
             done += len(own)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _of_tokens(
+        self, input_ids: torch.Tensor, heard: Iterator[torch.Tensor], mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """As :meth:`_corrected`, of a side network that needs no layer of the decoder: it reads the states of
+        all clips at once, and of what was heard no more is kept than its own part."""
+        parts, memories, done = [], [], 0
+        for part in heard:
+            own, memory = part if isinstance(part, tuple) else (part, None)
+            if own.shape[-1] > self.encoder.hidden_size:  # get_encoder gives both, one behind the other
+                own, memory = own.tensor_split([self.encoder.hidden_size], -1)
+            memories.append(memory)
+            rows = slice(done, done + len(own))
+            of_part = None if mask is None else mask[rows]
+            parts.append(token_states(self.decoder, input_ids[rows], own, of_part))
+            done += len(own)
+        del part, own
+        states, memory = parts[0], memories[0]
+        if len(parts) > 1:
+            states = [torch.cat([part.pop(0) for part in parts]) for _ in range(len(states))]
+            memory = None if memory is None else torch.cat(memories)
+        del parts, memories
+        return corrected_of_tokens(self.decoder, self._of_the_decoder(), states, mask, memory)
 
     def _of_the_decoder(self) -> nn.Module:
         """The side network that reads the decoder's states."""
