@@ -9,7 +9,15 @@ from modelling_fixtures import CONFIGS, randomise
 from tokens_fixtures import spelling_tokenizer
 from training_fixtures import make_audio_folder, make_backbone
 from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
-from whisper_meft import HeadConfig, data, get_meft_model
+from whisper_meft import (
+    AdapterConfig,
+    BitFitConfig,
+    FullConfig,
+    HeadConfig,
+    LoRAConfig,
+    data,
+    get_meft_model,
+)
 from whisper_meft.data import ExampleSet, TranscriptTokens
 from whisper_meft.errors import UserError
 from whisper_meft.feature_cache.dataset import CachedCollator, CachedDataset
@@ -23,7 +31,7 @@ WORDS = ["Ja.", "Nee, nooit!", "Goedemorgen", "hè?", "Zeker wel", "Dag"]
 # Every method in every placement that it has.
 EVERYWHERE = pytest.mark.parametrize(
     ("method", "placement"),
-    [*((m, p) for m in CONFIGS for p in ("encoder", "decoder")), ("lst", "both")],
+    [*((m, p) for m in CONFIGS for p in ("encoder", "decoder")), ("lst", "both"), ("unipt", "both")],
 )
 
 
@@ -197,6 +205,7 @@ def test_a_batch_neighbour_changes_nothing(method, placement, work, tmp_path):
         ("unipt", "encoder", {"layers": [1, 3]}, "encoder", (0, 1, 3)),
         ("sherl", "encoder", {}, "encoder", (0, 1, 2)),
         ("lst", "both", {}, "encoder", (0, 1, 2, 3)),
+        ("unipt", "both", {}, "encoder", (0, 1, 2, 3)),
         ("lst", "decoder", {}, "decoder", (0, 1, 2)),
         ("unipt", "decoder", {"layers": [1]}, "decoder", (0, 1, 2)),
         ("sherl", "decoder", {}, "encoder", (3,)),
@@ -217,6 +226,29 @@ def test_what_each_placement_reads(method, placement, options, part, layers, wor
         cache, said = FeatureCache(tmp_path / "c"), [len(work[3](e)["labels"]) for e in work[1]]
         assert batch["hidden_state_lengths"].tolist() == said and len(set(said)) > 3
         assert cache.bytes_on_disk < 6 * len(layers) * tokens * WIDTH * 4
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        FullConfig(target="decoder"),
+        BitFitConfig(target="decoder"),
+        AdapterConfig(target="decoder", adapter_dim=8),
+        LoRAConfig(target="decoder", r=4),
+    ],
+    ids=lambda config: config.method,
+)
+def test_what_trains_inside_the_decoder_reads_the_last_state_of_the_encoder(config, work, tmp_path):
+    model = get_meft_model(whisper(dropout=0.0), config).train()
+    assert (model.states_of, model.states_read) == ("encoder", (3,))
+    expected, wanted = gradients(model, online_batch(work))
+    output, found = gradients(model, cached_batch(work, model, tmp_path / "c"))
+    torch.testing.assert_close(output.loss, expected.loss, rtol=1e-6, atol=0)
+    assert wanted.norm() > 0 and (found - wanted).norm() <= 1e-5 * wanted.norm()
+    for target in ("encoder", "both"):
+        other = get_meft_model(whisper(), type(config)(target=target))
+        with pytest.raises(UserError, match=f"ahead for {config.method} of the encoder, .* target='decoder'"):
+            prepare_cache(tmp_path / target, other, work[2], [work[1]], progress=False, tokens=work[3])
 
 
 def test_no_layer_runs_that_need_not(work, tmp_path):
