@@ -2,12 +2,14 @@
 transcript's or language's states are never read."""
 
 import copy
+import re
 
 import pytest
 import torch
 from modelling_fixtures import CONFIGS, randomise
+from recogniser_fixtures import make_recogniser
 from tokens_fixtures import spelling_tokenizer
-from training_fixtures import make_audio_folder, make_backbone
+from training_fixtures import make_audio_folder, make_backbone, make_transcripts
 from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
 from whisper_meft import (
     AdapterConfig,
@@ -18,6 +20,7 @@ from whisper_meft import (
     data,
     get_meft_model,
 )
+from whisper_meft.commands.cli import main
 from whisper_meft.data import ExampleSet, TranscriptTokens
 from whisper_meft.errors import UserError
 from whisper_meft.feature_cache.dataset import CachedCollator, CachedDataset
@@ -451,3 +454,72 @@ def test_it_learns_from_a_cache_and_the_backbone_keeps_every_bit(method, placeme
     assert losses[-1] < losses[0] - 0.05
     assert all(torch.equal(before[name], tensor) for name, tensor in base.state_dict().items())
     model.eval().generate(online_batch(work)["input_features"], max_new_tokens=3)
+
+
+# ---------------------------------------------------------------- whisper-meft cache --task transcribe
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """whisper/, with a tokenizer, and train.csv of 6 clips with transcripts."""
+    folder = tmp_path_factory.mktemp("command")
+    make_recogniser(folder / "whisper")
+    make_transcripts(folder / "train.csv", make_audio_folder(folder / "train", 2))
+    return folder
+
+
+def cache_command(folders, output, **options):
+    options = {
+        "model_name_or_path": folders / "whisper",
+        "train_data": folders / "train.csv",
+        "output_dir": output,
+        "task": "transcribe",
+        "language": "nl",
+        "reduction_factor": 2,
+        "disable_tqdm": True,
+        "eval_data": folders / "train.csv",
+        **options,
+    }
+    return ["cache", *(f"--{name}={value}" for name, value in options.items() if value is not None)]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"placement": "decoder"}, r"holds 6 clips, layers [\d, ]+ of the decoder as bfloat16"),
+        ({"placement": "encoder"}, r"holds 6 clips, layers 0, 1[\d, ]* as bfloat16"),
+        ({"method": "unipt", "placement": "both"}, r"holds 6 clips, layers 0, 1[\d, ]* as bfloat16"),
+        (
+            {"method": "full", "target": "decoder", "reduction_factor": None},
+            r"6 clips, layers \d as bfloat16",
+        ),
+    ],
+)
+def test_the_command_fills_what_training_reads(options, said, folders, tmp_path, capsys):
+    assert main(cache_command(folders, tmp_path / "c", **options)) == 0
+    printed = capsys.readouterr().out
+    assert re.search(said, printed), printed
+    assert main(cache_command(folders, tmp_path / "c", **options)) == 0
+    assert "all 6 clips are there" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"language": None}, "language is needed to transcribe with a multilingual Whisper"),
+        ({"language": "klingon"}, "language must be one of this Whisper's"),
+        ({"task": "classify"}, "language: 'nl' is of transcripts: give --task transcribe"),
+        ({"method": "full", "reduction_factor": None}, "method: full trains inside the encoder"),
+        ({"placement": "both", "method": "sherl"}, "placement must be 'encoder' or 'decoder' for sherl"),
+    ],
+)
+def test_the_command_refuses_in_one_line(options, message, folders, tmp_path, capsys):
+    assert main(cache_command(folders, tmp_path / "c", **options)) != 0
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("whisper-meft: error: ") and error.count("\n") == 1
+
+
+def test_the_command_keeps_languages_apart(folders, tmp_path, capsys):
+    assert main(cache_command(folders, tmp_path / "c", placement="decoder")) == 0
+    assert main(cache_command(folders, tmp_path / "c", placement="decoder", language="german")) != 0
+    assert "is stale: the prompt before a transcript (language and task) was" in capsys.readouterr().err

@@ -2,21 +2,27 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from .. import data
+from ..data.transcripts import TranscriptTokens
 from ..errors import UserError
 from ..evaluation.loaded import usable_device
 from ..feature_cache.filling import prepare_cache
+from ..methods import MeftConfig
 from ..model.module import get_meft_model
 from ..model.pretrained import load_whisper, resolve_dtype
+from ..model.speaking import load_language
 from ..options.common import MethodArguments, ModelArguments
 from ..options.parser import Parser, UsageError
+from ..options.task import TaskArguments
 from ..options.training import TrainDataArguments
 from ..training.console import say
 from ..training.data import load_data
 from ..training.settings import load_sizes_and_extractor, method_config
+from ..training.tasks.base import Task
 from ..training.tasks.classification import Classification
+from ..training.tasks.transcription import Transcription
 
 
 @dataclass
@@ -58,35 +64,53 @@ def make_parser() -> Parser:
     """The parser of `whisper-meft cache`."""
     return Parser(
         "cache",
-        (ModelArguments, MethodArguments, TrainDataArguments, CacheArguments),
+        (ModelArguments, TaskArguments, MethodArguments, TrainDataArguments, CacheArguments),
         usage="--model_name_or_path NAME_OR_DIR --train_data PATH_OR_NAME --output_dir DIR ...",
         description="Computes once what the side network reads of the frozen backbone, for `train "
-        "--cache_features DIR`. Of the method's options only --layers, --max_frames and --method matter.",
+        "--cache_features DIR`. Of the method's options only --layers, --max_frames, --method, --placement "
+        "and --target matter.",
     )
 
 
 def run(argv: Sequence[str]) -> int:
     """`whisper-meft cache`; returns the exit status."""
-    models, methods, sources, options = make_parser().parse(argv)
+    models, task_arguments, methods, sources, options = make_parser().parse(argv)
     device = usable_device(options.device)
-    dtype = resolve_dtype(models.backbone_dtype, device.type == "cpu")
+    dtype = models.backbone_dtype
+    if dtype == "auto" and MeftConfig.methods()[methods.method].trains_backbone:
+        dtype = "float32"  # as train has it
+    dtype = resolve_dtype(dtype, device.type == "cpu")
     config = method_config(methods, dtype, models.backbone_quantization)
     if not config.frozen_encoder:
         raise UserError(f"method: {config.method} trains inside the encoder, so there is nothing to cache")
-    _, extractor = load_sizes_and_extractor(models, config)
-    model = get_meft_model(load_whisper(models, dtype).to(device), config)
+    sizes, extractor = load_sizes_and_extractor(models, config)
+    task, tokens = _task(task_arguments, models, config, sizes, extractor)
+    model = get_meft_model(load_whisper(models, dtype, task.backbone_class).to(device), config)
     show = not options.disable_tqdm
     if models.backbone_compile:
         model.encoder.compile_layers()
     how = (options.num_workers, show, options.output_dir, extractor)
-    examples = load_data(sources, Classification(config, extractor), True, False, options.seed, *how)
+    examples = load_data(sources, task, True, False, options.seed, *how)
     sets = [part for part in (examples.training, examples.evaluation) if part is not None]
     how = (options.storage, options.autocast, options.num_workers, show, say)
-    cache = prepare_cache(options.output_dir, model, extractor, sets, *how)
+    cache = prepare_cache(options.output_dir, model, extractor, sets, *how, tokens=tokens)
+    of = " of the decoder" if model.states_of == "decoder" else ""
     say(
-        f"{options.output_dir} holds {len(cache)} clips, layers {', '.join(map(str, cache.layers))} as "
+        f"{options.output_dir} holds {len(cache)} clips, layers {', '.join(map(str, cache.layers))}{of} as "
         f"{cache.storage}, {cache.bytes_on_disk / 2**30:.3g} GiB"
     )
     if examples.left_out:
         say(data.describe_bad(examples.left_out, len(examples.left_out) + sum(map(len, sets))))
     return 0
+
+
+def _task(
+    arguments: TaskArguments, models: ModelArguments, config: MeftConfig, sizes: Any, extractor: Any
+) -> tuple[Task, TranscriptTokens | None]:
+    """What the states are for, and what makes the tokens of transcripts."""
+    if arguments.task == "transcribe":
+        task = Transcription(config, sizes, extractor, load_language(models, sizes, arguments.language))
+        return task, task.tokens
+    if arguments.language is not None:
+        raise UserError(f"language: {arguments.language!r} is of transcripts: give --task transcribe")
+    return Classification(config, extractor), None

@@ -55,18 +55,18 @@ class Transcription(Task):
         sizes: WhisperConfig,
         extractor: WhisperFeatureExtractor,
         speaking: LanguageOf,
-        arguments: TrainArguments,
+        arguments: TrainArguments | None = None,
     ):
         check_method(config, sizes)
         self.config, self.extractor, self.speaking = config, extractor, speaking
         self.tokens = data.TranscriptTokens(speaking.tokenizer, sizes.max_target_positions)
         most = sizes.max_target_positions
-        if (arguments.generation_max_length or 0) > most:
+        longest = getattr(arguments, "generation_max_length", None)
+        if (longest or 0) > most:
             raise UserError(
-                f"generation_max_length must be at most {most}, the decoder's positions, got "
-                f"{arguments.generation_max_length}"
+                f"generation_max_length must be at most {most}, the decoder's positions, got {longest}"
             )
-        given = {"max_length": arguments.generation_max_length, "num_beams": arguments.generation_num_beams}
+        given = {"max_length": longest, "num_beams": getattr(arguments, "generation_num_beams", None)}
         self.generation = {name: value for name, value in given.items() if value is not None}
         self.arguments = arguments
 
