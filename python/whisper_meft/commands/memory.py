@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -41,6 +41,21 @@ class MemoryArguments:
         default=None, metadata={"help": "size of the card, such as 8GiB; says what fits and what would help"}
     )
     num_labels: int = field(default=2, metadata={"help": "classes"})
+    task: Literal["classify", "transcribe"] = field(
+        default="classify",
+        metadata={"help": "classify clips, or transcribe them (which takes a whole Whisper)"},
+    )
+    tokens: int | None = field(
+        default=None,
+        metadata={"help": "tokens of a transcript, prompt and padding included (transcribe; default: 64)"},
+    )
+    methods: str | None = field(
+        default=None,
+        metadata={
+            "help": "several methods in a table, with commas between and options behind a colon: "
+            "lst,lst:placement=decoder,lora:r=8+target=decoder; other options go to those that have them"
+        },
+    )
     backbone_dtype: Literal["auto", "float32", "float16", "bfloat16"] = field(
         default="auto",
         metadata={"help": "type the frozen weights are held in; auto is bfloat16 on cuda, else float32"},
@@ -59,6 +74,10 @@ class MemoryArguments:
     def __post_init__(self):
         if self.bf16 and self.fp16:
             raise UsageError("--bf16 and --fp16 cannot be given both")
+        if self.tokens is not None and self.task == "classify":
+            raise UsageError("--tokens goes with --task transcribe")
+        if self.methods is not None and self.gpu_memory is not None:
+            raise UsageError("--gpu_memory is for one method, see --method, and not for --methods")
         if self.batch is not None and self.batch < 1:
             raise UsageError(f"--batch must be a positive integer, got {self.batch}")
 
@@ -103,7 +122,10 @@ def run(argv: Sequence[str]) -> int:
 
     from ..memory.counting import estimate
 
-    if size is None:
+    if arguments.methods is not None:
+        for line in compared(arguments.methods, arguments.batch or 16, asked):
+            print(line, flush=True)
+    elif size is None:
         batch = arguments.batch or 16
         print(describe(estimate(batch_size=batch, **asked), batch, asked))
     elif arguments.batch is not None:
@@ -130,6 +152,8 @@ def _settings(arguments: MemoryArguments, method: MethodArguments) -> dict[str, 
         "dtype": dtype,
         "autocast": "bfloat16" if arguments.bf16 else "float16" if arguments.fp16 else None,
         "num_labels": arguments.num_labels,
+        "task": arguments.task,
+        "tokens": arguments.tokens or 64,
         "device_type": arguments.device,
         "backend": arguments.backend,
         "backbone_quantization": arguments.backbone_quantization,
@@ -141,10 +165,9 @@ def describe(count: "MemoryCount", batch: int, asked: dict[str, Any]) -> str:
     """The count as a few lines of text."""
     from ..memory.counting import CONTEXT, GIB
 
-    name = asked["model"] if isinstance(asked["model"], str) else "the given model"
     on_gpu = asked["device_type"] == "cuda"
     lines = [
-        f"{asked['method']} on {name}, batch {batch}: {count.trainable_parameters:,d} of "
+        f"{_called(asked)} on {_step(asked, batch)}: {count.trainable_parameters:,d} of "
         f"{count.parameters:,d} parameters train",
         "",
         f"  {count.peak / GIB:8.2f} GiB  most in use at once, in the {count.peak_phase} phase",
@@ -161,6 +184,64 @@ def describe(count: "MemoryCount", batch: int, asked: dict[str, Any]) -> str:
     lines += ["", "peak by phase:"]
     lines += [f"  {usage.total / GIB:8.3f} GiB  {phase}" for phase, usage in count.phases.items()]
     return "\n".join(lines)
+
+
+def _step(asked: dict[str, Any], batch: int) -> str:
+    """What a step is of, in words."""
+    name = asked["model"] if isinstance(asked["model"], str) else "the given model"
+    tokens = f", {asked['tokens']} tokens" if asked["task"] == "transcribe" else ""
+    return f"{name}, batch {batch}{tokens}"
+
+
+def _called(asked: dict[str, Any]) -> str:
+    """A method in words, with what tells it from itself elsewhere."""
+    if asked["task"] == "classify":
+        return asked["method"]
+    options = _option_names(asked["method"])
+    if "placement" in options:
+        return f"{asked['method']}, {asked.get('placement') or 'encoder'}"
+    return f"{asked['method']}, {asked.get('target') or 'both'}" if "target" in options else asked["method"]
+
+
+def compared(methods: str, batch: int, asked: dict[str, Any]) -> Iterator[str]:
+    """Lines of a table of methods counted alike: GiB in use at once, taken from the card by the allocator, and how
+    many parameters train.
+
+    Args:
+        methods: as ``compare`` takes them. batch, asked: as for :func:`describe`.
+
+    Raises:
+        UsageError: no such method, or an option that none of them has.
+    """
+    from ..comparison.arguments import parse_method, split_methods
+    from ..memory.counting import GIB, estimate
+    from ..methods import MeftConfig
+
+    entries = [parse_method(entry) for entry in split_methods(methods)]
+    unknown = [name for name, _ in entries if name not in MeftConfig.methods()]
+    if unknown or not entries:
+        known = ", ".join(sorted(MeftConfig.methods()))
+        raise UsageError(f"--methods: {unknown[0] if unknown else ''!r} is none of {known}")
+    shared = {name: value for name, value in asked.items() if name in _all_option_names()}
+    for name in shared:
+        if not any(name in _option_names(method) for method, _ in entries):
+            raise UsageError(f"--{name} is an option of none of {', '.join(name for name, _ in entries)}")
+    rest = {name: value for name, value in asked.items() if name not in shared and name != "method"}
+    yield f"{_step(asked, batch)}: GiB in use at once, GiB taken from the card, parameters that train"
+    for method, own in entries:
+        given = {name: value for name, value in shared.items() if name in _option_names(method)} | own
+        settings = {**rest, "method": method, **given}
+        count = estimate(batch_size=batch, **settings)
+        extra = [f"{k}={v}" for k, v in own.items() if k not in ("placement", "target")]
+        called = ", ".join([_called(settings), *extra])
+        numbers = f"{count.peak / GIB:8.2f} {count.reserved / GIB:8.2f} {count.trainable_parameters:13,d}"
+        yield f"  {called:<28}{numbers}"
+
+
+def _all_option_names() -> set[str]:
+    from ..methods import MeftConfig
+
+    return set().union(*(_option_names(method) for method in MeftConfig.methods()))
 
 
 def _verdict(count: "MemoryCount", size: int) -> str:

@@ -115,7 +115,7 @@ class CompareArguments(TaskArguments, DataFormatArguments):
             raise UsageError("--language cannot be used with --task classify: it is of --task transcribe")
         methods = MeftConfig.methods()
         known = [name for name in methods if self.task == "classify" or methods[name].transcribes]
-        self.chosen = known if self.methods == "all" else [m for m in _COMMA.split(self.methods) if m]
+        self.chosen = known if self.methods == "all" else split_methods(self.methods)
         for entry in self.chosen:
             name, options = parse_method(entry)
             if name not in known:
@@ -124,6 +124,11 @@ class CompareArguments(TaskArguments, DataFormatArguments):
         if not self.chosen:
             raise UsageError("--methods is empty")
         self.chosen = list(dict.fromkeys(self.chosen))
+
+
+def split_methods(methods: str) -> list[str]:
+    """The entries of ``"lora,lst:layers=[1,2]"``."""
+    return [entry for entry in _COMMA.split(methods) if entry]
 
 
 def parse_method(entry: str) -> tuple[str, dict[str, Any]]:

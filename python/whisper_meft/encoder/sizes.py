@@ -29,15 +29,24 @@ WHISPER_SIZES = {
 }
 
 
+# Tokens of the multilingual models; large-v3 has one language more.
+VOCABULARY = 51865
+
+
 def whisper_config(
-    model: str | WhisperConfig, num_labels: int | None = None, frames: int | None = None
+    model: str | WhisperConfig,
+    num_labels: int | None = None,
+    frames: int | None = None,
+    decoder: bool = False,
 ) -> WhisperConfig:
-    """The config of a published Whisper encoder with a small decoder, which a classifier does not build.
+    """The config of a published Whisper: of its encoder with a small decoder, which a classifier does not
+    build, or of the whole.
 
     Args:
         model: a name in ``WHISPER_SIZES``, also with ``whisper-`` or ``openai/whisper-`` before it, or a
             config to be copied.
         num_labels: classes of the head. frames: encoder frames of the window; default 1500 or the config's.
+        decoder: whether a name stands for the multilingual model with its decoder, as large as the encoder.
 
     Raises:
         UserError: no such name, or ``frames`` is not positive.
@@ -59,6 +68,10 @@ def whisper_config(
             num_mel_bins=sizes.mels,
             decoder_layers=1,
         )
+        if decoder:
+            config.decoder_layers, config.decoder_attention_heads = sizes.layers, sizes.heads
+            config.decoder_ffn_dim = sizes.inner
+            config.vocab_size = VOCABULARY + (name == "large-v3")
     if frames is not None:
         config.max_source_positions = frames
     if num_labels is not None:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import WhisperConfig, WhisperForAudioClassification
+from transformers import WhisperConfig, WhisperForAudioClassification, WhisperForConditionalGeneration
 
 import meft_kernels
 from meft_kernels import counting
@@ -186,6 +186,8 @@ def estimate(
     autocast: str | torch.dtype | None = None,
     frames: int | None = None,
     num_labels: int = 2,
+    task: str = "classify",
+    tokens: int = 64,
     device_type: str = "cuda",
     capability: tuple[int, int] = (9, 0),
     backend: str = "auto",
@@ -199,14 +201,18 @@ def estimate(
         batch_size: clips. frames: encoder frames (20 ms) of the backbone's window, default its own.
         dtype: number format of the frozen weights; weights that train are float32.
         autocast: what the step runs under: None, ``"bfloat16"`` or ``"float16"`` (``--bf16``, ``--fp16``).
-        num_labels: classes.
+        num_labels: classes. task: ``"classify"`` or ``"transcribe"``; tokens: that the decoder then reads of
+            every clip, prompt and padding included.
         device_type, capability, backend: see :func:`count_step`.
 
     Raises:
         UserError: an argument that cannot be used.
     """
-    config = whisper_config(model, num_labels=num_labels, frames=frames)
-    for name, value in (("batch_size", batch_size), ("num_labels", num_labels)):
+    if task not in ("classify", "transcribe"):
+        raise UserError(f"task must be classify or transcribe, got {task!r}")
+    transcribes = task == "transcribe"
+    config = whisper_config(model, num_labels=num_labels, frames=frames, decoder=transcribes)
+    for name, value in (("batch_size", batch_size), ("num_labels", num_labels), ("tokens", tokens)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise UserError(f"{name} must be a positive integer, got {value!r}")
     if device_type not in ("cpu", "cuda"):
@@ -218,13 +224,19 @@ def estimate(
     if method_config.trains_backbone:
         weights = torch.float32
 
+    if transcribes and tokens > config.max_target_positions:
+        raise UserError(f"tokens must be at most {config.max_target_positions}, the decoder's, got {tokens}")
+    kind = WhisperForConditionalGeneration if transcribes else WhisperForAudioClassification
+
     def build() -> nn.Module:
-        base = WhisperForAudioClassification._from_config(config, dtype=weights)
-        return get_meft_model(base, method_config)
+        return get_meft_model(kind._from_config(config, dtype=weights), method_config)
 
     def inputs() -> dict[str, Tensor]:
         shape = (batch_size, config.num_mel_bins, 2 * config.max_source_positions)
-        given = {"input_features": torch.zeros(shape), "labels": torch.zeros(batch_size, dtype=torch.long)}
+        labels = (batch_size, tokens) if transcribes else (batch_size,)
+        given = {"input_features": torch.zeros(shape), "labels": torch.zeros(labels, dtype=torch.long)}
+        if transcribes:
+            return given | {"decoder_input_ids": torch.zeros(labels, dtype=torch.long)}
         if method_config.max_frames != "fidelity":
             given["attention_mask"] = torch.ones(shape[0], shape[2], dtype=torch.long)
         return given
