@@ -35,9 +35,24 @@ def _know_the_models(module: ModuleType) -> None:
         mapping._modules[MODEL_TYPE] = sys.modules[PACKAGE]
 
 
+def _let_pipelines_hear(module: ModuleType) -> None:
+    # The pipeline for recognition asks the config's type whether a model is a Whisper, and cuts what others
+    # hear to one window, silently. Of models that are not ours this property gives what was set.
+    def kind(self) -> str | None:
+        own, config = self.__dict__.get("type"), getattr(getattr(self, "model", None), "config", None)
+        ours = getattr(config, "model_type", None) == MODEL_TYPE
+        return "seq2seq_whisper" if ours and own == "seq2seq" else own
+
+    def set_kind(self, value: str) -> None:
+        self.__dict__["type"] = value
+
+    module.AutomaticSpeechRecognitionPipeline.type = property(kind, set_kind)
+
+
 _STEPS = {
     "transformers.models.auto.configuration_auto": _know_the_config,
     "transformers.models.auto.modeling_auto": _know_the_models,
+    "transformers.pipelines.automatic_speech_recognition": _let_pipelines_hear,
 }
 
 

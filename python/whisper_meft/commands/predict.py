@@ -233,9 +233,8 @@ def _transcribe(
     bad = transcribe_files(transcriber, files, done)
     ordered = [rows[name] for name in files if name in rows]
     if output.output_dir is not None:
-        print(
-            f"{len(ordered)} {'transcript is' if len(ordered) == 1 else 'transcripts are'} in {output.output_dir}"
-        )
+        several = "transcript is" if len(ordered) == 1 else "transcripts are"
+        print(f"{len(ordered)} {several} in {output.output_dir}")
     elif output.output is None:
         print(transcripts_as_table(ordered))
     elif output.suffix == "json":

@@ -39,6 +39,8 @@ def save(
     config.architectures = [type(model).__name__]
     # What trains of the backbone's own weights is saved: which they came from does not matter.
     config.base_model_fingerprint = model.fingerprint() or None
+    if config.task == "transcription":
+        config.processor_class = "WhisperProcessor"  # what AutoProcessor makes of the folder
     config.quantization_revision = REVISION if model.encoder.quantization else None
     # The number format that was trained with, so that the scores come out the same after loading.
     config.meft = model.meft_config.to_dict() | {
