@@ -28,9 +28,9 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from tokens_fixtures import spelling_tokenizer
-from training_fixtures import RATE, make_backbone, tone
-from transformers import WhisperConfig, WhisperForAudioClassification, WhisperForConditionalGeneration
+from recogniser_fixtures import make_recogniser
+from training_fixtures import RATE, tone
+from transformers import WhisperForAudioClassification
 from whisper_meft import LSTConfig, UserError, get_meft_model
 from whisper_meft.commands.cli import COMMANDS
 from whisper_meft.commands.cli import main as whisper_meft_main
@@ -110,11 +110,8 @@ def _write_clips(folder: Path, per_class: int, seed: int) -> None:
 def surroundings(tmp_path_factory) -> Path:
     """The folder that each page gets a copy of."""
     folder = tmp_path_factory.mktemp("docs")
-    tokenizer = spelling_tokenizer()
-    backbone = make_backbone(folder / "openai" / "whisper-small", vocab_size=len(tokenizer))
-    tokenizer.save_pretrained(backbone)
     # A published Whisper transcribes: it has a decoder and no classifier.
-    WhisperForConditionalGeneration(WhisperConfig.from_pretrained(backbone)).save_pretrained(backbone)
+    make_recogniser(folder / "openai" / "whisper-small", max_target_positions=40)
     for seed, (split, clips) in enumerate({"train": 4, "dev": 2, "test": 2}.items()):
         _write_clips(folder / "corpus" / split, clips, seed)
     shutil.copytree(folder / "corpus" / "test" / "northern", folder / "recordings")
