@@ -148,7 +148,7 @@ def generate_transcripts(
             (B = 1) with more frames, which is transcribed window by window (long form).
         tokenizer: the model's.
         seconds: lengths of the clips, to which times are held; else those of the features.
-        options: what :func:`generation_options` gave.
+        options: what :func:`.generation_options` gave.
 
     Raises:
         UserError: sound behind the model's ``max_frames``, or an output that is not finite.

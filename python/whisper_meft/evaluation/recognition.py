@@ -32,7 +32,7 @@ class Recognition:
 
     Attributes:
         scores: the model's. zero_shot: the backbone's alone, or None.
-        rows: by transcript :data:`COLUMNS`; errors are of words, after Whisper's normaliser.
+        rows: by transcript ``COLUMNS``; errors are of words, after Whisper's normaliser.
         interval: ends of the 95 % interval of ``scores.normalized_wer.rate``; zero_shot_interval,
             difference_interval: likewise, of the model's rate minus the backbone's; None without one.
         drawn: what the intervals are of, "speakers" or "transcripts".

@@ -83,10 +83,10 @@ def transcribe_batches(
         batches: dicts with ``input_features`` (B, mel bins, frames) of the model's whole window, as
             ``SpeechDataset(..., max_frames="fidelity")`` and its collator make them; other entries are not
             looked at.
-        tokenizer: the model's. options: of ``generate``, see :func:`generation_options`.
+        tokenizer: the model's. options: of ``generate``, see :func:`.generation_options`.
 
     Raises:
-        UserError: see :func:`generation_options` and :func:`generate_transcripts`.
+        UserError: see :func:`.generation_options` and ``generate_transcripts``.
     """
     options = generation_options(model, **options)
     training = model.training
@@ -109,10 +109,10 @@ class Transcriber(LoadedModel):
         batch_size: clips per batch; those longer than the window are heard one by one.
         num_workers: processes that read audio; 0 reads in this one.
         progress: show progress bars.
-        options: of ``generate``, see :func:`generation_options`.
+        options: of ``generate``, see :func:`.generation_options`.
 
     Raises:
-        UserError: the tokenizer is not the model's, or see :func:`generation_options`.
+        UserError: the tokenizer is not the model's, or see :func:`.generation_options`.
     """
 
     def __init__(

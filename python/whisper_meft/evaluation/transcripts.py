@@ -108,7 +108,7 @@ def whisper_normalizer(
     """Whisper's text normaliser for a language, and its name (Radford et al. 2023, appendix C).
 
     Args:
-        language: a code ("nl") or a name ("dutch"); ``None`` for English-only models, :data:`UNKNOWN` where
+        language: a code ("nl") or a name ("dutch"); ``None`` for English-only models, ``"und"`` where
             it may be any.
         spelling: of English, British spellings with their American ones: a mapping, or the
             ``normalizer.json`` beside a checkpoint's tokenizer. Without it spellings stay as they are.
@@ -193,7 +193,7 @@ def intervals(
     nothing of others. Else transcripts are drawn, and the interval is one for these speakers alone.
 
     Args:
-        counts: of each system, of each transcript, as :func:`word_errors` gives.
+        counts: of each system, of each transcript, as ``word_errors`` gives.
         speakers: of each transcript.
 
     Returns:
