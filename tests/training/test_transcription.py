@@ -29,6 +29,7 @@ from whisper_meft.commands.train import make_parser
 from whisper_meft.data import load_examples
 from whisper_meft.evaluation.transcriber import Transcriber
 from whisper_meft.evaluation.transcripts import ErrorCounts, score_transcripts
+from whisper_meft.memory import counting
 from whisper_meft.training import checkpoints
 from whisper_meft.training import run as train
 from whisper_meft.training.tasks import transcription
@@ -181,13 +182,20 @@ def test_the_parts_of_a_run_work_alone(work, tmp_path):
         {"method": "sherl", "learning_rate": 1e-2},
         {"method": "unipt", "placement": "decoder"},
         {"placement": "both", "max_frames": 46},
+        {"method": "lora", "target": "decoder", "reduction_factor": None, "r": 2},
+        {"method": "full", "target": "both", "reduction_factor": None},
+        {"method": "mezo", "reduction_factor": None},
     ],
 )
 def test_other_methods_and_placements(options, work, tmp_path):
     assert run(work, tmp_path / "out", max_steps=4, **NOT_EVALUATED, **options) == 0
     training = json.loads((tmp_path / "out" / "train_results.json").read_text())
-    assert training["method"]["placement"] == options.get("placement", "encoder")
-    assert not training["gradients"]["never_moved"] or options["method"] == "sherl"
+    assert all(
+        training["method"][name] == value
+        for name, value in options.items()
+        if value is not None and name in training["method"]
+    )
+    assert not training["gradients"]["never_moved"] or options["method"] in ("sherl", "full", "mezo")
     assert not (tmp_path / "out" / "eval_results.json").exists()
 
 
@@ -361,7 +369,6 @@ def test_transcripts_that_cannot_be_learnt_are_named_before_any_work(text, said,
             "--head_learning_rate cannot be used with --task transcribe: there is",
         ),
         ({"preset": "recommended"}, "--preset cannot be used with --task transcribe"),
-        ({"auto_batch": True}, "--auto_batch cannot be used with --task transcribe"),
         ({"bucket_by_length": True}, "--bucket_by_length cannot be used with --task transcribe"),
         ({"max_frames_per_batch": 100}, "--max_frames_per_batch cannot be used with --task transcribe"),
         ({"cuda_graphs": True}, "--cuda_graphs cannot be used with --task transcribe"),
@@ -457,6 +464,72 @@ def test_from_a_file(work, tmp_path):
     )
     assert main(["train", str(tmp_path / "options.json")]) == 0
     assert MeftForConditionalGeneration.from_pretrained(tmp_path / "out").generation_config.language == "nl"
+
+
+# --- memory and the feature cache -------------------------------------------------------------------------
+
+
+def test_auto_batch_counts_the_longest_transcript(work, tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def pretend(limit, **options):
+        asked.append(options)
+        return 4, None
+
+    monkeypatch.setattr(counting, "largest_batch", pretend)
+    options = {"auto_batch": True, "per_device_train_batch_size": 6, "max_steps": 2, "max_frames": 46}
+    assert run(work, tmp_path / "out", **options, **NOT_EVALUATED) == 0
+    assert "a batch of 6 is computed as 2 times 3 clips" in capsys.readouterr().out
+    # Four tokens of the prompt, six letters: the label of the last is the end.
+    assert asked[0]["task"] == "transcribe" and asked[0]["tokens"] == 10 and asked[0]["frames"] == 46
+    # And it can be counted.
+    monkeypatch.undo()
+    arguments = {name: value for name, value in asked[0].items() if name != "most"}
+    assert (
+        counting.estimate(batch_size=2, **arguments).peak > counting.estimate(batch_size=1, **arguments).peak
+    )
+
+
+def test_too_little_memory_is_answered_with_what_fits(work, tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(TranscriptionTrainer, "training_step", full)
+    assert run(work, tmp_path / "out", per_device_train_batch_size=6, **NOT_EVALUATED) == 1
+    error = capsys.readouterr().err
+    assert "--per_device_train_batch_size 3 --gradient_accumulation_steps 2" in error
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"placement": "decoder"},
+        {"placement": "both", "max_frames": 46},
+        {"method": "sherl"},
+        {"method": "sherl", "placement": "decoder"},
+        {"method": "bitfit", "target": "decoder", "reduction_factor": None},
+    ],
+)
+def test_training_from_the_cache_equals_training_from_audio(options, work, tmp_path):
+    options = {"max_steps": 4, "per_device_train_batch_size": 6, "optim": "sgd", **options}
+    assert run(work, tmp_path / "audio", **options) == 0
+    cached = {**options, "cache_features": True, "cache_storage": "exact"}
+    assert run(work, tmp_path / "cached", **cached) == 0
+    from_audio, from_cache = weights(tmp_path / "audio"), weights(tmp_path / "cached")
+    assert from_audio.keys() == from_cache.keys()
+    for name, tensor in from_audio.items():
+        torch.testing.assert_close(from_cache[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+    audio, cache = results_of(tmp_path / "audio"), results_of(tmp_path / "cached")
+    assert cache[1]["loss"] == pytest.approx(audio[1]["loss"], rel=1e-4)
+    assert cache[1]["zero_shot"] == audio[1]["zero_shot"]
+    assert cache[0]["feature_cache"] and not audio[0]["feature_cache"]
+
+
+def test_methods_inside_the_encoder_have_no_cache(work, tmp_path, capsys):
+    options = {"method": "bitfit", "reduction_factor": None, "cache_features": True}
+    assert run(work, tmp_path / "out", **options) == 1
+    assert "cache_features: bitfit trains inside the encoder" in capsys.readouterr().err
 
 
 # --- resuming ---------------------------------------------------------------------------------------------

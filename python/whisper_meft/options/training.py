@@ -66,7 +66,6 @@ OF_ONE_TASK: dict[str, dict[str, Any]] = {
     "classify": {
         "preset": None,
         "head_learning_rate": None,
-        "auto_batch": False,
         "bucket_by_length": None,
         "max_frames_per_batch": None,
         "cuda_graphs": False,
@@ -84,8 +83,6 @@ OF_ONE_TASK: dict[str, dict[str, Any]] = {
 _REASONS = {
     "preset": "its options were found on dialects, and transcription has none yet",
     "head_learning_rate": "there is no head that starts from nothing",
-    "auto_batch": "the memory of its steps is not counted; give per_device_train_batch_size and "
-    "gradient_accumulation_steps",
     "bucket_by_length": "a clip is heard in a window of one length, whatever its own",
     "max_frames_per_batch": "a clip is heard in a window of one length, whatever its own",
     "cuda_graphs": "batches of transcripts have many shapes",

@@ -1,12 +1,16 @@
 """Making a training step fit the device: `--auto_batch`, and what is said when it did not."""
 
 import os
+from typing import Any
 
 import torch
 
 from ..errors import UserError
 from ..methods import MeftConfig
 from ..options.training import TrainArguments
+
+# What a training step is, as further arguments of memory.counting.estimate; or its number of classes.
+Step = dict[str, Any] | int
 
 
 def device_memory(use_cpu: bool) -> int:
@@ -23,20 +27,22 @@ def split_batch(batch: int, fitting: int) -> tuple[int, int]:
 
 
 def largest_fitting(
-    config: MeftConfig, backbone_config, arguments: TrainArguments, dtype: str, num_labels: int, memory: int
+    config: MeftConfig, backbone_config, arguments: TrainArguments, dtype: str, step: Step, memory: int
 ) -> int:
     """The most clips per step that fit into ``memory`` bytes, up to the batch that is asked for; 0 if none.
 
     Args:
         config: the method. backbone_config: the encoder's. arguments: of the run.
-        dtype: number format of the frozen weights. num_labels: classes. memory: bytes.
+        dtype: number format of the frozen weights. step: what else is counted. memory: bytes.
     """
     from ..memory.counting import largest_batch
 
+    step = {"num_labels": step} if isinstance(step, int) else step
     options = config.to_dict() | {"backbone_dtype": None}
     frames = options["max_frames"] if isinstance(options["max_frames"], int) else None
     if frames is not None:
-        options["max_frames"] = "longest"  # of a window that is as short
+        # Of a window that is as short; transcripts are heard in all of it.
+        options["max_frames"] = "fidelity" if "tokens" in step else "longest"
     on_gpu = not arguments.use_cpu and torch.cuda.is_available()
     place = {"device_type": "cuda" if on_gpu else "cpu"}
     if on_gpu:
@@ -49,7 +55,7 @@ def largest_fitting(
         dtype=dtype,
         autocast=autocast,
         frames=frames,
-        num_labels=num_labels,
+        **step,
         **place,
         **options,
     )
@@ -57,7 +63,7 @@ def largest_fitting(
 
 
 def fit_batch(
-    config: MeftConfig, backbone_config, arguments: TrainArguments, dtype: str, num_labels: int
+    config: MeftConfig, backbone_config, arguments: TrainArguments, dtype: str, step: Step
 ) -> str | None:
     """Splits the batch into the fewest equal parts that fit the device, added up by gradient accumulation:
     the gradient is the same, since no method mixes clips. Changes ``arguments``.
@@ -71,7 +77,7 @@ def fit_batch(
         UserError: not even one clip fits.
     """
     memory, batch = device_memory(arguments.use_cpu), arguments.per_device_train_batch_size
-    fitting = largest_fitting(config, backbone_config, arguments, dtype, num_labels, memory)
+    fitting = largest_fitting(config, backbone_config, arguments, dtype, step, memory)
     if not fitting:
         raise UserError(
             f"auto_batch: not even one clip fits into {memory / 2**30:.3g} GiB; see `whisper-meft memory`"
@@ -89,23 +95,11 @@ def fit_batch(
 
 
 def out_of_memory(
-    config: MeftConfig, backbone_config, arguments: TrainArguments, dtype: str, num_labels: int | None
+    config: MeftConfig, backbone_config, arguments: TrainArguments, dtype: str, step: Step
 ) -> UserError:
-    """What to say when the device ran out of memory: what would have fitted, by the count; without
-    ``num_labels``, where steps are not counted, half of it."""
+    """What to say when the device ran out of memory: what would have fitted, by the count."""
     memory, batch = device_memory(arguments.use_cpu), arguments.per_device_train_batch_size
-    if num_labels is None:
-        fewer = "try a smaller --max_frames or --backbone_dtype bfloat16"
-        if batch > 1:
-            clips, parts = split_batch(batch, batch // 2)
-            fewer = (
-                f"try --per_device_train_batch_size {clips} --gradient_accumulation_steps "
-                f"{parts * arguments.gradient_accumulation_steps}, which gives the same result"
-            )
-        return UserError(
-            f"the device's {memory / 2**30:.3g} GiB do not hold a step of {batch} clips: {fewer}"
-        )
-    fitting = largest_fitting(config, backbone_config, arguments, dtype, num_labels, memory)
+    fitting = largest_fitting(config, backbone_config, arguments, dtype, step, memory)
     if fitting >= batch:  # then it is something else that fills the device
         fitting = batch // 2
     said = f"the device's {memory / 2**30:.3g} GiB do not hold a step of {batch} clips"

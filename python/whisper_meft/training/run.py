@@ -20,7 +20,6 @@ from .. import data
 from ..data.batching import LengthBatches, batches_by_length
 from ..data.examples import ExampleSet
 from ..errors import UserError, printable
-from ..feature_cache.dataset import CachedCollator, CachedDataset
 from ..feature_cache.filling import prepare_cache
 from ..feature_cache.store import FeatureCache
 from ..model.base import MeftBase
@@ -98,7 +97,7 @@ def train(
         check_resumed(trainer, settings, resume_from)
         result = earlier_result(trainer, settings, examples, resume_from)
         if result is None:
-            outcome = run_training(trainer, watch, settings, resume_from)
+            outcome = run_training(trainer, watch, settings, examples, resume_from)
             result = conclude(trainer, watch, settings, examples, outcome)
         watch.guard.close()
         if interrupts.asked is not None:  # with the last step: the run is whole, what comes behind it is not
@@ -144,7 +143,7 @@ def settle_batch(settings: Settings, examples: RunData) -> None:
         UserError: nothing fits, or the examples do not fill one batch where only full ones are taken.
     """
     arguments = settings.training
-    if arguments.auto_batch and (changed := fit_batch(*_fitting(settings, len(examples.labels)))):
+    if arguments.auto_batch and (changed := fit_batch(*_fitting(settings, examples))):
         say(changed)
     smallest = arguments.per_device_train_batch_size * arguments.world_size
     if arguments.dataloader_drop_last and len(examples.training) < smallest:
@@ -154,9 +153,10 @@ def settle_batch(settings: Settings, examples: RunData) -> None:
         )
 
 
-def _fitting(settings: Settings, num_labels: int | None) -> tuple:
+def _fitting(settings: Settings, examples: RunData) -> tuple:
     """The arguments of the functions that count what fits into the device's memory."""
-    return settings.config, settings.backbone, settings.training, settings.dtype, num_labels
+    step = settings.task.counted_step(examples.training)
+    return settings.config, settings.backbone, settings.training, settings.dtype, step
 
 
 def build_model(base: PreTrainedModel, settings: Settings, examples: RunData) -> MeftBase:
@@ -177,10 +177,10 @@ def build_datasets(
     """(collator, training set, evaluation set or None): of log-mel features, or of the states in a feature
     cache, which is filled as needed."""
     if settings.training.cache_features:
-        cache, collator = _fill_cache(model, settings, examples), CachedCollator()
+        cache, collator = _fill_cache(model, settings, examples), settings.task.cached_collator()
 
         def make(part: ExampleSet) -> Dataset:
-            return CachedDataset(part, cache, model, model.config.label2id)
+            return settings.task.cached_dataset(part, cache, model)
     else:
         collator = settings.task.collator()
 
@@ -206,6 +206,7 @@ def _fill_cache(model: MeftBase, settings: Settings, examples: RunData) -> Featu
         not arguments.disable_tqdm and main_process(),
         say,
         arguments.distributed_state.wait_for_everyone,
+        settings.task.tokens,
     )
 
 
@@ -344,7 +345,7 @@ def earlier_result(
 
 
 def run_training(
-    trainer: MeftTrainer, watch: Watch, settings: Settings, resume_from: Path | None
+    trainer: MeftTrainer, watch: Watch, settings: Settings, examples: RunData, resume_from: Path | None
 ) -> TrainOutput:
     """Trains, and says how it went; only takes over what is there if training was over at the checkpoint.
 
@@ -363,7 +364,7 @@ def run_training(
     elif goes_on(settings.training):
         folder = settings.training.output_dir
         say(f"{folder} holds no complete checkpoint: training starts from the beginning")
-    outcome = _train_until_stopped(trainer, watch, settings, resume_from)
+    outcome = _train_until_stopped(trainer, watch, settings, examples, resume_from)
     watch.report.check(settings.training.learning_rate)
     say(watch.report.describe())
     if rates := watch.rates(trainer):
@@ -372,7 +373,7 @@ def run_training(
 
 
 def _train_until_stopped(
-    trainer: MeftTrainer, watch: Watch, settings: Settings, resume_from: Path | None
+    trainer: MeftTrainer, watch: Watch, settings: Settings, examples: RunData, resume_from: Path | None
 ) -> TrainOutput:
     output_dir = Path(settings.training.output_dir)
     try:
@@ -382,8 +383,7 @@ def _train_until_stopped(
         kept = f"the last good one is {good[0]}" if good else "there is none yet"
         raise NonFiniteError(f"{error}; checkpoints are as they were, {kept}") from error
     except torch.OutOfMemoryError as error:
-        classes = trainer.model.config.num_labels if settings.training.task == "classify" else None
-        raise out_of_memory(*_fitting(settings, classes)) from error
+        raise out_of_memory(*_fitting(settings, examples)) from error
     except Stopped:
         _say_stopped(trainer, output_dir)
         watch.interrupts.leave()

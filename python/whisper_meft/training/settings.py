@@ -56,8 +56,6 @@ def settle(model: ModelArguments, method: MethodArguments, training: TrainArgume
         training.learning_rate = default_learning_rate(training.task, config.method)
     if training.head_learning_rate is not None and config.method == "mezo":
         raise UserError("head_learning_rate: mezo has one rate for all that it trains; leave it out")
-    if training.cache_features and training.task == "transcribe":
-        raise UserError("cache_features: there is no cache for --task transcribe yet; leave it out")
     if training.cache_features and not config.frozen_encoder:
         raise UserError(
             f"cache_features: {config.method} trains inside the encoder, so its hidden states cannot be kept"

@@ -9,6 +9,10 @@ from transformers import PreTrainedModel
 
 from ... import data
 from ...data.examples import ExampleSet
+from ...data.transcripts import TranscriptTokens
+from ...feature_cache.dataset import CachedCollator
+from ...feature_cache.store import FeatureCache
+from ...model.base import MeftBase
 from ...options.common import DataFormatArguments
 from ..trainer import MeftTrainer
 
@@ -27,6 +31,8 @@ class Task:
     curve: ClassVar[tuple[str, str]]
     # Whether items are padded to a window of one length, so that batches by length would gain nothing.
     of_one_length: ClassVar[bool] = False
+    # What makes tokens of transcripts, where there are any.
+    tokens: TranscriptTokens | None = None
 
     def reader_options(self, arguments: DataFormatArguments) -> dict[str, Any]:
         """Keyword arguments of :func:`whisper_meft.data.load_examples`.
@@ -67,6 +73,18 @@ class Task:
 
     def collator(self) -> data.Collator:
         """What makes batches of the dataset's items."""
+        raise NotImplementedError
+
+    def cached_dataset(self, examples: ExampleSet, cache: FeatureCache, model: MeftBase) -> Dataset:
+        """The examples as the states in a feature cache that ``model`` reads."""
+        raise NotImplementedError
+
+    def cached_collator(self) -> CachedCollator:
+        """What makes batches of those items."""
+        return CachedCollator()
+
+    def counted_step(self, training: ExampleSet) -> dict[str, Any]:
+        """What a step is, for :func:`whisper_meft.memory.counting.estimate`."""
         raise NotImplementedError
 
     def describe(self, training: ExampleSet) -> list[str]:

@@ -18,9 +18,12 @@ from ...data.examples import ExampleSet, check_known_labels, label_inventory
 from ...errors import UserError
 from ...evaluation import plots
 from ...evaluation.metrics import Scores, score
+from ...feature_cache.dataset import CachedDataset
+from ...feature_cache.store import FeatureCache
 from ...files import write_text
 from ...methods import MeftConfig
 from ...model.backbone import set_labels
+from ...model.base import MeftBase
 from ...options.common import DataFormatArguments
 from ..many_classes import counts_text, predicted_classes
 from ..trainer import MeftTrainer
@@ -64,6 +67,12 @@ class Classification(Task):
 
     def collator(self) -> data.Collator:
         return data.Collator(self.extractor, self.max_frames)
+
+    def cached_dataset(self, examples: ExampleSet, cache: FeatureCache, model: MeftBase) -> Dataset:
+        return CachedDataset(examples, cache, model, self.label2id)
+
+    def counted_step(self, training: ExampleSet) -> dict[str, Any]:
+        return {"num_labels": len(label_inventory(training))}
 
     def describe(self, training: ExampleSet) -> list[str]:
         labels, counts = list(self.label2id), training.label_counts()

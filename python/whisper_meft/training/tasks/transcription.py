@@ -20,8 +20,11 @@ from ...data.examples import ExampleSet
 from ...data.features import read_features, true_frames, window_of
 from ...errors import UserError
 from ...evaluation.recognition import Recognition, evaluate_transcripts
+from ...feature_cache.dataset import CachedCollator, CachedDataset
+from ...feature_cache.store import FeatureCache
 from ...files import read_json, write_text
 from ...methods import MeftConfig
+from ...model.base import MeftBase
 from ...model.module import get_meft_model
 from ...model.speaking import LanguageOf
 from ...options.common import DataFormatArguments
@@ -121,6 +124,16 @@ class Transcription(Task):
 
     def collator(self) -> data.Collator:
         return data.Collator(self.extractor, self.config.max_frames, self.tokens.end)
+
+    def cached_dataset(self, examples: ExampleSet, cache: FeatureCache, model: MeftBase) -> Dataset:
+        return CachedDataset(examples, cache, model, tokens=self.tokens)
+
+    def cached_collator(self) -> CachedCollator:
+        return CachedCollator(self.tokens.end)
+
+    def counted_step(self, training: ExampleSet) -> dict[str, Any]:
+        longest = max(len(self.tokens(example)["labels"]) for example in training)
+        return {"task": "transcribe", "tokens": longest}
 
     def describe(self, training: ExampleSet) -> list[str]:
         words = sum(len(example.text.split()) for example in training)
