@@ -18,7 +18,7 @@ from ..errors import one_line, printable
 
 # Subcommand -> (module of this folder with a function run(argv) -> exit status, one line of help).
 COMMANDS = {
-    "train": ("train", "train a side network and a classification head on a frozen Whisper encoder"),
+    "train": ("train", "train a side network on a frozen Whisper: with a head for classes, or to transcribe"),
     "evaluate": ("evaluate", "score a trained model on labelled or transcribed audio"),
     "predict": ("predict", "classify or transcribe audio files"),
     "cache": ("cache", "run the frozen backbone once, for epochs of the side network alone"),
@@ -36,7 +36,7 @@ def help_text() -> str:
     width = max(len(name) for name in COMMANDS)
     lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
     return (
-        f"{USAGE}\nMemory-efficient fine-tuning of Whisper encoders for audio classification.\n\ncommands:\n"
+        f"{USAGE}\nMemory-efficient fine-tuning of Whisper for audio classification and transcription.\n\ncommands:\n"
         + "\n".join(lines)
         + "\n\n`whisper-meft COMMAND --help` describes the options of a command; every option can also come\n"
         "from a JSON file. `whisper-meft --version` prints the version.\n"

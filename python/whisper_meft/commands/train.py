@@ -14,8 +14,9 @@ def make_parser(all_options: bool = False) -> Parser:
         GROUPS,
         usage="--model_name_or_path NAME_OR_DIR --train_data PATH_OR_NAME --output_dir DIR ...\n"
         "       whisper-meft train CONFIG.json ...",
-        description="Trains a classification head on a Whisper encoder, with a side network beside it or "
-        "by one of the methods that those are compared with.",
+        description="Trains a classification head on a Whisper encoder, or with --task transcribe a Whisper "
+        "that writes what is said, with a side network beside it or by one of the methods that those are "
+        "compared with.",
     )
     parser.presets = PRESETS
     parser.add_argument(
