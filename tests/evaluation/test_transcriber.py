@@ -249,9 +249,12 @@ def test_batches_of_a_training_run(work):
     examples = clips(work, [0, 2, 3, 4])
     dataset = SpeechDataset(examples, transcriber.feature_extractor)
     batches = torch.utils.data.DataLoader(dataset, 3, collate_fn=Collator(transcriber.feature_extractor))
+    expected = [each.text for each in transcriber.transcribe(examples)[0]]
     model = transcriber.model.train()
     texts = transcribe_batches(model, batches, transcriber.tokenizer, language="dutch")
-    assert model.training and texts == [each.text for each in transcriber.transcribe(examples)[0]]
+    assert model.training and texts == expected
+    features = next(iter(batches))["input_features"]
+    model(features, labels=torch.full((len(features), 5), 100)).loss.backward()  # a step can follow
     with pytest.raises(UserError, match="klingon"):
         transcribe_batches(model, batches, transcriber.tokenizer, language="klingon")
 

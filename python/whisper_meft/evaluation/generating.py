@@ -132,7 +132,7 @@ def generation_options(model: Any, **options: Any) -> dict[str, Any]:
     return options
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: what a model keeps of this may be used in training
 def generate_transcripts(
     model: Any,
     input_features: torch.Tensor,
