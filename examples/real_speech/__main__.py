@@ -1,19 +1,23 @@
-"""``python -m examples.real_speech``: the study on recordings of people, and its page.
+"""``python -m examples.real_speech``: the studies on recordings of people, and their pages.
 
     python -m examples.real_speech run --model openai/whisper-base --speech DIR --work DIR
     python -m examples.real_speech report --work DIR      # results/, this folder's README.md and its figures
+    python -m examples.real_speech transcribe --model openai/whisper-base --speech DIR --work DIR
+    python -m examples.real_speech report --transcription --work DIR      # results/ and TRANSCRIPTION.md
 
-``run`` goes through the plan (``--list`` shows it) and writes a file into ``--work`` for every run that ends;
-whatever stops it, the same command goes on where it was, a run that was cut off from its last epoch. A file
-called ``stop`` in ``--work`` ends it before the next run.
+``run`` (of classification) and ``transcribe`` go through their plan (``--list`` shows it) and write a file
+into ``--work`` for every run that ends; whatever stops them, the same command goes on where it was, a run of
+classification that was cut off from its last epoch. A file called ``stop`` in ``--work`` ends them before
+the next run.
 """
 
 import argparse
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -31,15 +35,64 @@ def run(options: argparse.Namespace) -> int:
     from .pooled import run_logistic
 
     study = Study(options.model, options.speech, options.work)
+
+    def name(cell: Any) -> str:
+        return f"{cell.row.task} {cell.row.entry} fold {cell.fold}"
+
+    def work(cell: Any) -> str:
+        if not options.rows:
+            run_logistic(study, cell.row.task)
+        found = study.run(cell)
+        told = f"{name(cell)} rate {found['rate']:g} seed {found['seed']}"
+        if found["status"] == "ok":
+            score = f"validation {found['validation_accuracy']:.1%}"
+            return f"{told}: {score}, {found['cpu_seconds']} s of CPU time"
+        return f"{told}: {found['status']}"
+
+    return _go_through(options, study, plan(), lambda cell: cell.row.entry, name, work)
+
+
+def transcribe(options: argparse.Namespace) -> int:
+    from .transcription_cells import Recognition
+    from .transcription_plan import plan
+
+    study = Recognition(options.model, options.speech, options.work)
+
+    def name(cell: Any) -> str:
+        return f"{cell.row.language} {cell.row.entry}"
+
+    def work(cell: Any) -> str:
+        found = study.run(cell)
+        told = name(cell) + ("" if found["rate"] is None else f" rate {found['rate']:g} seed {found['seed']}")
+        if found["status"] == "ok":
+            return f"{told}: validation CER {found['dev_rate']:.1%}, {found['cpu_seconds']} s of CPU time"
+        return f"{told}: {found['status']}"
+
+    return _go_through(options, study, plan(), name, name, work)
+
+
+def _go_through(
+    options: argparse.Namespace,
+    study: Any,
+    cells: Iterable[Any],
+    begins: Callable[[Any], str],
+    name: Callable[[Any], str],
+    work: Callable[[Any], str],
+) -> int:
+    """Runs what is open of a plan.
+
+    Args:
+        begins: of a cell, what ``--rows`` is the beginning of. name: what ``--list`` calls it.
+        work: runs a cell; gives the line that is said of it.
+    """
     rows = [each for each in (options.rows or "").split(",") if each]
-    cells = [cell for cell in plan() if not rows or cell.row.entry.startswith(tuple(rows))]
+    cells = [cell for cell in cells if not rows or begins(cell).startswith(tuple(rows))]
     if not cells:
         raise UserError(f"--rows: no row of the plan begins with {options.rows!r}")
     if options.list:
         for cell in dict.fromkeys(cells):
             rate = "found" if cell.rate is None else f"{cell.rate:g}"
-            told = f"{cell.row.task} {cell.row.entry} fold {cell.fold} rate {rate} seed {cell.seed}"
-            print(f"{'done' if study.done(cell) else 'open'}  {told}")
+            print(f"{'done' if study.done(cell) else 'open'}  {name(cell)} rate {rate} seed {cell.seed}")
         return 0
     started = time.monotonic()
     for cell in cells:
@@ -49,25 +102,19 @@ def run(options: argparse.Namespace) -> int:
         if options.minutes is not None and time.monotonic() - started > 60 * options.minutes:
             print(f"stopped: {options.minutes:g} minutes are over")
             return 0
-        no_rate = cell.rate is None and study.rate_of(cell.row) is None  # all of the row's failed
-        if no_rate or study.done(cell):
-            continue
-        if not rows:
-            run_logistic(study, cell.row.task)
-        found = study.run(cell)
-        told = "{task} {entry} fold {fold} rate {rate:g} seed {seed}".format(**found)
-        if found["status"] == "ok":
-            told += f": validation {found['validation_accuracy']:.1%}, {found['cpu_seconds']} s of CPU time"
-        else:
-            told += f": {found['status']}"
-        print(time.strftime("%H:%M"), told, flush=True)
+        if study.possible(cell) and not study.done(cell):
+            print(time.strftime("%H:%M"), work(cell), flush=True)
     return 0
 
 
 def report(options: argparse.Namespace) -> int:
-    from . import report as pages
+    if options.transcription:
+        from . import transcription_report as pages
+    else:
+        from . import report as pages
 
-    for path in pages.write(options.work, options.results, options.page):
+    page = options.page or HERE / ("TRANSCRIPTION.md" if options.transcription else "README.md")
+    for path in pages.write(options.work, options.results, page):
         print(f"wrote {path.name}")
     return 0
 
@@ -80,20 +127,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    runs = commands.add_parser("run", help="go through the plan")
-    runs.add_argument("--model", default="openai/whisper-base", help="Whisper, a folder or a name on the hub")
-    runs.add_argument("--speech", type=Path, required=True, help="folder of recordings and manifests")
-    runs.add_argument("--work", type=Path, required=True, help="folder for rows, features and runs")
-    runs.add_argument("--rows", help="only rows whose entry begins with one of these, with commas between")
-    runs.add_argument("--minutes", type=float, help="begin nothing after so many")
-    runs.add_argument("--list", action="store_true", help="show the plan, run nothing")
+    named = {"run": "entry begins", "transcribe": "language and entry begin"}
+    for name, begins in named.items():
+        runs = commands.add_parser(name, help="go through the plan")
+        runs.add_argument(
+            "--model", default="openai/whisper-base", help="Whisper, a folder or a name on the hub"
+        )
+        runs.add_argument("--speech", type=Path, required=True, help="folder of recordings and manifests")
+        runs.add_argument("--work", type=Path, required=True, help="folder for rows, features and runs")
+        runs.add_argument("--rows", help=f"only rows whose {begins} with one of these, with commas between")
+        runs.add_argument("--minutes", type=float, help="begin nothing after so many")
+        runs.add_argument("--list", action="store_true", help="show the plan, run nothing")
     pages = commands.add_parser("report", help="write the results, the page's tables and the figures")
     pages.add_argument("--work", type=Path, help="take over the rows that ended there")
     pages.add_argument("--results", type=Path, default=HERE / "results", help="folder of the records")
-    pages.add_argument("--page", type=Path, default=HERE / "README.md", help="the page")
+    pages.add_argument("--page", type=Path, help="the page (default: the one beside this)")
+    pages.add_argument("--transcription", action="store_true", help="those of transcription")
     options = parser.parse_args(argv)
     try:
-        return {"run": run, "report": report}[options.command](options)
+        return {"run": run, "transcribe": transcribe, "report": report}[options.command](options)
     except UserError as error:
         print(f"examples.real_speech: {one_line(error)}", file=sys.stderr)
         return 1

@@ -156,6 +156,10 @@ class Study:
             return None
         return max(good, key=lambda cell: (cell["validation_accuracy"], -cell["validation_loss"]))["rate"]
 
+    def possible(self, cell: Cell) -> bool:
+        """Whether it has a rate: not where all of the row's failed."""
+        return cell.rate is not None or self.rate_of(cell.row) is not None
+
     def done(self, cell: Cell) -> bool:
         rate = self.rate_of(cell.row) if cell.rate is None else cell.rate
         return rate is not None and self.path(cell.row, cell.fold, rate, cell.seed).is_file()

@@ -41,6 +41,7 @@ PAGES = [
     ROOT / "CONTRIBUTING.md",
     ROOT / "examples" / "study" / "README.md",
     ROOT / "examples" / "real_speech" / "README.md",
+    ROOT / "examples" / "real_speech" / "TRANSCRIPTION.md",
     *sorted(path for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts),
 ]
 MARKS = {"file", "given", "output", "fails", "not run"}
