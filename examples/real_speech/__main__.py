@@ -65,7 +65,9 @@ def transcribe(options: argparse.Namespace) -> int:
         found = study.run(cell)
         told = name(cell) + ("" if found["rate"] is None else f" rate {found['rate']:g} seed {found['seed']}")
         if found["status"] == "ok":
-            return f"{told}: validation CER {found['dev_rate']:.1%}, {found['cpu_seconds']} s of CPU time"
+            return (
+                f"{told}: validation CER {found['dev_rate']:.1%}, {found.get('cpu_seconds', 0)} s of CPU time"
+            )
         return f"{told}: {found['status']}"
 
     return _go_through(options, study, plan(), name, name, work)

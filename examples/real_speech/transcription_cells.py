@@ -100,16 +100,8 @@ class Recognition:
         )
         return data.TranscriptTokens(tokenizer)
 
-    def begin(self) -> None:
-        """Writes what the report needs beside the rows.
-
-        Raises:
-            UserError: the recordings cannot be read.
-        """
-        write_json(self.work / "shapes.json", self.shapes())
-
     def shapes(self) -> dict[str, Any]:
-        """What all rows share: the clips of every set, their transcripts' lengths and speakers."""
+        """What all rows share: the clips of every set, their speakers, and their transcripts' lengths."""
         found = {}
         for language, tested in TESTED.items():
             for name in (f"{language}_train", f"{language}_dev", *tested):
@@ -155,6 +147,8 @@ class Recognition:
             UserError: no rate is known yet; the data or the model cannot be used.
         """
         row = cell.row
+        if not self._clips:
+            write_json(self.work / "shapes.json", self.shapes())
         rate = self.rate_of(row) if cell.rate is None else cell.rate
         if rate is None and not row.zero_shot:
             raise UserError(f"{row.language} {row.entry}: no learning rate could be used")
