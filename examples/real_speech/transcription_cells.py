@@ -17,7 +17,7 @@ from transformers import (
     get_cosine_schedule_with_warmup,
     set_seed,
 )
-from whisper_meft import MeftConfig, MeftForConditionalGeneration, data, get_meft_model
+from whisper_meft import LSTConfig, MeftForConditionalGeneration, data, get_meft_model
 from whisper_meft.errors import UserError
 from whisper_meft.evaluation.transcriber import transcribe_batches
 from whisper_meft.evaluation.transcripts import score_transcripts
@@ -30,10 +30,11 @@ from whisper_meft.model.backbone import quiet_transformers
 from benchmarks import record
 
 from .cells import ORIGIN
-from .transcription_plan import BATCH, FOLDER, LANGUAGES, MOST_TOKENS, TESTED, WINDOW, Cell, Row
+from .transcription_plan import BACKBONE, BATCH, FOLDER, LANGUAGES, MOST_TOKENS, TESTED, WINDOW, Cell, Row
 
 KINDS = ("wer", "cer", "normalized_wer", "normalized_cer")
 FRAMES_A_SECOND = 50
+HEARD_BATCH = 40
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class Recognition:
         self.model, self.speech, self.work = model, speech, work / "transcription"
         self.extractor = WhisperFeatureExtractor.from_pretrained(model)
         self._clips: dict[str, Clips] = {}
+        self._mels: dict[str, tuple] = {}
 
     # --- data -----------------------------------------------------------------------------------------------
 
@@ -181,8 +183,7 @@ class Recognition:
     def _made(self, row: Row) -> MeftForConditionalGeneration:
         with quiet_transformers():
             base = WhisperForConditionalGeneration.from_pretrained(self.model)
-            method = "lst" if row.zero_shot else row.method  # which starts where the backbone is
-            return get_meft_model(base, MeftConfig.from_dict({"method": method, **row.options}))
+            return get_meft_model(base, row.config)
 
     def _trained(self, row: Row, rate: float | None, seed: int) -> dict[str, Any]:
         """A run's record with its validation clips; its model lies in its folder."""
@@ -190,7 +191,7 @@ class Recognition:
         model = self._made(row)
         found = self._about(row, rate, seed)
         if not row.zero_shot:
-            found["cache_cpu_seconds"] = self._fill_cache(row, model) if row.frozen else None
+            found["cache_cpu_seconds"] = self._fill_cache(row, model) if row.config.frozen_encoder else None
             started = time.process_time()
             found["train_losses"] = self._train(row, model, rate, seed)
             found["cpu_seconds"] = round(time.process_time() - started, 1)
@@ -210,8 +211,9 @@ class Recognition:
         self, row: Row, model: MeftForConditionalGeneration, seed: int, epoch: int
     ) -> Iterator[dict[str, torch.Tensor]]:
         examples, tokens = self.clips(f"{row.language}_train").examples, self.tokens(row.language)
-        if row.frozen:
-            dataset = CachedDataset(examples, self._cache(row, model), model, tokens=tokens)
+        if row.config.frozen_encoder:
+            cache = FeatureCache(self._cache_folder(row, model))
+            dataset = CachedDataset(examples, cache, model, tokens=tokens)
             collate = CachedCollator(pad_token_id=tokens.end)
         else:
             dataset = data.SpeechDataset(examples, self.extractor, tokens=tokens)
@@ -233,7 +235,7 @@ class Recognition:
             model.train()
             total, count = 0.0, 0
             for batch in self._batches(row, model, seed, epoch):
-                with torch.autocast("cpu", torch.bfloat16, enabled=not row.frozen):
+                with torch.autocast("cpu", torch.bfloat16, enabled=row.autocast):
                     loss = model(**batch).loss
                 if not torch.isfinite(loss):
                     raise UserError(f"the loss is {loss.item()} in epoch {epoch + 1}")
@@ -249,26 +251,23 @@ class Recognition:
     # --- states computed once -------------------------------------------------------------------------------
 
     def _cache_folder(self, row: Row, model: MeftForConditionalGeneration) -> Path:
-        return self.work / "features" / row.language / model.states_of
-
-    def _cache(self, row: Row, model: MeftForConditionalGeneration) -> FeatureCache:
-        return FeatureCache(self._cache_folder(row, model))
+        dtype = str(model.encoder.dtype).removeprefix("torch.")
+        layers = "last" if row.autocast else "all"
+        return self.work / "features" / row.language / f"{model.states_of}-{layers}-{dtype}"
 
     def _fill_cache(self, row: Row, model: MeftForConditionalGeneration) -> float:
         """Makes the states that the row's training reads; gives the CPU seconds that it took."""
         folder = self._cache_folder(row, model)
         done = folder.with_suffix(".json")
         if not done.is_file():
-            with quiet_transformers():
-                base = WhisperForConditionalGeneration.from_pretrained(self.model)
-            # LST reads the states of all layers.
-            options = {**row.options, "method": "lst", "placement": model.states_of}
-            kept = ("method", "placement", "max_frames", "backbone_dtype")
-            reader = get_meft_model(base, MeftConfig.from_dict({k: options[k] for k in kept if k in options}))
+            if not row.autocast:  # side networks share theirs, of all layers, which LST reads
+                kept = {"max_frames": WINDOW, "backbone_dtype": BACKBONE}
+                with quiet_transformers():
+                    base = WhisperForConditionalGeneration.from_pretrained(self.model)
+                    model = get_meft_model(base, LSTConfig(placement=model.states_of, **kept))
             started = time.process_time()
-            examples = self.clips(f"{row.language}_train").examples
-            tokens = self.tokens(row.language)
-            prepare_cache(str(folder), reader, self.extractor, [examples], tokens=tokens, progress=False)
+            examples, tokens = self.clips(f"{row.language}_train").examples, self.tokens(row.language)
+            prepare_cache(str(folder), model, self.extractor, [examples], tokens=tokens, progress=False)
             write_json(done, {"cpu_seconds": round(time.process_time() - started, 1)})
         return read_json(done)["cpu_seconds"]
 
@@ -287,15 +286,23 @@ class Recognition:
         tests = {name: self._heard(row, model, name, run) for name in TESTED[row.language]}
         return {**found, "tests": tests, "test_cpu_seconds": round(time.process_time() - started, 1)}
 
+    def _log_mel(self, name: str) -> tuple[list[int], list[dict[str, torch.Tensor]]]:
+        """The clips of a set in the order of their lengths, and batches of them, made once."""
+        if name not in self._mels:
+            examples = self.clips(name).examples
+            order = sorted(range(len(examples)), key=lambda i: examples[i].seconds)
+            dataset = data.SpeechDataset(examples.select(order), self.extractor)
+            collate = data.Collator(self.extractor)
+            self._mels[name] = order, list(DataLoader(dataset, HEARD_BATCH, collate_fn=collate))
+        return self._mels[name]
+
     def _heard(self, row: Row, model: MeftForConditionalGeneration, name: str, run: str) -> dict[str, Any]:
         """What a model hears of a set, greedily, with its language given: the edits of every clip, and how
         many texts ran to the last token allowed. The texts themselves stay in ``work``."""
         examples, language = self.clips(name).examples, name[:2]
-        order = sorted(range(len(examples)), key=lambda i: examples[i].seconds)
-        dataset = data.SpeechDataset(examples.select(order), self.extractor)
-        batches = DataLoader(dataset, BATCH, collate_fn=data.Collator(self.extractor))
+        order, batches = self._log_mel(name)
         tokenizer = self.tokens(language).tokenizer
-        with torch.autocast("cpu", torch.bfloat16, enabled=not row.frozen):
+        with torch.autocast("cpu", torch.bfloat16, enabled=row.autocast):
             said = transcribe_batches(
                 model,
                 batches,

@@ -73,8 +73,15 @@ class Row:
         return self.method == ZERO_SHOT
 
     @property
-    def frozen(self) -> bool:
-        return self.zero_shot or MeftConfig.methods()[self.method].frozen_encoder
+    def config(self) -> MeftConfig:
+        """The method's; of zero-shot that of a side network, which adds nothing before it is trained."""
+        method = "lst" if self.zero_shot else self.method
+        return MeftConfig.from_dict({"method": method, **self.options})
+
+    @property
+    def autocast(self) -> bool:
+        """Whether the method trains inside the backbone: then under autocast to bfloat16."""
+        return not hasattr(self.config, "placement")
 
     @property
     def name(self) -> str:
