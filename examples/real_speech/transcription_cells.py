@@ -1,9 +1,8 @@
 """One run of the study of transcription: trained with the package's models and loss, heard, recorded."""
 
-import math
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -207,9 +206,8 @@ class Recognition:
         found["status"] = "ok"
         return found
 
-    def _batches(
-        self, row: Row, model: MeftForConditionalGeneration, seed: int, epoch: int
-    ) -> Iterator[dict[str, torch.Tensor]]:
+    def _batches(self, row: Row, model: MeftForConditionalGeneration, seed: int) -> DataLoader:
+        """The training clips, in another order in each pass."""
         examples, tokens = self.clips(f"{row.language}_train").examples, self.tokens(row.language)
         if row.config.frozen_encoder:
             cache = FeatureCache(self._cache_folder(row, model))
@@ -218,14 +216,13 @@ class Recognition:
         else:
             dataset = data.SpeechDataset(examples, self.extractor, tokens=tokens)
             collate = data.Collator(self.extractor, pad_token_id=tokens.end)
-        generator = torch.Generator().manual_seed(1000 * seed + epoch)
-        yield from DataLoader(dataset, BATCH, shuffle=True, generator=generator, collate_fn=collate)
+        generator = torch.Generator().manual_seed(seed)
+        return DataLoader(dataset, BATCH, shuffle=True, generator=generator, collate_fn=collate)
 
     def _train(self, row: Row, model: MeftForConditionalGeneration, rate: float, seed: int) -> list[float]:
         """Trains; gives the mean loss of each epoch's batches."""
-        options = row.training
-        clips = len(self.clips(f"{row.language}_train").examples)
-        steps = options["epochs"] * math.ceil(clips / BATCH)
+        options, batches = row.training, self._batches(row, model, seed)
+        steps = options["epochs"] * len(batches)
         trained = [each for each in model.parameters() if each.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=options["weight_decay"])
         warmup = round(options["warmup"] * steps)
@@ -234,7 +231,7 @@ class Recognition:
         for epoch in range(options["epochs"]):
             model.train()
             total, count = 0.0, 0
-            for batch in self._batches(row, model, seed, epoch):
+            for batch in batches:
                 with torch.autocast("cpu", torch.bfloat16, enabled=row.autocast):
                     loss = model(**batch).loss
                 if not torch.isfinite(loss):

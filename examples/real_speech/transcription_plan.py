@@ -30,9 +30,9 @@ ZERO_SHOT = "zero_shot"
 PADDED = "max_frames=fidelity"
 
 # Rates that are tried, the likeliest first.
-SIDE_RATES = (1e-3, 3e-3, 3e-4)
-OWN_RATES = (3e-5, 1e-4, 1e-5)  # the backbone's own weights train
-INSIDE_RATES = (1e-3, 3e-4, 3e-3)
+SIDE_RATES = (1e-3, 3e-3)
+OWN_RATES = (3e-5, 1e-4)  # the backbone's own weights train
+INSIDE_RATES = (1e-3, 3e-4)
 SEEDS = 3
 
 
@@ -119,6 +119,11 @@ def row(entry: str, language: str = "nl", **changes: Any) -> Row:
     return Row(language, entry, **{"rates": rates, **changes})
 
 
+def first(*rows: Row) -> Iterator[Cell]:
+    """A first look, at the likeliest rate."""
+    return (Cell(one, one.rates[0], 0) for one in rows)
+
+
 def searched(*rows: Row) -> Iterator[Cell]:
     """The search for a rate."""
     return (Cell(one, rate, 0) for one in rows for rate in one.rates)
@@ -137,6 +142,7 @@ def seeded(*rows: Row) -> Iterator[Cell]:
 LST = {place: f"lst:placement={place}+reduction_factor=4" for place in ("encoder", "decoder", "both")}
 UNIPT, SHERL = "unipt:placement=encoder+reduction_factor=4", "sherl:placement=encoder+reduction_factor=4"
 FULL, LORA = "full:target=decoder", "lora:target=decoder"
+LONGER = "epochs=6"
 
 
 def plan() -> Iterator[Cell]:
@@ -144,25 +150,28 @@ def plan() -> Iterator[Cell]:
     zero_shot = row(ZERO_SHOT)
     encoder, decoder, both = map(row, LST.values())
     unipt, sherl, full, lora = map(row, (UNIPT, SHERL, FULL, LORA))
+    longer = row(f"{LST['encoder']}+{LONGER}")
+    german = [row(entry, "de") for entry in (LST["encoder"], FULL, LST["both"], LST["decoder"])]
+    german += [row(f"{LST['encoder']}+{LONGER}", "de")]
+    others = [row(entry, "de") for entry in (UNIPT, SHERL, LORA)]
     yield from tested(zero_shot)
-    yield from (Cell(one, one.rates[0], 0) for one in (encoder, full, decoder, both))
-    yield from searched(encoder, full)
-    yield from tested(encoder, full)
-    yield from searched(both, decoder)
-    yield from tested(both, decoder)
-    for one in (lora, unipt, sherl):
-        yield from searched(one)
+    yield from first(encoder, full, decoder, both)
+    yield from searched(encoder, longer)
+    yield from tested(encoder, longer, full, both, decoder)
+    for one in (lora, unipt, sherl, *german[:2]):
+        yield from first(one)
         yield from tested(one)
-    german = [row(entry, "de") for entry in (*LST.values(), FULL)]
-    yield from seeded(encoder, full)
-    for one in german:
-        yield from searched(one)
+    yield from searched(full, both)
+    yield from tested(full, both)
+    yield from seeded(longer, full)
+    for one in (german[4], *german[2:4]):
+        yield from first(one)
         yield from tested(one)
-    yield from seeded(both, decoder, lora, unipt, sherl)
-    yield from seeded(*german)
     yield from tested(row(f"{ZERO_SHOT}:{PADDED}"))
-    for entry in (UNIPT, SHERL, LORA):
-        other = row(entry, "de")
-        yield from searched(other)
-        yield from tested(other)
-        yield from seeded(other)
+    yield from searched(decoder, lora, unipt, sherl)
+    yield from tested(decoder, lora, unipt, sherl)
+    yield from seeded(encoder, both, decoder, lora, unipt, sherl)
+    for one in (*german, *others):
+        yield from searched(one)
+        yield from tested(one)
+        yield from seeded(one)
