@@ -150,9 +150,9 @@ def plan() -> Iterator[Cell]:
     zero_shot = row(ZERO_SHOT)
     encoder, decoder, both = map(row, LST.values())
     unipt, sherl, full, lora = map(row, (UNIPT, SHERL, FULL, LORA))
-    longer = row(f"{LST['encoder']}+{LONGER}")
+    longer = row(f"{LST['encoder']}+{LONGER}", rates=SIDE_RATES[::-1])
     german = [row(entry, "de") for entry in (LST["encoder"], FULL, LST["both"], LST["decoder"])]
-    german += [row(f"{LST['encoder']}+{LONGER}", "de")]
+    german += [row(f"{LST['encoder']}+{LONGER}", "de", rates=SIDE_RATES[::-1])]
     others = [row(entry, "de") for entry in (UNIPT, SHERL, LORA)]
     yield from tested(zero_shot)
     yield from first(encoder, full, decoder, both)
