@@ -398,6 +398,8 @@ def test_what_does_not_apply_is_refused_by_name(options, said, work, tmp_path, c
         ({"predict_with_generate": True}, "--predict_with_generate cannot be used with --task classify"),
         ({"metric_for_best_model": "wer"}, "one of accuracy, mean_class_accuracy, macro_f1, loss, got wer"),
         ({"text_column_name": "said"}, "text_column_name: 'said' is of transcripts"),
+        ({"tokenizer_name": "a"}, "tokenizer_name: 'a' is of transcripts"),
+        ({"zero_shot": False}, "--zero_shot cannot be used with --task classify"),
     ],
 )
 def test_classification_refuses_what_is_of_transcripts(options, said, work, tmp_path, capsys):
@@ -445,6 +447,10 @@ def test_another_models_tokenizer_is_told(work, tmp_path, capsys):
     (mixed / "tokenizer.json").unlink()
     assert run(work, tmp_path / "out", model_name_or_path=mixed) == 1
     assert "holds no tokenizer" in capsys.readouterr().err
+    options = {"model_name_or_path": mixed, "tokenizer_name": work / "whisper", "max_steps": 1}
+    assert run(work, tmp_path / "out", **options, **NOT_EVALUATED) == 0
+    assert run(work, tmp_path / "none", **options | {"tokenizer_name": work / "train"}) == 1
+    assert "tokenizer_name: " in capsys.readouterr().err
 
 
 def test_from_a_file(work, tmp_path):

@@ -113,4 +113,8 @@ def _task(
         return task, task.tokens
     if arguments.language is not None:
         raise UserError(f"language: {arguments.language!r} is of transcripts: give --task transcribe")
+    if models.tokenizer_name is not None:
+        raise UserError(
+            f"tokenizer_name: {models.tokenizer_name!r} is of transcripts: give --task transcribe"
+        )
     return Classification(config, extractor), None

@@ -36,7 +36,8 @@ def help_text() -> str:
     width = max(len(name) for name in COMMANDS)
     lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
     return (
-        f"{USAGE}\nMemory-efficient fine-tuning of Whisper for audio classification and transcription.\n\ncommands:\n"
+        f"{USAGE}\nMemory-efficient fine-tuning of Whisper for audio classification and transcription.\n\n"
+        "commands:\n"
         + "\n".join(lines)
         + "\n\n`whisper-meft COMMAND --help` describes the options of a command; every option can also come\n"
         "from a JSON file. `whisper-meft --version` prints the version.\n"

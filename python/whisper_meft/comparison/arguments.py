@@ -11,7 +11,9 @@ from ..options.parser import UsageError
 from ..options.task import TaskArguments
 
 # MeZO's directions have unit variance in every weight; its own paper's rates are a hundredth of the others'.
+# Whisper's decoder, which classification does not train, is fine-tuned at 1e-5 as a rule.
 RATE_FACTOR = {"mezo": 0.01}
+TRANSCRIPTION_RATE_FACTOR = {"mezo": 0.01, "full": 0.01}
 
 # The paper's ranks and widths are for 768 channels; narrower backbones get proportionally less.
 PAPER_WIDTH = 768
@@ -45,8 +47,8 @@ class CompareArguments(TaskArguments, DataFormatArguments):
     learning_rates: list[float] | None = field(
         default=None,
         metadata={
-            "help": "rates to choose from; mezo gets a hundredth of each (default: 3e-4 1e-3 3e-3; quick: "
-            "5e-4 3e-3)"
+            "help": "rates to choose from; mezo, and to transcribe full too, gets a hundredth of each "
+            "(default: 3e-4 1e-3 3e-3; quick: 5e-4 3e-3)"
         },
     )
     num_train_epochs: float | None = field(
@@ -129,6 +131,11 @@ class CompareArguments(TaskArguments, DataFormatArguments):
 def split_methods(methods: str) -> list[str]:
     """The entries of ``"lora,lst:layers=[1,2]"``."""
     return [entry for entry in _COMMA.split(methods) if entry]
+
+
+def rate_factor(task: str, method: str) -> float:
+    """What the learning rates of a comparison are multiplied by for a method."""
+    return (RATE_FACTOR if task == "classify" else TRANSCRIPTION_RATE_FACTOR).get(method, 1)
 
 
 def parse_method(entry: str) -> tuple[str, dict[str, Any]]:

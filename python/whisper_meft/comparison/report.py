@@ -69,6 +69,7 @@ def page(results: dict[str, Any]) -> str:
     settings, measure = results["settings"], _measure(results)
     how = "the CUDA allocator" if settings["device"] == "cuda" else "every storage of a real step"
     frozen = "encoder" if "labels" in settings else "Whisper"
+    less = "mezo" if "labels" in settings else "mezo and full"
     if "labels" in settings:
         of = f"of {len(settings['labels'])} classes (chance {1 / len(settings['labels']):.0%})"
     else:
@@ -84,7 +85,7 @@ def page(results: dict[str, Any]) -> str:
             f"{markdown(Path(settings['backbone']).name)}.",
             f"- Budget of each run: {settings['num_train_epochs']:g} epochs in batches of "
             f"{settings['batch_size']}. Learning rate out of "
-            f"{', '.join(f'{rate:g}' for rate in settings['learning_rates'])} (mezo: a hundredth of each) "
+            f"{', '.join(f'{rate:g}' for rate in settings['learning_rates'])} ({less}: a hundredth of each) "
             "and epoch are chosen on the validation clips; the test clips are scored once per seed, "
             "with what was chosen.",
             f"- {measure.title.capitalize()}: mean over {settings['seeds']} seeds, ± standard deviation over "

@@ -40,7 +40,7 @@ from ..training.data import load_data, usable_examples
 from ..training.output_folder import clear_earlier_run, prepare_output_dir
 from ..training.run import train
 from ..training.settings import make_task
-from .arguments import RATE_FACTOR, CompareArguments, options_of, parse_method
+from .arguments import CompareArguments, options_of, parse_method, rate_factor
 from .costs import measure_costs
 from .measures import MEASURES
 
@@ -266,7 +266,7 @@ class Comparison:
         arguments = self.arguments
         search, failures = [], []
         for rate in arguments.learning_rates:
-            rate *= RATE_FACTOR.get(parse_method(method)[0], 1)
+            rate *= rate_factor(arguments.task, parse_method(method)[0])
             try:
                 search.append(self.run(method, rate, arguments.seed))
             except Exception as error:

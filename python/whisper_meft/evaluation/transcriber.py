@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
-from transformers import WhisperForConditionalGeneration, WhisperTokenizer
+from transformers import WhisperForConditionalGeneration
 
 from ..data.examples import Example, ExampleSet, listing
 from ..data.features import read_features, true_frames, window_frames
-from ..errors import UserError, one_line
-from ..model.backbone import load_backbone, quiet_transformers, resolve_backbone
+from ..errors import UserError
+from ..model.backbone import load_backbone, resolve_backbone
 from ..model.kinds import kind_of
+from ..model.pretrained import load_tokenizer
 from ..model.transcription import MeftForConditionalGeneration
 from ..options.generation import GenerationArguments
 from ..options.inference import InferenceArguments
@@ -310,24 +311,6 @@ def transcribe_files(
     if not heard:
         raise UserError(f"no file could be transcribed; {bad[0][0]}: {bad[0][1]}")
     return bad
-
-
-def load_tokenizer(name: str) -> WhisperTokenizer:
-    """The tokenizer at ``name`` (folder or hub name).
-
-    Raises:
-        UserError: there is none.
-    """
-    name = resolve_backbone(name)
-    try:
-        if not _has(_TOKENIZER_FILES, name):
-            raise UserError(f"{name} holds no tokenizer.json; name its folder with --tokenizer_name")
-        with quiet_transformers():
-            return WhisperTokenizer.from_pretrained(name)
-    except UserError:
-        raise
-    except Exception as error:  # whatever a broken folder or an unreachable hub gives
-        raise UserError(f"tokenizer_name: cannot load {name}: {one_line(error)}") from error
 
 
 def _has(files: tuple[str, ...], name: str) -> bool:

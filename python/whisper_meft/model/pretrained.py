@@ -11,11 +11,12 @@ from transformers import (
     PreTrainedModel,
     WhisperFeatureExtractor,
     WhisperForAudioClassification,
+    WhisperTokenizer,
 )
 
 from ..errors import UserError, one_line
 from ..options.common import ModelArguments
-from .backbone import check_source, load_backbone, resolve_backbone
+from .backbone import check_source, load_backbone, quiet_transformers, resolve_backbone
 from .declared import check_model_folder
 
 
@@ -124,3 +125,20 @@ def load_feature_extractor(
     if kind not in (None, "WhisperFeatureExtractor"):
         raise UserError(f"{argument}: {name} is a {kind}, Whisper's feature extractor is needed")
     return extractor
+
+
+def load_tokenizer(name: str, argument: str = "tokenizer_name", **hub: Any) -> WhisperTokenizer:
+    """The tokenizer at ``name`` (folder or hub name).
+
+    Raises:
+        UserError: there is none, or it is not Whisper's.
+    """
+    name = resolve_backbone(name)
+    folder = Path(name)
+    if folder.is_dir() and not any((folder / file).is_file() for file in ("tokenizer.json", "vocab.json")):
+        raise UserError(f"{argument}: {name} holds no tokenizer.json; name its folder with --tokenizer_name")
+    with quiet_transformers():
+        tokenizer = _from_hub(argument, os.fspath(name), WhisperTokenizer.from_pretrained, **hub)
+    if "<|startoftranscript|>" not in tokenizer.get_vocab():
+        raise UserError(f"{argument}: {name} is not Whisper's tokenizer, it lacks <|startoftranscript|>")
+    return tokenizer

@@ -1,15 +1,12 @@
 """The tokenizer of a Whisper that transcribes, and the language that it is told to write."""
 
-import os
-from pathlib import Path
-from typing import Any
-
 from transformers import GenerationConfig, WhisperConfig, WhisperTokenizer
 from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
-from ..errors import UserError, one_line
+from ..errors import UserError
 from ..options.common import ModelArguments
 from .backbone import resolve_backbone
+from .pretrained import load_tokenizer
 
 # The vocabulary of the published English-only models, whose tokenizer has all languages' tokens nevertheless.
 _ENGLISH_ONLY = 51864
@@ -123,41 +120,21 @@ def _check_tokenizer(tokenizer: WhisperTokenizer, sizes: WhisperConfig) -> None:
 
 
 def load_language(arguments: ModelArguments, sizes: WhisperConfig, language: str | None) -> LanguageOf:
-    """The tokenizer beside a backbone, set to a language; see :class:`LanguageOf`.
+    """The tokenizer of a backbone, beside it or named, set to a language; see :class:`LanguageOf`.
 
     Raises:
         UserError: there is no such tokenizer, or see there.
     """
     where = resolve_backbone(arguments.model_name_or_path)
+    named = arguments.tokenizer_name
     hub = {
         "revision": arguments.model_revision,
         "cache_dir": arguments.cache_dir,
         "token": arguments.token,
     }
-    tokenizer = load_tokenizer(where, "model_name_or_path", **hub)
+    tokenizer = load_tokenizer(named or where, "tokenizer_name" if named else "model_name_or_path", **hub)
     try:
         generation = GenerationConfig.from_pretrained(where, **hub)
     except OSError:  # older folders have none
         generation = None
     return LanguageOf(tokenizer, sizes, generation, language)
-
-
-def load_tokenizer(name: str, argument: str = "model_name_or_path", **hub: Any) -> WhisperTokenizer:
-    """Whisper's tokenizer at ``name`` (folder or hub name).
-
-    Raises:
-        UserError: there is none, or it is not Whisper's.
-    """
-    folder = Path(name)
-    files = ("tokenizer.json", "vocab.json")
-    if folder.is_dir() and not any((folder / file).is_file() for file in files):
-        raise UserError(
-            f"{argument}: {name} holds no tokenizer ({' or '.join(files)}), which transcribing takes: copy "
-            "that of the Whisper that it was made of into it"
-        )
-    try:
-        tokenizer = WhisperTokenizer.from_pretrained(os.fspath(name), **hub)
-        tokenizer.prefix_tokens  # noqa: B018  it looks for Whisper's own tokens
-    except Exception as error:  # whatever a broken folder or an unreachable hub gives
-        raise UserError(f"{argument}: cannot load the tokenizer of {name}: {one_line(error)}") from error
-    return tokenizer

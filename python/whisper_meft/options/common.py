@@ -18,6 +18,9 @@ class ModelArguments:
     feature_extractor_name: str | None = field(
         default=None, metadata={"help": "feature extractor, if not the one beside the model"}
     )
+    tokenizer_name: str | None = field(
+        default=None, metadata={"help": "tokenizer, if not the one beside the model; to transcribe"}
+    )
     model_revision: str = field(
         default="main", metadata={"help": "branch, tag or commit of the model on the hub"}
     )

@@ -83,6 +83,11 @@ def make_task(
     Raises:
         UserError: the method, the backbone or its tokenizer is not for that.
     """
+    if training.task == "classify" and model.tokenizer_name is not None:
+        raise UserError(
+            f"tokenizer_name: {model.tokenizer_name!r} is of transcripts; classes need none: give --task "
+            "transcribe, or leave it out"
+        )
     if training.task == "classify":
         return Classification(config, extractor)
     return Transcription(config, sizes, extractor, load_language(model, sizes, training.language), training)
