@@ -5,7 +5,6 @@ The weights are drawn, not downloaded: time and memory depend on sizes alone.
 
 import json
 import os
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from types import SimpleNamespace
@@ -13,13 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import WhisperConfig, WhisperForAudioClassification
+from transformers import WhisperConfig, WhisperForAudioClassification, WhisperForConditionalGeneration
 from whisper_meft import FrozenEncoder, MeftConfig, get_meft_model
+from whisper_meft.decoder.frozen import FrozenDecoder
 from whisper_meft.encoder.sizes import WHISPER_SIZES, whisper_config
 from whisper_meft.errors import UserError
 from whisper_meft.methods.adalora import RankAllocation
 from whisper_meft.methods.mezo import MeZO
-from whisper_meft.methods.side_networks import SideNetworkConfig
+from whisper_meft.methods.side_networks import PLACEMENTS, SideNetworkConfig
+from whisper_meft.methods.tuned import TARGETS
 
 import meft_kernels
 
@@ -27,7 +28,7 @@ from . import published
 
 # No Whisper, but sizes to try the benchmarks themselves.
 TOY = {"d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 48}
-TOY |= {"num_mel_bins": 12, "decoder_layers": 1}
+TOY |= {"num_mel_bins": 12, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48}
 MODELS = ("toy", *WHISPER_SIZES)
 CLASSES = 6  # as in the paper
 HEAD = ("projector.", "classifier.")
@@ -46,6 +47,7 @@ class Setting:
         model: a name in ``MODELS``. batch: clips. frames: encoder frames of each clip, the whole window.
         reduction_factor: of the side networks. dtype: of the computation; float32 means everywhere, a half
             type means frozen weights in it and autocast to it over float32 masters. device: where.
+        task: ``"classify"`` or ``"transcribe"``; tokens: of each transcript then.
         backend: of the ops, see ``meft_kernels.use_backend``. cuda_graphs: capture the step, where the method
             runs beside a frozen encoder.
 
@@ -61,13 +63,20 @@ class Setting:
     device: str = "cpu"
     backend: str = "auto"
     cuda_graphs: bool = False
+    task: str = "classify"
+    tokens: int = 64
 
     def __post_init__(self):
+        if self.task not in ("classify", "transcribe"):
+            raise UserError(f"task must be classify or transcribe, got {self.task!r}")
         if self.model not in MODELS:
             raise UserError(f"model must be one of {', '.join(MODELS)}, got {self.model!r}")
-        for name in ("batch", "frames", "reduction_factor"):
+        for name in ("batch", "frames", "reduction_factor", "tokens"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be a positive integer, got {getattr(self, name)}")
+        most = self.config().max_target_positions
+        if self.tokens > most:
+            raise UserError(f"tokens must be at most {most}, the decoder's positions, got {self.tokens}")
         width = self.config().d_model
         if self.reduction_factor > width:
             raise UserError(
@@ -76,21 +85,34 @@ class Setting:
             )
 
     def config(self) -> WhisperConfig:
-        """The encoder's sizes, with a window of ``frames``."""
+        """The model's sizes, with a window of ``frames``."""
         model = WhisperConfig(**TOY) if self.model == "toy" else self.model
-        return whisper_config(model, num_labels=CLASSES, frames=self.frames)
+        return whisper_config(model, num_labels=CLASSES, frames=self.frames, decoder=self.transcribes)
 
-    def base(self) -> WhisperForAudioClassification:
-        """A classifier with drawn float32 weights."""
+    @property
+    def transcribes(self) -> bool:
+        return self.task == "transcribe"
+
+    def base(self) -> WhisperForAudioClassification | WhisperForConditionalGeneration:
+        """A classifier or a recogniser with drawn float32 weights."""
+        kind = WhisperForConditionalGeneration if self.transcribes else WhisperForAudioClassification
         with torch.device(self.device):
-            return WhisperForAudioClassification._from_config(self.config(), attn_implementation="sdpa")
+            return kind._from_config(self.config(), attn_implementation="sdpa")
 
-    def batch_of_clips(self) -> tuple[Tensor, Tensor]:
-        """Random log-mel (B, mel bins, 2 * frames) in float32 and labels (B,)."""
+    def batch_of_clips(self) -> dict[str, Tensor]:
+        """``input_features``, random log-mel (B, mel bins, 2 * frames) in float32, and ``labels`` (B,); to
+        transcribe ``labels`` and ``decoder_input_ids`` (B, tokens)."""
         generator = torch.Generator().manual_seed(0)
-        shape = self.batch, self.config().num_mel_bins, 2 * self.frames
-        features = torch.randn(shape, generator=generator).to(self.device)
-        return features, torch.arange(self.batch, device=self.device) % CLASSES
+        config = self.config()
+        shape = self.batch, config.num_mel_bins, 2 * self.frames
+        batch = {"input_features": torch.randn(shape, generator=generator)}
+        if self.transcribes:
+            tokens = self.batch, self.tokens
+            for name in ("decoder_input_ids", "labels"):
+                batch[name] = torch.randint(config.vocab_size, tokens, generator=generator)
+        else:
+            batch["labels"] = torch.arange(self.batch) % CLASSES
+        return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
     def autocast(self) -> AbstractContextManager:
         """The precision of a training step."""
@@ -105,6 +127,15 @@ def methods() -> list[str]:
     kinds = MeftConfig.methods()
     side_networks = [name for name, kind in kinds.items() if issubclass(kind, SideNetworkConfig)]
     return list(dict.fromkeys(["full", "head", *side_networks, *kinds, *PUBLISHED]))
+
+
+def recognisers() -> list[str]:
+    """Every side network in every placement that it has, and full fine-tuning and LoRA of each part."""
+    kinds = {name: kind for name, kind in MeftConfig.methods().items() if kind.transcribes}
+    side = {name: kind for name, kind in kinds.items() if issubclass(kind, SideNetworkConfig)}
+    found = [f"{name}:placement={place}" for place in PLACEMENTS[:2] for name in side]
+    found += [f"{name}:placement=both" for name, kind in side.items() if kind.makes_pairs]
+    return found + [f"{name}:target={part}" for name in ("full", "lora") for part in TARGETS]
 
 
 def options_of(method: str) -> dict[str, Any]:
@@ -138,6 +169,8 @@ def config_of(method: str, setting: Setting) -> MeftConfig | None:
     """
     chosen = options_of(method)
     if chosen["method"] in PUBLISHED:
+        if setting.transcribes:
+            raise UserError(f"{method} classifies: no such structure was published to transcribe with")
         return None
     kind = MeftConfig.methods()[chosen["method"]]
     defaults: dict[str, Any] = {"reduction_factor": setting.reduction_factor}
@@ -189,7 +222,7 @@ class TrainingStep:
             if method in PUBLISHED:
                 raise UserError(f"{method} cannot be captured in CUDA graphs")
             self.model.use_cuda_graphs()
-        self.features, self.labels = setting.batch_of_clips()
+        self.batch = setting.batch_of_clips()
         self.trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         kind = torch.device(setting.device).type
         # Fused, as Trainer's default is on both: one pass, and no temporary copies of the parameters.
@@ -199,7 +232,7 @@ class TrainingStep:
         config = getattr(self.model, "meft_config", None)
         if config is not None and config.method == "adalora":
             # As Trainer calls it; in the warm-up of so long a run ranks are rated, which costs the same.
-            self.allocation = RankAllocation(self.model.encoder, config)
+            self.allocation = RankAllocation(self.model.tuned, config)
             self.state = SimpleNamespace(max_steps=10**6, global_step=0)
             self.allocation.on_train_begin(None, self.state, None)
 
@@ -208,7 +241,7 @@ class TrainingStep:
         self.optimizer.zero_grad(set_to_none=True)
         with meft_kernels.use_backend(self.setting.backend):
             with self.setting.autocast():
-                loss = self.model(input_features=self.features, labels=self.labels).loss
+                loss = self.model(**self.batch).loss
             self.scaler.scale(loss).backward()
         return loss.detach()
 
@@ -228,7 +261,7 @@ class TrainingStep:
 
         Returns:
             ``loss``; ``gradient_norm`` over what the method itself trains, None if that is the head alone;
-            ``head_gradient_norm``.
+            ``head_gradient_norm``, None where there is no new head.
         """
         loss = self.backward().item()
         self.scaler.unscale_(self.optimizer)
@@ -240,7 +273,8 @@ class TrainingStep:
         self._update()
         only_head = all(name.startswith(HEAD) for name in self.trained)
         own = None if only_head else norms[False]
-        return {"loss": loss, "gradient_norm": own, "head_gradient_norm": norms[True]}
+        head = norms[True] if squares[True] else None
+        return {"loss": loss, "gradient_norm": own, "head_gradient_norm": head}
 
 
 class MeZOStep(TrainingStep):
@@ -252,7 +286,7 @@ class MeZOStep(TrainingStep):
 
     def _loss(self) -> Tensor:
         with meft_kernels.use_backend(self.setting.backend), self.setting.autocast():
-            return self.model(input_features=self.features, labels=self.labels).loss
+            return self.model(**self.batch).loss
 
     def __call__(self) -> None:
         self.optimizer.measure(self._loss)
@@ -273,7 +307,8 @@ def training_step(method: str, setting: Setting) -> TrainingStep:
 
 
 class InferenceForward:
-    """The frozen encoder's forward at the precision of the training step, keeping no hidden state.
+    """The frozen encoder's forward at the precision of the training step, keeping no hidden state; to
+    transcribe with the decoder's behind it, without its head.
 
     Args:
         hugging_face: run it by Hugging Face's own code, as whoever does not use this project would.
@@ -281,16 +316,26 @@ class InferenceForward:
 
     def __init__(self, setting: Setting, hugging_face: bool = False):
         torch.manual_seed(0)
-        encoder = setting.base().encoder
-        self.features, _ = setting.batch_of_clips()
+        base = setting.base()
+        batch = setting.batch_of_clips()
+        self.features, self.tokens = batch["input_features"], batch.get("decoder_input_ids")
+        self.hugging_face = hugging_face
         if hugging_face:
-            encoder.to(setting.dtype).eval()
+            base.to(setting.dtype).eval()
             self.features = self.features.to(setting.dtype)
-        self.encoder = encoder if hugging_face else FrozenEncoder(encoder, dtype=setting.dtype).stream
+            self.whisper = base.model if setting.transcribes else base.encoder
+            return
+        self.encoder = FrozenEncoder(base.get_encoder(), dtype=setting.dtype)
+        self.decoder = FrozenDecoder(base, setting.dtype) if setting.transcribes else None
 
     @torch.inference_mode()
     def __call__(self) -> None:
-        out = self.encoder(self.features)
-        if isinstance(out, Iterator):
-            for _ in out:
-                pass
+        if self.hugging_face:
+            tokens = {} if self.tokens is None else {"decoder_input_ids": self.tokens, "use_cache": False}
+            self.whisper(self.features, **tokens)
+            return
+        for state in self.encoder.stream(self.features):  # noqa: B007
+            pass
+        if self.decoder is not None:
+            heard = self.encoder.normed_output(state)
+            self.decoder.run(self.decoder.around(), self.tokens, heard)

@@ -39,6 +39,7 @@ from .steps import (
     config_of,
     methods,
     options_of,
+    recognisers,
     training_step,
 )
 from .timing import summary
@@ -69,7 +70,7 @@ def _forget_peak() -> None:
 
 
 def _step_of_a_toy(method: str, setting: Setting) -> None:
-    toy = replace(setting, model="toy", batch=1, frames=8, reduction_factor=4)
+    toy = replace(setting, model="toy", batch=1, frames=8, reduction_factor=4, tokens=4)
     try:
         training_step(method, toy)()
     except UserError:  # its options fit the encoder, not the toy
@@ -146,7 +147,9 @@ def counted(method: str, setting: Setting) -> int | None:
 
     def inputs() -> dict[str, torch.Tensor]:
         features = torch.empty(setting.batch, config.num_mel_bins, 2 * setting.frames)
-        return {"input_features": features, "labels": torch.zeros(setting.batch, dtype=torch.long)}
+        labels = (setting.batch, setting.tokens) if setting.transcribes else (setting.batch,)
+        given = {"input_features": features, "labels": torch.zeros(labels, dtype=torch.long)}
+        return given | {"decoder_input_ids": given["labels"].clone()} if setting.transcribes else given
 
     try:
         return count_step(
@@ -265,7 +268,8 @@ HEADER += ("less than full", "paper GiB", "trainable", "%", "grad norm")
 def compared(rows: list[dict]) -> Iterator[tuple[dict, float | None, float | None]]:
     """Each row with how many times as fast as full fine-tuning it is, and by which share of its memory it is
     below; None where that was not measured."""
-    full = next((row for row in rows if row["method"] == "full" and row["status"] == "ok"), {})
+    wholly = ("full", "full:target=both")
+    full = next((row for row in rows if row["method"] in wholly and row["status"] == "ok"), {})
     for row in rows:
         faster = full["ratio"] / row["ratio"] if "ratio" in full and "ratio" in row else None
         known = row.get("peak_bytes") and full.get("peak_bytes")
@@ -327,6 +331,14 @@ def _parser() -> argparse.ArgumentParser:
         default="all",
         help=f"all, or some of {','.join(methods())}; with options as in lst:saved_activations=fp8",
     )
+    parser.add_argument(
+        "--task",
+        choices=("classify", "transcribe"),
+        default="classify",
+        help="what is trained: a classifier, or a recogniser, against the frozen encoder's and decoder's "
+        "forward; all methods are then the side networks in every placement, full and lora",
+    )
+    parser.add_argument("--tokens", type=int, default=64, help="of each transcript (default: 64)")
     parser.add_argument("--reduction_factor", type=int, default=8, help="of the side networks (default: 8)")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: bfloat16 on a GPU)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU where there is one")
@@ -361,6 +373,8 @@ def _setting(options: argparse.Namespace) -> Setting:
         device=device,
         backend=options.backend,
         cuda_graphs=options.cuda_graphs,
+        task=options.task,
+        tokens=options.tokens,
     )
 
 
@@ -368,13 +382,15 @@ def described(setting: Setting) -> str:
     """The setting in one line."""
     dtype = str(setting.dtype).removeprefix("torch.")
     return (
-        f"whisper-{setting.model}, batch {setting.batch}, {setting.frames} frames, {dtype}, reduction factor "
+        f"whisper-{setting.model}, batch {setting.batch}, {setting.frames} frames, "
+        f"{f'{setting.tokens} tokens, ' * setting.transcribes}{dtype}, reduction factor "
         f"{setting.reduction_factor}, backend {setting.backend}{', CUDA graphs' * setting.cuda_graphs}"
     )
 
 
 def _chosen(names: str, setting: Setting) -> list[str]:
-    chosen = methods() if names == "all" else [name.strip() for name in names.split(",")]
+    every = recognisers() if setting.transcribes else methods()
+    chosen = every if names == "all" else [name.strip() for name in names.split(",")]
     for name in chosen:
         config_of(name, setting)
     return chosen
@@ -415,7 +431,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if all(row["status"] != "ok" for row in rows):
                 continue
             path = record.write(  # after each row: a run cut short keeps its rows
-                "train_step",
+                "train_step_transcribe" if setting.transcribes else "train_step",
                 rows,
                 command=command,
                 shapes=shapes,

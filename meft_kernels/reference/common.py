@@ -24,14 +24,15 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def row_blocks(rows: int, width: int, device: torch.device) -> Iterator[slice]:
+def row_blocks(rows: int, width: int, device: torch.device, every: bool = False) -> Iterator[slice]:
     """Slices that cover ``range(rows)``, each at most about ``BLOCK_ELEMENTS`` elements of rows ``width``
-    wide and nearly as long as the others: an allocator then has the memory of one for the next."""
+    wide and nearly as long as the others: an allocator then has the memory of one for the next. For counting
+    some of them do, unless ``every`` one is needed."""
     elements = BLOCK_ELEMENTS.get(stand_in.device_type(device), DEFAULT_BLOCK_ELEMENTS)
     step = max(1, elements // max(1, width))
     step = max(1, -(-rows // max(1, -(-rows // step))))
     starts = range(0, rows, step)
-    if stand_in.active() and len(starts) > 3:
+    if stand_in.active() and len(starts) > 3 and not every:
         # The second runs beside what the first left behind; those between it and the last only repeat it.
         starts = (starts[0], starts[1], starts[-1])
     for start in starts:

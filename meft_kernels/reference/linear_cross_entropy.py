@@ -104,7 +104,7 @@ def _parts(weight: Tensor, dtype: torch.dtype) -> Iterator[slice]:
     half = dtype in (torch.float16, torch.bfloat16) and stand_in.device_type(weight.device) == "cuda"
     if weight.dtype == (dtype if half else accumulation_dtype(dtype)):
         return iter((slice(None),))
-    return row_blocks(*weight.shape, weight.device)
+    return row_blocks(*weight.shape, weight.device, every=True)  # together they make the logits
 
 
 def _logits(rows: Tensor, weight: Tensor) -> Tensor:

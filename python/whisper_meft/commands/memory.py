@@ -204,7 +204,7 @@ def _called(asked: dict[str, Any]) -> str:
 
 
 def compared(methods: str, batch: int, asked: dict[str, Any]) -> Iterator[str]:
-    """Lines of a table of methods counted alike: GiB in use at once, taken from the card by the allocator, and how
+    """Lines of a table of methods counted alike: GiB in use at once, GiB taken from the card, and how
     many parameters train.
 
     Args:
