@@ -251,3 +251,14 @@ def test_whole_speakers_are_held_out_without_labels():
         split_by_speaker(ExampleSet(Example(f"{i}.wav", speaker=f"s{i // 4}") for i in range(40)))
     with pytest.raises(UserError, match="a single speaker"):
         split_by_speaker(ExampleSet(Example(f"{i}.wav", speaker="s", text="ja") for i in range(4)))
+
+
+def test_a_leading_space_is_a_token_of_its_transcript():
+    plain, spaced = (TranscriptTokens(spelling_tokenizer(), leading_space=space) for space in (False, True))
+    example = Example("a.wav", text="hi")
+    space = spelling_tokenizer()(" ", add_special_tokens=False).input_ids
+    prompt = plain.prompt
+    told = plain(example)["decoder_input_ids"][len(prompt) :]
+    assert spaced(example)["decoder_input_ids"] == prompt + space + told
+    assert spaced(example)["labels"] == [-100] * (len(prompt) - 1) + space + told + [spaced.end]
+    assert spaced(Example("a.wav", text=" hi")) == spaced(example)

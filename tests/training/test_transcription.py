@@ -333,7 +333,7 @@ def test_clips_longer_than_the_window_are_left_out_by_name(work, tmp_path, capsy
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("x" * 30, "has 30 tokens; with the prompt's 4 the decoder reads at most 24"),
+        ("x" * 30, "has 31 tokens; with the prompt's 4 the decoder reads at most 24"),
         ("", "1 of 25 examples"),
         ("<|nl|>", "one of Whisper's own marks"),
     ],
@@ -486,8 +486,8 @@ def test_auto_batch_counts_the_longest_transcript(work, tmp_path, monkeypatch, c
     options = {"auto_batch": True, "per_device_train_batch_size": 6, "max_steps": 2, "max_frames": 46}
     assert run(work, tmp_path / "out", **options, **NOT_EVALUATED) == 0
     assert "a batch of 6 is computed as 2 times 3 clips" in capsys.readouterr().out
-    # Four tokens of the prompt, six letters: the label of the last is the end.
-    assert asked[0]["task"] == "transcribe" and asked[0]["tokens"] == 10 and asked[0]["frames"] == 46
+    # Four tokens of the prompt, a space, six letters: the label of the last is the end.
+    assert asked[0]["task"] == "transcribe" and asked[0]["tokens"] == 11 and asked[0]["frames"] == 46
     # And it can be counted.
     monkeypatch.undo()
     arguments = {name: value for name, value in asked[0].items() if name != "most"}

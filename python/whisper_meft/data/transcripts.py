@@ -24,6 +24,8 @@ class TranscriptTokens:
     Args:
         tokenizer: a ``WhisperTokenizer`` whose ``language`` and ``task`` are set, where it has languages.
         longest: positions that the decoder has (``config.max_target_positions``).
+        leading_space: whether a transcript begins with a space, as pretrained Whisper writes it in languages
+            with spaces between words: where it should go on writing so, the first word is then no surprise.
 
     Raises:
         UserError: the tokenizer has a language set and no token for it, as those of English-only models.
@@ -31,6 +33,7 @@ class TranscriptTokens:
 
     tokenizer: Any
     longest: int = 448
+    leading_space: bool = False
 
     def __post_init__(self):
         said = self.tokenizer.language
@@ -62,7 +65,8 @@ class TranscriptTokens:
         if not example.text:
             raise UserError(f"{example.name} has no transcript")
         prompt = self.prompt
-        tokens = self.tokenizer(example.text, add_special_tokens=False).input_ids
+        text = f" {example.text.lstrip()}" if self.leading_space else example.text
+        tokens = self.tokenizer(text, add_special_tokens=False).input_ids
         special = next((token for token in tokens if token >= self.end), None)
         if special is not None:
             raise UserError(

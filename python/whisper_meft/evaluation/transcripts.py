@@ -15,7 +15,7 @@ from ..errors import UserError
 
 # Written without spaces between words: their normaliser sets each letter apart, so that WER is CER
 # (Radford et al. 2023, appendix C).
-_WITHOUT_SPACES = frozenset(("zh", "ja", "th", "lo", "my", "yue"))
+WITHOUT_SPACES = frozenset(("zh", "ja", "th", "lo", "my", "yue"))
 
 UNKNOWN = "und"  # ISO 639-2 for a language that is not determined
 
@@ -131,7 +131,7 @@ def whisper_normalizer(
             except (OSError, ValueError) as error:
                 raise UserError(f"the spellings in {spelling} cannot be read: {error}") from error
         return EnglishTextNormalizer(spelling or {}), "english"
-    return BasicTextNormalizer(split_letters=language in _WITHOUT_SPACES), "basic"
+    return BasicTextNormalizer(split_letters=language in WITHOUT_SPACES), "basic"
 
 
 def score_transcripts(

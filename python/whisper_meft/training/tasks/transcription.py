@@ -20,6 +20,7 @@ from ...data.examples import ExampleSet
 from ...data.features import read_features, true_frames, window_of
 from ...errors import UserError
 from ...evaluation.recognition import Recognition, evaluate_transcripts
+from ...evaluation.transcripts import WITHOUT_SPACES
 from ...feature_cache.dataset import CachedCollator, CachedDataset
 from ...feature_cache.store import FeatureCache
 from ...files import read_json, write_text
@@ -62,7 +63,9 @@ class Transcription(Task):
     ):
         check_method(config, sizes)
         self.config, self.extractor, self.speaking = config, extractor, speaking
-        self.tokens = data.TranscriptTokens(speaking.tokenizer, sizes.max_target_positions)
+        self.tokens = data.TranscriptTokens(
+            speaking.tokenizer, sizes.max_target_positions, speaking.language not in WITHOUT_SPACES
+        )
         most = sizes.max_target_positions
         longest = getattr(arguments, "generation_max_length", None)
         if (longest or 0) > most:
