@@ -121,7 +121,7 @@ class MeftForConditionalGeneration(MeftBase):
 
     @property
     def states_of(self) -> str:
-        """Whose hidden states :attr:`states_read` counts: the ``"encoder"``'s of frames, or the
+        """Whose hidden states ``states_read`` counts: the ``"encoder"``'s of frames, or the
         ``"decoder"``'s of tokens."""
         beside = self.placement == "decoder" and not self.meft_config.through_last_layer
         return "decoder" if beside else "encoder"
@@ -195,9 +195,9 @@ class MeftForConditionalGeneration(MeftBase):
                 count.
             return_logits: whether to compute scores beside a loss, which does not need them; unset only in
                 evaluation mode.
-            hidden_states: (B, S, T, D) in place of ``input_features``: the states that :attr:`states_read`
+            hidden_states: (B, S, T, D) in place of ``input_features``: the states that ``states_read``
                 names, computed earlier (:mod:`whisper_meft.feature_cache`), of the whole window's frames; or,
-                where :attr:`states_of` says "decoder", of the U tokens of ``decoder_input_ids``.
+                where ``states_of`` says "decoder", of the U tokens of ``decoder_input_ids``.
             hidden_state_lengths: (B,) how many of the frames or tokens are a clip's own.
             hidden_state_statistics: (B, S, T, 2) mean and rstd of their rows, where these are known.
             hidden_state_scales: (B, S, 2, D) scale and shift of ``hidden_states`` in 8 bits, float8_e4m3fn.
