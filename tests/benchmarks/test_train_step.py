@@ -1,5 +1,7 @@
 """The training-step table: what is measured, and that rows which mean nothing say so."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from whisper_meft.errors import UserError
@@ -24,6 +26,36 @@ def test_every_method_takes_a_step(method):
     assert moved and moved <= step.trained.keys()
     if norms["gradient_norm"] is not None:  # more than the head moves
         assert any(not name.startswith(steps.HEAD) for name in moved)
+
+
+@pytest.mark.parametrize("method", steps.recognisers())
+def test_every_recogniser_takes_a_step(method):
+    if "lora" in method:
+        pytest.importorskip("peft")
+    setting = replace(TOY, task="transcribe", tokens=5)
+    step = training_step(method, setting)
+    before = {n: p.detach().clone() for n, p in step.model.named_parameters()}
+    norms = step.gradient_norms()
+    assert train_step.verdict(norms) == "ok" and norms["head_gradient_norm"] is None
+    moved = {n for n, p in step.model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved and moved <= step.trained.keys()
+
+
+def test_a_recogniser_is_timed_against_encoder_and_decoder(tmp_path, capsys):
+    options = ["--task", "transcribe", "--model", "toy", "--frames", "20", "--tokens", "5"]
+    options += ["--reduction_factor", "4", "--methods", "lst:placement=decoder", "--repeats", "1"]
+    assert train_step.main([*options, "--output", str(tmp_path)]) == 0
+    assert "20 frames, 5 tokens" in capsys.readouterr().out
+    (path,) = tmp_path.iterdir()
+    found = record.read(path)
+    assert found["name"] == "train_step_transcribe" and found["figures"][0]["ratio"] > 1
+    ran = []
+    forward = steps.InferenceForward(replace(TOY, task="transcribe", tokens=5))
+    forward.decoder.layers[-1].register_forward_hook(lambda *_: ran.append(1))
+    forward()
+    assert ran == [1]
+    assert train_step.main([*options, "--methods", "published_lst", "--output", str(tmp_path)]) == 1
+    assert "published_lst classifies" in capsys.readouterr().err
 
 
 def test_full_fine_tuning_reaches_the_first_layer():

@@ -81,6 +81,7 @@ class _Reading:
         self.states.append(states.detach())
         with torch.set_grad_enabled(self.with_gradient):
             merged, heard = self.side_network(self.states), arguments[1]
+            self.states = []  # which this object, being in a circle, would hold until it is collected
             keeps = merged.requires_grad and not torch.compiler.is_compiling()
             if keeps and keeps_much(self.decoder, self.clips, *heard.shape[1:], layers=1):
                 return recomputed(layer, merged, *arguments, **options)
