@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..reference import adapter as reference
 from ..reference.common import NORM_EPS, matmul, row_blocks
-from ..tune.row import TORCH_TYPES, Row
+from ..tune.row import TORCH_TYPES, Row, once_per_row
 from .blocks import (
     accumulate,
     add,
@@ -47,6 +47,7 @@ from .blocks import (
 from .host import (
     ACTIVATION,
     aligned,
+    ceil_div,
     compile_arguments,
     launch,
     on_device,
@@ -259,6 +260,7 @@ def adapter_bwd_hidden_kernel(
     tl.store(part_ptr + pid * H + column, tl.sum(dp, 0), mask=column < H)
 
 
+@once_per_row
 def fitted(row: Row, dtype: torch.dtype, width: int) -> Row:
     """The row itself, or in fp32 blocks of at most 32 (above side width 128: 16) rows and hidden columns and
     no copies ahead: twice the bytes, and products of a kind that needs more registers."""
@@ -287,6 +289,7 @@ def packed(
     return once_per_step(weight_1, dtype, block, make)
 
 
+@once_per_row
 def constants(row: Row, width: int, hidden: int) -> dict:
     """The constexpr arguments of a kernel with products at side width ``width`` and packed hidden width."""
     return {**pair_constants(row, width), "HIDDEN": hidden}
@@ -302,7 +305,7 @@ def weight_gradients(
     weights = packed(weight_1, bias_1, weight_2, affine.dtype, row.blocks["BLOCK_H"])
     padded_hidden, padded_width = weights[0].shape
     columns = padded_hidden // row.blocks["BLOCK_H"]
-    tiles = triton.cdiv(affine.shape[0], row.blocks["BLOCK_M"])
+    tiles = ceil_div(affine.shape[0], row.blocks["BLOCK_M"])
     steps, splits = split(tiles, columns)
     parts = torch.empty(splits, 2, padded_hidden, padded_width, dtype=torch.float32, device=grad.device)
     bias_parts = torch.empty(splits, padded_hidden, dtype=torch.float32, device=grad.device)
@@ -329,7 +332,7 @@ def library_gradients(
         raw = matmul(affine[block], weight_1.T, dtype)
         grad_raw = matmul(grad[block], weight_2, dtype)
         active, grad_hidden = (torch.empty(raw.shape, dtype=dtype, device=grad.device) for _ in range(2))
-        grid = (triton.cdiv(raw.shape[0], row.blocks["BLOCK_M"]), triton.cdiv(hidden, row.blocks["BLOCK_N"]))
+        grid = (ceil_div(raw.shape[0], row.blocks["BLOCK_M"]), ceil_div(hidden, row.blocks["BLOCK_N"]))
         parts = torch.empty(grid[0], hidden, dtype=torch.float32, device=grad.device)
         with on_device(grad):
             launch(adapter_bwd_hidden_kernel, grid,
@@ -361,7 +364,7 @@ def gradients(
     row = row_for("adapter_bwd", grad, width)
     if row is not None:
         row = fitted(row, grad.dtype, width)
-        programs = triton.cdiv(count, row.blocks["BLOCK_M"])
+        programs = ceil_div(count, row.blocks["BLOCK_M"])
         parts = torch.empty(programs, 3, width, dtype=torch.float32, device=x.device)
         weights = packed(weight_1, bias_1, weight_2, grad.dtype, row.blocks["BLOCK_H"])
         with on_device(x):
@@ -373,13 +376,13 @@ def gradients(
     else:
         row = row_for("adapter_bwd_normed", grad, width)
         with on_device(x):
-            launch(adapter_bwd_normed_kernel, (triton.cdiv(count, row.blocks["BLOCK_M"]),),
+            launch(adapter_bwd_normed_kernel, (ceil_div(count, row.blocks["BLOCK_M"]),),
                 x, norm_weight, norm_bias, affine, count,
                 EPS=NORM_EPS, **pair_constants(row, width), **row.options,
             )  # fmt: skip
         grad_affine, *inner = library_gradients(grad, affine, weight_1, bias_1, weight_2)
         row = row_for("adapter_bwd_input", grad, width)
-        programs = triton.cdiv(count, row.blocks["BLOCK_M"])
+        programs = ceil_div(count, row.blocks["BLOCK_M"])
         parts = torch.empty(programs, 3, width, dtype=torch.float32, device=x.device)
         with on_device(x):
             launch(adapter_bwd_input_kernel, (programs,),
@@ -409,7 +412,7 @@ def forward(
     out = torch.empty_like(rows)
     if rows.numel():
         weights = packed(weight_1, bias_1, weight_2, x.dtype, row.blocks["BLOCK_H"])
-        grid = (triton.cdiv(rows.shape[0], row.blocks["BLOCK_M"]),)
+        grid = (ceil_div(rows.shape[0], row.blocks["BLOCK_M"]),)
         norm = (norm_weight.contiguous(), norm_bias.contiguous())
         with on_device(x):
             launch(adapter_fwd_kernel, grid,
@@ -479,8 +482,8 @@ def static_launches(row: Row, dtype: str, width: int) -> Iterator[tuple]:
         yield compile_arguments(function, types, {"H": width, **row.blocks})
         return
     block = row.blocks.get("BLOCK_H", 0)
-    hidden = triton.cdiv(min(8 * width, 1280), block) * block if block else 0
-    values = constants(row, width, hidden) if block else pair_constants(row, width)
+    hidden = ceil_div(min(8 * width, 1280), block) * block if block else 0
+    values = dict(constants(row, width, hidden) if block else pair_constants(row, width))
     if function is not adapter_bwd_weight_kernel:
         values["EPS"] = NORM_EPS
     yield compile_arguments(function, types, values)

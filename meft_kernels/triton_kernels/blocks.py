@@ -10,7 +10,7 @@ is done tile by tile when the kernel is compiled. Rows and columns outside the m
 import triton
 import triton.language as tl
 
-from ..tune.row import Row
+from ..tune.row import Row, once_per_row
 
 
 def chunks(width: int) -> tuple[int, ...]:
@@ -23,6 +23,7 @@ def chunks(width: int) -> tuple[int, ...]:
     return (2 * whole,) if tail >= whole else (whole, tail)
 
 
+@once_per_row
 def pair_constants(row: Row, width: int) -> dict:
     """The constexpr arguments of a kernel on rows of ``width`` columns: the row's block sizes, and the tiles,
     of which the row may ask for two halves in the place of one that is wider than "TILE"."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..reference import gated_down as reference
 from ..reference import stand_in
 from ..reference.common import matmul
-from ..tune.row import Row
+from ..tune.row import Row, once_per_row
 from .blocks import load_tile, load_vector, relu, store_tile
 from .host import (
     ACTIVATION,
@@ -339,16 +339,24 @@ def _launch(kernel, row: Row, width: int, rows: int, *arguments: Tensor, active:
     )
 
 
+@once_per_row
 def _constants(row: Row, width: int, active: bool = False) -> dict:
     return {"R": width, "ACTIVE": active, "PRECISION": "ieee", **row.blocks}
 
 
-def _blocks(rows: int, width: int, itemsize: int) -> Iterator[slice]:
-    """Blocks of rows of nearly one length, of which the backward holds ``BLOCK_BYTES`` at most."""
+def _blocks(rows: int, width: int, itemsize: int) -> Iterator[slice | None]:
+    """Blocks of rows of nearly one length, of which the backward holds ``BLOCK_BYTES`` at most; None: all."""
     count = ceil_div(rows * width * (4 + 4 * itemsize), BLOCK_BYTES)
     size = ceil_div(rows, max(count, 1) * 64) * 64
+    if 0 < rows <= size:
+        yield None
+        return
     for start in range(0, rows, max(size, 1)):
         yield slice(start, start + size)
+
+
+def _take(x: Tensor, block: slice | None) -> Tensor:
+    return x if block is None else x[block]
 
 
 def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -375,11 +383,11 @@ def _run(x: Tensor, given: tuple[Tensor, ...], keep_active: bool) -> tuple[Tenso
     active = x.new_empty(rows.shape[0], ceil_div(width, 8), dtype=torch.uint8) if keep_active else None
     with on_device(x):
         for block in _blocks(rows.shape[0], width, x.itemsize):
-            pre = matmul(rows[block], weight_1.T, x.dtype)
-            target = out[block]
-            bits = target if active is None else active[block]  # any pointer, when it is not written
+            pre = matmul(_take(rows, block), weight_1.T, x.dtype)
+            target = _take(out, block)
+            bits = target if active is None else _take(active, block)  # any pointer, when it is not written
             arguments = (pre, *parameters, target, bits)
-            _launch(gated_down_fwd_kernel, row, width, len(pre), *arguments, active=keep_active)
+            _launch(gated_down_fwd_kernel, row, width, pre.shape[0], *arguments, active=keep_active)
     return out.view(*x.shape[:-1], width), active
 
 
@@ -438,38 +446,39 @@ def backward(
     flag = {"active": active is not None}
     with on_device(x):
         for block in _blocks(rows.shape[0], width, x.itemsize):
-            g = grad[block]
-            pre = matmul(rows[block], projection.T, x.dtype)
-            bits = pre if active is None else active[block]  # any pointer, when it is not read
+            g, states = _take(grad, block), _take(rows, block)
+            count = g.shape[0]
+            pre = matmul(states, projection.T, x.dtype)
+            bits = pre if active is None else _take(active, block)  # any pointer, when it is not read
             hidden, grad_hidden, gates = (
                 torch.empty_like(g),
                 torch.empty_like(g),
-                g.new_empty(len(g), 2, width),
+                g.new_empty(count, 2, width),
             )
             given_here = (g, pre, bits, *parameters, hidden, gates)
 
             def parts(row: Row, *shape: int, like: Tensor = pre) -> Tensor:
-                return like.new_empty(ceil_div(len(like), row.blocks["BLOCK_M"]), *shape, width)
+                return like.new_empty(ceil_div(like.shape[0], row.blocks["BLOCK_M"]), *shape, width)
 
             if whole_row is not None:
                 part = parts(whole_row, 3)
                 arguments = (*given_here, grad_hidden, part)
-                _launch(gated_down_bwd_kernel, whole_row, width, len(g), *arguments, **flag)
+                _launch(gated_down_bwd_kernel, whole_row, width, count, *arguments, **flag)
                 value_sum, gate_sum, hidden_sum = part.sum(0).unbind(0)
             else:
                 part, hidden_part = parts(gate_row, 2), parts(hidden_row)
-                _launch(gated_down_bwd_gate_kernel, gate_row, width, len(g), *given_here, part, **flag)
+                _launch(gated_down_bwd_gate_kernel, gate_row, width, count, *given_here, part, **flag)
                 known = hidden if active is None else bits
                 arguments = (hidden, known, gates, *weights, grad_hidden, hidden_part)
-                _launch(gated_down_bwd_hidden_kernel, hidden_row, width, len(g), *arguments, **flag)
+                _launch(gated_down_bwd_hidden_kernel, hidden_row, width, count, *arguments, **flag)
                 (value_sum, gate_sum), hidden_sum = part.sum(0), hidden_part.sum(0)
             del pre, bits, given_here, arguments
             by_gate = split_product(gates.flatten(1), hidden, x.dtype)
-            of_hidden = split_product(grad_hidden, rows[block], x.dtype)
+            of_hidden = split_product(grad_hidden, states, x.dtype)
             gradients = (of_hidden, hidden_sum, by_gate[:width], value_sum, by_gate[width:], gate_sum)
             sums = [total + more for total, more in zip(sums, gradients, strict=True)] if sums else gradients
             if need_x:
-                grad_x[block] = matmul(grad_hidden, projection, x.dtype)
+                _take(grad_x, block).copy_(matmul(grad_hidden, projection, x.dtype))
     sums = sums or [torch.zeros(t.shape, device=x.device) for t in given]  # of no rows
     grads = [total.to(t.dtype) for total, t in zip(sums, given, strict=True)]
     return [grad_x.view(x.shape) if need_x else grad_x, *grads]

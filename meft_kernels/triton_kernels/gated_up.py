@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..reference import gated_up as reference
 from ..reference.common import GATE_TEMPERATURE, matmul
-from ..tune.row import Row
+from ..tune.row import Row, once_per_row
 from .blocks import load_tile, load_vector, relu, store_tile
 from .host import (
     ACTIVATION,
@@ -115,8 +115,10 @@ def gated_up_bwd_kernel(
     store_tile(grad_y_ptr, row, rows, column, total, R)
 
 
-def _constants(row: Row, backbone: int, side: int, **flags: bool) -> dict:
-    return {"D": backbone, "R": side, "PRECISION": "ieee", **flags, **row.blocks}
+@once_per_row
+def _constants(row: Row, backbone: int, side: int, need_x: bool | None = None) -> dict:
+    flag = {} if need_x is None else {"NEED_X": need_x}  # the backward's
+    return {"D": backbone, "R": side, "PRECISION": "ieee", **flag, **row.blocks}
 
 
 def _keep(gate: Tensor, dtype: torch.dtype) -> Tensor:
@@ -189,7 +191,7 @@ def _run(
                 active,
                 parts,
                 rows.shape[0],
-                **_constants(row, backbone, side, NEED_X=need_x),
+                **_constants(row, backbone, side, need_x),
                 **row.options,
             )
     grad_x = grad_x.view(x.shape) if need_x else grad_x
@@ -241,5 +243,5 @@ def static_launches(row: Row, dtype: str, width: int) -> Iterator[tuple]:
     if row.kernel == "gated_up_fwd":
         function, constants = gated_up_fwd_kernel, _constants(row, 8 * width, width)
     else:
-        function, constants = gated_up_bwd_kernel, _constants(row, 8 * width, width, NEED_X=True)
+        function, constants = gated_up_bwd_kernel, _constants(row, 8 * width, width, True)
     yield compile_arguments(function, pointer_types(_TYPES[function], dtype), constants)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..reference import guidance as reference
 from ..reference.common import GUIDANCE_EPS
-from ..tune.row import TORCH_TYPES, Row
+from ..tune.row import TORCH_TYPES, Row, once_per_row
 from .blocks import relu
 from .host import POINTERS, aligned, ceil_div, compile_arguments, launch, on_device, row_for, split
 
@@ -205,6 +205,7 @@ def _slots(layers: int) -> int:
     return max(16, triton.next_power_of_2(layers))  # tl.dot needs 16
 
 
+@once_per_row
 def _constants(row: Row, dtype: torch.dtype, width: int, layers: int, in_place: bool = False) -> dict:
     """The constexpr arguments of a row's kernel for K ``layers``."""
     wide = dtype == torch.float32

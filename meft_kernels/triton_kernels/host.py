@@ -44,8 +44,14 @@ def place(device: torch.device) -> tuple[Architecture, str | None]:
 
 
 def on_device(x: Tensor) -> AbstractContextManager:
-    """Makes the device of x current, since Triton launches on the current one. No effect off CUDA."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    """Makes the device of x current, since Triton launches on the current one. No effect where it is, and off
+    CUDA."""
+    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(x.device)
+
+
+_HERE = nullcontext()
 
 
 def launch(kernel, grid: tuple[int, ...], *arguments, **options) -> None:

@@ -43,7 +43,17 @@ from .blocks import (
     store_sums,
     subtract,
 )
-from .host import ACTIVATION, aligned, compile_arguments, flat, launch, on_device, pointer_types, row_for
+from .host import (
+    ACTIVATION,
+    aligned,
+    ceil_div,
+    compile_arguments,
+    flat,
+    launch,
+    on_device,
+    pointer_types,
+    row_for,
+)
 from .norm_linear import folded_gradients, projected, store_scaled, unfold
 
 
@@ -282,7 +292,7 @@ def forward(
         weights = packed(weight_1, bias_1, weight_2, x.dtype, row.blocks["BLOCK_H"])
         vectors = (gate, norm_weight, norm_bias)
         with on_device(x):
-            launch(ladder_fwd_kernel, (triton.cdiv(rows.shape[0], row.blocks["BLOCK_M"]),),
+            launch(ladder_fwd_kernel, (ceil_div(rows.shape[0], row.blocks["BLOCK_M"]),),
                 raw, *flat(mean, rstd), centre, bias.contiguous(),
                 below, *(t.contiguous() for t in vectors), *weights, bias_2.contiguous(), out, rows.shape[0],
                 EPS=NORM_EPS, TEMPERATURE=GATE_TEMPERATURE,
@@ -347,7 +357,7 @@ def _fused_gradients(
     count, width = grad.shape
     row = fitted(row_for("ladder_bwd", grad, width), grad.dtype, width)
     weights = packed(*linear, grad.dtype, row.blocks["BLOCK_H"])
-    programs = triton.cdiv(count, row.blocks["BLOCK_M"])
+    programs = ceil_div(count, row.blocks["BLOCK_M"])
     affine = torch.empty_like(grad)
     parts = torch.empty(programs, 6, width, dtype=torch.float32, device=grad.device)
     with on_device(grad):
@@ -371,7 +381,7 @@ def _split_gradients(
     with on_device(grad):
         launch(
             ladder_bwd_mixed_kernel,
-            (triton.cdiv(count, row.blocks["BLOCK_M"]),),
+            (ceil_div(count, row.blocks["BLOCK_M"]),),
             *inputs,
             mixed,
             count,
@@ -381,7 +391,7 @@ def _split_gradients(
         )
     grad_mixed, *adapter_grads = gradients(grad, mixed, *parameters)
     row = row_for("ladder_bwd_split", grad, width)
-    programs = triton.cdiv(count, row.blocks["BLOCK_M"])
+    programs = ceil_div(count, row.blocks["BLOCK_M"])
     parts = torch.empty(programs, 3, width, dtype=torch.float32, device=grad.device)
     with on_device(grad):
         launch(ladder_bwd_split_kernel, (programs,),

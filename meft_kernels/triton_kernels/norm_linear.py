@@ -29,6 +29,7 @@ from .blocks import (
 from .host import (
     ACTIVATION,
     aligned,
+    ceil_div,
     compile_arguments,
     flat,
     launch,
@@ -139,7 +140,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor)
     if rows.shape[0]:
         raw, centre = projected(rows, weight)
         constants = pair_constants(row, width)
-        grid = (triton.cdiv(rows.shape[0], constants["BLOCK_M"]),)
+        grid = (ceil_div(rows.shape[0], constants["BLOCK_M"]),)
         with on_device(x):
             launch(
                 norm_linear_fwd_kernel,
@@ -167,7 +168,7 @@ def backward(
     rows, upstream = aligned(x, x.shape[-1]), aligned(grad, width)
     mean, rstd = flat(mean, rstd)
     constants = pair_constants(row, width)
-    programs = triton.cdiv(rows.shape[0], constants["BLOCK_M"])
+    programs = ceil_div(rows.shape[0], constants["BLOCK_M"])
     scaled = x.new_empty(upstream.shape)
     parts = torch.empty(programs, 2, width, dtype=torch.float32, device=x.device)
     with on_device(x):

@@ -25,7 +25,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..reference import relu_attention as reference
 from ..reference import stand_in
 from ..reference.common import ATTENTION_EPS, softmax_bwd
-from ..tune.row import TORCH_TYPES, Row
+from ..tune.row import TORCH_TYPES, Row, once_per_row
 from .blocks import (
     accumulate,
     add,
@@ -43,7 +43,17 @@ from .blocks import (
     store_sums,
     zero_rows,
 )
-from .host import ACTIVATION, aligned, compile_arguments, launch, on_device, pointer_types, row_for, stacked
+from .host import (
+    ACTIVATION,
+    aligned,
+    ceil_div,
+    compile_arguments,
+    launch,
+    on_device,
+    pointer_types,
+    row_for,
+    stacked,
+)
 
 FP32_WIDTH = 192  # widest rows of the kernels in fp32
 SUM_PROGRAMS = 36  # of the sums over a clip's frames: 3 waves for 10 clips, with a multiprocessor each
@@ -276,6 +286,7 @@ def _row(kernel: str, x: Tensor) -> Row | None:
     return None if row is None else _for_type(row, x.dtype, x.shape[-1])
 
 
+@once_per_row
 def _for_type(row: Row, dtype: torch.dtype, width: int) -> Row | None:
     """fp32 has no matrix instructions and twice the bytes: larger tiles than 16 x 16 spill kilobytes, and
     wide rows are better off with the vendor library."""
@@ -285,6 +296,7 @@ def _for_type(row: Row, dtype: torch.dtype, width: int) -> Row | None:
     return small if width <= FP32_WIDTH else None
 
 
+@once_per_row
 def _constants(row: Row, width: int) -> dict:
     constants = pair_constants(row, width)
     divides = row.kernel in ("relu_attention_fwd", "relu_attention_bwd_anchor")
@@ -323,9 +335,9 @@ def _sums(slab: Tensor, factor: Tensor | None, counts: Tensor | None, row: Row) 
     depend on each other. Partial sums take 4 SUM_PROGRAMS r bytes a clip, written and read.
     """
     layers, batch, frames, width = slab.shape
-    blocks = triton.cdiv(frames, row.blocks["BLOCK_M"])
-    steps = triton.cdiv(blocks, triton.cdiv(SUM_PROGRAMS, layers))
-    parts = triton.cdiv(blocks, steps)
+    blocks = ceil_div(frames, row.blocks["BLOCK_M"])
+    steps = ceil_div(blocks, ceil_div(SUM_PROGRAMS, layers))
+    parts = ceil_div(blocks, steps)
     sums = torch.empty(parts, layers, batch, width, dtype=torch.float32, device=slab.device)
     launch(
         relu_attention_sum_kernel,
@@ -381,7 +393,7 @@ def forward(
             counts, _, gates, _, _ = _prepare(anchor, gate_weight, lengths, slab, sum_row)
             launch(
                 relu_attention_fwd_kernel,
-                (batch * triton.cdiv(frames, row.blocks["BLOCK_M"]),),
+                (batch * ceil_div(frames, row.blocks["BLOCK_M"]),),
                 anchor,
                 slab,
                 *_keys(slab, lengths, row),
@@ -463,7 +475,7 @@ def _gradients(
         inputs, gated = (grad, anchor, slab), (gates, counts)
         launch(
             relu_attention_bwd_anchor_kernel,
-            (batch * triton.cdiv(frames, anchor_row.blocks["BLOCK_M"]),),
+            (batch * ceil_div(frames, anchor_row.blocks["BLOCK_M"]),),
             *inputs,
             *_keys(slab, lengths, anchor_row),
             *gated,
@@ -480,7 +492,7 @@ def _gradients(
         weight = gate_weight.float().squeeze(0)
         per_frame = (confidence_grads / divisor[:, None])[..., None]  # a mean gives each frame an equal share
         shares = per_frame * (weight * anchor_mean)[:, None]
-        tiles = triton.cdiv(frames, features_row.blocks["BLOCK_N"])
+        tiles = ceil_div(frames, features_row.blocks["BLOCK_N"])
         launch(
             relu_attention_bwd_features_kernel,
             (layers * batch * tiles,),
@@ -549,7 +561,7 @@ def static_launches(row: Row, dtype: str, width: int) -> Iterator[tuple]:
     if row is None:
         return
     function = next(kernel for kernel in _TYPES if kernel.__name__ == f"{row.kernel}_kernel")
-    constants = _constants(row, width)
+    constants = dict(_constants(row, width))
     types = pointer_types(_TYPES[function], dtype)
     if function is relu_attention_sum_kernel:
         constants["factor_ptr"] = None

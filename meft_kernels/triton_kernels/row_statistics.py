@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..reference.common import NORM_EPS
 from ..reference.common import row_statistics as reference
-from ..tune.row import Row
+from ..tune.row import Row, once_per_row
 from .blocks import load_tile
 from .host import POINTERS, aligned, ceil_div, compile_arguments, launch, on_device, row_for
 
@@ -36,6 +36,7 @@ def row_statistics_kernel(
     tl.store(rstd_ptr + row, rstd, mask=row < rows)
 
 
+@once_per_row
 def _constants(row: Row, width: int) -> dict:
     return {"D": width, "PADDED_D": triton.next_power_of_2(width), "EPS": NORM_EPS, **row.blocks}
 

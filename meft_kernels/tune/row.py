@@ -1,7 +1,10 @@
 """One choice of block sizes, and the architectures and types that it is made for."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache, cached_property, wraps
+from types import MappingProxyType
+from typing import Any
 
 import torch
 
@@ -57,6 +60,26 @@ class Row:
     def blocks_and_options(self) -> dict[str, int]:
         """``blocks`` and ``options`` in one."""
         return {**self.blocks, **self.options}
+
+    @cached_property
+    def made(self) -> dict[tuple, Any]:
+        """What was made of the row, see ``once_per_row``."""
+        return {}
+
+
+def once_per_row(make: Callable) -> Callable:
+    """A function of a row and of what can be a key, whose results are kept with the row: a launch asks again
+    every time. Dictionaries are read-only then."""
+
+    @wraps(make)
+    def kept(row: Row, *given: Any) -> Any:
+        key = (make, *given)
+        if key not in row.made:
+            result = make(row, *given)
+            row.made[key] = MappingProxyType(result) if isinstance(result, dict) else result
+        return row.made[key]
+
+    return kept
 
 
 @cache

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -46,3 +47,13 @@ def test_stacking_copies_only_what_is_apart():
         assert stacked.data_ptr() != others[0].data_ptr() and torch.equal(stacked, torch.stack(others))
     shifted = torch.randn(1 + slab.numel())[1:].view(slab.shape)  # no multiple of 16 bytes
     assert host.stacked(list(shifted.unbind(0))).data_ptr() % 16 == 0
+
+
+def test_only_another_device_than_the_current_one_is_made_current(monkeypatch):
+    entered = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device.index))
+    for index in (0, 1):
+        host.on_device(SimpleNamespace(is_cuda=True, device=torch.device("cuda", index)))
+    host.on_device(torch.zeros(1))
+    assert entered == [0]

@@ -14,7 +14,7 @@ import torch
 
 from meft_kernels.tune import __main__ as command
 from meft_kernels.tune import choice, device_file, search, static_check
-from meft_kernels.tune.row import FAMILIES, Row, architecture, architecture_of
+from meft_kernels.tune.row import FAMILIES, Row, architecture, architecture_of, once_per_row
 from meft_kernels.tune.table import TABLE
 
 ROOT = Path(__file__).parents[2]
@@ -408,3 +408,19 @@ def test_tune_command_needs_a_gpu_to_search():
         result = run_tune(*SEARCH)
         assert result.returncode == 1 and "a CUDA device is needed" in result.stderr
         assert result.stderr.count("meft_kernels.tune") == 1 and "Traceback" not in result.stderr
+
+
+def test_what_is_made_of_a_row_is_made_once_and_stays_as_it_is():
+    made = []
+
+    @once_per_row
+    def constants(row, width):
+        made.append(width)
+        return {"R": width, **row.blocks}
+
+    row = replace(GENERAL)
+    assert constants(row, 8) == {"R": 8, "BLOCK": 64} and constants(row, 9)["R"] == 9
+    assert constants(row, 8) is constants(row, 8) and made == [8, 9]
+    with pytest.raises(TypeError):
+        constants(row, 8)["R"] = 7
+    assert constants(replace(row, blocks={"BLOCK": 32}), 8)["BLOCK"] == 32
