@@ -5,7 +5,7 @@ Constructors, parameters and ``state_dict`` keys are the reference's; these comp
 C++ kernels compute in fp32.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -21,6 +21,12 @@ from .reference.modules import (
     norm_linear_params,
 )
 from .widening import WidenInto
+
+
+def _of_this_step(parameters: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Weights as aliases of this step: what the kernels make of one is made once for forward and backward.
+    Nothing is made of vectors."""
+    return (each.view_as(each) if each.ndim > 1 else each for each in parameters)
 
 
 class _Folded:
@@ -68,9 +74,7 @@ class LST(_Folded, reference.LST):
         state = ops.folded_linear(first.values, *first_fold, first.statistics, keep, again)
         del first
         for hidden_state, projection, rung in zip(stream, folded, self.rungs):
-            # Aliases of this step: what the kernels make of one is made once for forward and backward.
-            adapter = (parameter.view_as(parameter) for parameter in adapter_params(rung))
-            parameters = (*projection, rung.gate, *adapter)
+            parameters = (*projection, rung.gate, *_of_this_step(adapter_params(rung)))
             if again is not None and rung is self.rungs[-1]:
                 keep = "exact"  # in the place of the first
             state = ops.folded_ladder(hidden_state.values, state, *parameters, hidden_state.statistics, keep)
@@ -175,8 +179,7 @@ class SHERL(reference.SHERL):
             values = hidden_state.values
             # The deepest is needed again by widen: kept once as it is, it takes what two 8-bit copies would.
             keep = "exact" if down is self.down[-1] else self.saved_activations
-            # Aliases of this step: what the kernels make of one is made once for forward and backward.
-            parameters = (parameter.view_as(parameter) for parameter in gated_down_params(down))
+            parameters = _of_this_step(gated_down_params(down))
             features.append(ops.gated_down(values, *parameters, keep, hidden_state.again))
         self.check_lengths(lengths, values)
         guide = self.guide.weight, self.guide.bias
@@ -212,10 +215,11 @@ class SHERL(reference.SHERL):
         Returns:
             (B, ...).
         """
-        given = self.out.weight, self.out.bias, self.gate
-        # Aliases of this step: what the kernels make of one is made once for forward and backward.
-        parameters = (parameter.view_as(parameter) for parameter in given)
-        return WidenInto.apply(run, backward, sizes, hidden_state.detach(), merged, *parameters)
+        (weight,) = _of_this_step([self.out.weight])
+        gate = self.gate.view_as(self.gate)  # of which its tanh is made
+        return WidenInto.apply(
+            run, backward, sizes, hidden_state.detach(), merged, weight, self.out.bias, gate
+        )
 
     def forward(self, hidden_states: Iterable[Tensor | HiddenState], lengths: Tensor | None = None) -> Tensor:
         return self.widen(*self.merge(hidden_states, lengths))

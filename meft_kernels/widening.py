@@ -65,11 +65,13 @@ class WidenInto(torch.autograd.Function):
         found: list[list[Tensor]] = []
         autocast = torch.autocast(grad.device.type, enabled=False)
         with torch.no_grad(), autocast, backends.assume_backend(ctx.backend):
+            widen = backends.kernel("gated_up")
             for part in parts(len(x), ctx.size):
-                wide = ops.gated_up(x[part], grad_y[part], *parameters)
+                states, of_part = x[part], grad_y[part]
+                wide = widen(states, of_part, *parameters)
                 upstream = ctx.run_backward(wide, grad[part], part)
                 del wide
-                found.append(_of_part(upstream, x[part], grad_y[part], parameters))
+                found.append(_of_part(upstream, states, of_part, parameters))
                 del upstream
             summed = [torch.stack(of_parts).sum(0) for of_parts in zip(*found)]
             grads = summed if len(summed) == len(parameters) else ops.gated_up_gradients(*summed, *parameters)
