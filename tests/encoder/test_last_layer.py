@@ -51,8 +51,19 @@ def test_gradients_are_those_of_autograd(lengths, size, frugal):
         assert not found[1][past_end].any()
 
 
+@pytest.mark.parametrize("inner_parts", [2, 3])
+def test_the_inner_width_may_be_computed_in_parts(inner_parts, monkeypatch):
+    parts = parts_of(torch.float64)
+    expected = gradients(parts, None, None)
+    monkeypatch.setattr(last_layer, "_INNER_PARTS", {"cpu": inner_parts})
+    found = gradients(parts, None, 2)
+    assert all(relative_error(a, b) < 1e-12 for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("inner_parts", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_other_types_err_as_autograd_does(dtype):
+def test_other_types_err_as_autograd_does(dtype, inner_parts, monkeypatch):
+    monkeypatch.setattr(last_layer, "_INNER_PARTS", {"cpu": inner_parts})
     parts, (encoder, side, *_) = parts_of(dtype), parts_of(torch.float64)
     encoder.load_state_dict(parts[0].state_dict())
     side.load_state_dict(parts[1].state_dict())

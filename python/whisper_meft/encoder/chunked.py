@@ -47,7 +47,7 @@ _KEPT_TENSORS = 16
 # launches. On a CPU it is a fourth of a chunk.
 _BACKWARD_OF_KEPT = 9
 
-_MORE_BACKWARD_BYTES = 5 * 2**27
+_MORE_BACKWARD_BYTES = 2**29
 
 _LEAST_BACKWARD_BYTES = 2**27
 
@@ -81,9 +81,10 @@ def automatic_backward_part(
     # The last one as it is, and in 8 bits those between it and the first, which is made again.
     copies = side_network.num_layers * itemsize if exact else max(side_network.num_layers - 2, 0)
     kept = clips * frames * width * (copies + itemsize)
-    # Of the feed-forward block's inner width the layer holds two tensors, of the backbone's so many.
-    tensors = 8 if exact else 4
-    held = frames * itemsize * (tensors * width + 2 * encoder.layers[-1].fc1.out_features)
+    # At most the layer holds seven tensors of the backbone's width and one and a half of its inner width or,
+    # where queries, keys and values are computed again, four and two.
+    inner = encoder.layers[-1].fc1.out_features
+    held = frames * itemsize * (7 * width + 3 * inner // 2 if exact else 4 * width + 2 * inner)
     share = kept // _BACKWARD_OF_KEPT
     return max(1, max(share, min(2 * share, _MORE_BACKWARD_BYTES), _LEAST_BACKWARD_BYTES) // held)
 

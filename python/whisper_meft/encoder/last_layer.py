@@ -17,7 +17,7 @@ from contextlib import nullcontext
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.autograd.graph import get_gradient_edge
 from torch.utils.checkpoint import checkpoint
 
 from meft_kernels.reference.stand_in import device_type
@@ -26,6 +26,12 @@ from . import layer as frozen_layer
 from .frozen import FrozenEncoder
 from .pooling import mean_over_time, past_end, sum_over_time
 from .quantization import is_quantized
+
+# Parts of the feed-forward block's inner width that its activation and its gradient are computed in, where
+# that block holds more than the attention's backward.
+_INNER_PARTS = {"cpu": 1}
+
+_DEFAULT_INNER_PARTS = 2
 
 
 def pooled_through_last_layer(
@@ -133,43 +139,50 @@ class _LayerAgain:
         self.scaling = self.attention.scaling
         # Looked up once for all parts: a module takes the host as long for that as a tensor for a view.
         self.project = _parameters(self.attention.out_proj)
-        self.inner, self.outer = _parameters(self.layer.fc1), _parameters(self.layer.fc2)
+        self.inner, (outer, self.outer_bias) = _parameters(self.layer.fc1), _parameters(self.layer.fc2)
+        parts = _INNER_PARTS.get(device_type(outer.device), _DEFAULT_INNER_PARTS)
+        self.outer = outer.chunk(1 if frugal else parts, 1)
         norms = (self.layer.self_attn_layer_norm, self.layer.final_layer_norm, encoder.layer_norm)
         self.first_norm, self.second_norm, self.final_norm = map(_FixedNorm, norms)
         self.head_sizes = self.attention.num_heads, self.attention.head_dim
 
     @functools.cached_property
-    def weights(self) -> list[Tensor]:
-        """Of the projections to queries, keys and values: all in one, their bias, and one by one."""
+    def projections(self) -> tuple[list[Tensor], Tensor, Tensor]:
+        """The weights that make queries, keys and values, one by one and all in one, and their bias."""
         projections = [getattr(self.attention, f"{name}_proj") for name in "qkv"]
         weights = [projection.weight.detach() for projection in projections]
         missing = weights[0].new_zeros(len(weights[0]))
-        biases = [missing if each.bias is None else each.bias for each in projections]
-        return [torch.cat(weights), torch.cat(biases), *weights]
+        biases = [missing if each.bias is None else each.bias.detach() for each in projections]
+        return weights, torch.cat(weights), torch.cat(biases)
 
     def backward(self, x: Tensor, grad: Tensor, clips: slice) -> Tensor:
         """Gradient of the layer's input x (b, T, D) from that of the sum (b, D) of these clips."""
         lengths = None if self.lengths is None else self.lengths[clips]
-        with torch.enable_grad():
-            start = x.detach().requires_grad_()
-            mixed = self._attend(start, self.encoder._attention_mask(lengths, x.shape[1]))
+        mask = self.encoder._attention_mask(lengths, x.shape[1])
+        mixed, heads, statistics = self._attend(x, mask)
         states = F.linear(_rows(mixed.detach()), *self.project).view(x.shape).add_(x)
         upstream = self._feed_forward(states, grad, lengths)
         del states
         grad_mixed = upstream.view(-1, x.shape[2]).mm(self.project[0])
         grad_mixed = grad_mixed.view(*x.shape[:2], *self.head_sizes).transpose(1, 2)
-        (grad_x,) = torch.autograd.grad(mixed, start, grad_mixed)
-        return upstream.add_(grad_x)
+        grads = torch.autograd.grad(mixed, heads, grad_mixed)
+        del mixed, grad_mixed
+        grad_normed = None
+        for rows, weight in zip(map(_rows, grads), self.projections[0]):
+            grad_normed = rows.mm(weight) if grad_normed is None else grad_normed.addmm_(rows, weight)
+        return upstream.add_(self.first_norm.backward(grad_normed.view(x.shape), x, *statistics))
 
-    def heads(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    def heads(self, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[tuple[Tensor, ...], list[Tensor]]:
         """Queries, keys and values (B, H, T, d), views of one tensor, and the row statistics of x."""
         normed, *statistics = self.first_norm(x)
-        projected = F.linear(normed, *self.weights[:2]).view(*x.shape[:2], 3, *self.head_sizes)
-        return list(projected.transpose(1, 3).unbind(2)), statistics
+        projected = F.linear(normed, weight, bias).view(*x.shape[:2], 3, *self.head_sizes)
+        return projected.transpose(1, 3).unbind(2), statistics
 
-    def _attend(self, start: Tensor, mask: Tensor | None) -> Tensor:
-        """What the heads make of x (B, H, T, d). The kernel is whichever PyTorch takes, so its backward is
-        left to autograd; where memory is dear, what that keeps of the heads is computed again for it."""
+    def _attend(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, list, list[Tensor]]:
+        """What the heads make of x (B, H, T, d), the edges at which autograd gives the gradients of queries,
+        keys and values, and the row statistics of x. The kernel is whichever PyTorch takes, so its backward
+        is left to autograd; where memory is dear, what that keeps of the heads is computed again for it."""
+        _, weight, bias = self.projections
         places: list[int] = []
         again: list[Tensor] = []
 
@@ -182,16 +195,19 @@ class _LayerAgain:
             if isinstance(packed, Tensor):
                 return packed
             if not again:
-                again.append(self.heads(start.detach())[0][0])
+                again.append(self.heads(x, weight, bias)[0][0])
             return again[0].as_strided(*packed)
 
-        heads = _Heads.apply(start, self)
         hooks = nullcontext()
-        if self.frugal:
-            places.append(heads[0].untyped_storage()._cdata)
-            hooks = torch.autograd.graph.saved_tensors_hooks(pack, unpack)
-        with hooks:
-            return frozen_layer.self_attention(*heads, mask, scale=self.scaling)
+        with torch.enable_grad():
+            # A gradient to the bias alone: autograd then keeps nothing of the product.
+            heads, statistics = self.heads(x, weight, bias.detach().requires_grad_())
+            if self.frugal:
+                places.append(heads[0].untyped_storage()._cdata)
+                hooks = torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+            with hooks:
+                mixed = frozen_layer.self_attention(*heads, mask, scale=self.scaling)
+        return mixed, [get_gradient_edge(each) for each in heads], statistics
 
     def _feed_forward(self, states: Tensor, grad: Tensor, lengths: Tensor | None) -> Tensor:
         """Gradient of what the attention block gave, ``states``, from that of the sum over time."""
@@ -199,7 +215,11 @@ class _LayerAgain:
         width = normed.shape[-1]
         inner = F.linear(normed.view(-1, width), *self.inner)
         del normed
-        out = F.linear(F.gelu(inner), *self.outer).view(states.shape).add_(states)
+        (first, *others), (weight, *weights) = inner.chunk(len(self.outer), 1), self.outer
+        out = F.linear(F.gelu(first), weight, self.outer_bias)
+        for part, weight in zip(others, weights):
+            out.addmm_(F.gelu(part), weight.T)
+        out = out.view(states.shape).add_(states)
         before = out.clone() if out.dtype == torch.float16 else None
         out = frozen_layer.clamp_half(out)
         final_statistics = self.final_norm(out)[1:]
@@ -207,32 +227,13 @@ class _LayerAgain:
         if before is not None:
             grad.masked_fill_(before != out, 0)
         del out, before
-        grad_inner = grad.view(-1, width).mm(self.outer[0])
-        into = {"grad_input": grad_inner} if device_type(inner.device) == "cuda" else {}
-        grad_inner = torch.ops.aten.gelu_backward(grad_inner, inner, **into)
-        del inner
-        grad_normed = grad_inner.mm(self.inner[0]).view(states.shape)
+        for part, weight in zip((first, *others), self.outer):  # over the inner states
+            grad_active = grad.view(-1, width).mm(weight)
+            torch.ops.aten.gelu_backward(grad_active, part, grad_input=part)
+            del grad_active
+        grad_normed = inner.mm(self.inner[0]).view(states.shape)
+        del inner, first, others, part
         return grad.add_(self.second_norm.backward(grad_normed, states, *statistics))
-
-
-class _Heads(torch.autograd.Function):
-    """The queries, keys and values of x, with gradient to it."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, again: _LayerAgain) -> tuple[Tensor, ...]:
-        heads, statistics = again.heads(x)
-        ctx.again = again
-        ctx.save_for_backward(x, *statistics)
-        return tuple(heads)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:
-        grad_normed = None
-        for rows, weight in zip(map(_rows, grads), ctx.again.weights[2:]):
-            grad_normed = rows.mm(weight) if grad_normed is None else grad_normed.addmm_(rows, weight)
-        x, *statistics = ctx.saved_tensors
-        return ctx.again.first_norm.backward(grad_normed.view(x.shape), x, *statistics), None
 
 
 def _rows(heads: Tensor) -> Tensor:
