@@ -8,9 +8,9 @@ Triton's host code to a driver that launches nothing. An operator counts once, e
 two kernels.
 
 "host" is the process-CPU time of a step, the least of several, of a narrow encoder with one frame per clip on
-the CPU, which launches as much and computes next to nothing: without oneDNN, and with zeros for half-precision
-products that are wanted in fp32. What a driver or cuBLAS would take for a launch is not in it, nor PyTorch's
-dispatch of our own operators. ``benchmarks.profiled`` shows what really runs on a GPU.
+the CPU, which launches as much and computes next to nothing: without oneDNN, and with zeros for
+half-precision products that are wanted in fp32. What a driver or cuBLAS would take for a launch is not in it,
+nor PyTorch's dispatch of our own operators. ``benchmarks.profiled`` shows what really runs on a GPU.
 """
 
 import argparse

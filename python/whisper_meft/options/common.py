@@ -120,7 +120,7 @@ class MethodArguments:
         default=None,
         metadata={
             "help": "where the side network of a recogniser stands: beside the encoder, the decoder, or both "
-            "(lst alone); a classifier has an encoder alone (default: encoder)"
+            "(lst and unipt); a classifier has an encoder alone (default: encoder)"
         },
     )
     target_modules: list[str] | None = field(
