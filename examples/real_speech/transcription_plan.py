@@ -30,7 +30,8 @@ ZERO_SHOT = "zero_shot"
 PADDED = "max_frames=fidelity"
 
 # Rates that are tried, the likeliest first.
-SIDE_RATES = (1e-3, 3e-3)
+SIDE_RATES = (3e-3, 1e-3)
+LONGER_RATES = (3e-3, 1e-2)
 OWN_RATES = (3e-5, 1e-4)  # the backbone's own weights train
 INSIDE_RATES = (1e-3, 3e-4)
 SEEDS = 3
@@ -150,26 +151,29 @@ def plan() -> Iterator[Cell]:
     zero_shot = row(ZERO_SHOT)
     encoder, decoder, both = map(row, LST.values())
     unipt, sherl, full, lora = map(row, (UNIPT, SHERL, FULL, LORA))
-    longer = row(f"{LST['encoder']}+{LONGER}", rates=SIDE_RATES[::-1])
-    german = [row(entry, "de") for entry in (LST["encoder"], FULL, LST["both"], LST["decoder"])]
-    german += [row(f"{LST['encoder']}+{LONGER}", "de", rates=SIDE_RATES[::-1])]
+    longer = row(f"{LST['encoder']}+{LONGER}", rates=LONGER_RATES)
+    german = [row(f"{LST['encoder']}+{LONGER}", "de", rates=LONGER_RATES)]
+    german += [row(entry, "de") for entry in (FULL, LST["encoder"], LST["both"], LST["decoder"])]
     others = [row(entry, "de") for entry in (UNIPT, SHERL, LORA)]
     yield from tested(zero_shot)
-    yield from first(encoder, full, decoder, both)
-    yield from searched(encoder, longer)
-    yield from tested(encoder, longer, full, both, decoder)
-    for one in (lora, unipt, sherl, *german[:2]):
+    yield from searched(encoder, longer, full)
+    yield from tested(longer, full)
+    for one in german[:2]:
         yield from first(one)
         yield from tested(one)
-    yield from searched(full, both)
-    yield from tested(full, both)
+    yield from searched(decoder, both)
+    yield from tested(decoder, both)
+    for one in (unipt, lora, sherl):
+        yield from first(one)
+        yield from tested(one)
+    yield from tested(encoder)
     yield from seeded(longer, full)
-    for one in (german[4], *german[2:4]):
+    yield from tested(row(f"{ZERO_SHOT}:{PADDED}"))
+    for one in german[2:]:
         yield from first(one)
         yield from tested(one)
-    yield from tested(row(f"{ZERO_SHOT}:{PADDED}"))
-    yield from searched(decoder, lora, unipt, sherl)
-    yield from tested(decoder, lora, unipt, sherl)
+    yield from searched(lora, unipt, sherl)
+    yield from tested(lora, unipt, sherl)
     yield from seeded(encoder, both, decoder, lora, unipt, sherl)
     for one in (*german, *others):
         yield from searched(one)
