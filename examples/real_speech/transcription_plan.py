@@ -143,7 +143,7 @@ def seeded(*rows: Row) -> Iterator[Cell]:
 LST = {place: f"lst:placement={place}+reduction_factor=4" for place in ("encoder", "decoder", "both")}
 UNIPT, SHERL = "unipt:placement=encoder+reduction_factor=4", "sherl:placement=encoder+reduction_factor=4"
 FULL, LORA = "full:target=decoder", "lora:target=decoder"
-LONGER = "epochs=6"
+LONGER_LST, LONGER_FULL = f"{LST['encoder']}+epochs=6", f"{FULL}+epochs=6"
 
 
 def plan() -> Iterator[Cell]:
@@ -151,8 +151,9 @@ def plan() -> Iterator[Cell]:
     zero_shot = row(ZERO_SHOT)
     encoder, decoder, both = map(row, LST.values())
     unipt, sherl, full, lora = map(row, (UNIPT, SHERL, FULL, LORA))
-    longer = row(f"{LST['encoder']}+{LONGER}", rates=LONGER_RATES)
-    german = [row(f"{LST['encoder']}+{LONGER}", "de", rates=LONGER_RATES)]
+    longer = row(LONGER_LST, rates=LONGER_RATES)
+    longer_full = row(LONGER_FULL, rates=OWN_RATES[:1])
+    german = [row(LONGER_LST, "de", rates=LONGER_RATES)]
     german += [row(entry, "de") for entry in (FULL, LST["encoder"], LST["both"], LST["decoder"])]
     others = [row(entry, "de") for entry in (UNIPT, SHERL, LORA)]
     yield from tested(zero_shot)
@@ -163,7 +164,7 @@ def plan() -> Iterator[Cell]:
         yield from tested(one)
     yield from searched(decoder, both)
     yield from tested(decoder, both)
-    for one in (unipt, lora, sherl):
+    for one in (unipt, lora, sherl, longer_full):
         yield from first(one)
         yield from tested(one)
     yield from tested(encoder)
@@ -174,7 +175,7 @@ def plan() -> Iterator[Cell]:
         yield from tested(one)
     yield from searched(lora, unipt, sherl)
     yield from tested(lora, unipt, sherl)
-    yield from seeded(encoder, both, decoder, lora, unipt, sherl)
+    yield from seeded(encoder, both, decoder, lora, unipt, sherl, longer_full)
     for one in (*german, *others):
         yield from searched(one)
         yield from tested(one)

@@ -78,7 +78,7 @@ def test_the_plan_has_every_placement_and_its_references():
             assert {cell.rate for cell in own} == {*row.rates, None}
             assert {cell.seed for cell in own if cell.rate is None} == set(range(row.seeds))
             if not row.zero_shot:
-                assert len(row.rates) >= 2
+                assert len(row.rates) >= 1
                 assert row.config.transcribes and row.config.method == row.method
 
 
