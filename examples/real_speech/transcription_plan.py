@@ -7,7 +7,7 @@ needs most, so that a study that is stopped early has it.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from whisper_meft import MeftConfig
@@ -30,8 +30,8 @@ ZERO_SHOT = "zero_shot"
 PADDED = "max_frames=fidelity"
 
 # Rates that are tried, the likeliest first.
-SIDE_RATES = (3e-3, 1e-3)
-LONGER_RATES = (3e-3, 1e-2)
+SIDE_RATES = (3e-3, 1e-2, 1e-3)
+LONGER_RATES = (1e-2, 3e-3)
 OWN_RATES = (3e-5, 1e-4)  # the backbone's own weights train
 INSIDE_RATES = (1e-3, 3e-4)
 SEEDS = 3
@@ -149,20 +149,22 @@ LONGER_LST, LONGER_FULL = f"{LST['encoder']}+epochs=6", f"{FULL}+epochs=6"
 def plan() -> Iterator[Cell]:
     """Every run of the study, the most telling first. A cell may come twice; it is run once."""
     zero_shot = row(ZERO_SHOT)
-    encoder, decoder, both = map(row, LST.values())
+    encoder = row(LST["encoder"])
+    decoder, both = (row(LST[place], rates=(1e-2, 3e-3, 1e-3)) for place in ("decoder", "both"))
     unipt, sherl, full, lora = map(row, (UNIPT, SHERL, FULL, LORA))
     longer = row(LONGER_LST, rates=LONGER_RATES)
     longer_full = row(LONGER_FULL, rates=OWN_RATES[:1])
     german = [row(LONGER_LST, "de", rates=LONGER_RATES)]
-    german += [row(entry, "de") for entry in (FULL, LST["encoder"], LST["both"], LST["decoder"])]
+    german += [row(entry, "de") for entry in (FULL, LST["encoder"])]
+    german += [replace(one, language="de") for one in (both, decoder)]
     others = [row(entry, "de") for entry in (UNIPT, SHERL, LORA)]
     yield from tested(zero_shot)
-    yield from searched(encoder, longer, full)
+    yield from searched(longer, full)
     yield from tested(longer, full)
     for one in german[:2]:
         yield from first(one)
         yield from tested(one)
-    yield from searched(decoder, both)
+    yield from first(decoder, both)
     yield from tested(decoder, both)
     for one in (unipt, lora, sherl, longer_full):
         yield from first(one)
@@ -173,8 +175,8 @@ def plan() -> Iterator[Cell]:
     for one in german[2:]:
         yield from first(one)
         yield from tested(one)
-    yield from searched(lora, unipt, sherl)
-    yield from tested(lora, unipt, sherl)
+    yield from searched(lora, unipt, sherl, encoder, decoder, both)
+    yield from tested(lora, unipt, sherl, encoder, decoder, both)
     yield from seeded(encoder, both, decoder, lora, unipt, sherl, longer_full)
     for one in (*german, *others):
         yield from searched(one)
