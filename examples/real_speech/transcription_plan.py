@@ -166,12 +166,15 @@ def plan() -> Iterator[Cell]:
         yield from tested(one)
     yield from first(decoder, both)
     yield from tested(decoder, both)
-    for one in (unipt, lora, sherl, longer_full):
+    for one in (unipt, lora, sherl):
         yield from first(one)
         yield from tested(one)
-    yield from tested(encoder)
-    yield from seeded(longer, full)
+    yield from (Cell(one, None, 1) for one in (longer, full))
     yield from tested(row(f"{ZERO_SHOT}:{PADDED}"))
+    yield from first(longer_full)
+    yield from tested(longer_full)
+    yield from seeded(longer, full)
+    yield from tested(encoder)
     for one in german[2:]:
         yield from first(one)
         yield from tested(one)
