@@ -161,12 +161,9 @@ def plan() -> Iterator[Cell]:
     yield from tested(zero_shot)
     yield from searched(longer, full)
     yield from tested(longer, full)
-    for one in german[:2]:
-        yield from first(one)
-        yield from tested(one)
     yield from first(decoder, both)
     yield from tested(decoder, both)
-    for one in (unipt, lora, sherl):
+    for one in (unipt, lora, sherl, *german[:2]):
         yield from first(one)
         yield from tested(one)
     yield from (Cell(one, None, 1) for one in (longer, full))
