@@ -22,6 +22,9 @@ from .reference.modules import (
 )
 from .widening import WidenInto
 
+# What UniPTDecoder holds at a time of the scores of tokens by frames.
+_SCORES = 2**22
+
 
 def _of_this_step(parameters: Iterable[Tensor]) -> Iterator[Tensor]:
     """Weights as aliases of this step: what the kernels make of one is made once for forward and backward.
@@ -161,10 +164,14 @@ class UniPTDecoder(CausalUniPT, reference.UniPTDecoder):
     __doc__ = reference.UniPTDecoder.__doc__
 
     def hear(self, features: Tensor, memory: Tensor) -> Tensor:
-        """X_i, (B, U, r); the scores of all frames are made again in the backward."""
-        if not torch.is_grad_enabled():
+        """X_i, (B, U, r); the scores of all frames are made again in the backward, a few clips at a time."""
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return super().hear(features, memory)
-        return checkpoint(super().hear, features, memory, use_reentrant=False, preserve_rng_state=False)
+        size = max(1, _SCORES // max(1, features.shape[1] * memory.shape[1]))
+        options = {"use_reentrant": False, "preserve_rng_state": False}
+        parts = zip(features.split(size), memory.split(size))
+        heard = [checkpoint(super(UniPTDecoder, self).hear, *part, **options) for part in parts]
+        return heard[0] if len(heard) == 1 else torch.cat(heard)
 
 
 class SHERL(reference.SHERL):

@@ -187,7 +187,7 @@ class FrozenHeadFunction(torch.autograd.Function):
 
 
 def how_to_keep(x: Tensor, saved_activations: str, again: Callable[[], Tensor] | None = None) -> Keep:
-    """How x is kept for a backward; ``again`` makes it again.
+    """How x is kept for a backward; where ``again`` makes it again, not at all.
 
     Raises:
         ValueError: ``saved_activations`` is another word.
@@ -195,9 +195,9 @@ def how_to_keep(x: Tensor, saved_activations: str, again: Callable[[], Tensor] |
     if saved_activations not in SAVED_ACTIVATIONS:
         accepted = " or ".join(map(repr, SAVED_ACTIVATIONS))
         raise ValueError(f"saved_activations must be {accepted}, got {saved_activations!r}")
-    if saved_activations == "exact" or x.requires_grad:  # a gradient to x itself would need the exact x
+    if x.requires_grad:  # a gradient to x itself would need the exact x
         return "exact"
-    return "fp8" if again is None else again
+    return saved_activations if again is None else again
 
 
 def call(

@@ -79,7 +79,7 @@ def folded_linear(
         x: (..., D). weight: (r, D). bias: (r,).
         statistics: what ``row_statistics(x)`` would give, where it is known already.
         saved_activations: ``"exact"`` keeps x for the backward, ``"fp8"`` an 8-bit copy of the normalised x.
-        again: makes x again, so that with ``"fp8"`` not even the copy is kept.
+        again: makes x again, so that neither x nor a copy is kept.
 
     Returns:
         (..., r) in the type of x.

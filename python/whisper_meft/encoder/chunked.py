@@ -167,7 +167,7 @@ def heard_beside(
         (b, T, D) and (b, T, r) of some of the clips, in order.
     """
     read = hearing(encoder, memory)
-    for states, of_part in _slabs(encoder, memory, features, lengths, chunk_size, False):
+    for states, of_part in _slabs(encoder, memory, features, lengths, chunk_size, False, True):
         yield from read(states, of_part)
 
 
@@ -246,9 +246,11 @@ def _slabs(
     lengths: Tensor | None,
     chunk_size: int | None,
     final_norm: bool,
+    first_again: bool = False,
 ) -> Iterator[tuple[Iterator[Tensor | HiddenState], Tensor | None]]:
     """The hidden states of as many clips as ``side_network`` takes at a time, and their lengths; arguments as
-    for :func:`pooled_in_chunks`."""
+    for :func:`pooled_in_chunks`. ``first_again``: of a slab of chunks h_0 is made again rather than kept,
+    also where the others are kept as they are."""
     clips, frames = features.shape[0], (features.shape[-1] + 1) // 2
     slab = chunk_size
     if chunk_size is None and not torch.compiler.is_compiling():
@@ -261,7 +263,7 @@ def _slabs(
         waiting = slab * frames * encoder.hidden_size * encoder.dtype.itemsize
     statistics = folds and (not waiting or (keeps and waiting <= _WAITING_BYTES))
     reads_again = folds or isinstance(side_network, SideNetwork)
-    first_again = reads_again and torch.is_grad_enabled() and not keeps
+    first_again = reads_again and torch.is_grad_enabled() and (first_again or not keeps)
     reading = (final_norm, statistics, chunk_size, not keeps, first_again)
     if slab is None or clips <= slab:
         yield encoder.stream(features, lengths, *reading), lengths
