@@ -11,7 +11,6 @@ import torch
 from recogniser_fixtures import make_recogniser, noise
 from transformers import GenerationConfig, WhisperConfig, WhisperForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
-from whisper_meft import MeftConfig
 from whisper_meft.evaluation.transcripts import score_transcripts
 from whisper_meft.files import read_json
 
@@ -219,7 +218,7 @@ def test_what_is_heard_is_the_backbone_before_training(go, backbone, tmp_path):
                 hidden = hidden if isinstance(hidden, torch.Tensor) else hidden[0]
             hidden = encoder.layer_norm(hidden)
             options = {"language": "nl", "task": "transcribe", "max_new_tokens": 10}
-            tokens = whisper.generate(encoder_outputs=(hidden,), **options)
+            tokens = whisper.generate(encoder_outputs=BaseModelOutput(last_hidden_state=hidden), **options)
         expected.append(tokenizer.decode(tokens[0], skip_special_tokens=True).strip())
     assert heard == expected
     references = [each.text for each in clips]

@@ -131,9 +131,18 @@ class MeftForConditionalGeneration(MeftBase):
         """Indices of the hidden states that can be computed ahead.
 
         Of the encoder with ``placement="encoder"`` and ``"both"``; of the decoder, given a clip's tokens,
-        with ``"decoder"``. SHERL beside the decoder needs the encoder's output as well, for the last layer,
-        and reads that alone: the last state of the encoder, on which the decoder is run again.
+        with ``"decoder"``. SHERL beside the decoder, whose last layer needs the encoder's output as well, and
+        methods that train inside the decoder read that alone: the encoder's last state, on which the decoder
+        is run again.
+
+        Raises:
+            UserError: the method trains inside the encoder, so that its states change with every step.
         """
+        if not self.meft_config.frozen_encoder:
+            raise UserError(
+                f"hidden states cannot be computed ahead for {self.meft_config.method} of the encoder, which "
+                "changes with every step: target='decoder' leaves it as it is"
+            )
         if self.states_of == "decoder":
             return states_corrected(self.side_network, self.decoder.num_layers)
         if self.placement in ("decoder", None):
