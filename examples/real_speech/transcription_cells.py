@@ -95,11 +95,13 @@ class Recognition:
             self._clips[name] = Clips(examples.select(held), len(examples) - len(held))
         return self._clips[name]
 
-    def tokens(self, language: str) -> data.TranscriptTokens:
-        tokenizer = WhisperTokenizer.from_pretrained(
-            self.model, language=LANGUAGES[language], task="transcribe"
-        )
-        return data.TranscriptTokens(tokenizer)
+    def tokenizer(self, language: str) -> WhisperTokenizer:
+        return WhisperTokenizer.from_pretrained(self.model, language=LANGUAGES[language], task="transcribe")
+
+    def tokens(self, row: Row) -> data.TranscriptTokens:
+        """Of the transcripts that the row trains on."""
+        tokenizer = self.tokenizer(row.language)
+        return data.TranscriptTokens(tokenizer, leading_space=row.training["leading_space"])
 
     def shapes(self) -> dict[str, Any]:
         """What all rows share: the clips of every set, their speakers, and their transcripts' lengths."""
@@ -208,7 +210,7 @@ class Recognition:
 
     def _batches(self, row: Row, model: MeftForConditionalGeneration, seed: int) -> DataLoader:
         """The training clips, in another order in each pass."""
-        examples, tokens = self.clips(f"{row.language}_train").examples, self.tokens(row.language)
+        examples, tokens = self.clips(f"{row.language}_train").examples, self.tokens(row)
         if row.config.frozen_encoder:
             cache = FeatureCache(self._cache_folder(row, model))
             dataset = CachedDataset(examples, cache, model, tokens=tokens)
@@ -250,7 +252,9 @@ class Recognition:
     def _cache_folder(self, row: Row, model: MeftForConditionalGeneration) -> Path:
         dtype = str(model.encoder.dtype).removeprefix("torch.")
         layers = "last" if row.autocast else "all"
-        return self.work / "features" / row.language / f"{model.states_of}-{layers}-{dtype}"
+        # Of the decoder: the states of a transcript.
+        spaces = "-space" if model.states_of == "decoder" and row.training["leading_space"] else ""
+        return self.work / "features" / row.language / f"{model.states_of}-{layers}-{dtype}{spaces}"
 
     def _fill_cache(self, row: Row, model: MeftForConditionalGeneration) -> float:
         """Makes the states that the row's training reads; gives the CPU seconds that it took."""
@@ -263,7 +267,7 @@ class Recognition:
                     base = WhisperForConditionalGeneration.from_pretrained(self.model)
                     model = get_meft_model(base, LSTConfig(placement=model.states_of, **kept))
             started = time.process_time()
-            examples, tokens = self.clips(f"{row.language}_train").examples, self.tokens(row.language)
+            examples, tokens = self.clips(f"{row.language}_train").examples, self.tokens(row)
             prepare_cache(str(folder), model, self.extractor, [examples], tokens=tokens, progress=False)
             write_json(done, {"cpu_seconds": round(time.process_time() - started, 1)})
         return read_json(done)["cpu_seconds"]
@@ -298,7 +302,7 @@ class Recognition:
         many texts ran to the last token allowed. The texts themselves stay in ``work``."""
         examples, language = self.clips(name).examples, name[:2]
         order, batches = self._log_mel(name)
-        tokenizer = self.tokens(language).tokenizer
+        tokenizer = self.tokenizer(language)
         with torch.autocast("cpu", torch.bfloat16, enabled=row.autocast):
             said = transcribe_batches(
                 model,

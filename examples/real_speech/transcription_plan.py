@@ -31,7 +31,6 @@ PADDED = "max_frames=fidelity"
 
 # Rates that are tried, the likeliest first.
 SIDE_RATES = (3e-3, 1e-2, 1e-3)
-LONGER_RATES = (1e-2, 3e-3)
 OWN_RATES = (3e-5, 1e-4)  # the backbone's own weights train
 INSIDE_RATES = (1e-3, 3e-4)
 SEEDS = 3
@@ -64,7 +63,7 @@ class Row:
         return {name: value for name, value in found.items() if name not in TRAINING}
 
     @property
-    def training(self) -> dict[str, float]:
+    def training(self) -> dict[str, Any]:
         """Of the training loop."""
         given = parse_method(self.entry)[1]
         return {name: given.get(name, value) for name, value in TRAINING.items()}
@@ -91,7 +90,7 @@ class Row:
 
 
 # Options of training that an entry may name, with what they are otherwise.
-TRAINING = {"epochs": 3, "weight_decay": WEIGHT_DECAY, "warmup": WARMUP}
+TRAINING = {"epochs": 3, "weight_decay": WEIGHT_DECAY, "warmup": WARMUP, "leading_space": True}
 
 
 def _shared(method: str) -> dict[str, Any]:
@@ -148,37 +147,24 @@ LONGER_LST, LONGER_FULL = f"{LST['encoder']}+epochs=6", f"{FULL}+epochs=6"
 
 def plan() -> Iterator[Cell]:
     """Every run of the study, the most telling first. A cell may come twice; it is run once."""
-    zero_shot = row(ZERO_SHOT)
-    encoder = row(LST["encoder"])
-    decoder, both = (row(LST[place], rates=(1e-2, 3e-3, 1e-3)) for place in ("decoder", "both"))
+    encoder, longer = (row(entry, rates=(1e-2, 3e-3)) for entry in (LST["encoder"], LONGER_LST))
+    decoder, both = (row(LST[place], rates=(1e-3, 3e-3, 1e-2)) for place in ("decoder", "both"))
     unipt, sherl, full, lora = map(row, (UNIPT, SHERL, FULL, LORA))
-    longer = row(LONGER_LST, rates=LONGER_RATES)
     longer_full = row(LONGER_FULL, rates=OWN_RATES[:1])
-    german = [row(LONGER_LST, "de", rates=LONGER_RATES)]
-    german += [row(entry, "de") for entry in (FULL, LST["encoder"])]
-    german += [replace(one, language="de") for one in (both, decoder)]
-    others = [row(entry, "de") for entry in (UNIPT, SHERL, LORA)]
-    yield from tested(zero_shot)
-    yield from searched(longer, full)
-    yield from tested(longer, full)
-    yield from first(decoder, both)
-    yield from tested(decoder, both)
-    for one in (unipt, lora, sherl, *german[:2]):
-        yield from first(one)
-        yield from tested(one)
-    yield from (Cell(one, None, 1) for one in (longer, full))
-    yield from tested(row(f"{ZERO_SHOT}:{PADDED}"))
-    yield from first(longer_full)
-    yield from tested(longer_full)
-    yield from seeded(longer, full)
+    german = [replace(each, language="de") for each in (encoder, full, both, decoder, longer)]
+    german += [row(entry, "de") for entry in (UNIPT, SHERL, LORA)]
+    yield from tested(row(ZERO_SHOT))
+    yield from searched(encoder)
     yield from tested(encoder)
-    for one in german[2:]:
+    for one in (full, lora, unipt, sherl, both, decoder):
         yield from first(one)
         yield from tested(one)
-    yield from searched(lora, unipt, sherl, encoder, decoder, both)
-    yield from tested(lora, unipt, sherl, encoder, decoder, both)
-    yield from seeded(encoder, both, decoder, lora, unipt, sherl, longer_full)
-    for one in (*german, *others):
+    yield from seeded(encoder, full)
+    for one in german[:2]:
+        yield from first(one)
+        yield from tested(one)
+    yield from tested(row(f"{ZERO_SHOT}:{PADDED}"))
+    for one in (longer, longer_full, full, lora, unipt, sherl, both, decoder, *german):
         yield from searched(one)
         yield from tested(one)
-        yield from seeded(one)
+    yield from seeded(longer, longer_full, both, decoder, lora, unipt, sherl, *german)

@@ -33,6 +33,7 @@ NAME = "transcription"
 COMMAND = "python -m examples.real_speech transcribe --model MODEL --speech DIR --work DIR"
 RESAMPLES = 2000
 NOTHING = "(no results yet)"
+WITHOUT_SPACE = "+leading_space=false"
 
 Found = dict[str, Any]
 
@@ -99,7 +100,17 @@ def runs_of(found: Found) -> dict[tuple[str, str], Run]:
     by_row: dict[tuple[str, str], list] = {}
     for cell in found["figures"]:
         by_row.setdefault((cell["language"], cell["entry"]), []).append(cell)
-    return {key: Run(cells) for key, cells in by_row.items()}
+    return {key: Run(cells) for key, cells in by_row.items() if WITHOUT_SPACE not in key[1]}
+
+
+def without_space(found: Found) -> dict[tuple[str, str], list[Found]]:
+    """The runs that trained on transcripts that do not begin with a space, by the row that they are of."""
+    by_row: dict[tuple[str, str], list] = {}
+    for cell in found["figures"]:
+        if WITHOUT_SPACE in cell["entry"]:
+            key = cell["language"], cell["entry"].replace(WITHOUT_SPACE, "")
+            by_row.setdefault(key, []).append(cell)
+    return by_row
 
 
 def rates(found: Found, run: Run, name: str, kind: str) -> np.ndarray:
@@ -291,6 +302,26 @@ def search(found: Found) -> str:
     return markdown(header, lines) if lines else NOTHING
 
 
+def spaces(found: Found) -> str:
+    """Runs whose transcripts begin with a space beside those whose do not, at the same rates."""
+    runs, lines = runs_of(found), []
+    for (language, entry), cells in sorted(without_space(found).items()):
+        for cell in sorted(cells, key=lambda cell: cell["rate"]):
+            run = runs.get((language, entry))
+            with_it = run and run.tried.get(cell["rate"])
+            if with_it:
+                both = [f"{100 * each['dev_rate']:.1f}" for each in (cell, with_it)]
+                own = TESTED[language][0]
+                for each in (cell, with_it):
+                    lengths = numbers(found["shapes"]["sets"][own]["lengths"]["cer"])
+                    errors = numbers(each["tests"][own]["cer"]) if "tests" in each else None
+                    both.append(f"{100 * sum(errors) / sum(lengths):.1f}" if errors else "")
+                both += [f"{each['train_losses'][0]:.2f}" for each in (cell, with_it)]
+                lines.append([language, label(entry), f"{cell['rate']:g}", *both])
+    header = ["language", "method", "rate", "validation CER, without", "with", "test CER, without", "with"]
+    return markdown([*header, "loss of epoch 1, without", "with"], lines) if lines else NOTHING
+
+
 def missing(found: Found) -> str:
     """What of the plan was not run."""
     runs, lines = runs_of(found), []
@@ -333,6 +364,7 @@ TABLES: dict[str, Callable[[Found], str]] = {
     "elsewhere_de": _elsewhere("de"),
     "claims": claims,
     "search": search,
+    "spaces": spaces,
     "missing": missing,
     "sources": sources,
 }

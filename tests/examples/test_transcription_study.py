@@ -203,7 +203,7 @@ def test_what_is_heard_is_the_backbone_before_training(go, backbone, tmp_path):
     study = cells.Recognition(str(backbone), tmp_path / "speech", work)
     clips = study.clips("nl_test").examples
     whisper = WhisperForConditionalGeneration.from_pretrained(backbone, dtype=torch.bfloat16)
-    tokenizer = study.tokens("nl").tokenizer
+    tokenizer = study.tokenizer("nl")
     expected = []
     for example in clips:
         item = cells.data.SpeechDataset(clips.select([clips.examples.index(example)]), study.extractor)[0]
