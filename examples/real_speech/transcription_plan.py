@@ -154,12 +154,12 @@ def plan() -> Iterator[Cell]:
     german = [replace(each, language="de") for each in (encoder, full, both, decoder, longer)]
     german += [row(entry, "de") for entry in (UNIPT, SHERL, LORA)]
     yield from tested(row(ZERO_SHOT))
-    yield from searched(encoder)
-    yield from tested(encoder)
-    for one in (full, lora, unipt, sherl, both, decoder):
+    for one in (encoder, full, lora, unipt, sherl, both, decoder):
         yield from first(one)
         yield from tested(one)
     yield from seeded(encoder, full)
+    yield from searched(encoder)
+    yield from tested(encoder)
     for one in german[:2]:
         yield from first(one)
         yield from tested(one)
