@@ -30,6 +30,7 @@ from whisper_meft import MeftConfig, data, get_meft_model  # noqa: E402
 from whisper_meft.commands.compare import make_parser  # noqa: E402
 from whisper_meft.comparison import runs as compare  # noqa: E402
 from whisper_meft.comparison.arguments import RATE_FACTOR, options_of, parse_method  # noqa: E402
+from whisper_meft.comparison.measures import spread  # noqa: E402
 from whisper_meft.errors import UserError, one_line  # noqa: E402
 from whisper_meft.evaluation.classifier import Classifier  # noqa: E402
 from whisper_meft.evaluation.metrics import score  # noqa: E402
@@ -150,8 +151,8 @@ class Study(compare.Comparison):
             "learning_rate": best["learning_rate"],
             "search": [{key: run[key] for key in searched} for run in search] + failures,
             "seeds": seeds,
-            "accuracy": compare.spread([each["accuracy"] for each in seeds]),
-            "mean_class_accuracy": compare.spread([each["mean_class_accuracy"] for each in seeds]),
+            "accuracy": spread([each["accuracy"] for each in seeds]),
+            "mean_class_accuracy": spread([each["mean_class_accuracy"] for each in seeds]),
             "trainable_parameters": self.parameters(method),
         }
 

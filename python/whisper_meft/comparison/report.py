@@ -12,7 +12,7 @@ ZERO_SHOT = "zero-shot"  # the row of the backbone alone
 
 
 def _measure(results: dict[str, Any]) -> Measure:
-    return MEASURES[results["settings"].get("task", "classify")]
+    return MEASURES[results.get("settings", {}).get("task", "classify")]
 
 
 def _best_first(rows: dict[str, Any], measure: Measure) -> list[str]:
