@@ -301,7 +301,7 @@ def search(found: Found) -> str:
 
 
 def spaces(found: Found) -> str:
-    """The runs whose transcripts do not begin with a space (Dutch), beside those at the same rate whose do."""
+    """Runs whose transcripts do not begin with a space (Dutch), beside those at the same rate whose do."""
     runs, lines = runs_of(found), []
     for (language, entry), cells in sorted(without_space(found).items()):
         for cell in sorted(cells, key=lambda cell: cell["rate"]):
