@@ -167,11 +167,10 @@ def guidance_bwd_kernel(
         grad_logits = grad_scores * inverse * (scores > 0).to(tl.float32)
         grad_redundancy = -grad_scores * scores * inverse
         pull = grad_redundancy[:, :, None] + grad_redundancy[:, None, :]
-        pull = pull * (cosine > 0).to(tl.float32)
         scale = norm + EPS
-        mixing = pull / (scale[:, :, None] * scale[:, None, :])
+        mixing = tl.where(gram > 0, pull, 0.0) / (scale[:, :, None] * scale[:, None, :])
         still = norm == 0
-        length = tl.sum(pull * cosine, 2) / tl.where(still, 1.0, norm * scale)
+        length = tl.sum(mixing * gram, 2) / tl.where(still, 1.0, norm * scale)
         mixing = tl.where(diagonal, mixing - tl.where(still, 0.0, length)[:, :, None], mixing)
         bias_sum += tl.where((row < rows)[:, None], grad_logits, 0.0)
         for start in tl.range(0, D, BLOCK_D):

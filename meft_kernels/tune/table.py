@@ -77,8 +77,10 @@ _LST: tuple[Row, ...] = (
         _SERIALISED, family="hopper"),
     Row("ladder_fwd", (49, 64), {"BLOCK_M": 64, "BLOCK_H": 64}, 4, 1,
         _SERIALISED, family="hopper"),
-    Row("ladder_fwd", (97, 128), {"BLOCK_M": 64, "BLOCK_H": 64}, 4, 1,
+    Row("ladder_fwd", (97, 127), {"BLOCK_M": 64, "BLOCK_H": 64}, 4, 1,
         _SERIALISED, family="hopper"),
+    Row("ladder_fwd", (128, 128), {"BLOCK_M": 64, "BLOCK_H": 32}, 4, 1,
+        "as above; 219 registers, 64 hidden columns spill 40 bytes", family="hopper"),
     Row("ladder_fwd", (1, 96), {"BLOCK_M": 64, "BLOCK_H": 64}, 4, 2,
         "233 registers at 96, 60 KB"),
     Row("ladder_fwd", (97, 127), {"BLOCK_M": 64, "BLOCK_H": 64}, 8, 2,
@@ -191,14 +193,20 @@ _RELU_ATTENTION: tuple[Row, ...] = (
 
 # --- gated_down, guidance, gated_up -------------------------------------------------------------------------
 
+# The reference serves guidance_bwd between its rows: no encoder gives those widths, and without 16-byte loads
+# their addresses spill 600 bytes at K = 30.
 _SHERL: tuple[Row, ...] = (
     Row("guidance_fwd", (1, 1280), {"BLOCK_T": 4, "BLOCK_D": 32}, 4, 2,
         "one frame per warp, since the batched products are split over warps by frame alone; 45-72 "
         "registers at K = 10, 72-128 at K = 30, no spill, 4-10 KB, 128-bit copies through the pointer tuple",
         mma="hmma"),
-    Row("guidance_bwd", (8, 1280), {"BLOCK_T": 4, "BLOCK_D": 16}, 4, 2,
+    Row("guidance_bwd", (8, 96), {"BLOCK_T": 4, "BLOCK_D": 16}, 4, 2,
         "chunks of 32 take 189 registers (2 blocks per SM), of 16 118 (4) and fit 48, 80 and 160 without "
-        "padding; 253 at K = 30, no spill up to width 320", mma="hmma"),
+        "padding; 236 at K = 30, no spill", mma="hmma"),
+    Row("guidance_bwd", (104, 128), {"BLOCK_T": 4, "BLOCK_D": 16}, 4, 1,
+        "in 2 stages the compiler takes 128 registers at K = 10 and spills 60 bytes", mma="hmma"),
+    Row("guidance_bwd", (136, 1280), {"BLOCK_T": 4, "BLOCK_D": 16}, 4, 2,
+        "in 1 stage it does so here; 255 registers at K = 30 and width 192, spills 12 bytes", mma="hmma"),
     Row("guidance_bwd", (8, 1280), {"BLOCK_T": 4, "BLOCK_D": 16}, 4, 2,
         "as above with fp32 matrix instructions", family="amd", mma="hmma", precision="ieee"),
     Row("gated_down_fwd", (1, 32), {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 32}, 4, 2,
@@ -239,8 +247,12 @@ _SHERL: tuple[Row, ...] = (
         "one tile of columns, so that the upstream gradient is read once"),
     Row("gated_up_bwd", (33, 64), {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}, 4, 3,
         "one tile of columns"),
-    Row("gated_up_bwd", (65, 128), {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64}, 8, 3,
+    Row("gated_up_bwd", (65, 96), {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64}, 8, 3,
         "one tile of columns; 118 registers, 2 blocks of 8 warps; 4 warps take 184"),
+    Row("gated_up_bwd", (97, 103), {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}, 4, 3,
+        "as no encoder gives them; 184 registers, one tile of 128 spills 64 bytes at 97"),
+    Row("gated_up_bwd", (104, 128), {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64}, 8, 3,
+        "one tile of columns as at 96; 122 registers"),
     Row("gated_up_bwd", (129, 192), {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}, 4, 3,
         "up to three tiles without padding at 192, 145 registers; the later ones read L2"),
     Row("gated_up_bwd", (193, 1280), {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64}, 8, 3,
