@@ -1,5 +1,6 @@
 """One run of the study: trained as `whisper-meft train` does, scored on its fold's test clips, recorded."""
 
+import shutil
 import time
 from collections.abc import Iterable
 from contextlib import suppress
@@ -71,6 +72,20 @@ class Fold(Comparison):
         return logits.argmax(1).tolist()
 
 
+def cache_seconds(folder: Path, sets: Iterable[data.ExampleSet]) -> float | None:
+    """CPU seconds that the states in ``folder`` took; None where there are none. States of recordings that
+    have changed since are removed."""
+    done = folder.with_suffix(".json")
+    if not done.is_file():
+        return None
+    cache = FeatureCache(folder)
+    if all(cache.checked(example) is not None for examples in sets for example in examples):
+        return read_json(done)["cpu_seconds"]
+    done.unlink()
+    shutil.rmtree(folder)
+    return None
+
+
 _SOURCES = (("train", "train"), ("eval", "dev"), ("test", "test"))
 
 
@@ -86,6 +101,7 @@ class Study:
         self.model, self.speech, self.work = model, speech, work
         self._fold: tuple[Any, Fold] | None = None
         self._tasks: dict[str, list[dict[str, list]]] = {}
+        self._filled: dict[Path, float] = {}  # seconds that a cache took, once it was looked at
 
     # --- data -----------------------------------------------------------------------------------------------
 
@@ -108,14 +124,18 @@ class Study:
             kind.append("sherl")  # whose last layer is not quantised
         return self.work / "features" / row.task / "-".join(kind)
 
-    def fill_cache(self, row: Row) -> float | None:
+    def fill_cache(self, row: Row) -> float:
         """Makes the states that the row reads, of all clips of its task; gives the CPU seconds it took."""
         folder = self.cache_folder(row)
-        done = folder.with_suffix(".json")
-        if done.is_file():
-            return read_json(done)["cpu_seconds"]
         fold = self.task(row.task)[0]
         manifests = self.work / "folds" / row.task / "0"
+        if folder not in self._filled:
+            sets = [data.load_examples(str(manifests / f"{split}.csv")) for split in fold]
+            seconds = cache_seconds(folder, sets)
+            self._filled[folder] = self._make_cache(row, folder, sets) if seconds is None else seconds
+        return self._filled[folder]
+
+    def _make_cache(self, row: Row, folder: Path, sets: list[data.ExampleSet]) -> float:
         kept = ("max_frames", "backbone_dtype", "backbone_quantization")
         options = {key: value for key, value in options_of(row.compared, 1, 1).items() if key in kept}
         method = "sherl" if folder.name.endswith("sherl") else "weighted_sum"  # which reads all layers
@@ -124,13 +144,12 @@ class Study:
             base = load_whisper(ModelArguments(self.model), "float32")
             model = get_meft_model(base, MeftConfig.from_dict({"method": method, **options}))
         started = time.process_time()
-        sets = [data.load_examples(str(manifests / f"{split}.csv")) for split in fold]
         sets = [
             data.check_audio(each, progress=False, feature_extractor=reader.extractor)[0] for each in sets
         ]
         prepare_cache(str(folder), model, reader.extractor, sets, progress=False)
         seconds = time.process_time() - started
-        write_json(done, {"cpu_seconds": seconds})
+        write_json(folder.with_suffix(".json"), {"cpu_seconds": seconds})
         return seconds
 
     def _fold_of(self, row: Row, fold: int) -> Fold:

@@ -28,7 +28,7 @@ from whisper_meft.model.backbone import quiet_transformers
 
 from benchmarks import record
 
-from .cells import ORIGIN
+from .cells import ORIGIN, cache_seconds
 from .transcription_plan import BACKBONE, BATCH, FOLDER, LANGUAGES, MOST_TOKENS, TESTED, WINDOW, Cell, Row
 
 KINDS = ("wer", "cer", "normalized_wer", "normalized_cer")
@@ -81,6 +81,7 @@ class Recognition:
         self.model, self.speech, self.work = model, speech, work / "transcription"
         self.extractor = WhisperFeatureExtractor.from_pretrained(model)
         self._clips: dict[str, Clips] = {}
+        self._filled: dict[Path, float | None] = {}  # seconds that a cache took, once it was looked at
         self._mels: dict[str, tuple] = {}
 
     # --- data -----------------------------------------------------------------------------------------------
@@ -259,18 +260,22 @@ class Recognition:
     def _fill_cache(self, row: Row, model: MeftForConditionalGeneration) -> float:
         """Makes the states that the row's training reads; gives the CPU seconds that it took."""
         folder = self._cache_folder(row, model)
-        done = folder.with_suffix(".json")
-        if not done.is_file():
+        examples = self.clips(f"{row.language}_train").examples
+        if folder not in self._filled:
+            self._filled[folder] = cache_seconds(folder, [examples])
+        if self._filled[folder] is None:
             if not row.autocast:  # side networks share theirs, of all layers, which LST reads
                 kept = {"max_frames": WINDOW, "backbone_dtype": BACKBONE}
                 with quiet_transformers():
                     base = WhisperForConditionalGeneration.from_pretrained(self.model)
                     model = get_meft_model(base, LSTConfig(placement=model.states_of, **kept))
             started = time.process_time()
-            examples, tokens = self.clips(f"{row.language}_train").examples, self.tokens(row)
-            prepare_cache(str(folder), model, self.extractor, [examples], tokens=tokens, progress=False)
-            write_json(done, {"cpu_seconds": round(time.process_time() - started, 1)})
-        return read_json(done)["cpu_seconds"]
+            prepare_cache(
+                str(folder), model, self.extractor, [examples], tokens=self.tokens(row), progress=False
+            )
+            self._filled[folder] = round(time.process_time() - started, 1)
+            write_json(folder.with_suffix(".json"), {"cpu_seconds": self._filled[folder]})
+        return self._filled[folder]
 
     # --- hearing --------------------------------------------------------------------------------------------
 

@@ -194,6 +194,24 @@ def test_it_goes_on_where_it_was_and_makes_its_page(go, tmp_path, monkeypatch, c
     )  # what was taken over stays
 
 
+def test_states_of_changed_recordings_are_made_again(go, speech):
+    run, work = go
+    only = "nl lst:placement=encoder"
+    assert run("--rows", only) == 0
+    rows = {path: read_json(path) for path in (work / "transcription" / "rows").glob("nl/lst*/*.json")}
+    (made,) = (work / "transcription" / "features").glob("nl/encoder*.json")
+    before = made.stat().st_mtime_ns
+    for path in rows:
+        path.unlink()
+    for path in (speech / plan.FOLDER / "audio").iterdir():
+        path.touch()
+    assert run("--rows", only) == 0
+    again = {path: read_json(path) for path in rows}
+    assert {each["status"] for each in again.values()} == {"ok"}
+    assert all(again[path]["train_losses"] == rows[path]["train_losses"] for path in rows)
+    assert made.stat().st_mtime_ns > before
+
+
 def test_what_is_heard_is_the_backbone_before_training(go, backbone, tmp_path):
     """The zero-shot row's texts are those of Hugging Face's own model with the same window."""
     run, work = go
