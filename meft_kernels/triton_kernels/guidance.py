@@ -200,6 +200,12 @@ def guidance_bwd_kernel(
     tl.store(bias_part_ptr + program * SLOTS + slot, tl.sum(bias_sum, 0))
 
 
+def _most_layers(width: int) -> int:
+    """Of the backward: more than 16 in a width below every encoder's would spill, since its sweeps are no
+    loops there and their loads are begun together."""
+    return MAX_SLOTS if width >= 24 else 16
+
+
 def _slots(layers: int) -> int:
     return max(16, triton.next_power_of_2(layers))  # tl.dot needs 16
 
@@ -250,8 +256,9 @@ def forward(weight: Tensor, bias: Tensor, features: list[Tensor]) -> Tensor:
 
 def _row(last: Tensor, layers: int) -> Row | None:
     """The backward's row, or None where the reference has to serve."""
-    row = row_for("guidance_bwd", last, last.shape[-1])
-    return None if layers == 0 or layers > MAX_SLOTS else row
+    width = last.shape[-1]
+    served = 0 < layers <= _most_layers(width)
+    return row_for("guidance_bwd", last, width) if served else None
 
 
 def _run(
@@ -322,10 +329,12 @@ def backward_(grad: Tensor, weight: Tensor, bias: Tensor, features: list[Tensor]
 
 
 def static_launches(row: Row, dtype: str, width: int) -> Iterator[tuple]:
-    """The row's kernel at the layer counts of whisper-small (K = 10) and whisper-large (K = 30): function,
-    signature, constexprs and attributes, as ``triton.compile`` takes them."""
+    """The row's kernel at the layer counts of whisper-small (K = 10) and whisper-large (K = 30), where it
+    serves them: function, signature, constexprs and attributes, as ``triton.compile`` takes them."""
     kind = POINTERS[dtype]
     for layers in (10, 30):
+        if row.kernel == "guidance_bwd" and layers > _most_layers(width):
+            continue
         constants = _constants(row, TORCH_TYPES[dtype], width, layers, True)
         if row.kernel == "guidance_fwd":
             function, names = guidance_fwd_kernel, {"shallow": (kind,) * layers}

@@ -170,11 +170,13 @@ def test_half_precision_parameters():
 
 def test_what_no_row_serves_goes_to_the_reference(monkeypatch):
     case = Case("guidance", frames=3)
-    for change, dtype in ((case, torch.float64), (replace(case, layers=40), torch.float32)):
+    others = replace(case, layers=40), replace(case, side=100), replace(case, side=16, layers=20)
+    for change, dtype in ((case, torch.float64), *((other, torch.float32) for other in others)):
         inputs, grad = draw(change, dtype)
         expected = run(reference, inputs, grad, names(change))
         got = run(kernel, inputs, grad, names(change))
-        assert all(torch.equal(got[name], expected[name]) for name in expected)
+        gradients = expected.keys() - {"out"}  # of some the forward has a row
+        assert all(torch.equal(got[name], expected[name]) for name in gradients)
     monkeypatch.setattr(choice, "choose", lambda *_: None)
     inputs, grad = draw(case, torch.float32)
     expected = run(reference, inputs, grad, names(case))
