@@ -278,11 +278,12 @@ class TrainingStep:
 
 
 class MeZOStep(TrainingStep):
-    """MeZO's step: two forward passes and no gradient."""
+    """MeZO's step: forward passes and no gradient."""
 
     def __init__(self, method: str, setting: Setting):
         super().__init__(method, setting)
-        self.optimizer = MeZO(self.trained.values(), lr=1e-7, eps=self.model.meft_config.eps)
+        config = self.model.meft_config
+        self.optimizer = MeZO(self.trained.values(), 1e-7, config.eps, queries=config.mezo_queries)
 
     def _loss(self) -> Tensor:
         with meft_kernels.use_backend(self.setting.backend), self.setting.autocast():
@@ -293,10 +294,10 @@ class MeZOStep(TrainingStep):
         self.optimizer.step()
 
     def gradient_norms(self) -> dict[str, float | None]:
-        """As the other methods'; the gradient's norm is its slope along the step's direction."""
+        """As the other methods'; the gradient's norm is its slope along the step's directions."""
         loss = self.optimizer.measure(self._loss).item()
         self.optimizer.step()
-        slope = abs(float(self.optimizer.last_slope))
+        slope = float(self.optimizer.last_slopes.abs().mean())
         return {"loss": loss, "gradient_norm": slope, "head_gradient_norm": None}
 
 

@@ -1,5 +1,6 @@
 """The methods that the side networks are compared with: one table, the same demands on each."""
 
+import copy
 import dataclasses
 import json
 import os
@@ -9,6 +10,7 @@ import typing
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -202,11 +204,14 @@ class StopAt(TrainerCallback):
 
 
 @pytest.mark.parametrize(
-    ("method", "stop"), [("full", 4), ("lora_plus", 4), ("adalora", 4), ("adalora", 10), ("mezo", 4)]
+    ("method", "stop"),
+    [("full", 4), ("lora_plus", 4), ("adalora", 4), ("adalora", 10), ("mezo", 4), ("mezo queries", 4)],
 )
 def test_resume_equals_the_uninterrupted_run(method, stop, tmp_path):
     """AdaLoRA in its schedule and, at step 10, in its final phase."""
     extra = {"allocation_interval": 2, "tfinal": 3} if method == "adalora" else {}
+    if method == "mezo queries":
+        method, extra = "mezo", {"mezo_queries": 3}
     options = {"max_steps": 12, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "linear"}
     whole = model_of(method, **extra)
     trainer_of(whole, tmp_path / "whole", **options).train()
@@ -222,8 +227,9 @@ def test_resume_equals_the_uninterrupted_run(method, stop, tmp_path):
 def test_gradient_accumulation_equals_the_whole_batch(method, tmp_path):
     """Also of the penalties and of MeZO's slopes, with parts of unequal size: 20 clips are 8, 8 and 4."""
     results = []
+    extra = {"mezo_queries": 2} if method == "mezo" else {}
     for batch_size, parts in ((20, 1), (8, 3)):
-        model = model_of(method)
+        model = model_of(method, **extra)
         options = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": parts}
         trainer_of(model, tmp_path, size=20, max_steps=3, optim="sgd", **options).train()
         results.append(trained(model))
@@ -232,14 +238,15 @@ def test_gradient_accumulation_equals_the_whole_batch(method, tmp_path):
 
 # The last one's loss comes from the Trainer.
 DDP_METHODS = {"full": {}, "adalora": {}, "mezo": {}, "s2_lora": {"label_smoothing_factor": 0.2}}
+DDP_CONFIGS = {"mezo": {"mezo_queries": 3}}
 DDP_OPTIONS = {"max_steps": 3, "optim": "sgd", "learning_rate": 0.01, "max_grad_norm": 0.0, "masks": True}
 DDP_SCRIPT = """
 import sys
 import torch
-from test_methods import DDP_METHODS, DDP_OPTIONS, model_of, trained, trainer_of
+from test_methods import DDP_CONFIGS, DDP_METHODS, DDP_OPTIONS, model_of, trained, trainer_of
 
 for method, more in DDP_METHODS.items():
-    model = model_of(method, max_frames="longest")
+    model = model_of(method, max_frames="longest", **DDP_CONFIGS.get(method, {}))
     trainer_of(model, sys.argv[1], per_device_train_batch_size=4, **DDP_OPTIONS, **more).train()
     torch.save(trained(model), f"{sys.argv[1]}/{method}-{torch.distributed.get_rank()}.pt")
 """
@@ -260,7 +267,7 @@ def test_two_processes_equal_one_on_the_joined_batch(tmp_path):
     )
     assert run.returncode == 0, run.stderr[-3000:]
     for method, more in DDP_METHODS.items():
-        single = model_of(method, max_frames="longest")
+        single = model_of(method, max_frames="longest", **DDP_CONFIGS.get(method, {}))
         start = trained(single)
         trainer_of(single, tmp_path, **DDP_OPTIONS, **more).train()
         assert not torch.equal(trained(single)["classifier.weight"], start["classifier.weight"])
@@ -439,10 +446,81 @@ def test_mezo_moves_along_its_direction_by_the_slope():
         optimizer.step()
         move = weight.detach() - before
         # -lr (g.z) z: parallel to z, and its product with the gradient is -lr (g.z)^2.
-        slope = optimizer.last_slope.double()
+        (slope,) = optimizer.last_slopes.double()
         torch.testing.assert_close(move @ gradient, -0.1 * slope**2, rtol=1e-4, atol=1e-6)
         moves.append(move / move.norm())
     assert abs(moves[0] @ moves[1]) < 0.999  # each step has a direction of its own
+
+
+def test_mezo_averages_its_queries():
+    """Against estimates made one by one by the formula, along the directions of algorithm 1 in the paper's
+    extension to several: each from the same parameters, applied as their mean, over two parts of a batch."""
+    target = torch.linspace(-1, 1, 7, dtype=torch.float64)
+    start, rate, eps, decay, queries = torch.full_like(target, 0.3), 0.1, 1e-3, 0.2, 5
+    weight = torch.nn.Parameter(start.clone())
+    optimizer = MeZO([weight], lr=rate, eps=eps, weight_decay=decay, seed=4, queries=queries)
+
+    def part(scale: float, at: torch.Tensor) -> torch.Tensor:
+        return scale * ((at - target) ** 4).sum()
+
+    for steps_done in range(3):
+        before = weight.detach().clone()
+        estimates = []
+        for query in range(queries):
+            entropy = np.random.SeedSequence([4, steps_done, query])
+            seed = int(entropy.generate_state(1, np.uint64)[0] >> np.uint64(1))
+            generator = torch.Generator().manual_seed(seed)
+            z = torch.randn(7, generator=generator, dtype=torch.float64)
+            sides = [sum(part(scale, before + sign * eps * z) for scale in (0.5, 2.0)) for sign in (1, -1)]
+            estimates.append((sides[0] - sides[1]) / (2 * eps) * z)
+        assert len({float(estimate[0]) for estimate in estimates}) == queries
+        values = [optimizer.measure(lambda scale=scale: part(scale, weight)) for scale in (0.5, 2.0)]
+        torch.testing.assert_close(weight.detach(), before, rtol=0, atol=1e-12)
+        torch.testing.assert_close(sum(values), part(2.5, before), rtol=1e-4, atol=0)
+        optimizer.step()
+        expected = before - rate * (decay * before + torch.stack(estimates).mean(0))
+        torch.testing.assert_close(weight.detach(), expected, rtol=1e-5, atol=1e-6)  # slopes are float32
+        assert optimizer.last_slopes.shape == (queries,)
+
+
+def test_mezo_queries_near_the_gradient_as_they_grow():
+    """The mean of q estimates is unbiased, and its squared error falls with 1/q."""
+    gradient = torch.linspace(-1, 2, 5, dtype=torch.float64)
+    errors = []
+    for queries in (1, 100):
+        found = []
+        for seed in range(20):
+            weight = torch.nn.Parameter(torch.zeros(5, dtype=torch.float64))
+            optimizer = MeZO([weight], lr=1.0, seed=seed, queries=queries)
+            optimizer.measure(lambda weight=weight: weight @ gradient)
+            optimizer.step()
+            found.append(-weight.detach())
+        errors.append(float((torch.stack(found) - gradient).square().sum(1).mean()))
+    assert 30 < errors[0] / errors[1] < 300
+
+
+def test_mezo_goes_on_with_its_queries():
+    """Also from the state of an optimizer that knew no queries."""
+
+    def steps(optimizer: MeZO, weight: torch.nn.Parameter, count: int) -> None:
+        for _ in range(count):
+            optimizer.measure(lambda: (weight**2).sum())
+            optimizer.step()
+
+    for queries in (1, 3):
+        weight = torch.nn.Parameter(torch.ones(4))
+        whole = MeZO([weight], lr=0.01, seed=2, queries=queries)
+        steps(whole, weight, 2)
+        state, parameters = copy.deepcopy(whole.state_dict()), weight.detach().clone()
+        steps(whole, weight, 2)
+        if queries == 1:
+            for group in state["param_groups"]:
+                del group["queries"]
+        other = torch.nn.Parameter(parameters)
+        resumed = MeZO([other], lr=0.5, seed=9, queries=2)
+        resumed.load_state_dict(state)
+        steps(resumed, other, 2)
+        assert resumed.queries == queries and torch.equal(weight, other)
 
 
 def test_mezo_sees_the_same_dropout_on_both_sides():
@@ -450,7 +528,7 @@ def test_mezo_sees_the_same_dropout_on_both_sides():
     optimizer = MeZO([weight], lr=0.0, eps=1e-9)
     optimizer.measure(lambda: torch.nn.functional.dropout(torch.ones(100)).sum())
     optimizer.step()
-    assert optimizer.last_slope == 0
+    assert optimizer.last_slopes == 0
 
 
 def test_mezo_keeps_no_activation(tmp_path):
@@ -555,6 +633,9 @@ def test_s2_lora_penalty_makes_coefficients_small(tmp_path):
         ({"method": "adapter", "adapter_dim": 0}, "adapter_dim must be a positive integer, got 0"),
         ({"method": "full", "train_convolutions": 1}, "train_convolutions must be True or False, got 1"),
         ({"method": "mezo", "eps": 0}, "eps must be a finite number above 0, got 0"),
+        ({"method": "mezo", "mezo_queries": 0}, "mezo_queries must be a positive integer, got 0"),
+        ({"method": "mezo", "mezo_queries": 2.0}, "mezo_queries must be a positive integer, got 2.0"),
+        ({"method": "full", "mezo_queries": 2}, "'mezo_queries' is not an option of full"),
         (
             {"method": "lora_plus", "loraplus_lr_ratio": -2},
             "loraplus_lr_ratio must be a finite number above 0",

@@ -114,7 +114,7 @@ def _step(
             return model(**batch).loss
 
     if method.method == "mezo":
-        zeroth = MeZO(trained, lr=1e-9, eps=method.eps)
+        zeroth = MeZO(trained, lr=1e-9, eps=method.eps, queries=method.mezo_queries)
 
         def zeroth_step() -> None:
             zeroth.measure(loss)

@@ -182,6 +182,13 @@ class MethodArguments:
     eps: float | None = field(
         default=None, metadata={"help": "distance at which the loss is measured; mezo (default: 1e-3)"}
     )
+    mezo_queries: int | None = field(
+        default=None,
+        metadata={
+            "help": "random directions of a step, two forward passes each, whose estimates are averaged; "
+            "mezo (default: 1)"
+        },
+    )
     pooling: Literal["mean", "statistics"] | None = field(
         default=None,
         metadata={

@@ -67,9 +67,9 @@ class GradientReport(TrainerCallback):
 
     def on_step_end(self, args, state, control, optimizer=None, **kwargs):
         self.steps += 1
-        slope = getattr(getattr(optimizer, "optimizer", optimizer), "last_slope", None)
-        if slope is not None:  # MeZO has no gradients, only a slope along one direction
-            self.norms.setdefault("slope", []).append(abs(float(slope)))
+        slopes = getattr(getattr(optimizer, "optimizer", optimizer), "last_slopes", None)
+        if slopes is not None:  # MeZO has no gradients, only slopes along a few directions
+            self.norms.setdefault("slope", []).append(math.sqrt(float(slopes.square().mean())))
         if self.still and (control.should_log or control.should_training_stop or self.steps <= 2):
             self._look()
 

@@ -159,7 +159,8 @@ class MeftTrainer(Trainer):
         if self.optimizer is None and self.method.method == "mezo":
             trained = [p for p in self.model.parameters() if p.requires_grad]
             rate, decay = self.args.learning_rate, self.args.weight_decay
-            self.optimizer = MeZO(trained, rate, self.method.eps, decay, seed=self.args.seed)
+            options = {"seed": self.args.seed, "queries": self.method.mezo_queries}
+            self.optimizer = MeZO(trained, rate, self.method.eps, decay, **options)
         elif self.optimizer is None and self.method.method == "lora_plus":
             self.optimizer = self._lora_plus_optimizer()
         optimizer = super().create_optimizer(*args, **kwargs)
