@@ -86,7 +86,7 @@ STARTS = tuple(
 )
 START_SEEDS = 6
 # The rates are above those of the search, at which the loss hardly falls.
-QUERIES = ("mezo@0.001", "mezo:mezo_queries=8@0.005", "head@0.01")
+QUERIES = ("mezo@0.001", "mezo:mezo_queries=4@0.003", "head@0.01")
 QUERY_SEEDS = 2
 FRAMES = (250, 500, 1000, 1500)
 COUNTED = {"model": "small", "batch": 128}
