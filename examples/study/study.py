@@ -71,18 +71,11 @@ SIDE_NETWORKS = ("lst", "unipt", "sherl")
 LONGER = {"num_train_epochs": 16.0}
 LONGER_METHODS = ("lst", "unipt", "sherl", "head", "full")
 LAYERS = ("every:2", "last:1", "last:2", "last:3", [1], [2], [3])
-# At factors where runs of the parts before stayed at chance, at the rate where they did.
-STARTS = tuple(
-    f"{entry}@{rate}"
-    for entry, rate in (
-        ("sherl:reduction_factor=4", 0.01),
-        ("sherl:reduction_factor=4+start=even", 0.01),
-        ("sherl:reduction_factor=4+start=zero_shot", 0.01),
-        ("sherl:reduction_factor=2", 0.01),
-        ("sherl:reduction_factor=2+start=zero_shot", 0.01),
-        ("sherl:reduction_factor=4", 0.003),
-        ("unipt:reduction_factor=4", 0.01),
-    )
+# At the factor and the rate at which runs of the parts before stayed at chance.
+STARTS = (
+    "sherl:reduction_factor=4@0.01",
+    "sherl:reduction_factor=4+start=even@0.01",
+    "sherl:reduction_factor=4+start=zero_shot@0.01",
 )
 START_SEEDS = 6
 # The rates are above those of the search, at which the loss hardly falls.
@@ -333,7 +326,7 @@ def _train(
 
 
 def starts(options: argparse.Namespace, part: str) -> None:
-    """Side networks at the highest rate, by their start, with more seeds."""
+    """SHERL at the highest rate, by its start, with more seeds."""
     study, shapes = open_study(options.work, ACCENTS, LEVELS[VARIED])
     shapes |= {"seeds": START_SEEDS, "learning_rates": "that of the entry"}
     study.output = study.output.with_name(part)  # whose runs are watched

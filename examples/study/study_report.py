@@ -252,15 +252,9 @@ def starts(records: Records) -> str:
 
 
 def collapse(records: Records) -> str:
-    """What the runs of SHERL at factor 4 and the highest rate look like inside, those that stay at chance and
-    the others."""
-    rows = [row for row in _rows(records.get("starts")).values() if "watched" in row["seeds"][0]]
+    """What the runs of SHERL look like inside, those that stay at chance and the others."""
     lines = []
-    for row in rows:
-        if row["options"]["reduction_factor"] != 4 or row["learning_rate"] != max(
-            each["learning_rate"] for each in rows
-        ):
-            continue
+    for row in _rows(records.get("starts")).values():
         for seeds, outcome in zip(_stayed(row), ("at chance", "learns")):
             for looks in zip(*(seed["watched"] for seed in seeds)):
                 mean = {key: float(np.mean([abs(look[key]) for look in looks])) for key in looks[0]}
@@ -269,8 +263,8 @@ def collapse(records: Records) -> str:
                 shares = [f"{100 * mean[key]:.0f} %" for key in ("guided", "constant")]
                 sizes = [f"{mean[key]:.2g}" for key in ("gate", "input", "spread", "side_gradient")]
                 lines.append([*what, *shares, *sizes])
-    header = ["start", "runs", "step", "loss", "frames guided", "input constant", "gate", "input", "spread"]
-    return markdown([*header, "gradient"], lines) if lines else "(no results yet)"
+    header = ["start", "runs", "step", "loss", "frames guided", "input constant", "gate, absolute"]
+    return markdown([*header, "input", "spread", "gradient"], lines) if lines else "(no results yet)"
 
 
 def queries(records: Records) -> str:
