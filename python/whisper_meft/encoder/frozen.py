@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
+from transformers.modeling_outputs import BaseModelOutput
 
 from meft_kernels import HiddenState
 
@@ -23,6 +25,17 @@ def row_parts(rows: int, parts: int) -> list[slice]:
     size, longer = divmod(rows, parts)
     edges = [size * index + min(index, longer) for index in range(parts + 1)]
     return [slice(start, end) for start, end in zip(edges, edges[1:]) if start < end]
+
+
+def as_output(states: Iterator[torch.Tensor], all_of_them: bool = False) -> BaseModelOutput:
+    """Hidden states h_0, ... as Hugging Face's encoders give them: the last, or all as ``hidden_states``."""
+    if all_of_them:
+        kept = tuple(states)
+        return BaseModelOutput(last_hidden_state=kept[-1], hidden_states=kept)
+    last = None
+    for last in states:  # noqa: B007  earlier ones are freed as the next is made
+        pass
+    return BaseModelOutput(last_hidden_state=last)
 
 
 class FrozenEncoder(nn.Module):
@@ -196,6 +209,29 @@ class FrozenEncoder(nn.Module):
         parts = row_parts(clips, -(-clips // chunk_size))
         reading = (final_norm, statistics, parts, overwrite, first_again)
         return self._states_in_parts(input_features, lengths, *reading)
+
+    def forward(
+        self,
+        input_features: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        output_hidden_states: bool = False,
+        **kwargs: Any,
+    ) -> BaseModelOutput:
+        """What Hugging Face's ``WhisperEncoder`` gives, from :meth:`stream`.
+
+        Args:
+            input_features: (B, mel bins, frames), the whole window.
+            attention_mask, kwargs: accepted and not read, as there.
+            output_hidden_states: give all hidden states too.
+
+        Returns:
+            ``last_hidden_state`` (B, T, hidden size), after the final LayerNorm, and if asked for
+            ``hidden_states``: h_0 to h_{L-1}, and the same last one.
+
+        Raises:
+            UserError: see :meth:`stream`.
+        """
+        return as_output(self.stream(input_features, final_norm=True), output_hidden_states)
 
     def last_layer(self, hidden_states: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
         """The last encoder layer and the final LayerNorm, frozen, with gradient to the input.

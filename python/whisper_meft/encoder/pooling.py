@@ -123,9 +123,9 @@ class RunningStandardisation(nn.Module):
         self.register_buffer("mean", torch.zeros(size, device=device, dtype=dtype))
         self.register_buffer("variance", torch.ones(size, device=device, dtype=dtype))
 
-    def forward(self, values: Tensor) -> Tensor:
-        """(B, F) -> (B, F); in training mode the statistics follow ``values``."""
-        if self.training and len(values):
+    def forward(self, values: Tensor, follow: bool = True) -> Tensor:
+        """(B, F) -> (B, F); in training mode the statistics follow ``values``, unless told not to."""
+        if follow and self.training and len(values):
             self._follow(values)
         return (values - self.mean) * (self.variance + 1e-6).rsqrt()
 

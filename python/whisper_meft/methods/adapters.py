@@ -46,10 +46,9 @@ class BottleneckAdapter(WrappedLinear):
         for tensor in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(tensor)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.base_layer(x)
+    def added(self, x: Tensor, y: Tensor) -> Tensor:
         inner = nn.functional.gelu(self.down(for_masters(y, self.down.weight)))
-        return y + self.up(inner).to(y.dtype)
+        return self.up(inner).to(y.dtype)
 
 
 def add_adapters(part: nn.Module, adapter_dim: int, dtype) -> None:

@@ -4,6 +4,7 @@ The classes follow PEFT's habits: keyword arguments with defaults, every field d
 plain JSON on disk. Every value is checked when a config is made, so a mistake is reported where it was typed.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -164,6 +165,15 @@ class MeftConfig:
         """What the method adds to the loss in training, a scalar, or None. ``tuned``: a module that holds
         all that the method has prepared."""
         return None
+
+    def switched_off(self, tuned: nn.Module) -> AbstractContextManager[None]:
+        """Until it is left, nothing that the method has put into the backbone has an effect; ``tuned`` as for
+        :meth:`penalty`.
+
+        Raises:
+            UserError: the backbone's own weights train.
+        """
+        return nullcontext()
 
     def trainer_callback(self, tuned: nn.Module) -> TrainerCallback | None:
         """What the method does in training beside its loss, or None; ``tuned`` as for :meth:`penalty`. Its

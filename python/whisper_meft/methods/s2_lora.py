@@ -74,12 +74,11 @@ class S2LoRALinear(WrappedLinear):
         self.scaling = scaling
         self.coefficients = nn.Parameter(torch.zeros_like(factors.lora_A[:, 0]))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def added(self, x: Tensor, y: Tensor) -> Tensor:
         (factors,) = self.factors
-        y = self.base_layer(x)
         inner = nn.functional.linear(for_masters(x, factors.lora_A), factors.lora_A)
         inner = inner * (self.scaling * self.coefficients).to(inner.dtype)
-        return y + nn.functional.linear(inner, factors.lora_B).to(y.dtype)
+        return nn.functional.linear(inner, factors.lora_B).to(y.dtype)
 
     def get_delta_weight(self, adapter: str = "default") -> Tensor:
         """What is added to the frozen weight, (out, in); named as in peft."""

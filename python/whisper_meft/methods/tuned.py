@@ -1,5 +1,6 @@
 """What the methods that train inside the backbone have in common."""
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -15,6 +16,7 @@ from ..encoder.pooling import LastState
 from ..encoder.tuned import TunedEncoder
 from ..errors import UserError
 from .base import MeftConfig
+from .wrapping import switched_off
 
 TARGETS = ("encoder", "decoder", "both")
 
@@ -67,6 +69,14 @@ class TunedConfig(MeftConfig):
 
     def build_side_network(self, hidden_size: int, num_layers: int, **place: Any) -> nn.Module:
         return LastState()
+
+    def switched_off(self, tuned: nn.Module) -> AbstractContextManager[None]:
+        if self.trains_backbone:
+            raise UserError(
+                "disable_adapter is for methods that leave the backbone's own weights as they are, "
+                f"{self.method} trains them: load the backbone anew"
+            )
+        return switched_off(tuned)
 
     def prepare(self, part: TunedEncoder | TunedDecoder, beside: nn.Module | None = None) -> None:
         """Unfreezes parameters of a frozen encoder or decoder, or puts trained modules into it.

@@ -1,6 +1,8 @@
 """What the models of all tasks share: the encoder, what a method trains, saving, loading and uploading."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -70,6 +72,7 @@ class MeftBase(PreTrainedModel):
         self.post_init()
         if type(self.meft_config).trainer_callback is not MeftConfig.trainer_callback:
             serve_in_every_trainer()
+        self._adapter_is_off = False
         # Whether whoever trains the model adds `penalty()` to the loss, where it computes one itself.
         self.penalty_elsewhere = False
         # Trainer compares with the exact names when it loads a checkpoint, and then reports none missing.
@@ -151,7 +154,36 @@ class MeftBase(PreTrainedModel):
         The loss that :meth:`forward` returns holds it. Where you compute another from the scores, add it
         there and say so by ``penalty_elsewhere = True``.
         """
-        return self.meft_config.penalty(self.tuned)
+        return None if self._adapter_is_off else self.meft_config.penalty(self.tuned)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """A context in which the model is the plain Whisper that it was made of, as PEFT's models are in
+        theirs: the side network is left out, LoRA and adapters add nothing. Behind it all is as before.
+
+        In it ``model.encoder(input_features, output_hidden_states=True)`` gives the hidden states of
+        transformers' encoder, whatever the method; a recogniser transcribes as its backbone does, also by
+        ``generate``; a classifier's head, which has nothing plain to go back to, reads the mean over time of
+        the plain encoder's output. States of a feature cache are refused.
+
+        Raises:
+            UserError: the method trains the backbone's own weights: full, bitfit and mezo.
+        """
+        before = self._adapter_is_off
+        with self.meft_config.switched_off(self.tuned):
+            self._adapter_is_off = True
+            try:
+                yield
+            finally:
+                self._adapter_is_off = before
+
+    def refuse_stored(self) -> None:
+        """Raises UserError where the adapter is disabled: states computed ahead are those that it reads."""
+        if self._adapter_is_off:
+            raise UserError(
+                "hidden_states cannot be used in disable_adapter(), which needs what the method does not "
+                "read: give input_features"
+            )
 
     def _frames_to_compute(
         self, features: torch.Tensor, attention_mask: torch.Tensor | None

@@ -14,8 +14,9 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from ..encoder.cached import StoredStates, pooled_of_cached, states_read
 from ..encoder.chunked import pooled_in_chunks
+from ..encoder.frozen import as_output
 from ..encoder.graphed import GraphedReader
-from ..encoder.pooling import LastState, RunningStandardisation, StatisticsOf
+from ..encoder.pooling import LastState, RunningStandardisation, StatisticsOf, mean_over_time
 from ..errors import UserError
 from ..methods import MeftConfig
 from .backbone import resolve_backbone
@@ -139,11 +140,12 @@ class MeftModel(MeftBase):
             hidden_state_lengths: (B,) their valid frames. Only read when ``max_frames`` is not "fidelity".
             hidden_state_statistics: (B, S, T, 2) mean and rstd of their rows, where these are known.
             hidden_state_scales: (B, S, 2, D) scale and shift of ``hidden_states`` in 8 bits, float8_e4m3fn.
-            kwargs: ignored, for callers that pass options of other models.
+            kwargs: in :meth:`disable_adapter`, ``output_hidden_states=True``; others are ignored, for callers
+                that pass options of other models.
 
         Returns:
-            ``loss`` (a float32 scalar) if ``labels`` are given, and ``logits`` (B, classes) in the head's
-            dtype.
+            ``loss`` (a float32 scalar) if ``labels`` are given, ``logits`` (B, classes) in the head's dtype
+            and, if asked for, ``hidden_states``.
 
         Raises:
             UserError: wrong shape, dtype, device or label.
@@ -162,13 +164,20 @@ class MeftModel(MeftBase):
             hidden_state_statistics=hidden_state_statistics,
             hidden_state_scales=hidden_state_scales,
         )
-        taken = StatisticsOf(self._last_state) if options.pooling == "statistics" else None
+        taken, plain = StatisticsOf(self._last_state) if options.pooling == "statistics" else None, None
         if hidden_states is not None:
+            self.refuse_stored()
             lengths = None if options.max_frames == "fidelity" else hidden_state_lengths
             given = (hidden_states, lengths, hidden_state_statistics, hidden_state_scales)
             stored = StoredStates(self.states_read, *given)
             reading = (options.final_norm, options.through_last_layer, taken)
             pooled = pooled_of_cached(self.encoder, self.side_network, stored, *reading)
+        elif self._adapter_is_off:
+            features, lengths = self._frames_to_compute(input_features, attention_mask)
+            states = self.encoder.stream(features, lengths, final_norm=True)
+            states = states if taken is None else taken.watch(states, lengths)
+            plain = as_output(states, bool(kwargs.get("output_hidden_states")))
+            pooled = mean_over_time(plain.last_hidden_state, lengths)
         elif options.frozen_encoder:
             features, lengths = self._frames_to_compute(input_features, attention_mask)
             graphed = self.training and torch.is_grad_enabled() and self._graphed is not None
@@ -184,9 +193,8 @@ class MeftModel(MeftBase):
             if taken is not None:
                 statistics = taken.taken().to(pooled.dtype)
                 alone = isinstance(self.side_network, LastState)  # whose mean is among them
-                pooled = self.standardisation(
-                    statistics if alone else torch.cat([pooled, statistics], dim=-1)
-                )
+                statistics = statistics if alone else torch.cat([pooled, statistics], dim=-1)
+                pooled = self.standardisation(statistics, follow=not self._adapter_is_off)
             logits = self.classifier(self.projector(pooled))
             loss = None if labels is None else classification_loss(logits, labels, num_items_in_batch)
             if loss is not None and self.training:
@@ -194,9 +202,10 @@ class MeftModel(MeftBase):
         trains = self.training and logits.requires_grad and not torch.compiler.is_compiling()
         if loss is None and trains and not self.penalty_elsewhere and self.penalty() is not None:
             refuse_backward(logits, options.method)
+        found = None if plain is None else plain.hidden_states
         if return_dict is False:
-            return (logits,) if loss is None else (loss, logits)
-        return SequenceClassifierOutput(loss=loss, logits=logits)
+            return tuple(each for each in (loss, logits, found) if each is not None)
+        return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=found)
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> WhisperForAudioClassification:
         """A plain Whisper classifier in float32 with the same scores, for methods that only change the

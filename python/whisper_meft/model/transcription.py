@@ -110,6 +110,11 @@ class MeftForConditionalGeneration(MeftBase):
         return getattr(self.meft_config, "placement", None)
 
     @property
+    def _at_work(self) -> str | None:
+        """:attr:`placement` of a side network that is not disabled."""
+        return None if self._adapter_is_off else self.placement
+
+    @property
     def tuned(self) -> nn.Module:
         return self
 
@@ -242,6 +247,7 @@ class MeftForConditionalGeneration(MeftBase):
             raise UserError("labels or decoder_input_ids are needed: to transcribe, call generate")
         stored = None
         if hidden_states is not None:
+            self.refuse_stored()
             given = (hidden_states, hidden_state_lengths, hidden_state_statistics, hidden_state_scales)
             stored = StoredStates(self.states_read, *given)
             along = "tokens" if self.states_of == "decoder" else "frames"
@@ -264,8 +270,11 @@ class MeftForConditionalGeneration(MeftBase):
             elif encoder_outputs is None:
                 heard = self._heard(input_features)
             else:
-                heard = iter((encoder_outputs[0],))
-            if self.placement in ("decoder", "both"):
+                heard = encoder_outputs[0]
+                if self._adapter_is_off:  # what the side network heard stands behind
+                    heard = heard[..., : self.encoder.hidden_size]
+                heard = iter((heard,))
+            if self._at_work in ("decoder", "both"):
                 output = self._corrected(decoder_input_ids, heard, decoder_attention_mask)
             else:
                 output = decoded_in_chunks(self.decoder, decoder_input_ids, heard, decoder_attention_mask)
@@ -299,7 +308,7 @@ class MeftForConditionalGeneration(MeftBase):
         training = self.training
         self.eval()
         try:
-            if self.placement in ("decoder", "both"):
+            if self._at_work in ("decoder", "both"):
                 decoder = CorrectedDecoder(self.decoder, self._of_the_decoder()).whisper_decoder()
             else:
                 decoder = self.decoder.around()
@@ -340,10 +349,10 @@ class MeftForConditionalGeneration(MeftBase):
         """What the decoder reads of the audio, (b, T, D) of some clips after the other."""
         options = self.meft_config
         features, lengths = self.window(features)
-        if self.placement == "encoder":
+        if self._at_work == "encoder":
             given = (self.encoder, self.side_network, features, lengths, options.chunk_size)
             return corrected_in_chunks(*given, options.through_last_layer)
-        if self.placement == "both":
+        if self._at_work == "both":
             given = (self.encoder, self.side_network.memory, features, lengths, options.chunk_size)
             return heard_beside(*given)
         if not options.frozen_encoder:
