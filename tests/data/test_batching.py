@@ -17,7 +17,7 @@ from modelling_fixtures import CONFIGS, randomise, tiny_whisper
 from training_fixtures import make_audio_folder, make_backbone, train_command
 from whisper_meft import HeadConfig, WeightedSumConfig, data, get_meft_model
 from whisper_meft.commands import cli
-from whisper_meft.data.batching import LengthBatches, LongestFirst, batches_by_length
+from whisper_meft.data.batching import BalancedDraw, LengthBatches, LongestFirst, batches_by_length
 from whisper_meft.errors import UserError
 from whisper_meft.evaluation.classifier import Classifier
 from whisper_meft.options.inference import InferenceArguments
@@ -96,6 +96,66 @@ def test_processes_get_batches_of_like_length_at_a_time():
     pairs = [[max(lengths[i] for i in batch) for batch in made[i : i + 2]] for i in range(0, len(made), 2)]
     apart = [abs(a - b) / max(a, b) for a, b in pairs]
     assert sum(apart) / len(apart) < 0.05
+
+
+CLASSES = [
+    ["a"] * 50 + ["b"] * 3 + ["c"],
+    ["only"] * 5,
+    [str(number) for number in range(7)],
+    [number % 3 for number in range(100)] + [9, 9],
+]
+
+
+@pytest.mark.parametrize("classes", CLASSES)
+@pytest.mark.parametrize("seed", [0, 7])
+def test_over_any_number_of_epochs_classes_and_their_clips_come_equally_often(classes, seed):
+    draw, n, names = BalancedDraw(classes, seed), len(classes), sorted(set(classes), key=str)
+    often = np.zeros(n, int)
+    for epoch in range(40):
+        drawn = draw(epoch)
+        assert drawn.shape == (n,) and np.array_equal(drawn, BalancedDraw(classes, seed)(epoch))
+        often += np.bincount(drawn, minlength=n)
+        for name in names:
+            own = often[[each == name for each in classes]]
+            assert abs(own.sum() - (epoch + 1) * n / len(names)) < 1
+            assert own.max() - own.min() <= 1
+    assert len(names) == n or n < 6 or not np.array_equal(draw(0), BalancedDraw(classes, seed + 1)(0))
+
+
+def test_a_rare_class_in_much_data_is_drawn_at_once():
+    draw = BalancedDraw([0] * 1_000_000 + [1], 3)
+    for epoch in (0, 5):
+        drawn = draw(epoch)
+        assert len(drawn) == 1_000_001 and abs((drawn == 1_000_000).sum() - 500_000) <= 1
+        assert 500_001 - len(set(drawn.tolist())) <= 5  # where one order ends and another begins
+    assert len(set(draw(0).tolist()) | set(draw(1).tolist())) == 1_000_001
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_drawn_clips_are_batches_by_length_too(processes):
+    lengths, classes = clips_like_kespeech(101), [int(number > 90) for number in range(101)]
+    draw = BalancedDraw(classes, 2)
+    batches = LengthBatches(lengths, 8, processes=processes, seed=2, draw=draw)
+    other = LengthBatches(lengths, 8, processes=processes, seed=2, draw=BalancedDraw(classes, 2))
+    plain = LengthBatches(lengths, 8, processes=processes, seed=2)
+    for epoch in range(4):
+        for each in (batches, other, plain):
+            each.set_epoch(epoch)
+        made = list(batches)
+        assert made == list(other) and len(made) == len(plain)
+        assert sorted(map(len, made)) == sorted(map(len, plain))
+        assert sorted(i for batch in made for i in batch) == sorted(draw(epoch).tolist())
+        assert batches.padding() < 0.1
+    batches.set_epoch(0)
+    costs = [max(lengths[i] for i in batch) * len(batch) for batch in batches]
+    assert max(costs[:processes]) >= 0.95 * max(costs)
+
+
+def test_what_cannot_be_drawn():
+    with pytest.raises(UserError, match="there are no clips to draw from"):
+        BalancedDraw([])
+    with pytest.raises(UserError, match="draw needs batch_size"):
+        LengthBatches([3, 4], max_frames=10, draw=BalancedDraw([0, 1]))
 
 
 def test_what_cannot_be_made_into_batches():
@@ -304,10 +364,10 @@ def test_two_processes_equal_one_on_the_joined_batches(work, tmp_path, monkeypat
     )
     assert run.returncode == 0, run.stderr[-3000:]
 
-    def for_two(lengths, max_frames, arguments, clips):
+    def for_two(lengths, max_frames, arguments, clips, classes):
         pretended = SimpleNamespace(**vars(arguments))
         pretended.train_batch_size, pretended.world_size = 3, 2
-        found = batches_by_length(lengths, max_frames, pretended, clips)
+        found = batches_by_length(lengths, max_frames, pretended, clips, classes)
         sizes = [len(each) for each in found]
         assert sum(sizes) == clips == 10 and len(sizes) % 2 == 0 and min(sizes) < 3
         return found

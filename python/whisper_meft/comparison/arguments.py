@@ -8,6 +8,7 @@ from typing import Any
 from ..methods import MeftConfig
 from ..options.common import DataFormatArguments
 from ..options.parser import UsageError
+from ..options.skew import SkewArguments
 from ..options.task import TaskArguments
 
 # MeZO's directions have unit variance in every weight; its own paper's rates are a hundredth of the others'.
@@ -22,7 +23,7 @@ _COMMA = re.compile(r",(?![^\[]*\])")  # outside a list's brackets
 
 
 @dataclass
-class CompareArguments(TaskArguments, DataFormatArguments):
+class CompareArguments(TaskArguments, SkewArguments, DataFormatArguments):
     """What is compared, and on what."""
 
     _argument_group_name = "comparison"
@@ -104,6 +105,7 @@ class CompareArguments(TaskArguments, DataFormatArguments):
         for name, (usual, quick) in defaults.items():
             if getattr(self, name) is None:
                 setattr(self, name, quick if self.quick else usual)
+        self.check_skew()
         for name in ("seeds", "batch_size"):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name} must be at least 1, got {getattr(self, name)}")
@@ -113,6 +115,10 @@ class CompareArguments(TaskArguments, DataFormatArguments):
             for name in ("model_name_or_path", "train_data"):
                 if getattr(self, name) is None:
                     raise UsageError(f"--{name} is needed with --task transcribe")
+            for name in self.given():
+                raise UsageError(
+                    f"--{name} cannot be used with --task transcribe: transcripts have no classes"
+                )
         elif self.language is not None:
             raise UsageError("--language cannot be used with --task classify: it is of --task transcribe")
         methods = MeftConfig.methods()

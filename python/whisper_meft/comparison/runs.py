@@ -92,7 +92,8 @@ class Comparison:
         # What is learnt of the data does not depend on the method.
         method = MeftConfig.from_dict({"method": "lst", "max_frames": arguments.max_frames})
         of_task = {"task": arguments.task, "language": arguments.language}
-        (model_arguments, _, _, training), sizes = self._any_run(of_task), self.config
+        how_told = {**of_task, **arguments.given()}
+        (model_arguments, _, _, training), sizes = self._any_run(how_told), self.config
         self.task = make_task(model_arguments, training, method, sizes, self.extractor)
         self.examples = load_data(self.data_arguments, self.task, True, True, arguments.seed, **how)
         self.task.note(self.examples.training)
@@ -113,6 +114,7 @@ class Comparison:
             "max_frames": arguments.max_frames,
             "bf16": arguments.bf16,
             "device": self.device.type,
+            **arguments.settled(),
         }
         clips = len(self.examples.training) + len(self.examples.evaluation)
         window = 2 * self.config.max_source_positions * self.config.num_mel_bins * 4
@@ -170,6 +172,7 @@ class Comparison:
             "bf16": self.arguments.bf16,
             "use_cpu": self.device.type == "cpu",
             "disable_tqdm": True,
+            **self.arguments.given(),
         }
         if self.arguments.task == "transcribe":  # the backbone alone is scored once, on the test data
             values |= {"task": "transcribe", "language": self.arguments.language, "zero_shot": False}

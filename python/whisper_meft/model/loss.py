@@ -18,6 +18,16 @@ def classification_loss(
     Raises:
         UserError: a wrong shape, dtype or class number.
     """
+    labels = checked_labels(logits, labels)
+    if num_items_in_batch is None:
+        return nn.functional.cross_entropy(logits.float(), labels)
+    if isinstance(num_items_in_batch, torch.Tensor):
+        num_items_in_batch = num_items_in_batch.to(logits.device)
+    return nn.functional.cross_entropy(logits.float(), labels, reduction="sum") / num_items_in_batch
+
+
+def checked_labels(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """``labels`` as int64 beside ``logits``; arguments and errors as of :func:`classification_loss`."""
     if not isinstance(labels, torch.Tensor):
         raise UserError(f"labels must be a tensor of class numbers, got {type(labels).__name__}")
     if labels.ndim != 1 or labels.shape[0] != logits.shape[0] or labels.is_floating_point():
@@ -33,12 +43,7 @@ def classification_loss(
                 f"labels must lie in 0..{logits.shape[1] - 1}, the model has {logits.shape[1]} labels, "
                 f"got {wrong[0]}"
             )
-    labels = labels.to(logits.device, torch.long)
-    if num_items_in_batch is None:
-        return nn.functional.cross_entropy(logits.float(), labels)
-    if isinstance(num_items_in_batch, torch.Tensor):
-        num_items_in_batch = num_items_in_batch.to(logits.device)
-    return nn.functional.cross_entropy(logits.float(), labels, reduction="sum") / num_items_in_batch
+    return labels.to(logits.device, torch.long)
 
 
 def refuse_gradients() -> None:

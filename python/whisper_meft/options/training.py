@@ -10,6 +10,8 @@ from transformers import TrainingArguments
 
 from .common import DataFormatArguments, MethodArguments, ModelArguments
 from .parser import Parser, UsageError
+from .skew import DEFAULTS as SKEW_DEFAULTS
+from .skew import SkewArguments
 from .task import TaskArguments
 
 # The learning rates of the paper's scripts: this for all methods but those named below. For MeZO it is far
@@ -69,6 +71,7 @@ OF_ONE_TASK: dict[str, dict[str, Any]] = {
         "bucket_by_length": None,
         "max_frames_per_batch": None,
         "cuda_graphs": False,
+        **SKEW_DEFAULTS,
     },
     "transcribe": {
         "language": None,
@@ -86,6 +89,7 @@ _REASONS = {
     "bucket_by_length": "a clip is heard in a window of one length, whatever its own",
     "max_frames_per_batch": "a clip is heard in a window of one length, whatever its own",
     "cuda_graphs": "batches of transcripts have many shapes",
+    **dict.fromkeys(SKEW_DEFAULTS, "transcripts have no classes"),
 }
 
 
@@ -152,7 +156,7 @@ class TrainDataArguments(DataFormatArguments):
 
 
 @dataclass
-class TrainArguments(TaskArguments, TrainingArguments):
+class TrainArguments(TaskArguments, SkewArguments, TrainingArguments):
     """transformers.TrainingArguments with defaults for these tasks."""
 
     _argument_group_name = "training"
@@ -314,6 +318,7 @@ class TrainArguments(TaskArguments, TrainingArguments):
         if not self.output_dir:
             raise UsageError("--output_dir is needed")
         self._check_task()
+        self._check_skew_with_others()
         for name in ("learning_rate", "head_learning_rate"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -411,6 +416,25 @@ class TrainArguments(TaskArguments, TrainingArguments):
             if value is not None and value < 1:
                 raise UsageError(f"--{name} must be at least 1, got {value}")
 
+    def _check_skew_with_others(self) -> None:
+        """Refuses what cannot be used beside the options for skewed classes."""
+        self.check_skew()
+        if self.loss == "focal" and self.label_smoothing_factor:
+            raise UsageError(
+                f"--label_smoothing_factor {self.label_smoothing_factor:g} cannot be used with --loss focal, "
+                "which is of one right class"
+            )
+        if self.sampling == "natural":
+            return
+        others = {
+            "max_frames_per_batch": (None, "the number of batches would change with every epoch"),
+            "dataloader_drop_last": (False, "the batches of an epoch are dealt out whole"),
+            "train_sampling_strategy": ("random", "it is another order"),
+        }
+        for name, (none, reason) in others.items():
+            if (value := getattr(self, name)) != none:
+                raise UsageError(f"--{name} {value} cannot be used with --sampling {self.sampling}: {reason}")
+
     def _choose_metric(self) -> None:
         metrics = METRICS[self.task]
         metric = (self.metric_for_best_model or metrics[0]).removeprefix("eval_")
@@ -446,6 +470,10 @@ COMMON_TRAINING_OPTIONS = [
     "max_steps",
     "learning_rate",
     "head_learning_rate",
+    "class_weights",
+    "loss",
+    "focal_gamma",
+    "sampling",
     "per_device_train_batch_size",
     "per_device_eval_batch_size",
     "gradient_accumulation_steps",

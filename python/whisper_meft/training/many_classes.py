@@ -27,3 +27,10 @@ def counts_text(counts: Mapping[str, int], labels: Sequence[str]) -> str:
     rising = sorted(labels, key=lambda label: counts[label])
     fewest = ", ".join(f"{printable(label)}: {counts[label]}" for label in rising[:_FEWEST])
     return f"{counts[rising[0]]} to {counts[rising[-1]]} of each, the fewest of {fewest} ..."
+
+
+def weights_text(weights: Sequence[float], labels: Sequence[str]) -> str:
+    """How much an example counts, by its class, on one line; of more than 30 classes from where to where."""
+    if len(labels) <= _MOST_COUNTS:
+        return ", ".join(f"{printable(label)}: {weight:.3g}" for label, weight in zip(labels, weights))
+    return f"{min(weights):.3g} to {max(weights):.3g}"

@@ -22,6 +22,7 @@ class Batches:
         clips_per_step: of all processes together; None where batches are made by frames.
         processes: how many train side by side.
         by_length: whether the batches are made by :class:`whisper_meft.data.batching.LengthBatches`.
+        sampling: which clips an epoch has.
         others: the options of these names.
     """
 
@@ -35,6 +36,7 @@ class Batches:
     gradient_accumulation_steps: int
     processes: int
     by_length: bool
+    sampling: str = "natural"
 
     @classmethod
     def of(cls, arguments: TrainArguments, examples: int, batches: int, by_length: bool) -> "Batches":
@@ -53,6 +55,7 @@ class Batches:
             gradient_accumulation_steps=accumulated,
             processes=arguments.world_size,
             by_length=by_length,
+            sampling=getattr(arguments, "sampling", "natural"),
         )
 
     def changes_since(self, before: dict[str, Any], step: int) -> list[str]:

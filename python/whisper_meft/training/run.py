@@ -264,7 +264,7 @@ def build_trainer(
     trainer = settings.task.trainer_class(
         model=model,
         args=arguments,
-        length_batches=_length_batches(settings, training_set),
+        length_batches=_length_batches(settings, examples, training_set),
         throughput=watch.throughput,
         interrupts=interrupts,
         before_first_save=partial(make_room, arguments, resume_from),
@@ -294,11 +294,13 @@ def _seconds(settings: Settings, examples: RunData) -> list[float | None]:
     return [None if e.seconds is None else min(e.seconds, longest) for e in examples.training]
 
 
-def _length_batches(settings: Settings, training_set: Dataset) -> LengthBatches | None:
-    """The batches by length of the run, if it has any; says what they save."""
+def _length_batches(settings: Settings, examples: RunData, training_set: Dataset) -> LengthBatches | None:
+    """The batches by length of the run, or of equally many clips of each class, if it has any; says what
+    they save."""
     lengths = getattr(training_set, "lengths", None)
     frames = "fidelity" if settings.task.of_one_length else settings.config.max_frames
-    found = batches_by_length(lengths, frames, settings.training, len(training_set))
+    classes = settings.task.classes_to_balance(examples.training)
+    found = batches_by_length(lengths, frames, settings.training, len(training_set), classes)
     if found is not None and found.by_length:
         share = found.padding()
         say(f"{len(found)} batches by length an epoch: {share:.1%} of their frames are padding")

@@ -89,7 +89,7 @@ def make_task(
             "transcribe, or leave it out"
         )
     if training.task == "classify":
-        return Classification(config, extractor)
+        return Classification(config, extractor, training)
     return Transcription(config, sizes, extractor, load_language(model, sizes, training.language), training)
 
 

@@ -91,6 +91,10 @@ class Task:
         """Lines about the training examples."""
         raise NotImplementedError
 
+    def classes_to_balance(self, training: ExampleSet) -> list[int] | None:
+        """The class of each training example, where each class is to come equally often; else None."""
+        return None
+
     def trainer_options(self, evaluation: ExampleSet | None) -> dict[str, Any]:
         """What :attr:`trainer_class` is given beside what every run gives."""
         raise NotImplementedError

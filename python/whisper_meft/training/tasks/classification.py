@@ -14,8 +14,8 @@ from transformers import (
 )
 
 from ... import data
-from ...data.examples import ExampleSet, check_known_labels, label_inventory
-from ...errors import UserError
+from ...data.examples import ExampleSet, check_known_labels, label_inventory, listing
+from ...errors import UserError, printable
 from ...evaluation import plots
 from ...evaluation.metrics import Scores, score
 from ...feature_cache.dataset import CachedDataset
@@ -25,7 +25,10 @@ from ...methods import MeftConfig
 from ...model.backbone import set_labels
 from ...model.base import MeftBase
 from ...options.common import DataFormatArguments
-from ..many_classes import counts_text, predicted_classes
+from ...options.skew import COMPUTED_WEIGHTS, SkewArguments, read_class_weights
+from ...options.training import TrainArguments
+from ..criterion import ClassLoss, computed_weights
+from ..many_classes import counts_text, predicted_classes, weights_text
 from ..trainer import MeftTrainer
 from .base import Task
 
@@ -35,14 +38,29 @@ class Classification(Task):
 
     Args:
         config: the method. extractor: the backbone's feature extractor.
+        arguments: of the run; of them the options for skewed classes are read.
+
+    Raises:
+        UserError: the file of class weights cannot be used.
     """
 
     backbone_class = WhisperForAudioClassification
     curve = ("eval_accuracy", "evaluation accuracy")
 
-    def __init__(self, config: MeftConfig, extractor: WhisperFeatureExtractor):
+    def __init__(
+        self,
+        config: MeftConfig,
+        extractor: WhisperFeatureExtractor,
+        arguments: TrainArguments | None = None,
+    ):
         self.max_frames, self.extractor = config.max_frames, extractor
         self.label2id: dict[str, int] = {}
+        self.skew = SkewArguments() if arguments is None else arguments
+        self.label_smoothing = getattr(arguments, "label_smoothing_factor", 0.0)
+        # How much an example counts, by its class, in the order of the classes; None: all alike.
+        self.weights: list[float] | None = None
+        kind = self.skew.class_weights
+        self._given_weights = None if kind in (None, *COMPUTED_WEIGHTS) else read_class_weights(kind)
 
     def reader_options(self, arguments: DataFormatArguments) -> dict[str, Any]:
         if arguments.text_column_name is not None:
@@ -53,11 +71,28 @@ class Classification(Task):
         return arguments.reader_options()
 
     def check(self, training: ExampleSet, evaluation: ExampleSet | None) -> None:
+        labels = label_inventory(training)
         if evaluation is not None:
-            check_known_labels(evaluation, label_inventory(training))
+            check_known_labels(evaluation, labels)
+        if self._given_weights is not None:
+            for names, of, lack in (
+                (labels, self._given_weights, "has no weight of"),
+                (self._given_weights, labels, "has a weight of"),
+            ):
+                if wrong := [name for name in names if name not in of]:
+                    raise UserError(
+                        f"class_weights: {self.skew.class_weights} {lack} {listing(wrong)}, the classes are "
+                        f"{listing(labels)}"
+                    )
 
     def note(self, training: ExampleSet) -> None:
-        self.label2id = {label: index for index, label in enumerate(label_inventory(training))}
+        labels, kind = label_inventory(training), self.skew.class_weights
+        self.label2id = {label: index for index, label in enumerate(labels)}
+        if self._given_weights is not None:
+            self.weights = [self._given_weights[label] for label in labels]
+        elif kind is not None:
+            counts = training.label_counts()
+            self.weights = computed_weights([counts[label] for label in labels], kind)
 
     def prepare(self, base: PreTrainedModel) -> None:
         set_labels(base, list(self.label2id))
@@ -76,13 +111,34 @@ class Classification(Task):
 
     def describe(self, training: ExampleSet) -> list[str]:
         labels, counts = list(self.label2id), training.label_counts()
-        return [
+        lines = [
             f"training on {len(training)} examples of {len(labels)} classes",
             f"  {counts_text(counts, labels)}",
         ]
+        if self.weights is not None:
+            kind = printable(self.skew.class_weights)
+            lines.append(f"  weights in the loss ({kind}): {weights_text(self.weights, labels)}")
+        if self.skew.sampling == "balanced":
+            each = len(training) / len(labels)
+            lines.append(f"  an epoch draws {each:.4g} examples of each class")
+        return lines
+
+    def classes_to_balance(self, training: ExampleSet) -> list[int] | None:
+        if self.skew.sampling == "natural":
+            return None
+        return [self.label2id[example.label] for example in training]
+
+    @property
+    def criterion(self) -> ClassLoss | None:
+        """The loss in the place of the model's own cross-entropy, where another is asked for."""
+        gamma = self.skew.gamma()
+        if self.weights is None and not gamma:
+            return None
+        return ClassLoss(self.weights, gamma, self.label_smoothing)
 
     def trainer_options(self, evaluation: ExampleSet | None) -> dict[str, Any]:
         return {
+            "compute_loss_func": self.criterion,
             "compute_metrics": make_compute_metrics(list(self.label2id)),
             "preprocess_logits_for_metrics": predicted_classes,
             "processing_class": self.extractor,
@@ -96,7 +152,9 @@ class Classification(Task):
         return scores, found.metrics.get("eval_loss")
 
     def summary(self, training: ExampleSet) -> dict[str, Any]:
-        return {"labels": list(self.label2id)}
+        weights = None if self.weights is None else dict(zip(self.label2id, self.weights))
+        loss = {"loss": self.skew.loss, "focal_gamma": self.skew.gamma() or None, "class_weights": weights}
+        return {"labels": list(self.label2id), **loss}
 
     def write_scores(self, folder: Path, scores: Scores) -> dict[str, Any]:
         write_text(folder / "evaluation.txt", scores.as_text(whole=True) + "\n")
