@@ -20,6 +20,7 @@ from ..errors import one_line, printable
 COMMANDS = {
     "train": ("train", "train a side network on a frozen Whisper: with a head for classes, or to transcribe"),
     "evaluate": ("evaluate", "score a trained model on labelled or transcribed audio"),
+    "calibrate": ("calibrate", "make a classifier's probabilities right, and choose what to reject"),
     "predict": ("predict", "classify or transcribe audio files"),
     "cache": ("cache", "run the frozen backbone once, for epochs of the side network alone"),
     "compare": ("compare", "train every method on the same data with the same budget"),

@@ -8,18 +8,18 @@ from pathlib import Path
 import numpy as np
 
 from .. import data
-from ..data.examples import ExampleSet
+from ..data.examples import ExampleSet, listing
 from ..data.splits import split_kinds
 from ..errors import UserError, printable
+from ..evaluation.assessment import assess, write_assessment
 from ..evaluation.classifier import Classifier
 from ..evaluation.recognition import evaluate_transcripts, write_recognition
-from ..evaluation.scoring import evaluate, write_scores
 from ..evaluation.transcriber import Transcriber
 from ..files import check_writable
 from ..model.kinds import kind_of
 from ..options.common import DataFormatArguments
 from ..options.generation import GenerationArguments
-from ..options.inference import InferenceArguments
+from ..options.inference import SAVED, InferenceArguments, check_threshold, threshold_of
 from ..options.parser import Parser, UsageError
 
 
@@ -48,6 +48,22 @@ class EvaluateArguments(DataFormatArguments):
             "help": "of a model that transcribes, score its backbone alone too, which takes as long again"
         },
     )
+    reject_below: str | None = field(
+        default=None,
+        metadata={
+            "help": "also score what happens where clips are rejected whose most probable class has a lower "
+            "probability: a number from 0 to 1, or saved, what `whisper-meft calibrate` chose (default: with "
+            "--unknown_labels what keeps 0.95 of the other clips); of models that classify"
+        },
+    )
+    unknown_labels: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "labels in the data of classes that the model does not know, or all of those: how many "
+            "of their clips are not rejected is scored (default: such a label is an error); of models that "
+            "classify"
+        },
+    )
     output_dir: str | None = field(
         default=None, metadata={"help": "folder for the results (default: MODEL_DIR/evaluation)"}
     )
@@ -55,6 +71,7 @@ class EvaluateArguments(DataFormatArguments):
     def __post_init__(self):
         if not self.data:
             raise UsageError("--data is needed")
+        check_threshold(self.reject_below)
         if self.max_eval_samples is not None and self.max_eval_samples < 1:
             raise UsageError(f"--max_eval_samples must be at least 1, got {self.max_eval_samples}")
 
@@ -66,7 +83,8 @@ def make_parser() -> Parser:
         (InferenceArguments, GenerationArguments, EvaluateArguments),
         usage="MODEL_DIR --data PATH_OR_NAME [options]",
         description="Scores a trained model. One that classifies: overall accuracy, accuracy per class and "
-        "their unweighted mean, macro-F1 and the confusion matrix, as text, JSON and PNG. One that "
+        "their unweighted mean, macro-F1, the confusion matrix, EER and C_avg, calibration error and "
+        "reliability, for each speaker and length, with intervals, as text, JSON and PNG. One that "
         "transcribes, or a plain Whisper: word and character error rates beside those of the backbone alone, "
         "per speaker, as text and JSON, and the transcripts as CSV.",
     )
@@ -78,17 +96,51 @@ def make_parser() -> Parser:
     return parser
 
 
-def load_scored(arguments: EvaluateArguments, transcribes: bool) -> ExampleSet:
-    """The examples that the arguments describe, before their audio is checked."""
+def load_scored(arguments: EvaluateArguments, transcribes: bool, usual: str = "test") -> ExampleSet:
+    """The examples that the arguments describe, before their audio is checked; ``usual``: the split that is
+    taken where there are several."""
     options = {**arguments.reader_options(), "require_text": transcribes}
     splits = data.list_splits(arguments.data, **options)
-    has_test = "test" in split_kinds(splits).values()
-    split = arguments.split or ("test" if has_test else None)
+    has_usual = usual in split_kinds(splits).values()
+    split = arguments.split or (usual if has_usual else None)
     examples = data.load_examples(arguments.data, split=split, **options)
     if arguments.max_eval_samples is not None and arguments.max_eval_samples < len(examples):
         chosen = np.random.default_rng(0).permutation(len(examples))[: arguments.max_eval_samples]
         examples = examples.select(sorted(chosen.tolist()))
     return examples
+
+
+def apart(
+    examples: ExampleSet, known: Sequence[str], unknown: Sequence[str] | None
+) -> tuple[ExampleSet, ExampleSet | None]:
+    """The examples of classes that a model knows, and those of the others; None where none are asked for.
+
+    Args:
+        known: the model's classes. unknown: labels of others, or ``["all"]`` of them, or None.
+
+    Raises:
+        UserError: one of them is a class of the model, or there are no examples of one or of any other.
+    """
+    if unknown is None:
+        return examples, None
+    there = set(examples.label_counts())
+    if unknown == ["all"]:
+        unknown = sorted(there - set(known))
+        if not unknown:
+            raise UserError(f"unknown_labels: the model knows all classes of {examples.description}")
+    for label in unknown:
+        if label in known:
+            raise UserError(f"unknown_labels: {label} is a class of the model")
+        if label not in there:
+            raise UserError(
+                f"unknown_labels: {examples.description} has no examples of {label}, only of "
+                f"{listing(sorted(there))}"
+            )
+    others = [index for index, example in enumerate(examples) if example.label in unknown]
+    own = [index for index, example in enumerate(examples) if example.label not in unknown]
+    if not own:
+        raise UserError(f"unknown_labels: {examples.description} has no examples of the model's classes")
+    return examples.select(own), examples.select(others)
 
 
 def run(argv: Sequence[str]) -> int:
@@ -97,6 +149,8 @@ def run(argv: Sequence[str]) -> int:
     transcribes = kind_of(where.model_dir) != "classification"
     if not transcribes:
         generation.refuse_for_classes()
+    elif given := next((n for n in ("reject_below", "unknown_labels") if getattr(arguments, n)), None):
+        raise UserError(f"--{given} is for models that classify, and this one transcribes")
     folder = Path(arguments.output_dir or Path(where.model_dir) / "evaluation")
     if Path(where.model_dir, "config.json").is_file() or arguments.output_dir:
         check_writable(folder / "eval_results.json")
@@ -107,6 +161,8 @@ def run(argv: Sequence[str]) -> int:
         zero_shot = model.zero_shot() if arguments.zero_shot and model.adapted else None
     else:
         model = Classifier.load(where.model_dir, inference, progress)
+        threshold = threshold_of(arguments.reject_below, model.model.config, where.model_dir)
+        examples, unknown = apart(examples, model.labels, arguments.unknown_labels)
     if arguments.output_dir is None and not Path(where.model_dir).is_dir():
         raise UserError("--output_dir is needed for a model that is not in a local folder")
     examples, bad = model.check(examples, arguments.strict)
@@ -114,13 +170,17 @@ def run(argv: Sequence[str]) -> int:
         scores = evaluate_transcripts(model, examples, zero_shot)
         bad = [*bad, *scores.left_out]
     else:
-        scores, _ = evaluate(model, examples)
+        if unknown is not None:
+            unknown, more_bad = model.check(unknown, arguments.strict)
+            bad = [*bad, *more_bad]
+        origin = "saved with the model" if arguments.reject_below == SAVED else "given"
+        scores = assess(model, examples, unknown, threshold, origin)
     left_out = [{"file": name, "reason": reason} for name, reason in bad]
     more = {"model": str(where.model_dir), "left_out": left_out}
     if transcribes:
         write_recognition(scores, folder, examples.description, **more, generation=model.options)
     else:
-        write_scores(scores, folder, examples.description, **more)
+        write_assessment(scores, folder, examples.description, **more)
     scored = f"{printable(where.model_dir)} on {printable(examples.description)}"
     print(f"{scored}\n{scores.as_text()}\nresults are in {folder}")
     if bad:

@@ -18,7 +18,7 @@ from ..evaluation.transcriber import Transcriber, transcribe_files
 from ..files import check_writable, write_json, write_text
 from ..model.kinds import kind_of
 from ..options.generation import GenerationArguments
-from ..options.inference import InferenceArguments
+from ..options.inference import InferenceArguments, check_threshold, threshold_of
 from ..options.parser import Parser, UsageError
 
 
@@ -52,6 +52,19 @@ class PredictArguments:
         default=False, metadata={"help": "replace transcripts of an earlier run, which is refused otherwise"}
     )
 
+    reject_below: str | None = field(
+        default=None,
+        metadata={
+            "help": "give a clip whose most probable class has a lower probability the label of "
+            "--reject_label: a number from 0 to 1, or saved, what `whisper-meft calibrate` chose; of models "
+            "that classify"
+        },
+    )
+    reject_label: str = field(default="unknown", metadata={"help": "label of clips that are rejected"})
+
+    def __post_init__(self):
+        check_threshold(self.reject_below)
+
     @property
     def suffix(self) -> str:
         """Of ``output``, without the dot."""
@@ -69,6 +82,8 @@ class PredictArguments:
         if self.output is not None and self.suffix not in accepted:
             named = " or ".join(filter(None, [", ".join(f".{s}" for s in accepted[:-1]), f".{accepted[-1]}"]))
             raise UsageError(f"--output must end in {named}, got {self.output}")
+        if transcribes and self.reject_below is not None:
+            raise UsageError("--reject_below is for models that classify, and this one transcribes")
         if not transcribes:
             for name in ("output_dir", "overwrite"):
                 if getattr(self, name):
@@ -110,7 +125,8 @@ def as_table(rows: Iterable[dict[str, Any]]) -> str:
     lines = [f"{'file':<{widths[0]}}  {'label':<{widths[1]}}  probability  next"]
     for row in rows:
         ranked = sorted(row["probabilities"].items(), key=lambda item: -item[1])
-        runner_up = f"{printable(ranked[1][0])} {ranked[1][1]:.1%}" if len(ranked) > 1 else ""
+        following = ranked[0 if row.get("rejected") else 1 :]  # of a rejected clip the best is not its label
+        runner_up = f"{printable(following[0][0])} {following[0][1]:.1%}" if following else ""
         lines.append(
             f"{row['file']:<{widths[0]}}  {row['label']:<{widths[1]}}  {ranked[0][1]:>11.1%}  {runner_up}"
         )
@@ -198,7 +214,10 @@ def _classify(
     if output.output is not None:
         check_writable(output.output)
     classifier = Classifier.load(model_dir, inference, progress=sys.stderr.isatty())
-    rows, bad = predict(classifier, files)
+    if output.reject_below is not None and output.reject_label in classifier.labels:
+        raise UserError(f"--reject_label: {output.reject_label!r} is a class of the model: name another")
+    threshold = threshold_of(output.reject_below, classifier.model.config, model_dir)
+    rows, bad = predict(classifier, files, threshold, output.reject_label)
     if output.output is None:
         print(as_table(rows))
     elif output.suffix == "json":

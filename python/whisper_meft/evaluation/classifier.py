@@ -63,23 +63,34 @@ class Classifier(LoadedModel):
         Raises:
             UserError: an example cannot be read.
         """
+        return torch.from_numpy(self.logits(examples)).softmax(dim=-1).numpy()
+
+    def logits(self, examples: ExampleSet) -> np.ndarray:
+        """What the model's softmax is taken of, as :meth:`probabilities`."""
         order, loader = self.batches(examples, self.max_frames, self.max_frames != "fidelity")
         rows = []
         with torch.inference_mode():
             for batch in tqdm(loader, desc="classifying", unit="batch", disable=not self.progress):
                 logits = self.model(**{name: value.to(self.device) for name, value in batch.items()}).logits
-                rows.append(logits.float().softmax(dim=-1).cpu().numpy())
+                rows.append(logits.float().cpu().numpy())
         return np.concatenate(rows)[np.argsort(order)]
 
 
 def predict(
-    classifier: Classifier, files: Sequence[str]
+    classifier: Classifier,
+    files: Sequence[str],
+    reject_below: float | None = None,
+    reject_label: str = "unknown",
 ) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
     """Classifies audio files; those that cannot be read do not stop the others.
 
+    Args:
+        reject_below: a clip whose most probable class has a lower probability gets the label
+            ``reject_label`` instead.
+
     Returns:
-        one {"file", "label", "probabilities": {label: p}} per readable file, in order; and (file, reason) of
-        the unreadable ones.
+        one {"file", "label", "probabilities": {label: p}} per readable file, in order, with a threshold also
+        "rejected"; and (file, reason) of the unreadable ones.
 
     Raises:
         UserError: not one file is readable.
@@ -94,9 +105,12 @@ def predict(
             bad.append((example.name, "the model's output for it is NaN or infinite"))
             continue
         named = {label: float(p) for label, p in zip(classifier.labels, row)}
-        rows.append(
-            {"file": example.name, "label": classifier.labels[int(row.argmax())], "probabilities": named}
-        )
+        answer = {"file": example.name, "label": classifier.labels[int(row.argmax())], "probabilities": named}
+        if reject_below is not None:
+            answer["rejected"] = bool(float(row.max()) < reject_below)
+            if answer["rejected"]:
+                answer["label"] = reject_label
+        rows.append(answer)
     if not rows:
         raise UserError(f"no file could be classified; {bad[0][0]}: {bad[0][1]}")
     return rows, bad

@@ -1,4 +1,4 @@
-"""The two figures a training run leaves behind: confusion matrix and learning curve.
+"""The figures that training and scoring leave behind: confusion matrix, reliability, learning curve.
 
 Drawn with matplotlib's object interface on the Agg canvas, so no display and no global state is involved.
 """
@@ -123,6 +123,46 @@ def _draw_pairs(confusion: Confusion, labels: Sequence[str], path: str | os.Path
             "most frequent mistakes" if len(pairs) else "no class was taken for another", fontsize=10
         )
         for axes in (left, right):
+            axes.spines[["top", "right"]].set_visible(False)
+        figure.suptitle(printable(title), fontsize=11, parse_math=False)
+
+
+def plot_reliability(bins: Any, path: str | os.PathLike, title: str = "") -> None:
+    """Draws a reliability diagram as PNG: how often the class that is said is right, by its probability,
+    above how many clips have such a one.
+
+    Args:
+        bins: a :class:`.calibration.Reliability`.
+        path: PNG file to write (atomically).
+        title: line above the figure.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    filled = bins.counts > 0
+    middles, width = (bins.edges[1:] + bins.edges[:-1]) / 2, bins.edges[1] - bins.edges[0]
+    with drawing(4.6, 5.4, path) as figure:
+        rates, counts = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+        rates.bar(
+            middles[filled], bins.accuracy[filled], width, color=BLUE, edgecolor="white", label="accuracy"
+        )
+        at = {
+            "color": ORANGE,
+            "marker": "o",
+            "linestyle": "",
+            "zorder": 3,
+            "label": "at its mean probability",
+        }
+        rates.plot(bins.confidence[filled], bins.accuracy[filled], **at)
+        rates.plot([0, 1], [0, 1], color="black", linewidth=1, linestyle="--", label="as often as it says")
+        rates.set_ylim(0, 1)
+        rates.set_ylabel("share that is right")
+        rates.legend(frameon=False, loc="upper left")
+        counts.bar(middles[filled], bins.counts[filled], width, color=BLUE, edgecolor="white")
+        counts.set_ylabel("clips")
+        counts.set_xlabel("probability of the class that is said")
+        counts.set_xlim(0, 1)
+        for axes in (rates, counts):
             axes.spines[["top", "right"]].set_visible(False)
         figure.suptitle(printable(title), fontsize=11, parse_math=False)
 

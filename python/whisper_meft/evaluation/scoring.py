@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from ..data.examples import ExampleSet, check_known_labels
 from ..errors import UserError
@@ -10,6 +11,31 @@ from ..files import write_json, write_text
 from . import plots
 from .classifier import Classifier
 from .metrics import Scores, score
+
+
+def finite_logits(classifier: Classifier, examples: ExampleSet) -> np.ndarray:
+    """What the softmax is taken of, float32 (N, K) in the order of ``examples``.
+
+    Raises:
+        UserError: an example cannot be read, or the model's output for it is NaN or infinite.
+    """
+    logits = classifier.logits(examples)
+    finite = np.isfinite(logits).all(axis=1)
+    if not finite.all():
+        raise UserError(f"the model's output for {examples[int(finite.argmin())].name} is NaN or infinite")
+    return logits
+
+
+def logits_and_classes(classifier: Classifier, examples: ExampleSet) -> tuple[np.ndarray, np.ndarray]:
+    """:func:`finite_logits`, and the class indices (N,) that are right.
+
+    Raises:
+        UserError: as there, or an example has a label that the model does not know.
+    """
+    check_known_labels(examples, classifier.labels)
+    index = {label: number for number, label in enumerate(classifier.labels)}
+    reference = np.array([index[example.label] for example in examples])
+    return finite_logits(classifier, examples), reference
 
 
 def evaluate(classifier: Classifier, examples: ExampleSet) -> tuple[Scores, np.ndarray]:
@@ -21,14 +47,9 @@ def evaluate(classifier: Classifier, examples: ExampleSet) -> tuple[Scores, np.n
     Raises:
         UserError: an example has a label that the model does not know, or cannot be read.
     """
-    check_known_labels(examples, classifier.labels)
-    index = {label: number for number, label in enumerate(classifier.labels)}
-    probabilities = classifier.probabilities(examples)
-    finite = np.isfinite(probabilities).all(axis=1)
-    if not finite.all():
-        raise UserError(f"the model's output for {examples[int(finite.argmin())].name} is NaN or infinite")
-    reference = np.array([index[example.label] for example in examples])
-    return score(reference, probabilities.argmax(axis=1), classifier.labels), probabilities
+    logits, reference = logits_and_classes(classifier, examples)
+    probabilities = torch.from_numpy(logits).softmax(dim=-1).numpy()
+    return score(reference, logits.argmax(axis=1), classifier.labels), probabilities
 
 
 def write_scores(scores: Scores, folder: Path, description: str, **more: object) -> None:

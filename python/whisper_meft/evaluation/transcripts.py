@@ -12,6 +12,7 @@ from transformers.models.whisper.english_normalizer import BasicTextNormalizer, 
 from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
 from ..errors import UserError
+from .resampling import groups_of, times_drawn
 
 # Written without spaces between words: their normaliser sets each letter apart, so that WER is CER
 # (Radford et al. 2023, appendix C).
@@ -187,10 +188,7 @@ def word_errors(
 def intervals(
     counts: Sequence[Sequence[ErrorCounts]], speakers: Sequence[str | None], draws: int = 1000
 ) -> tuple[np.ndarray, str]:
-    """95 % bootstrap intervals of error rates (Bisani and Ney 2004), and of what is drawn.
-
-    Speakers are drawn with all their transcripts, where all are known and there are ten at least: fewer say
-    nothing of others. Else transcripts are drawn, and the interval is one for these speakers alone.
+    """95 % bootstrap intervals of error rates, and what is drawn: see :func:`.resampling.groups_of`.
 
     Args:
         counts: of each system, of each transcript, as ``word_errors`` gives.
@@ -200,23 +198,19 @@ def intervals(
         float64 (systems + 1, 2), lower and upper ends: of each system's rate, and of the first one's minus
         the last one's, by the same draws; NaN where a draw has no word. And "speakers" or "transcripts".
     """
-    known = sorted({speaker for speaker in speakers if speaker is not None})
-    by_speaker = None not in speakers and len(known) >= 10
-    number = {speaker: i for i, speaker in enumerate(known)}
-    groups = np.array([number[s] for s in speakers] if by_speaker else range(len(speakers)))
+    groups, drawn = groups_of(speakers)
+    drawn = "transcripts" if drawn == "clips" else drawn
     drawn_of = int(groups.max()) + 1
     # Sums of a group: of its words, and of each system's errors.
     sums = np.zeros((1 + len(counts), drawn_of))
     np.add.at(sums[0], groups, [each.length for each in counts[0]])
     for row, system in enumerate(counts, 1):
         np.add.at(sums[row], groups, [each.errors for each in system])
-    times = np.random.default_rng(0).multinomial(drawn_of, np.full(drawn_of, 1 / drawn_of), size=draws)
-    totals = sums @ times.T
+    totals = np.concatenate([sums @ times.T for times in times_drawn(drawn_of, draws)], axis=1)
     if not totals[0].all():
-        return np.full((len(counts) + 1, 2), np.nan), "speakers" if by_speaker else "transcripts"
+        return np.full((len(counts) + 1, 2), np.nan), drawn
     rates = totals[1:] / totals[0]
-    ends = np.percentile([*rates, rates[0] - rates[-1]], [2.5, 97.5], axis=1).T
-    return ends, "speakers" if by_speaker else "transcripts"
+    return np.percentile([*rates, rates[0] - rates[-1]], [2.5, 97.5], axis=1).T, drawn
 
 
 def _rates(pairs: list[tuple[str, str]]) -> tuple[ErrorCounts, ErrorCounts]:

@@ -20,6 +20,8 @@ class MeftModelConfig(PreTrainedConfig):
         hidden_size, num_hidden_layers, num_mel_bins, max_source_positions: the backbone's sizes, of its
             encoder.
         decoder_layers, vocab_size, max_target_positions: those of its decoder, of a model that transcribes.
+        calibration_temperature: what a classifier's logits are divided by, but in training; None: nothing.
+        rejection_threshold: probability below which `whisper-meft predict --reject_below saved` rejects.
         classifier_proj_size: width of the projector. Labels are in ``id2label`` and ``label2id`` as usual.
     """
 
@@ -38,3 +40,5 @@ class MeftModelConfig(PreTrainedConfig):
     decoder_layers: int | None = None
     vocab_size: int | None = None
     max_target_positions: int | None = None
+    calibration_temperature: float | None = None
+    rejection_threshold: float | None = None

@@ -1,6 +1,7 @@
 """Loading a saved model, and the backbone that it belongs to."""
 
 import copy
+import math
 import os
 import warnings
 from pathlib import Path
@@ -196,6 +197,14 @@ def read_config(folder: Path) -> MeftModelConfig:
         raise UserError(
             f"{folder / 'config.json'} cannot be used: task must be {' or '.join(TASKS)}, got {config.task!r}"
         )
+    for name, most in (("calibration_temperature", math.inf), ("rejection_threshold", 1)):
+        value = getattr(config, name)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and not (number and (0 < value < math.inf if most > 1 else 0 <= value <= most)):
+            accepted = "a number from 0 to 1" if most == 1 else "a number above 0 and finite"
+            raise UserError(
+                f"{folder / 'config.json'} cannot be used: {name} must be {accepted}, got {value!r}"
+            )
     if not isinstance(config.meft, dict):
         raise UserError(
             f"{folder / 'config.json'} cannot be used: it lacks the options of the method ('meft')"

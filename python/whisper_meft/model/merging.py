@@ -40,6 +40,9 @@ def merged_classifier(model: nn.Module) -> WhisperForAudioClassification:
     tensors = _merged(model.encoder, "encoder.", torch.float32)
     for part in ("projector", "classifier"):
         tensors |= {f"{part}.{name}": t for name, t in getattr(model, part).state_dict().items()}
+    if (temperature := model.config.calibration_temperature) is not None:  # which a plain Whisper has none of
+        for name in ("classifier.weight", "classifier.bias"):
+            tensors[name] = tensors[name] / temperature
     config = WhisperConfig.from_dict(model.encoder.config.to_dict())
     config.id2label, config.label2id = dict(model.config.id2label), dict(model.config.label2id)
     config.classifier_proj_size = model.config.classifier_proj_size

@@ -196,6 +196,8 @@ class MeftModel(MeftBase):
                 statistics = statistics if alone else torch.cat([pooled, statistics], dim=-1)
                 pooled = self.standardisation(statistics, follow=not self._adapter_is_off)
             logits = self.classifier(self.projector(pooled))
+            if self.config.calibration_temperature is not None and not self.training:
+                logits = logits / self.config.calibration_temperature
             loss = None if labels is None else classification_loss(logits, labels, num_items_in_batch)
             if loss is not None and self.training:
                 loss = with_penalty(loss, self.penalty(), labels, num_items_in_batch)

@@ -200,6 +200,8 @@ def to_published(
     state = model.state_dict()
     names = published_names(config.method, model.encoder.num_layers)
     names |= {name: name for name in state if name.startswith("encoder.")}
+    if (temperature := model.config.calibration_temperature) is not None:
+        state |= {name: state[name] / temperature for name in ("classifier.weight", "classifier.bias")}
     tensors = {published: state[ours].detach().cpu().contiguous() for ours, published in names.items()}
     whisper_config = WhisperConfig.from_dict(model.encoder.config.to_dict())
     whisper_config.architectures = ["WhisperForAudioClassification"]

@@ -1,8 +1,10 @@
 """How a trained model is run: the options of predicting and scoring."""
 
+import os
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
+from ..errors import UserError
 from .parser import UsageError
 
 
@@ -44,3 +46,34 @@ class InferenceArguments:
             raise UsageError(f"--batch_size must be at least 1, got {self.batch_size}")
         if self.num_workers < 0:
             raise UsageError(f"--num_workers must be 0 or more, got {self.num_workers}")
+
+
+SAVED = "saved"
+
+
+def check_threshold(value: str | None) -> None:
+    """Raises UsageError for a --reject_below that is neither a probability nor the word for the model's."""
+    if value in (None, SAVED):
+        return
+    try:
+        fits = 0 <= float(value) <= 1
+    except ValueError:
+        fits = False
+    if not fits:
+        raise UsageError(f"--reject_below must be a number from 0 to 1, or {SAVED}, got {value!r}")
+
+
+def threshold_of(value: str | None, config: Any, model_dir: str | os.PathLike) -> float | None:
+    """The probability that a checked --reject_below stands for; ``config``: the model's.
+
+    Raises:
+        UserError: the saved one is asked for, and there is none.
+    """
+    if value != SAVED:
+        return None if value is None else float(value)
+    if config.rejection_threshold is None:
+        raise UserError(
+            f"--reject_below {SAVED}: {model_dir} has no threshold; give a number, or let `whisper-meft "
+            "calibrate` choose one"
+        )
+    return config.rejection_threshold
