@@ -122,7 +122,9 @@ class UniPT(_Folded, reference.UniPT):
         stream, keep = self.read(hidden_states), self.saved_activations
         first = next(stream)
         self.check_lengths(lengths, first.values)
-        slab = FeatureSlab(len(folded)) if serves(first.values, self.side_size) else None
+        kind, pool = self._attention
+        in_slab = kind == "relu" and serves(first.values, self.side_size)
+        slab = FeatureSlab(len(folded)) if in_slab else None
         project = ops.folded_linear if slab is None else slab.add
         again = first.again
         features = [project(first.values, *folded[0], first.statistics, keep, again)]
@@ -133,12 +135,21 @@ class UniPT(_Folded, reference.UniPT):
         keep = keep if again is None else "exact"  # in the place of the first
         anchor = ops.folded_linear(hidden_state.values, *of_anchor, hidden_state.statistics, keep)
         del hidden_state  # which need not wait for the attention
-        gate = (self.gate.weight, self.gate.bias)
         if slab is None:
-            merged = ops.relu_attention(anchor, *gate, features, lengths)
+            merged = self.merge(anchor, features, lengths)
         else:
-            merged = slab.attend(anchor, *gate, lengths)
+            merged = slab.attend(anchor, self.gate.weight, self.gate.bias, lengths, pool)
         return anchor + ops.adapter(merged, *adapter_params(self.adapter))
+
+    def merge(self, anchor: Tensor, features: list[Tensor], lengths: Tensor | None) -> Tensor:
+        """G (B, T, r) from A and F_0 .. F_{L-1}, by ``attention``."""
+        kind, pool = self._attention
+        gate = (self.gate.weight, self.gate.bias)
+        if kind == "relu":
+            return ops.relu_attention(anchor, *gate, features, lengths, pool)
+        if kind == "linear":
+            return ops.linear_attention(anchor, *gate, features, lengths)
+        return super().merge(anchor, features, lengths)
 
 
 class CausalUniPT(_Folded, reference.CausalUniPT):

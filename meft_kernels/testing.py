@@ -67,7 +67,8 @@ class _Draws:
 class Case:
     """One op at one shape: B ``batch``, T ``frames``, D ``width``, r ``side``, adapter width ``adapter_dim``,
     ``layers`` tensors where the op takes a list, and whether utterances have ``lengths``. Of
-    ``linear_cross_entropy`` ``frames`` are tokens and ``side`` is the vocabulary."""
+    ``linear_cross_entropy`` ``frames`` are tokens and ``side`` is the vocabulary; of ``relu_attention``
+    ``pool`` frames are one key."""
 
     op: str
     batch: int = 2
@@ -78,11 +79,13 @@ class Case:
     layers: int = 3
     masked: bool = False
     factor: float = 2.0
+    pool: int = 1
 
     @property
     def name(self) -> str:
-        masked = "-masked" if self.masked else ""
-        return f"{self.op}-B{self.batch}-T{self.frames}-D{self.width}-r{self.side}-n{self.layers}{masked}"
+        more = f"-p{self.pool}" if self.pool > 1 else ""
+        more += "-masked" if self.masked else ""
+        return f"{self.op}-B{self.batch}-T{self.frames}-D{self.width}-r{self.side}-n{self.layers}{more}"
 
     @property
     def frozen(self) -> frozenset[str]:
@@ -139,11 +142,12 @@ class Case:
             up = {"weight": weight(d, r), "bias": parameter(d)}
             shared = {"x": activation(r), **norm("", r), **up, **norm("out_", d)}
             return {**shared, "lengths": lengths, "relu": self.layers % 2 == 0}
-        if self.op == "relu_attention":
+        if self.op in ("relu_attention", "linear_attention"):
             gate = {"gate_weight": weight(1, r), "gate_bias": parameter(1)}
             # About half of the scores are positive, as they are on speech.
             features = [activation(r) - 0.7 for _ in range(self.layers)]
-            return {"anchor": activation(r) - 0.7, **gate, "features": features, "lengths": lengths}
+            given = {"anchor": activation(r) - 0.7, **gate, "features": features, "lengths": lengths}
+            return given | ({"pool": self.pool} if self.pool > 1 else {})
         if self.op == "gated_down":
             first = {"x": activation(d), "weight_1": weight(r, d), "bias_1": parameter(r)}
             second = {"weight_2": weight(r, r), "bias_2": parameter(r)}
@@ -189,7 +193,8 @@ class Case:
         queries and once for the keys, since it uses no atomics.
         """
         rows, d, r, a, n = self.batch * self.frames, self.width, self.side, self.adapter_dim, self.layers
-        scores = self.batch * self.frames**2 * r * n
+        scores = self.batch * self.frames * -(-self.frames // self.pool) * r * n
+        states = rows * r * r * n
         shallow = n - 1
         return {
             "row_statistics": (0, 0),
@@ -198,6 +203,7 @@ class Case:
             "ladder": (rows * (d * r + 2 * r * a), rows * (2 * d * r + 5 * r * a)),
             "pooled_upsample": (rows * (r * r + 2 * r), rows * (2 * r * r + 4 * r)),
             "relu_attention": (2 * scores, 8 * scores),
+            "linear_attention": (2 * states, 5 * states),
             "gated_down": (rows * (d * r + 2 * r * r), rows * (2 * d * r + 6 * r * r)),
             "guidance": (
                 rows * (shallow * shallow * r + 2 * shallow * r),
@@ -347,10 +353,11 @@ def _cases() -> list[Case]:
         {"batch": 2, "frames": 13, "width": 33, "side": 5, "adapter_dim": 7, "layers": 2},
     ]
     cases = [Case(op=name, **shape) for name in ops.OP_NAMES[1:] for shape in shapes]
-    masked = [
-        replace(case, masked=True) for case in cases if case.op in ("pooled_upsample", "relu_attention")
-    ]
-    return cases + masked
+    attention = [case for case in cases if case.op == "relu_attention"]
+    # Whole groups, and smaller last ones.
+    cases += [replace(case, pool=pool) for case, pool in zip(attention, (5, 2, 3, 4, 3), strict=True)]
+    with_lengths = ("pooled_upsample", "relu_attention", "linear_attention")
+    return cases + [replace(case, masked=True) for case in cases if case.op in with_lengths]
 
 
 CASES = _cases()

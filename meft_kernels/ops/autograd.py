@@ -22,26 +22,30 @@ Keep = str | Callable[[], Tensor]
 
 
 def _pack(name: str, arguments: Sequence) -> tuple:
-    """Arguments as the op takes them: a list, which comes last, was passed on one tensor at a time."""
+    """Arguments as the op takes them: a list was passed on one tensor at a time, behind all others."""
     names = schemas.ARGUMENT_NAMES[name]
-    fixed = len(names) - 1
-    return (*arguments[:fixed], list(arguments[fixed:])) if names[-1] == "features" else tuple(arguments)
+    if "features" not in names:
+        return tuple(arguments)
+    place, fixed = names.index("features"), len(names) - 1
+    return (*arguments[:place], list(arguments[fixed:]), *arguments[place:fixed])
 
 
 def make_function(name: str) -> type[torch.autograd.Function]:
     """The autograd Function of an op; its first arguments are the backend and how x is kept (``Keep``)."""
-    names = schemas.ARGUMENT_NAMES[name]
-    has_flag = names[-1] in ("relu", "label_smoothing")  # no tensor
+    names = [each for each in schemas.ARGUMENT_NAMES[name] if each not in schemas.FLAGS]
+    has_flag = len(names) < len(schemas.ARGUMENT_NAMES[name])  # no tensor
+    fixed = [each for each in schemas.ARGUMENT_NAMES[name] if each != "features"]
+    flag_at = len(fixed) - 1
     takes_need_x = names[0] == "x"
-    differentiable = [argument not in schemas.CONSTANT for argument in names if argument != "features"]
+    differentiable = [argument not in schemas.CONSTANT for argument in fixed]
 
     class OpFunction(torch.autograd.Function):
         @staticmethod
         def forward(backend: str, keep: Keep, *arguments):
             if name == "relu_attention" and is_fused(name, backend, arguments[0]):
                 # The features are kept as the slab that the kernel reads, and copied into it once.
-                slab = torch.stack(arguments[len(names) - 1 :])
-                packed = (*arguments[: len(names) - 1], list(slab.unbind(0)))
+                slab = torch.stack(arguments[len(fixed) :])
+                packed = _pack(name, (*arguments[: len(fixed)], *slab.unbind(0)))
                 return backends.kernel(name, backend)(*packed), slab
             if keep == "fp8" and name == "gated_down" and is_fused(name, backend, arguments[0]):
                 return backends.kernel("gated_down_active", backend)(*arguments)
@@ -54,7 +58,7 @@ def make_function(name: str) -> type[torch.autograd.Function]:
             ctx.backend, ctx.keep, *arguments = inputs
             ctx.slab = False
             if has_flag:
-                *arguments, ctx.flag = arguments
+                ctx.flag = arguments.pop(flag_at)
             ctx.keeping, active = isinstance(output, tuple), None
             if ctx.keeping and ctx.keep == "fp8":  # of gated_down: where p > 0
                 active, ctx.keeping = output[1], False
@@ -89,7 +93,7 @@ def make_function(name: str) -> type[torch.autograd.Function]:
             arguments, more = restored(ctx.backend, names, ctx.keep, arguments, grad)
             extra = (*extra, *more)
             if has_flag:
-                arguments = (*arguments, ctx.flag)
+                arguments = (*arguments[:flag_at], ctx.flag, *arguments[flag_at:])
             packed = _pack(name, arguments)
             if takes_need_x:
                 packed = (*packed, ctx.needs_input_grad[2], *extra)

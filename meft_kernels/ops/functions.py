@@ -211,9 +211,40 @@ def relu_attention(
     gate_bias: Tensor,
     features: Sequence[Tensor],
     lengths: Tensor | None = None,
+    pool: int = 1,
 ) -> Tensor:
     """UniPT's parallel interaction of all layers with the anchor, without T x T memory; see
     ``reference.relu_attention``.
+
+    Args:
+        anchor: (B, T, r). gate_weight: (1, r). gate_bias: (1,). features: at least one tensor (B, T, r).
+        lengths: (B,) valid frames, or None for all T.
+        pool: neighbouring frames whose mean is one key; 1 as published.
+
+    Returns:
+        (B, T, r) in the type of anchor.
+
+    Raises:
+        ValueError: no features, or ``pool`` is not a positive integer.
+    """
+    _check_features(features)
+    if isinstance(pool, bool) or not isinstance(pool, int) or pool < 1:
+        raise ValueError(f"pool must be a positive integer, got {pool!r}")
+    anchor = activation(anchor)
+    pool = max(1, min(pool, anchor.shape[1]))  # one key for all frames is the most that there is to pool
+    features = [feature.to(anchor.dtype) for feature in features]
+    return call("relu_attention", anchor, gate_weight, gate_bias, lengths, pool, *features)
+
+
+def linear_attention(
+    anchor: Tensor,
+    gate_weight: Tensor,
+    gate_bias: Tensor,
+    features: Sequence[Tensor],
+    lengths: Tensor | None = None,
+) -> Tensor:
+    """``relu_attention`` with its ReLU before the product, linear in the length; see
+    ``reference.linear_attention``.
 
     Args:
         anchor: (B, T, r). gate_weight: (1, r). gate_bias: (1,). features: at least one tensor (B, T, r).
@@ -228,7 +259,7 @@ def relu_attention(
     _check_features(features)
     anchor = activation(anchor)
     features = [feature.to(anchor.dtype) for feature in features]
-    return call("relu_attention", anchor, gate_weight, gate_bias, lengths, *features)
+    return call("linear_attention", anchor, gate_weight, gate_bias, lengths, *features)
 
 
 def gated_down(

@@ -56,13 +56,19 @@ class FeatureSlab:
             self._edges.append(_Projection.apply(backend, keep, x, weight, bias, *statistics))
 
     def attend(
-        self, anchor: Tensor, gate_weight: Tensor, gate_bias: Tensor, lengths: Tensor | None = None
+        self,
+        anchor: Tensor,
+        gate_weight: Tensor,
+        gate_bias: Tensor,
+        lengths: Tensor | None = None,
+        pool: int = 1,
     ) -> Tensor:
         """What ``ops.relu_attention`` gives of an anchor (B, T, r) and the features. Once."""
         slab, edges, backend = self._slab, self._edges, backends.current()
         self._slab, self._edges = None, []
         anchor = anchor.to(slab.dtype)
-        return _Attention.apply(backend, slab, anchor, gate_weight, gate_bias, lengths, *edges)
+        pool = max(1, min(pool, anchor.shape[1]))
+        return _Attention.apply(backend, slab, pool, anchor, gate_weight, gate_bias, lengths, *edges)
 
 
 class _Projection(FUNCTIONS["norm_linear"]):
@@ -76,11 +82,11 @@ class _Projection(FUNCTIONS["norm_linear"]):
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, backend, slab, anchor, gate_weight, gate_bias, lengths, *edges):
-        ctx.backend, ctx.edges = backend, len(edges)
+    def forward(ctx, backend, slab, pool, anchor, gate_weight, gate_bias, lengths, *edges):
+        ctx.backend, ctx.pool, ctx.edges = backend, pool, len(edges)
         ctx.save_for_backward(slab, anchor, gate_weight, gate_bias, lengths)
         return backends.kernel("relu_attention", backend)(
-            anchor, gate_weight, gate_bias, lengths, list(slab.unbind(0))
+            anchor, gate_weight, gate_bias, lengths, list(slab.unbind(0)), pool
         )
 
     @staticmethod
@@ -88,11 +94,12 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, grad):
         slab, *given = ctx.saved_tensors
         if _may_write():
-            grads = backends.kernel("relu_attention_bwd_", ctx.backend)(grad, *given, slab)
+            grads = backends.kernel("relu_attention_bwd_", ctx.backend)(grad, *given, slab, ctx.pool)
             grads = [*grads, *slab.unbind(0)]
         else:
-            grads = backends.kernel("relu_attention_bwd", ctx.backend)(grad, *given, list(slab.unbind(0)))
-        return None, None, *grads[:3], None, *grads[3 : 3 + ctx.edges]
+            features = list(slab.unbind(0))
+            grads = backends.kernel("relu_attention_bwd", ctx.backend)(grad, *given, features, ctx.pool)
+        return None, None, None, *grads[:3], None, *grads[3 : 3 + ctx.edges]
 
 
 def _may_write() -> bool:

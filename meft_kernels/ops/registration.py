@@ -20,7 +20,7 @@ from . import schemas, self_check
 from .backends import HAS_TRITON, NAMESPACES, library_is_faster
 
 # Without a Triton kernel: nearly all of their time are products that PyTorch does well.
-WITHOUT_TRITON = {"pooled_upsample", "linear_cross_entropy"}
+WITHOUT_TRITON = {"pooled_upsample", "linear_attention", "linear_cross_entropy"}
 
 
 class HostCode(NamedTuple):
@@ -81,13 +81,29 @@ def _checked_in_place(plain: Callable, fused: Callable) -> Callable:
     its own would write over its arguments."""
     row = next(row for row in schemas.REGISTERED if row.name == "relu_attention_bwd")
     not_in_place = HOST_CODE[row.name]
-    names = [argument.split()[-1] for argument in row.schema.split(") ->")[0].split("(", 1)[1].split(", ")]
+    arguments = row.schema.split(") ->")[0].split("(", 1)[1].split(", ")
+    names = [argument.split()[-1].split("=")[0] for argument in arguments]
+    slab_at = names.index("features")
 
     def run(*given):
-        *others, slab = given
-        listed = (*others, list(slab.unbind(0)))
+        listed = (*given[:slab_at], list(given[slab_at].unbind(0)), *given[slab_at + 1 :])
         chosen = self_check.choose(row.name, names, listed, not_in_place.plain, not_in_place.fused)
         return (fused if chosen is not_in_place.fused else plain)(*given)
+
+    return run
+
+
+def _native_kernel(name: str, plain: Callable) -> Callable:
+    """The C++ kernel of an op for the calls that it serves, ``plain`` for the others."""
+    fast = native.chosen(name, plain)
+    if "pool" not in schemas.ARGUMENT_NAMES.get(name.removesuffix("_bwd"), ()):
+        return fast
+    called = f"{name.removesuffix('_bwd')}_pooled{'_bwd' if name.endswith('_bwd') else ''}"
+    pooled = native.chosen(called, plain) if native.has(called) else plain
+
+    def run(*given):
+        *others, pool = given if isinstance(given[-1], int) else (*given, 1)
+        return fast(*others) if pool == 1 else pooled(*others, pool)
 
     return run
 
@@ -102,10 +118,11 @@ def _register() -> list[torch.library.Library]:
     libraries = {
         name: torch.library.Library(name, "DEF") for name in (native.NAMESPACE, *NAMESPACES.values())
     }
+    kernels = libraries[native.NAMESPACE]
     for row in schemas.REGISTERED:
         for library in libraries.values():
-            library.define(row.schema, tags=(torch.Tag.pt2_compliant_tag,))
-    kernels = libraries[native.NAMESPACE]
+            schema = row.schema.replace(schemas.NOT_NATIVE, "") if library is kernels else row.schema
+            library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     for row in schemas.REGISTERED_NATIVE:
         kernels.define(row.schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"{native.NAMESPACE}::{row.name}", row.fake, lib=kernels)
@@ -127,7 +144,7 @@ def _register() -> list[torch.library.Library]:
                 )
                 library.impl(name, checked, "CUDA")
             if backend in ("auto", "native") and native.has(name):
-                library.impl(name, _without_autocast(native.chosen(name, plain)), "CPU")
+                library.impl(name, _without_autocast(_native_kernel(name, plain)), "CPU")
             torch.library.register_fake(f"{namespace}::{name}", row.fake, lib=library)
     return list(libraries.values())
 

@@ -13,18 +13,19 @@ _PROJECTION = "Tensor weight, Tensor bias, Tensor mean, Tensor rstd"
 _ADAPTER = (
     "Tensor norm_weight, Tensor norm_bias, Tensor weight_1, Tensor bias_1, Tensor weight_2, Tensor bias_2"
 )
+_GATED = "Tensor anchor, Tensor gate_weight, Tensor gate_bias, Tensor? lengths, Tensor[] features"
 
 # Arguments of each op; the public functions say what they mean. A backward op takes the upstream
 # gradient first and, where the leading input may be frozen and large, ``need_x`` last. It returns the
-# gradients of the differentiable arguments in order, a list of tensors one by one.
+# gradients of the differentiable arguments in order, and last those of a list of tensors one by one.
 ARGUMENTS = {
     "norm_linear": f"Tensor x, {_PROJECTION}",
     "adapter": f"Tensor x, {_ADAPTER}",
     "ladder": f"Tensor x, Tensor state, {_PROJECTION}, Tensor gate, {_ADAPTER}",
     "pooled_upsample": "Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor bias, "
     "Tensor out_norm_weight, Tensor out_norm_bias, Tensor? lengths, bool relu",
-    "relu_attention": "Tensor anchor, Tensor gate_weight, Tensor gate_bias, Tensor? lengths, "
-    "Tensor[] features",
+    "relu_attention": f"{_GATED}, int pool=1",
+    "linear_attention": _GATED,
     "gated_down": "Tensor x, Tensor weight_1, Tensor bias_1, Tensor weight_2, Tensor bias_2, "
     "Tensor weight_3, Tensor bias_3",
     "guidance": "Tensor weight, Tensor bias, Tensor[] features",
@@ -32,14 +33,15 @@ ARGUMENTS = {
     "linear_cross_entropy": "Tensor x, Tensor weight, Tensor labels, float label_smoothing",
 }
 OP_NAMES = ("row_statistics", *ARGUMENTS)
-CONSTANT = {"mean", "rstd", "lengths", "relu", "labels", "label_smoothing"}  # arguments that take no gradient
+FLAGS = {"relu", "label_smoothing", "pool"}  # arguments that are no tensors
+CONSTANT = {"mean", "rstd", "lengths", "labels", *FLAGS}  # arguments that take no gradient
 
 # Ops whose forward computes a projection (..., r) of x, by far the most of it, that their C++ kernels can
 # hand on to the backward: what reference/<op>.py calls it.
 PROJECTION_KEPT = {"ladder": "down", "gated_down": "hidden"}
 
 ARGUMENT_NAMES = {
-    name: [argument.split()[-1] for argument in arguments.split(", ")]
+    name: [argument.split()[-1].split("=")[0] for argument in arguments.split(", ")]
     for name, arguments in ARGUMENTS.items()
 }
 
@@ -80,6 +82,7 @@ _FAKES: dict[str, Callable[..., Tensor]] = {
     "ladder": lambda x, state, *_: x.new_empty(state.shape),
     "pooled_upsample": lambda x, norm_weight, norm_bias, weight, *_: _resized(x[:, 0], weight),
     "relu_attention": lambda anchor, *_: anchor.new_empty(anchor.shape),
+    "linear_attention": lambda anchor, *_: anchor.new_empty(anchor.shape),
     "gated_down": lambda x, weight, *_: _resized(x, weight),
     "guidance": lambda weight, bias, features: features[-1].new_empty(features[-1].shape),
     "gated_up": lambda x, *_: x.new_empty(x.shape),
@@ -168,7 +171,7 @@ def _registered() -> list[Registered]:
         rows.append(Registered(backward, name, "backward", _fake_backward(name)))
     in_place = (
         "relu_attention_bwd_(Tensor grad, Tensor anchor, Tensor gate_weight, Tensor gate_bias, "
-        "Tensor? lengths, Tensor(a!) slab) -> Tensor[]"
+        "Tensor? lengths, Tensor(a!) slab, int pool=1) -> Tensor[]"
     )
     rows.append(
         Registered(in_place, "relu_attention", "backward_in_place", _fake_relu_attention_backward_in_place)
@@ -231,4 +234,17 @@ def _registered_self_attention() -> list[Registered]:
     ]
 
 
-REGISTERED_NATIVE = [*_registered_keeping(), *_registered_self_attention()]  # C++ kernels alone
+def _registered_pooled() -> list[Registered]:
+    """``relu_attention`` by pooled keys: kernels of their own names, so that a library built before they were
+    there still serves what it served."""
+    forward = f"relu_attention_pooled({_GATED}, int pool) -> Tensor"
+    backward = f"relu_attention_pooled_bwd(Tensor grad, {_GATED}, int pool) -> Tensor[]"
+    return [
+        Registered(forward, "relu_attention", "forward", _FAKES["relu_attention"]),
+        Registered(backward, "relu_attention", "backward", _fake_backward("relu_attention")),
+    ]
+
+
+# C++ kernels alone; and what those of ``relu_attention`` itself do not take.
+REGISTERED_NATIVE = [*_registered_keeping(), *_registered_pooled(), *_registered_self_attention()]
+NOT_NATIVE = ", int pool=1"

@@ -13,15 +13,26 @@ from . import (
     gated_up,
     guidance,
     ladder,
+    linear_attention,
     linear_cross_entropy,
     norm_linear,
     pooled_upsample,
     relu_attention,
     side_decoder,
+    summary_attention,
     unipt_decoder,
 )
 from .common import accumulation_dtype, row_statistics
-from .modules import LST, SAVED_ACTIVATIONS, SHERL, SHERL_STARTS, CausalUniPT, HiddenState, UniPT
+from .modules import (
+    LST,
+    SAVED_ACTIVATIONS,
+    SHERL,
+    SHERL_STARTS,
+    CausalUniPT,
+    HiddenState,
+    UniPT,
+    parse_attention,
+)
 from .side_decoder import LadderDecoder, LadderMemory, SidePair
 from .unipt_decoder import UniPTDecoder, UniPTMemory
 
@@ -46,11 +57,14 @@ __all__ = [
     "gated_up",
     "guidance",
     "ladder",
+    "linear_attention",
     "linear_cross_entropy",
     "norm_linear",
+    "parse_attention",
     "pooled_upsample",
     "relu_attention",
     "row_statistics",
     "side_decoder",
+    "summary_attention",
     "unipt_decoder",
 ]

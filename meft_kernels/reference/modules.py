@@ -18,9 +18,11 @@ from . import (
     gated_up,
     guidance,
     ladder,
+    linear_attention,
     norm_linear,
     pooled_upsample,
     relu_attention,
+    summary_attention,
 )
 from .common import NORM_EPS
 
@@ -57,6 +59,27 @@ def _positive(name: str, value: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} must be a positive integer, got {value!r}")
     return value
+
+
+def parse_attention(attention: str) -> tuple[str, int]:
+    """UniPT's ``attention`` as its kind and the frames of a key: ``"pooled:8"`` is ("relu", 8) and
+    ``"exact"`` ("relu", 1), by ``relu_attention``; ``"linear"`` and ``"summary"`` have kinds of their own.
+
+    Raises:
+        ValueError: another word, or ``p`` of ``"pooled:p"`` is not a positive integer.
+    """
+    if attention in ("linear", "summary"):
+        return attention, 1
+    if attention == "exact":
+        return "relu", 1
+    word, _, number = attention.partition(":") if isinstance(attention, str) else ("", "", "")
+    # At most a clip of all hours that there are, which fits into the ops' integers.
+    if word != "pooled" or not (number.isascii() and number.isdecimal() and 0 < int(number[:12]) < 2**31):
+        raise ValueError(
+            "attention must be 'exact', 'pooled:p' with a positive number p of frames, 'linear' or "
+            f"'summary', got {attention!r}"
+        )
+    return "relu", int(number)
 
 
 def _taps(layers: Sequence[int] | None, num_layers: int) -> tuple[int, ...]:
@@ -442,9 +465,19 @@ class UniPT(_Upsampled):
     Args:
         hidden_size, num_layers, reduction_factor, layers, saved_activations, correction, device, dtype: see
             ``LST``. The correction has no ReLU: ``out = Wu LN(Z) + bu``.
+        attention: how M_i is made of A and F_i: ``"exact"`` as published, whose work grows with the square of
+            the length; ``"pooled:p"`` with keys that are means of p frames (``reference.relu_attention``), a
+            p-th of it; ``"linear"`` with the ReLU before the product (``reference.linear_attention``);
+            ``"summary"`` with the features' mean over time in the place of what is attended to
+            (``reference.summary_attention``). Parameters are the same, so that what was trained with one can
+            be run with another.
+
+    Raises:
+        ValueError: see ``SideNetwork``, or ``attention`` is none of these.
     """
 
     relu_before_up = True
+    causal = False  # whether time runs one way, as beside a decoder
 
     def __init__(
         self,
@@ -456,8 +489,14 @@ class UniPT(_Upsampled):
         correction: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        attention: str = "exact",
     ) -> None:
         super().__init__(hidden_size, num_layers, reduction_factor, layers, saved_activations)
+        self.attention, self._attention = attention, parse_attention(attention)
+        if self.causal and self._attention != ("relu", 1):
+            raise ValueError(
+                f"attention must be 'exact' where no token may see what follows it, got {attention!r}"
+            )
         place = {"device": device, "dtype": dtype}
         size = self.side_size
         self.down = nn.ModuleList(NormLinear(hidden_size, size, **place) for _ in range(len(self.taps) + 1))
@@ -474,8 +513,20 @@ class UniPT(_Upsampled):
             features.append(norm_linear.definition(hidden_state.values, *norm_linear_params(down)))
         *features, anchor = features
         self.check_lengths(lengths, anchor)
-        merged = relu_attention.definition(anchor, self.gate.weight, self.gate.bias, lengths, features)
+        merged = self.merge(anchor, features, lengths)
         return anchor + adapter.definition(merged, *adapter_params(self.adapter))
+
+    def merge(self, anchor: Tensor, features: list[Tensor], lengths: Tensor | None) -> Tensor:
+        """G (B, T, r) from A and F_0 .. F_{L-1}, by ``attention``."""
+        given = (anchor, self.gate.weight, self.gate.bias, lengths, features)
+        kind, pool = self._attention
+        if kind == "relu":
+            return relu_attention.definition(*given, pool)
+        return (linear_attention if kind == "linear" else summary_attention).definition(*given)
+
+    def extra_repr(self) -> str:
+        text = super().extra_repr()
+        return text if self.attention == "exact" else f"{text}, attention={self.attention!r}"
 
 
 class CausalUniPT(UniPT):
@@ -485,8 +536,10 @@ class CausalUniPT(UniPT):
         Z = A + W2 gelu(W1 LN(G) + b1) + b2;   out as UniPT's
 
     Args:
-        as ``UniPT``.
+        as ``UniPT``; ``attention`` is always ``"exact"``.
     """
+
+    causal = True
 
     def state(
         self,

@@ -11,6 +11,10 @@ The layers are walked through at run time, so that their features have to lie in
 1.3 ms). With autograd (``ops.autograd``) that slab is what is kept, and nothing is copied again. Blocks of
 keys beyond a clip's length are not visited; where tiles come through descriptors, which know no clip's end,
 lengths cost a second copy of the slab with padding zeroed.
+
+Keys that are means of POOL frames are made first, a slab of their own, POOL times smaller. Scores are weighed
+by m / POOL for a key of m frames. A frame's gradient is its key's without that weight, over POOL: the kernel
+of the keys hands it on to all frames of each.
 """
 
 from collections.abc import Iterator
@@ -116,11 +120,43 @@ def relu_attention_sum_kernel(
     store_sums(sums_ptr + (part * pairs + pair) * R, sums, R, SIZES)
 
 
-@triton.jit(do_not_specialize=["layers", "batch", "frames"])
+@triton.jit(do_not_specialize=["batch", "frames", "groups"])
+def relu_attention_pool_kernel(
+    features_ptr,  # (layers, batch, frames, R)
+    lengths_ptr,  # (batch,) int32, 0 ... frames
+    keys_ptr,  # (layers, batch, groups, R)
+    batch,
+    frames,
+    groups,
+    R: tl.constexpr,
+    SIZES: tl.constexpr,
+    POOL: tl.constexpr,
+    BLOCK_M: tl.constexpr,  # keys
+):
+    # means over the valid frames of each group, zero where there is none
+    pair = tl.program_id(0).to(tl.int64)  # layer and clip
+    valid = tl.load(lengths_ptr + pair % batch)
+    key = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    sums = zero_rows(BLOCK_M, SIZES)
+    for index in tl.range(0, POOL):
+        f = load_rows(features_ptr + pair * frames * R, key * POOL + index, valid, R, SIZES)
+        sums = add(sums, cast(f, tl.float32))
+    members = tl.minimum(tl.maximum(valid - key * POOL, 1), POOL).to(tl.float32)
+    store_rows(keys_ptr + pair * groups * R, key, groups, scale((1.0 / members)[:, None], sums), R, SIZES)
+
+
+@triton.jit
+def _weights(key, valid, POOL: tl.constexpr):
+    """m / POOL of keys, m the valid frames of each."""
+    return tl.minimum(tl.maximum(valid - key * POOL, 0), POOL).to(tl.float32) / POOL
+
+
+@triton.jit(do_not_specialize=["layers", "batch", "frames", "groups"])
 def relu_attention_fwd_kernel(
     anchor_ptr,  # (batch, frames, R)
     features_ptr,  # (layers, batch, frames, R)
-    keys0,  # descriptors of (layers * batch, frames, R): features, zero beyond each clip's length; or None
+    keys_ptr,  # (layers, batch, groups, R): those, or their means over POOL frames
+    keys0,  # descriptors of (layers * batch, groups, R): keys, zero beyond each clip's length; or None
     keys1,
     gates_ptr,  # (batch, layers) fp32
     lengths_ptr,  # (batch,) int32, 0 ... frames
@@ -128,105 +164,127 @@ def relu_attention_fwd_kernel(
     layers,
     batch,
     frames,
+    groups,
     R: tl.constexpr,
     SIZES: tl.constexpr,
     EPS: tl.constexpr,
+    POOL: tl.constexpr,
     BLOCK_M: tl.constexpr,  # queries
     BLOCK_N: tl.constexpr,  # keys
 ):
-    # out = sum_l C_l (relu(A F_l^T) F_l / R_l + F_l)
+    # out = sum_l C_l (relu(A K_l^T) K_l / R_l + F_l)
     tiles = tl.cdiv(frames, BLOCK_M)
     clip = tl.program_id(0) // tiles
     row = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    keys = tl.load(lengths_ptr + clip)
+    valid = tl.load(lengths_ptr + clip)
+    keys = tl.cdiv(valid, POOL)
     start_of_clip = clip.to(tl.int64) * frames * R
     q = load_rows(anchor_ptr + start_of_clip, row, frames, R, SIZES)
     out = zero_rows(BLOCK_M, SIZES)
     feature_ptr = features_ptr + start_of_clip
+    key_ptr = keys_ptr + clip.to(tl.int64) * groups * R
     pair = clip
     for layer in tl.range(0, layers):
         y = zero_rows(BLOCK_M, SIZES)
         total = tl.zeros([BLOCK_M], tl.float32)
         for start in tl.range(0, keys, BLOCK_N):
-            f = _block(keys0, keys1, feature_ptr, pair, start, keys, R, SIZES, BLOCK_N)
+            f = _block(keys0, keys1, key_ptr, pair, start, keys, R, SIZES, BLOCK_N)
             p = relu(contract(q, f))
+            if POOL > 1:
+                p *= _weights(start + tl.arange(0, BLOCK_N), valid, POOL)[None, :]
             total += tl.sum(p, 1)
             y = accumulate(p.to(f[0].dtype), f, y)
         gate = tl.load(gates_ptr + clip * layers + layer)
-        attended = scale((gate / (total + EPS))[:, None], y)
+        attended = scale((gate / (total + EPS / POOL))[:, None], y)
         f = cast(load_rows(feature_ptr, row, frames, R, SIZES), tl.float32)
         out = add(out, add(attended, scale(gate, f)))
         feature_ptr += batch.to(tl.int64) * frames * R
+        key_ptr += batch.to(tl.int64) * groups * R
         pair += batch
     store_rows(out_ptr + start_of_clip, row, frames, out, R, SIZES)
 
 
-@triton.jit(do_not_specialize=["boost", "layers", "batch", "frames"])
+@triton.jit(do_not_specialize=["boost", "layers", "batch", "frames", "groups"])
 def relu_attention_bwd_anchor_kernel(
     grad_ptr,  # (batch, frames, R)
     anchor_ptr,  # (batch, frames, R)
-    features_ptr,  # (layers, batch, frames, R)
+    keys_ptr,  # (layers, batch, groups, R)
     keys0,  # descriptors as above, or None
     keys1,
     gates_ptr,  # (batch, layers) fp32
     lengths_ptr,  # (batch,) int32
     grad_anchor_ptr,  # (batch, frames, R) fp32, without the gates' share
     delta_ptr,  # (layers, batch, frames) fp32: delta
-    scale_ptr,  # (layers, batch, frames) fp32: boost * C_l / R_l
+    scale_ptr,  # (layers, batch, frames) fp32: boost * POOL * C_l / R_l
     boost,  # a power of two, see reference.relu_attention.boost
     layers,
     batch,
     frames,
+    groups,
     R: tl.constexpr,
     SIZES: tl.constexpr,
     EPS: tl.constexpr,
+    POOL: tl.constexpr,
     BLOCK_M: tl.constexpr,  # queries
     BLOCK_N: tl.constexpr,  # keys
 ):
-    # dA = sum_l (k 1[S > 0] * (E - delta)) F_l,  k = C_l / R_l,  E = dM F_l^T,
-    # delta = rowsum(relu(S) * E) / R_l;
+    # dA = sum_l (k m 1[S > 0] * (E - delta)) K_l,  k = C_l / R_l,  E = dM K_l^T,
+    # delta = rowsum(m relu(S) * E) / R_l;
     # delta comes from a sweep of its own: E - delta cancels and must be rounded after the difference.
     tiles = tl.cdiv(frames, BLOCK_M)
     clip = tl.program_id(0) // tiles
     row = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    keys = tl.load(lengths_ptr + clip)
+    valid = tl.load(lengths_ptr + clip)
+    keys = tl.cdiv(valid, POOL)
     start_of_clip = clip.to(tl.int64) * frames * R
     q = load_rows(anchor_ptr + start_of_clip, row, frames, R, SIZES)
     g = load_rows(grad_ptr + start_of_clip, row, frames, R, SIZES)
     out = zero_rows(BLOCK_M, SIZES)
-    feature_ptr = features_ptr + start_of_clip
+    key_ptr = keys_ptr + clip.to(tl.int64) * groups * R
     statistic = clip.to(tl.int64) * frames + row
     pair = clip
     for layer in tl.range(0, layers):
         total = tl.zeros([BLOCK_M], tl.float32)
         delta = tl.zeros([BLOCK_M], tl.float32)
         for start in tl.range(0, keys, BLOCK_N):
-            f = _block(keys0, keys1, feature_ptr, pair, start, keys, R, SIZES, BLOCK_N)
+            f = _block(keys0, keys1, key_ptr, pair, start, keys, R, SIZES, BLOCK_N)
             p = relu(contract(q, f))
+            if POOL > 1:
+                p *= _weights(start + tl.arange(0, BLOCK_N), valid, POOL)[None, :]
             total += tl.sum(p, 1)
             delta += tl.sum(p * contract(g, f), 1)
-        delta = delta / (total + EPS)
-        k = boost * tl.load(gates_ptr + clip * layers + layer) / (total + EPS)
+        delta = delta / (total + EPS / POOL)
+        k = boost * tl.load(gates_ptr + clip * layers + layer) / (total + EPS / POOL)
         for start in tl.range(0, keys, BLOCK_N):
-            f = _block(keys0, keys1, feature_ptr, pair, start, keys, R, SIZES, BLOCK_N)
+            f = _block(keys0, keys1, key_ptr, pair, start, keys, R, SIZES, BLOCK_N)
             s = contract(q, f)
             e = contract(g, f)
             x = tl.where(s > 0, k[:, None] * (e - delta[:, None]), 0.0)
+            if POOL > 1:
+                x *= _weights(start + tl.arange(0, BLOCK_N), valid, POOL)[None, :]
             out = accumulate(x.to(f[0].dtype), f, out)
         tl.store(delta_ptr + statistic, delta, mask=row < frames)
         tl.store(scale_ptr + statistic, k, mask=row < frames)
-        feature_ptr += batch.to(tl.int64) * frames * R
+        key_ptr += batch.to(tl.int64) * groups * R
         pair += batch
         statistic += batch.to(tl.int64) * frames
     out = scale(tl.div_rn(1.0, boost), out)
     store_rows(grad_anchor_ptr + start_of_clip, row, frames, out, R, SIZES)
 
 
-@triton.jit(do_not_specialize=["boost", "layers", "batch", "frames"])
+@triton.jit
+def _store_frames(y, frame, gate, share, valid, grad_ptr, grad_features_ptr, frames, R, SIZES):
+    """Gradients of frames: y and share where they are valid, and C_l dM."""
+    g = cast(load_rows(grad_ptr, frame, frames, R, SIZES), tl.float32)
+    y = add(keep_rows(frame < valid, y), scale(gate, g))
+    store_rows(grad_features_ptr, frame, frames, add(y, keep_rows(frame < valid, share)), R, SIZES)
+
+
+@triton.jit(do_not_specialize=["boost", "layers", "batch", "frames", "groups"])
 def relu_attention_bwd_features_kernel(
     grad_ptr,  # (batch, frames, R)
     anchor_ptr,  # (batch, frames, R)
-    features_ptr,  # (layers, batch, frames, R)
+    keys_ptr,  # (layers, batch, groups, R)
     queries0,  # descriptors of (batch, frames, R): anchor; or None
     queries1,
     grads0,  # likewise: grad
@@ -234,30 +292,33 @@ def relu_attention_bwd_features_kernel(
     gates_ptr,  # (batch, layers) fp32
     lengths_ptr,  # (batch,) int32
     delta_ptr,  # (layers, batch, frames) fp32
-    scale_ptr,  # (layers, batch, frames) fp32: boost * C_l / R_l
+    scale_ptr,  # (layers, batch, frames) fp32: boost * POOL * C_l / R_l
     boost,
     share_ptr,  # (batch, layers, R) fp32: what the gates give to each valid frame
     grad_features_ptr,  # (layers, batch, frames, R)
     layers,
     batch,
     frames,
+    groups,
     R: tl.constexpr,
     SIZES: tl.constexpr,
+    POOL: tl.constexpr,
     BLOCK_M: tl.constexpr,  # queries
     BLOCK_N: tl.constexpr,  # keys
 ):
     # dF_l = (k 1[S > 0] * (E - delta))^T A + (k relu(S))^T dM + C_l dM + share,  k = C_l / R_l
     # Scores are transposed, keys by queries, so that the products take them from registers.
-    tiles = tl.cdiv(frames, BLOCK_N)
+    tiles = tl.cdiv(groups, BLOCK_N)
     pair = tl.program_id(0) // tiles  # layer and clip
     layer = pair // batch
     clip = pair % batch
     first = tl.program_id(0) % tiles * BLOCK_N
     key = first + tl.arange(0, BLOCK_N)
-    keys = tl.load(lengths_ptr + clip)
+    valid = tl.load(lengths_ptr + clip)
+    keys = tl.cdiv(valid, POOL)
     start_of_clip = clip.to(tl.int64) * frames * R
     start_of_pair = pair.to(tl.int64) * frames
-    f = load_rows(features_ptr + start_of_pair * R, key, keys, R, SIZES)
+    f = load_rows(keys_ptr + pair.to(tl.int64) * groups * R, key, keys, R, SIZES)
     y = zero_rows(BLOCK_N, SIZES)
     queries = tl.where(first < keys, frames, 0)  # a block beyond the clip's length gets no attention
     for start in tl.range(0, queries, BLOCK_M):
@@ -272,12 +333,17 @@ def relu_attention_bwd_features_kernel(
         y = accumulate(x.to(q[0].dtype), q, y)
         p = k * relu(s)
         y = accumulate(p.to(g[0].dtype), g, y)
-    y = scale(tl.div_rn(1.0, boost), y)
+    y = scale(tl.div_rn(1.0, boost * POOL), y)
     gate = tl.load(gates_ptr + clip * layers + layer)
-    g = cast(load_rows(grad_ptr + start_of_clip, key, frames, R, SIZES), tl.float32)
     share = load_parameter(share_ptr + (clip.to(tl.int64) * layers + layer) * R, R, SIZES)
-    y = add(add(y, scale(gate, g)), keep_rows(key < keys, share))
-    store_rows(grad_features_ptr + start_of_pair * R, key, frames, y, R, SIZES)
+    g_ptr = grad_ptr + start_of_clip
+    target_ptr = grad_features_ptr + start_of_pair * R
+    if POOL == 1:
+        _store_frames(y, key, gate, share, valid, g_ptr, target_ptr, frames, R, SIZES)
+    else:
+        for index in tl.range(0, POOL):
+            frame = key * POOL + index
+            _store_frames(y, frame, gate, share, valid, g_ptr, target_ptr, frames, R, SIZES)
 
 
 def _row(kernel: str, x: Tensor) -> Row | None:
@@ -326,6 +392,20 @@ def _keys(slab: Tensor, lengths: Tensor | None, row: Row) -> tuple:
         padding = torch.arange(frames, device=slab.device) >= lengths[:, None]
         slab = slab.masked_fill(padding[..., None], 0)
     return _descriptors(slab.view(layers * batch, frames, width), row, row.blocks["BLOCK_N"])
+
+
+def _pooled(slab: Tensor, counts: Tensor, pool: int, row: Row) -> Tensor:
+    """The keys (n, B, K, r) of features (n, B, T, r): those themselves, or their means over ``pool`` frames,
+    zero beyond a clip's end. ``row``: that of the sums."""
+    if pool == 1:
+        return slab
+    layers, batch, frames, width = slab.shape
+    groups = ceil_div(frames, pool)
+    keys = slab.new_empty(layers, batch, groups, width)
+    grid = (layers * batch, ceil_div(groups, row.blocks["BLOCK_M"]))
+    options = {**_constants(row, width), **row.options, "POOL": pool}
+    launch(relu_attention_pool_kernel, grid, slab, counts, keys, batch, frames, groups, **options)
+    return keys
 
 
 def _sums(slab: Tensor, factor: Tensor | None, counts: Tensor | None, row: Row) -> Tensor:
@@ -378,31 +458,36 @@ def forward(
     gate_bias: Tensor,
     lengths: Tensor | None,
     features: list[Tensor],
+    pool: int = 1,
 ) -> Tensor:
     """anchor and each feature (B, T, r), gate (1, r) and (1,), lengths (B,) or None -> (B, T, r)."""
     batch, frames, width = anchor.shape
     sum_row = _row("sum", anchor)
     row = _row("fwd", anchor)
     if sum_row is None or row is None:
-        return reference.forward(anchor, gate_weight, gate_bias, lengths, features)
+        return reference.forward(anchor, gate_weight, gate_bias, lengths, features, pool)
     anchor = aligned(anchor, width).view(anchor.shape)
     out = torch.empty_like(anchor)
     if out.numel():
         slab = stacked(features)
         with on_device(anchor):
             counts, _, gates, _, _ = _prepare(anchor, gate_weight, lengths, slab, sum_row)
+            keys = _pooled(slab, counts, pool, sum_row)
             launch(
                 relu_attention_fwd_kernel,
                 (batch * ceil_div(frames, row.blocks["BLOCK_M"]),),
                 anchor,
                 slab,
-                *_keys(slab, lengths, row),
+                keys,
+                *_keys(keys, lengths if pool == 1 else None, row),
                 gates,
                 counts,
                 out,
                 len(features),
                 batch,
                 frames,
+                keys.shape[2],
+                POOL=pool,
                 **_constants(row, width),
                 **row.options,
             )
@@ -416,14 +501,15 @@ def backward(
     gate_bias: Tensor,
     lengths: Tensor | None,
     features: list[Tensor],
+    pool: int = 1,
 ) -> list[Tensor]:
     """Gradients of anchor, gate_weight, gate_bias (zero) and of each feature (slices of one slab)."""
     rows = _backward_rows(anchor)
     if rows is None:
-        return reference.backward(grad, anchor, gate_weight, gate_bias, lengths, features)
+        return reference.backward(grad, anchor, gate_weight, gate_bias, lengths, features, pool)
     slab = stacked(features)
     grad_slab = torch.empty_like(slab)
-    others = _gradients(rows, grad, anchor, gate_weight, gate_bias, lengths, slab, grad_slab)
+    others = _gradients(rows, grad, anchor, gate_weight, gate_bias, lengths, slab, grad_slab, pool)
     return [*others, *grad_slab.unbind(0)]
 
 
@@ -434,12 +520,13 @@ def backward_in_place(
     gate_bias: Tensor,
     lengths: Tensor | None,
     slab: Tensor,
+    pool: int = 1,
 ) -> list[Tensor]:
     """As ``reference.relu_attention.backward_in_place``."""
     rows = _backward_rows(anchor)
     if rows is None or not slab.is_contiguous():
-        return reference.backward_in_place(grad, anchor, gate_weight, gate_bias, lengths, slab)
-    return _gradients(rows, grad, anchor, gate_weight, gate_bias, lengths, slab, slab)
+        return reference.backward_in_place(grad, anchor, gate_weight, gate_bias, lengths, slab, pool)
+    return _gradients(rows, grad, anchor, gate_weight, gate_bias, lengths, slab, slab, pool)
 
 
 def _backward_rows(anchor: Tensor) -> tuple[Row, Row, Row] | None:
@@ -457,6 +544,7 @@ def _gradients(
     lengths: Tensor | None,
     slab: Tensor,
     grad_slab: Tensor,
+    pool: int,
 ) -> list[Tensor]:
     """Fills grad_slab (n, B, T, r), which may be the slab of the features: of those the last kernel reads
     what it writes. Returns the gradients of anchor, gate_weight and gate_bias."""
@@ -465,25 +553,28 @@ def _gradients(
     layers = slab.shape[0]
     grad, anchor = (aligned(x, width).view(anchor.shape) for x in (grad, anchor))
     grad_anchor = torch.empty(anchor.shape, dtype=torch.float32, device=anchor.device)
-    sizes, boost = (layers, batch, frames), reference.boost(frames)
+    groups = ceil_div(frames, pool)
+    sizes, boost = (layers, batch, frames, groups), reference.boost(groups)
     # Two allocations: a slice would start at 16 bytes or not, and each case compiles a kernel of its own.
-    delta, scale = (torch.empty(sizes, dtype=torch.float32, device=anchor.device) for _ in range(2))
+    delta, scale = (torch.empty(sizes[:3], dtype=torch.float32, device=anchor.device) for _ in range(2))
     with on_device(anchor):
         counts, divisor, gates, anchor_mean, feature_means = _prepare(
             anchor, gate_weight, lengths, slab, sum_row
         )
-        inputs, gated = (grad, anchor, slab), (gates, counts)
+        keys = _pooled(slab, counts, pool, sum_row)
+        inputs, gated = (grad, anchor, keys), (gates, counts)
         launch(
             relu_attention_bwd_anchor_kernel,
             (batch * ceil_div(frames, anchor_row.blocks["BLOCK_M"]),),
             *inputs,
-            *_keys(slab, lengths, anchor_row),
+            *_keys(keys, lengths if pool == 1 else None, anchor_row),
             *gated,
             grad_anchor,
             delta,
             scale,
             boost,
             *sizes,
+            POOL=pool,
             **_constants(anchor_row, width),
             **anchor_row.options,
         )
@@ -492,7 +583,7 @@ def _gradients(
         weight = gate_weight.float().squeeze(0)
         per_frame = (confidence_grads / divisor[:, None])[..., None]  # a mean gives each frame an equal share
         shares = per_frame * (weight * anchor_mean)[:, None]
-        tiles = ceil_div(frames, features_row.blocks["BLOCK_N"])
+        tiles = ceil_div(groups, features_row.blocks["BLOCK_N"])
         launch(
             relu_attention_bwd_features_kernel,
             (layers * batch * tiles,),
@@ -506,6 +597,7 @@ def _gradients(
             shares,
             grad_slab,
             *sizes,
+            POOL=pool,
             **_constants(features_row, width),
             **features_row.options,
         )
@@ -521,9 +613,9 @@ def _gradients(
 
 
 # Types of the kernels' arguments. A name in _TILES is two descriptors or none, of tiles with so many rows.
-_SIZES = dict.fromkeys(("layers", "batch", "frames"), "i32")
+_SIZES = dict.fromkeys(("layers", "batch", "frames", "groups"), "i32")
 _GATED = {"gates_ptr": "*fp32", "lengths_ptr": "*i32"}
-_INPUTS = dict.fromkeys(("grad_ptr", "anchor_ptr", "features_ptr"), ACTIVATION)
+_INPUTS = dict.fromkeys(("grad_ptr", "anchor_ptr", "keys_ptr"), ACTIVATION)
 _STATISTICS = {"delta_ptr": "*fp32", "scale_ptr": "*fp32", "boost": "fp32"}
 _TYPES = {
     relu_attention_sum_kernel: {
@@ -531,7 +623,7 @@ _TYPES = {
         **dict.fromkeys(("batch", "frames", "size"), "i32"),
     },
     relu_attention_fwd_kernel: {
-        **dict.fromkeys(("anchor_ptr", "features_ptr", "out_ptr"), ACTIVATION),
+        **dict.fromkeys(("anchor_ptr", "features_ptr", "keys_ptr", "out_ptr"), ACTIVATION),
         **_GATED,
         **_SIZES,
     },
@@ -555,8 +647,16 @@ _TILES = {
 }
 
 
-def static_launches(row: Row, dtype: str, width: int) -> Iterator[tuple]:
-    """The row's kernel: function, signature, constexprs and attributes, as ``triton.compile`` takes them."""
+_POOL_TYPES = {
+    **dict.fromkeys(("features_ptr", "keys_ptr"), ACTIVATION),
+    "lengths_ptr": "*i32",
+    **dict.fromkeys(("batch", "frames", "groups"), "i32"),
+}
+
+
+def static_launches(row: Row, dtype: str, width: int, pool: int = 1) -> Iterator[tuple]:
+    """The row's kernel: function, signature, constexprs and attributes, as ``triton.compile`` takes them; of
+    ``pool`` above 1 with it the one that makes the keys, which has the row of the sums."""
     row = _for_type(row, TORCH_TYPES[dtype], width)
     if row is None:
         return
@@ -564,7 +664,12 @@ def static_launches(row: Row, dtype: str, width: int) -> Iterator[tuple]:
     constants = dict(_constants(row, width))
     types = pointer_types(_TYPES[function], dtype)
     if function is relu_attention_sum_kernel:
+        if pool > 1:
+            given = pointer_types(_POOL_TYPES, dtype)
+            yield compile_arguments(relu_attention_pool_kernel, given, {**constants, "POOL": pool})
         constants["factor_ptr"] = None
+    else:
+        constants["POOL"] = pool
     for name, rows in _TILES[function].items():
         constants |= {f"{name}0": None, f"{name}1": None}
         for index, columns in enumerate(chunks(width)):

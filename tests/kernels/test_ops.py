@@ -19,7 +19,7 @@ from meft_kernels.testing import (
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-ONE_EACH = list({case.op: case for case in reversed(CASES)}.values())
+ONE_EACH = list({(case.op, case.pool > 1): case for case in reversed(CASES)}.values())
 
 
 def by_name(case):

@@ -48,7 +48,8 @@ def draw(case: Case, dtype: torch.dtype, seed: int = 0):
     """Inputs in the order of the kernel's arguments, and an upstream gradient."""
     grad = torch.randn(case.batch, case.frames, case.side, generator=torch.Generator().manual_seed(seed))
     inputs = case.inputs(dtype, DEVICE, seed)
-    return {name: inputs[name] for name in ORDER}, grad.to(DEVICE, dtype)
+    given = {name: inputs[name] for name in ORDER}
+    return given | ({"pool": case.pool} if case.pool > 1 else {}), grad.to(DEVICE, dtype)
 
 
 def check(case: Case, dtype: torch.dtype, draws: int = 1):
@@ -81,6 +82,26 @@ def test_frames(frames, dtype):
 @pytest.mark.parametrize("layers", [1, 5])
 def test_layers(layers):
     check(Case("relu_attention", batch=2, frames=20, side=24, layers=layers, masked=True), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize(
+    ("frames", "side", "pool", "masked"),
+    [(37, 24, 2, False), (21, 48, 4, True), (12, 5, 12, False)],
+)
+def test_pooled_keys(frames, side, pool, masked, dtype, monkeypatch):
+    """Whole groups and last ones of fewer frames, blocks of keys and tails; one key for all."""
+    monkeypatch.setattr(reference, "matmul", half_products)  # which rounds the means, as the kernels do
+    check(Case("relu_attention", 2, frames, side=side, layers=2, masked=masked, pool=pool), dtype)
+
+
+def test_pooled_keys_of_clips_of_any_length(monkeypatch):
+    """None, one frame, a whole group and one more, a block of keys and one more, and more than there are."""
+    case = Case("relu_attention", batch=7, frames=37, side=48, layers=1, pool=2)
+    inputs, grad = draw(case, torch.float16)
+    inputs["lengths"] = torch.tensor([0, 1, 2, 3, 32, 33, 99], device=DEVICE)
+    monkeypatch.setattr(reference, "matmul", half_products)
+    assert_as_good_as_reference(kernel, reference, [(inputs, grad)], names(case))
 
 
 def test_blocks_of_the_table():
@@ -280,22 +301,22 @@ def test_nan_in_a_score_stays():
     assert out[0, 20].isnan().all() and torch.isfinite(out[0, :20]).all()
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_gradients_over_the_features_are_those_beside_them(masked):
+@pytest.mark.parametrize(("masked", "pool"), [(False, 1), (True, 1), (True, 4)])
+def test_gradients_over_the_features_are_those_beside_them(masked, pool):
     inputs, grad = draw(Case("relu_attention", batch=3, frames=37, layers=4, masked=masked), torch.float32)
     *given, features = inputs.values()
     slab = torch.stack(features)
-    expected = kernel.backward(grad, *given, list(slab.clone().unbind(0)))
-    found = kernel.backward_in_place(grad, *given, slab)
+    expected = kernel.backward(grad, *given, list(slab.clone().unbind(0)), pool)
+    found = kernel.backward_in_place(grad, *given, slab, pool)
     assert len(found) == 3
     assert all(torch.equal(a, b) for a, b in zip([*found, *slab], expected, strict=True))
 
 
-@pytest.mark.parametrize("keep", ["exact", "fp8"])
-def test_a_graph_that_is_kept_gives_its_gradients_twice(keep):
+@pytest.mark.parametrize(("keep", "attention"), [("exact", "exact"), ("fp8", "exact"), ("exact", "pooled:5")])
+def test_a_graph_that_is_kept_gives_its_gradients_twice(keep, attention):
     """The features' slab is then left alone; without, it takes the gradients, which are the same."""
     torch.manual_seed(0)
-    side = UniPT(96, 3, 4, saved_activations=keep, device=DEVICE)
+    side = UniPT(96, 3, 4, saved_activations=keep, device=DEVICE, attention=attention)
     states = [0.5 + torch.randn(2, 21, 96, device=DEVICE) for _ in range(4)]
     parameters = list(side.parameters())
     with use_backend("triton"):
