@@ -111,6 +111,7 @@ SIDE_NETWORKS = ("lst", "unipt", "sherl")
 REFERENCES = ("full", "lora")
 OTHERS = ("bitfit", "adapter", "adalora", "lora_plus", "s2_lora", "mezo")
 RECIPE = "pooling=statistics"
+ATTENTIONS = ("pooled:4", "pooled:8", "linear", "summary")
 BACKBONES = ("backbone_dtype=bfloat16", "backbone_quantization=int8", "backbone_quantization=fp8")
 # One option changed; at two rates, but for the head, which costs seconds.
 VARIED = (
@@ -170,7 +171,10 @@ def plan() -> Iterator[Cell]:
     yield from searched(*references, sherl_recipe)
     for fold in folds_of("accents")[1:]:
         yield from (Cell(one, fold, None, 0) for one in (*references, sherl_recipe))
-    yield from seeded(lst_recipe, unipt_recipe, lst, unipt, weighted_sum)
+    yield from seeded(unipt_recipe)
+    for attention in ATTENTIONS:
+        yield from whole(row(f"unipt:{RECIPE}+attention={attention}", rates=FROZEN["rates"][:2]))
+    yield from seeded(lst_recipe, lst, unipt, weighted_sum)
     # What the recipe and a rate of its own for the head do for the others.
     for method in REFERENCES:
         one = row(f"{method}:{RECIPE}", training={"head_learning_rate": 3e-3})

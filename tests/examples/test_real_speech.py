@@ -61,12 +61,19 @@ def test_the_plan_has_every_method_and_one_rate_search_for_all():
         assert {cell.rate for cell in planned if cell.row == row and cell.fold == 0} >= set(row.rates)
         assert {cell.fold for cell in planned if cell.row == row} == set(range(5))
         MeftConfig.from_dict({"method": row.method, **parse_method(row.compared)[1]})
+        assert not {*row.name} & {*':/\\*?"<>| '}  # a name of files and folders anywhere
     published = [row for row in rows if parse_method(row.entry)[1] == {"max_frames": plan.TRIMMED}]
     assert {row.method for row in published} == set(MeftConfig.methods())
     for row in published:
         assert len(row.rates) >= 3
         assert {cell.seed for cell in planned if cell.row == row} == set(range(row.seeds))
         assert row.seeds == (3 if row.frozen and row.method != "sherl" else 1)
+    forms = [row.entry for row in rows if "attention=" in row.entry]
+    assert sorted(forms) == [
+        f"unipt:pooling=statistics+attention={each}+max_frames=longest"
+        for each in ("linear", "pooled:4", "pooled:8", "summary")
+    ]
+    assert len({row.name for row in rows}) == len(rows)
 
 
 # --- the driver ---------------------------------------------------------------------------------------------

@@ -46,12 +46,16 @@ METHODS = [
     ("lst", {"chunk_size": 2}),
     ("unipt", {}),
     ("unipt", {"chunk_size": 3, "saved_activations": "fp8"}),
+    ("unipt", {"attention": "pooled:6"}),
+    ("unipt", {"attention": "linear", "chunk_size": 2}),
+    ("unipt", {"attention": "summary"}),
     ("sherl", {"chunk_size": 2}),
     ("sherl", {"max_frames": 30}),
     ("head", {}),
     ("full", {}),
 ]
 ON_GPU = [("lst", {}), ("lst", {"saved_activations": "fp8"}), ("unipt", {}), ("sherl", {}), ("lora", {})]
+ON_GPU += [("unipt", {"attention": "pooled:8"}), ("unipt", {"attention": "linear"})]
 
 
 def tiny(**changes) -> WhisperConfig:

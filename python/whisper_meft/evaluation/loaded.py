@@ -64,6 +64,7 @@ def load_trained(
             dtype=arguments.backbone_dtype,
             quantization=arguments.backbone_quantization,
             device=device,
+            attention=arguments.attention,
         )
     if arguments.backbone_compile:
         model.encoder.compile_layers()

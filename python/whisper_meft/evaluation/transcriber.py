@@ -156,7 +156,7 @@ class Transcriber(LoadedModel):
         """
         device = usable_device(arguments.device)
         if kind_of(model_dir) == "whisper":
-            for name in ("backbone", "backbone_quantization", "backbone_compile"):
+            for name in ("backbone", "backbone_quantization", "backbone_compile", "attention"):
                 if getattr(arguments, name) not in (None, False):
                     raise UserError(f"--{name} is for trained models, and {model_dir} is a plain Whisper")
             model = _whisper(model_dir, arguments.backbone_dtype, "model_dir")

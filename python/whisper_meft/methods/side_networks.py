@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 import meft_kernels
-from meft_kernels.reference import SAVED_ACTIVATIONS, SHERL_STARTS
+from meft_kernels.reference import SAVED_ACTIVATIONS, SHERL_STARTS, parse_attention
 
 from ..errors import UserError
 from .base import MeftConfig
@@ -192,13 +192,35 @@ class UniPTConfig(SideNetworkConfig):
     )
 
     layers: list[int] | str | None = field(default=None, metadata={"help": _LAYERS_HELP})
+    attention: str = field(
+        default="exact",
+        metadata={
+            "help": "How frames attend to those of other layers: 'exact' as published, work with the square "
+            "of the length; 'pooled:p' to means of p frames, a p-th of it; 'linear' with the ReLU before the "
+            "product, linear in the length; 'summary' to the mean over time alone. What was trained with one "
+            "can be run with another. Of placement='both' that beside the encoder; beside a decoder 'exact'."
+        },
+    )
+
+    def validate(self) -> None:
+        super().validate()
+        try:
+            is_exact = parse_attention(self.attention) == parse_attention("exact")
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        if self.placement == "decoder" and not is_exact:
+            raise UserError(
+                "attention must be 'exact' for placement='decoder', where no token may see what follows it, "
+                f"got {self.attention!r}"
+            )
 
     def build_pair(
         self, hidden_size: int, encoder_layers: int, decoder_layers: int, **place: Any
     ) -> meft_kernels.SidePair:
         options = {"reduction_factor": self.reduction_factor, "saved_activations": self.saved_activations}
+        memory = {**options, "attention": self.attention}
         return meft_kernels.SidePair(
-            meft_kernels.UniPTMemory(hidden_size, encoder_layers, **options, **place),
+            meft_kernels.UniPTMemory(hidden_size, encoder_layers, **memory, **place),
             meft_kernels.UniPTDecoder(hidden_size, decoder_layers, **options, **place),
         )
 
@@ -214,6 +236,7 @@ class UniPTConfig(SideNetworkConfig):
             reduction_factor=self.reduction_factor,
             layers=tapped_layers(self.layers, num_layers),
             saved_activations=self.saved_activations,
+            attention=self.attention,
             **place,
         )
 

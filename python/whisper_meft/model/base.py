@@ -287,6 +287,7 @@ class MeftBase(PreTrainedModel):
         attn_implementation: str | None = None,
         quantization: str | None = None,
         device: str | torch.device | None = None,
+        attention: str | None = None,
         **kwargs: Any,
     ) -> "MeftBase":
         """Loads a saved model and the backbone that it belongs to.
@@ -300,6 +301,8 @@ class MeftBase(PreTrainedModel):
             attn_implementation: the backbone's attention, as in transformers.
             quantization: of the backbone, ``"int8"``, ``"fp8"`` or ``"none"``; unset takes the saved one.
             device: where the model goes; the backbone is quantised there.
+            attention: of a UniPT, where it is not to be run with that which it was trained with: ``"exact"``,
+                ``"pooled:8"`` or whatever else ``UniPTConfig`` takes.
             kwargs: ``revision``, ``token``, ``cache_dir``, ``local_files_only``, ``force_download``;
                 ``subfolder`` of a local folder; ``config`` is accepted for the Auto classes.
 
@@ -317,6 +320,7 @@ class MeftBase(PreTrainedModel):
             attn_implementation=attn_implementation,
             quantization=quantization,
             device=device,
+            attention=attention,
             **kwargs,
         )
 

@@ -35,6 +35,7 @@ def load(
     attn_implementation: str | None,
     quantization: str | None,
     device: str | torch.device | None,
+    attention: str | None = None,
     **kwargs: Any,
 ) -> PreTrainedModel:
     """What :meth:`whisper_meft.MeftModel.from_pretrained` does: ``cls`` is the class to make, the rest its
@@ -61,7 +62,7 @@ def load(
     dtype = parse_dtype(None if dtype == "auto" else dtype)
     trained_on = config.meft.get("backbone_quantization"), config.quantization_revision
     # A backbone that is loaded already stays as it is.
-    config = _with_changes(config, dtype, isinstance(backbone, nn.Module), quantization)
+    config = _with_changes(config, dtype, isinstance(backbone, nn.Module), quantization, attention)
     MeftConfig.from_dict(config.meft)  # so that bad options are reported before anything is loaded
     tensors = read_weights(folder)
 
@@ -119,9 +120,14 @@ def _check_shapes(
 
 
 def _with_changes(
-    config: MeftModelConfig, dtype: torch.dtype | None, as_it_is: bool, quantization: str | None
+    config: MeftModelConfig,
+    dtype: torch.dtype | None,
+    as_it_is: bool,
+    quantization: str | None,
+    attention: str | None,
 ) -> MeftModelConfig:
-    """A copy of a saved config with the number format and the quantisation that are asked for."""
+    """A copy of a saved config with the number format, the quantisation and UniPT's attention that are asked
+    for."""
     config = copy.deepcopy(config)
     if dtype is not None or as_it_is:
         config.meft = config.meft | {"backbone_dtype": None if dtype is None else str(dtype)}
@@ -129,6 +135,13 @@ def _with_changes(
         config.meft = config.meft | {
             "backbone_quantization": None if quantization == "none" else quantization
         }
+    if attention is not None:
+        method = config.meft.get("method")
+        if method != "unipt":
+            raise UserError(
+                f"attention must be None for a model of {method}, it is an option of unipt, got {attention!r}"
+            )
+        config.meft = config.meft | {"attention": attention}
     return config
 
 

@@ -169,7 +169,7 @@ def to_published(
 
     Raises:
         UserError: ``src`` cannot be loaded, is no side network, or taps only some of the layers or has
-            another pooling, which the published code cannot.
+            another pooling or attention, which the published code cannot.
     """
     dst = Path(dst)
     if Path(src).is_dir():
@@ -188,6 +188,10 @@ def to_published(
         raise UserError(
             f"{src} was trained with pooling={config.pooling!r}: the head of the published code reads the "
             "mean over time alone"
+        )
+    if getattr(config, "attention", "exact") != "exact":
+        raise UserError(
+            f"{src} has attention={config.attention!r}: the published code has the exact one alone"
         )
     values = config.to_dict()
     differing = {k: v for k, v in _PUBLISHED_SIZES[config.method].items() if values[k] != v}

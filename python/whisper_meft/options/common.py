@@ -102,6 +102,14 @@ class MethodArguments:
             "copies (default: exact)"
         },
     )
+    attention: str | None = field(
+        default=None,
+        metadata={
+            "help": "how unipt's frames attend to other layers': exact, work with the square of the length; "
+            "pooled:p, to means of p frames; linear, with the ReLU before the product; summary, to the mean "
+            "over time (default: exact)"
+        },
+    )
     start: Literal["published", "even", "zero_shot"] | None = field(
         default=None,
         metadata={

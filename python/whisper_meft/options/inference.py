@@ -31,6 +31,13 @@ class InferenceArguments:
         default=None,
         metadata={"help": "hold the frozen linear layers in 8 bits (default: as in training)"},
     )
+    attention: str | None = field(
+        default=None,
+        metadata={
+            "help": "run a unipt model with another attention: exact, pooled:p, linear or summary (default: "
+            "as in training)"
+        },
+    )
     backbone_compile: bool = field(
         default=False,
         metadata={"help": "compile one encoder layer and run all by it; pays for many clips"},
