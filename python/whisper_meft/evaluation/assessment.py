@@ -96,7 +96,7 @@ class Assessment:
     temperature: float | None
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-ready: :meth:`.metrics.Scores.as_dict` and what is here beside it."""
+        """JSON-ready: what the scores give, and what is here beside them."""
         bins = self.reliability
         return {
             **self.scores.as_dict(),

@@ -83,7 +83,14 @@ class Trials:
 
 
 def equal_error_rate(targets: np.ndarray, others: np.ndarray) -> float:
-    """See :meth:`Trials.equal_error_rate`."""
+    """The rate at which misses and false alarms are equally frequent, by linear interpolation of the ROC.
+
+    Args:
+        targets: (n,) scores of trials of the right class. others: (m,) of all others.
+
+    Returns:
+        From 0 to 1; NaN where there are none of one kind.
+    """
     return Trials(np.asarray(targets, float), np.asarray(others, float)).equal_error_rate()
 
 
