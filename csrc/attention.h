@@ -1,5 +1,5 @@
-// What ReLU attention's two directions share: its inputs with the gates, keys, products with scores and keys,
-// and sums over layers.
+// What ReLU attention's two directions share, and linear attention with them: inputs with the gates and the way
+// back through those, keys, products with scores and keys, and sums over layers. A key is a frame, or the mean of `pool` neighbouring ones.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -29,29 +29,32 @@ inline int64_t block_of(int64_t frames, int64_t width) {
 
 // What forward and backward are given, with the gates.
 struct Inputs {
-  int64_t batch, frames, width, layers;
+  int64_t batch, frames, width, layers, pool;
   int64_t block;  // queries in a block but the last
   Rows anchor;
   std::vector<Rows> features;
-  std::vector<int64_t> keys;  // [batch], valid frames
+  std::vector<int64_t> valid;  // [batch], valid frames
   std::vector<float> share;   // [batch], of a valid frame in a mean
   at::Tensor weight;          // (1, r)
   std::vector<float> means;   // [batch][layers + 1][r], the anchor's last
   std::vector<float> gates;   // [batch][layers]
 
   Inputs(const at::Tensor& given_anchor, const at::Tensor& gate_weight, const at::Tensor& gate_bias,
-         const std::optional<at::Tensor>& lengths, at::TensorList given_features)
+         const std::optional<at::Tensor>& lengths, at::TensorList given_features, int64_t given_pool)
       : batch(given_anchor.size(0)),
         frames(given_anchor.size(1)),
         width(given_anchor.size(2)),
         layers(static_cast<int64_t>(given_features.size())),
+        // Of more frames than there are a key has no more: all that counts is its share of `pool`.
+        pool(std::min(given_pool, std::max<int64_t>(given_anchor.size(1), 1))),
         anchor(given_anchor),
-        keys(batch, frames),
+        valid(batch, frames),
         share(batch, 1.0f / static_cast<float>(frames)),
         weight(widened(gate_weight)),
         means(batch * (layers + 1) * width),
         gates(batch * layers) {
     TORCH_CHECK_VALUE(layers > 0, "features must hold at least one tensor, got none");
+    TORCH_CHECK_VALUE(pool > 0, "pool must be a positive integer, got ", pool);
     check_shape(gate_weight, {1, width}, "gate_weight");
     check_shape(gate_bias, {1}, "gate_bias");
     for (const auto& feature : given_features) {
@@ -64,7 +67,7 @@ struct Inputs {
       const at::Tensor given = lengths->to(at::kLong).contiguous();
       for (int64_t clip = 0; clip < batch; ++clip) {
         const int64_t length = given.const_data_ptr<int64_t>()[clip];
-        keys[clip] = std::min(std::max<int64_t>(length, 0), frames);
+        valid[clip] = std::min(std::max<int64_t>(length, 0), frames);
         share[clip] = 1.0f / static_cast<float>(std::max<int64_t>(length, 1));
       }
     }
@@ -76,6 +79,8 @@ struct Inputs {
     return means.data() + (clip * (layers + 1) + layer) * width;
   }
   const float* gate_weight() const { return weight.const_data_ptr<float>(); }
+  // What is added to row sums of scores whose weights are those of the formula over `pool`.
+  float eps() const { return ATTENTION_EPS / static_cast<float>(pool); }
 
  private:
   void compute_gates(float bias) {
@@ -86,8 +91,8 @@ struct Inputs {
         const int64_t clip = task / (layers + 1), layer = task % (layers + 1);
         const Rows& rows = layer == layers ? anchor : features[layer];
         float* sums = mean(clip, layer);
-        for (int64_t start = 0; start < keys[clip]; start += QUERIES) {
-          const int64_t count = std::min(QUERIES, keys[clip] - start);
+        for (int64_t start = 0; start < valid[clip]; start += QUERIES) {
+          const int64_t count = std::min(QUERIES, valid[clip] - start);
           std::fill(part.begin(), part.end(), 0.0f);
           add_column_sums(rows.read(clip * frames + start, count, scratch.data()), count, width, part.data());
           add(part.data(), width, sums);
@@ -128,33 +133,62 @@ inline void load_transposed(const float* rows, int64_t count, int64_t width, int
 }
 
 // The keys of one layer of one clip. Zero rows fill them up to whole vectors: a zero key scores zero and
-// attends to nothing.
+// attends to nothing. Scores are weighed by the frames of their key over `pool`, which only the last can have
+// fewer of.
 class Keys {
  public:
   const Panels panels;
+  const int64_t pool;
   const int64_t height;  // rows of a panel
 
-  Keys(int64_t frames, int64_t width, bool is_fp32) : panels(width), height(filled(frames)) {
-    if (!is_fp32) {
-      widened_ = empty_fp32({frames, width});
+  explicit Keys(const Inputs& in)
+      : panels(in.width), pool(in.pool), height(filled((in.frames + in.pool - 1) / in.pool)) {
+    if (!in.anchor.is_fp32() || pool > 1) {
+      widened_ = empty_fp32({height, in.width});
+    }
+    if (!in.anchor.is_fp32() && pool > 1) {
+      frames_ = empty_fp32({pool, in.width});
     }
   }
 
   void load(const Rows& features, int64_t begin, int64_t valid) {
-    valid_ = valid;
-    rows_ = features.read(begin, valid, widened_.defined() ? widened_.data_ptr<float>() : nullptr);
+    valid_ = (valid + pool - 1) / pool;
+    last_size_ = valid - (valid_ - 1) * pool;
+    float* widened = widened_.defined() ? widened_.data_ptr<float>() : nullptr;
+    rows_ = pool == 1 ? features.read(begin, valid, widened) : widened;
+    for (int64_t key = 0; key < valid_ && pool > 1; ++key) {
+      float* scratch = frames_.defined() ? frames_.data_ptr<float>() : nullptr;
+      const float* frames = features.read(begin + key * pool, size_of(key), scratch);
+      float* mean = widened + key * panels.width;
+      std::fill_n(mean, panels.width, 0.0f);
+      add_column_sums(frames, size_of(key), panels.width, mean);
+      scale_row(mean, panels.width, 1.0f / static_cast<float>(size_of(key)));
+    }
     has_panels_ = has_transposed_ = false;
+  }
+
+  // Valid frames of a key.
+  int64_t size_of(int64_t key) const { return key == valid_ - 1 ? last_size_ : pool; }
+
+  // The last key's row of `tile`, if that is the one from `start` on which it is in, times the key's weight.
+  void weigh(int64_t start, int64_t columns, int64_t ld, float* tile) const {
+    const int64_t last = valid_ - 1 - start;
+    if (last_size_ < pool && last >= 0 && last < KEYS) {
+      scale_row(tile + last * ld, columns, static_cast<float>(last_size_) / static_cast<float>(pool));
+    }
   }
 
   int64_t count() const { return filled(valid_); }
   // Keys in the tile from `start` on.
   int64_t size(int64_t start) const { return std::min(KEYS, count() - start); }
 
-  // scores (tile, columns) = F B for the tile from `start` on; `b` is (r, columns)
-  void score(int64_t start, const float* b, int64_t columns, float* scores) const {
+  // scores (tile, columns) = F B for the tile from `start` on, the first `weighed` columns times the keys'
+  // weights; `b` is (r, columns)
+  void score(int64_t start, const float* b, int64_t columns, float* scores, int64_t weighed) const {
     const int64_t present = std::min(KEYS, valid_ - start), width = panels.width;
     gemm(present, columns, width, rows_ + start * width, width, b, columns, scores, columns);
     std::fill(scores + present * columns, scores + size(start) * columns, 0.0f);
+    weigh(start, weighed, columns, scores);
   }
 
   // Rows from `start` on of a panel; the panels stand one after another.
@@ -183,15 +217,22 @@ class Keys {
   }
 
  private:
+  static void scale_row(float* row, int64_t width, float factor) {
+#pragma omp simd
+    for (int64_t i = 0; i < width; ++i) {
+      row[i] *= factor;
+    }
+  }
+
   void resize(at::Tensor& tensor, int64_t columns) const {
     if (!tensor.defined()) {
       tensor = empty_fp32({height, columns});
     }
   }
 
-  int64_t valid_ = 0;
+  int64_t valid_ = 0, last_size_ = 0;
   const float* rows_ = nullptr;  // (valid, r)
-  at::Tensor widened_, packed_, transposed_;
+  at::Tensor widened_, frames_, packed_, transposed_;
   bool has_panels_ = false, has_transposed_ = false;
 };
 
@@ -298,6 +339,65 @@ class LayerSums {
   float* sums_;
   std::vector<at::Tensor> heads_;
 };
+
+// rows of the clip's valid frames += share * values (r)
+inline void add_share(Rows& rows, int64_t begin, int64_t valid, const std::vector<float>& values) {
+  const int64_t width = rows.width();
+  std::vector<float> scratch(rows.scratch(QUERIES));
+  for (int64_t start = 0; start < valid; start += QUERIES) {
+    const int64_t count = std::min(QUERIES, valid - start);
+    rows.read(begin + start, count, scratch.data());
+    float* block = rows.write(begin + start, scratch.data());
+    for (int64_t row = 0; row < count; ++row) {
+      add(values.data(), width, block + row * width);
+    }
+    rows.store(begin + start, count, block);
+  }
+}
+
+// The way back through the gates: adds the means' parts to the gradients of anchor and features, and returns
+// the gate weight's.
+inline std::vector<float> gate_backward(const Inputs& in, const std::vector<double>& gate_grads,
+                                        Rows& anchor_grad, std::vector<Rows>& feature_grads) {
+  std::vector<float> weight_grad(in.width, 0.0f), confidence_grads(in.batch * in.layers);
+  for (int64_t clip = 0; clip < in.batch; ++clip) {
+    const float* gates = in.gates.data() + clip * in.layers;
+    const double* grads = gate_grads.data() + clip * in.layers;
+    for (int64_t layer = 0; layer < in.layers; ++layer) {
+      double centred = 0;  // grads less their mean over the gates, as a sum of differences
+      for (int64_t other = 0; other < in.layers; ++other) {
+        centred += gates[other] * (grads[layer] - grads[other]);
+      }
+      const float grad = static_cast<float>(gates[layer] * centred);
+      confidence_grads[clip * in.layers + layer] = grad;
+      for (int64_t i = 0; i < in.width; ++i) {
+        weight_grad[i] += grad * in.mean(clip, in.layers)[i] * in.mean(clip, layer)[i];
+      }
+    }
+  }
+  const int64_t tasks = in.batch * (in.layers + 1);
+  for_each_share(share_count(tasks), tasks, [&](int64_t, int64_t first, int64_t last) {
+    std::vector<float> values(in.width);
+    for (int64_t task = first; task < last; ++task) {
+      const int64_t clip = task / (in.layers + 1), layer = task % (in.layers + 1);
+      const float* grads = confidence_grads.data() + clip * in.layers;
+      for (int64_t i = 0; i < in.width; ++i) {
+        float value = 0;
+        if (layer < in.layers) {
+          value = grads[layer] * in.mean(clip, in.layers)[i];
+        } else {
+          for (int64_t other = 0; other < in.layers; ++other) {
+            value += grads[other] * in.mean(clip, other)[i];
+          }
+        }
+        values[i] = value * in.gate_weight()[i] * in.share[clip];
+      }
+      add_share(layer < in.layers ? feature_grads[layer] : anchor_grad, clip * in.frames, in.valid[clip],
+                values);
+    }
+  });
+  return weight_grad;
+}
 
 }  // namespace attention
 }  // namespace meft

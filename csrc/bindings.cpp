@@ -26,6 +26,10 @@ TORCH_LIBRARY_IMPL(meft_csrc, CPU, library) {
   library.impl("guidance_bwd", &meft::guidance_bwd);
   library.impl("relu_attention", &meft::relu_attention);
   library.impl("relu_attention_bwd", &meft::relu_attention_bwd);
+  library.impl("relu_attention_pooled", &meft::relu_attention_pooled);
+  library.impl("relu_attention_pooled_bwd", &meft::relu_attention_pooled_bwd);
+  library.impl("linear_attention", &meft::linear_attention);
+  library.impl("linear_attention_bwd", &meft::linear_attention_bwd);
   library.impl("self_attention", &meft::self_attention);
   library.impl("self_attention_bwd", &meft::self_attention_bwd);
 }

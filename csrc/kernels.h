@@ -73,6 +73,20 @@ at::Tensor relu_attention(const at::Tensor& anchor, const at::Tensor& gate_weigh
 std::vector<at::Tensor> relu_attention_bwd(const at::Tensor& grad, const at::Tensor& anchor,
                                            const at::Tensor& gate_weight, const at::Tensor& gate_bias,
                                            const std::optional<at::Tensor>& lengths, at::TensorList features);
+at::Tensor relu_attention_pooled(const at::Tensor& anchor, const at::Tensor& gate_weight,
+                                 const at::Tensor& gate_bias, const std::optional<at::Tensor>& lengths,
+                                 at::TensorList features, int64_t pool);
+std::vector<at::Tensor> relu_attention_pooled_bwd(const at::Tensor& grad, const at::Tensor& anchor,
+                                                  const at::Tensor& gate_weight, const at::Tensor& gate_bias,
+                                                  const std::optional<at::Tensor>& lengths,
+                                                  at::TensorList features, int64_t pool);
+
+at::Tensor linear_attention(const at::Tensor& anchor, const at::Tensor& gate_weight,
+                            const at::Tensor& gate_bias, const std::optional<at::Tensor>& lengths,
+                            at::TensorList features);
+std::vector<at::Tensor> linear_attention_bwd(const at::Tensor& grad, const at::Tensor& anchor,
+                                             const at::Tensor& gate_weight, const at::Tensor& gate_bias,
+                                             const std::optional<at::Tensor>& lengths, at::TensorList features);
 
 at::Tensor gated_down(const at::Tensor& x, const at::Tensor& weight_1, const at::Tensor& bias_1,
                       const at::Tensor& weight_2, const at::Tensor& bias_2, const at::Tensor& weight_3,

@@ -68,11 +68,11 @@ class Forward {
  public:
   explicit Forward(const Inputs& in)
       : in_(in),
-        keys_(in.frames, in.width, in.anchor.is_fp32()),
+        keys_(in),
         key_sums_(keys_, in.block),
-        scratch_(empty_fp32({in.block * (2 * in.width + 1 + KEYS)})) {
-    query_ = scratch_.data_ptr<float>();
-    rows_ = query_ + in.block * in.width;
+        queries_(empty_fp32({filled(in.frames) * in.width})),
+        scratch_(empty_fp32({in.block * (in.width + 1 + KEYS)})) {
+    rows_ = scratch_.data_ptr<float>();
     row_sums_ = rows_ + in.block * in.width;
     scores_ = row_sums_ + in.block;
   }
@@ -81,16 +81,20 @@ class Forward {
   void run(int64_t clip, int64_t layer, float* sum, bool is_first) {
     const int64_t begin = clip * in_.frames, width = in_.width;
     const float gate = in_.gates[clip * in_.layers + layer];
-    keys_.load(in_.features[layer], begin, in_.keys[clip]);
+    keys_.load(in_.features[layer], begin, in_.valid[clip]);
     is_first_block_ = true;
     for (int64_t start = 0; start < in_.frames; start += in_.block) {
       const int64_t count = std::min(in_.block, in_.frames - start);
       block_ = filled(count);
-      load_transposed(in_.anchor.read(begin + start, count, rows_), count, width, block_, query_, block_);
+      query_ = queries_.data_ptr<float>() + start * width;
+      if (clip != clip_) {  // else they are there from another layer
+        load_transposed(in_.anchor.read(begin + start, count, rows_), count, width, block_, query_, block_);
+      }
       attend(gate);
       const float* features = in_.features[layer].read(begin + start, count, rows_);
       add_layer(count, gate, features, sum + start * width, is_first);
     }
+    clip_ = clip;
   }
 
  private:
@@ -101,7 +105,7 @@ class Forward {
     std::fill_n(row_sums_, block, 0.0f);
     key_sums_.begin(block, is_sparse_);
     for (int64_t start = 0; start < keys_.count(); start += KEYS) {
-      keys_.score(start, query_, block, scores_);
+      keys_.score(start, query_, block, scores_, block);
       for (int64_t lane = 0; lane < block; lane += W) {
         FourSums sums;
         float* column = scores_ + lane;
@@ -126,7 +130,7 @@ class Forward {
     key_sums_.end();
     decide(active, keys_.count());
     for (int64_t lane = 0; lane < block; lane += W) {
-      (Vec(gate) / (Vec::loadu(row_sums_ + lane) + Vec(ATTENTION_EPS))).store(row_sums_ + lane);
+      (Vec(gate) / (Vec::loadu(row_sums_ + lane) + Vec(in_.eps()))).store(row_sums_ + lane);
     }
   }
 
@@ -161,11 +165,12 @@ class Forward {
   }
 
   const Inputs& in_;
+  int64_t clip_ = -1;  // whose queries are at hand
   int64_t block_ = 0;  // queries of the block at hand, filled up
   bool is_sparse_ = false, is_first_block_ = true;
   Keys keys_;
   KeySums key_sums_;
-  at::Tensor scratch_;
+  at::Tensor queries_, scratch_;
   float *query_, *rows_, *row_sums_, *scores_;
 };
 
@@ -176,23 +181,22 @@ class Backward {
   Backward(const Inputs& in, const Rows& grad)
       : in_(in),
         grad_(grad),
-        keys_(in.frames, in.width, in.anchor.is_fp32()),
+        keys_(in),
         panels_(keys_.panels),
         key_sums_(keys_, in.block),
         key_grad_(empty_fp32({keys_.height, panels_.padded()})),
         scores_(empty_fp32({keys_.height, 2 * in.block})),
-        scratch_(empty_fp32({in.block * (4 * in.width + 2 * panels_.padded() + 2)})) {
-    const int64_t size = in.block * in.width, padded = in.block * panels_.padded();
-    across_ = scratch_.data_ptr<float>();
-    rows_ = across_ + 2 * size;
-    down_ = rows_ + 2 * size;
-    factors_ = down_ + 2 * padded;
+        queries_(empty_fp32({2 * filled(in.frames) * (in.width + panels_.padded())})),
+        scratch_(empty_fp32({in.block * (3 * in.width + 2)})) {
+    rows_ = scratch_.data_ptr<float>();
+    written_ = rows_ + 2 * in.block * in.width;
+    factors_ = written_ + in.block * in.width;
   }
 
   // query_sum (T, r) (+)= the gradient of the queries through one layer; the clip's rows of feature_grad =
   // the gradient of the layer's features but for the means' part. Returns the gate's gradient.
   double run(int64_t clip, int64_t layer, float* query_sum, bool is_first, Rows& feature_grad) {
-    const int64_t begin = clip * in_.frames, width = in_.width, valid = in_.keys[clip];
+    const int64_t begin = clip * in_.frames, width = in_.width, valid = in_.valid[clip];
     const float gate = in_.gates[clip * in_.layers + layer];
     double gate_grad = 0;
     keys_.load(in_.features[layer], begin, valid);
@@ -200,11 +204,16 @@ class Backward {
     for (int64_t start = 0; start < in_.frames; start += in_.block) {
       const int64_t count = std::min(in_.block, in_.frames - start);
       block_ = filled(count);
-      load(begin + start, count);
+      across_ = queries_.data_ptr<float>() + 2 * start * width;
+      down_ = queries_.data_ptr<float>() + 2 * filled(in_.frames) * width + 2 * start * panels_.padded();
+      if (clip != clip_) {  // else they are there from another layer
+        load(begin + start, count);
+      }
       gate_grad += score(gate);
       weigh();
       add_query_grad(count, query_sum + start * width, is_first);
     }
+    clip_ = clip;
     for (int64_t start = 0; start < in_.frames; start += in_.block) {
       const int64_t count = std::min(in_.block, in_.frames - start);
       const float* upstream = grad_.read(begin + start, count, rows_);
@@ -212,7 +221,7 @@ class Backward {
       for (int64_t row = 0; row < count; ++row) {
         gate_grad += dot(upstream + row * width, features + row * width, width);
       }
-      float* target = feature_grad.write(begin + start, across_);
+      float* target = feature_grad.write(begin + start, written_);
       finish_key_grad(start, count, valid, gate, upstream, target);
       feature_grad.store(begin + start, count, target);
     }
@@ -242,7 +251,7 @@ class Backward {
     std::fill_n(factors_, 2 * block, 0.0f);
     for (int64_t start = 0; start < keys_.count(); start += KEYS) {
       float* scores = scores_.data_ptr<float>() + start * 2 * block;
-      keys_.score(start, across_, 2 * block, scores);
+      keys_.score(start, across_, 2 * block, scores, block);
       for (int64_t lane = 0; lane < block; lane += W) {
         FourSums sums, score_products;
         const float* column = scores + lane;
@@ -261,7 +270,7 @@ class Backward {
     // One key in four is counted.
     is_sparse_ = is_sparse(4 * share_of(active, block * keys_.count()), panels_);
     for (int64_t lane = 0; lane < block; lane += W) {
-      const Vec row_sum = Vec::loadu(row_sums + lane) + Vec(ATTENTION_EPS);
+      const Vec row_sum = Vec::loadu(row_sums + lane) + Vec(in_.eps());
       (Vec(gate) / row_sum).store(row_sums + lane);
       (Vec::loadu(products + lane) / row_sum).store(products + lane);
     }
@@ -284,6 +293,7 @@ class Backward {
           (flow * (factor * score.gt(Vec(0.0f)))).store(column + block);
         }
       }
+      keys_.weigh(start, block, 2 * block, scores + block);
       key_sums_.add(scores + block, 2 * block, start);
       add_key_grad(start, tile, scores);
     }
@@ -324,7 +334,7 @@ class Backward {
     }
   }
 
-  // target (count, r) = key_grad, none beyond the valid keys, + gate * upstream
+  // target (count, r) = key_grad over its frames, none beyond the valid ones, + gate * upstream
   void finish_key_grad(int64_t start, int64_t count, int64_t valid, float gate, const float* upstream,
                        float* target) const {
     const float* key_grad = key_grad_.const_data_ptr<float>();
@@ -332,92 +342,48 @@ class Backward {
       const int64_t columns = panels_.columns, present = panels_.present(panel);
       for (int64_t row = 0; row < count; ++row) {
         const int64_t at = row * in_.width + panel * columns;
-        const float* gathered = key_grad + (panel * keys_.height + start + row) * columns;
-        const float share = start + row < valid ? 1.0f : 0.0f;
+        const int64_t key = (start + row) / keys_.pool;
+        const float* gathered = key_grad + (panel * keys_.height + key) * columns;
+        const float share = start + row < valid ? 1.0f / static_cast<float>(keys_.size_of(key)) : 0.0f;
 #pragma omp simd
         for (int64_t i = 0; i < present; ++i) {
-          target[at + i] = (share == 0 ? 0 : gathered[i]) + gate * upstream[at + i];
+          target[at + i] = (share == 0 ? 0 : share * gathered[i]) + gate * upstream[at + i];
         }
       }
     }
   }
 
   const Inputs& in_;
+  int64_t clip_ = -1;       // whose queries and their gradients are at hand
   int64_t block_ = 0;       // queries of the block at hand, filled up
   bool is_sparse_ = false;  // its scores
   const Rows& grad_;
   Keys keys_;
   const Panels& panels_;
   KeySums key_sums_;
-  at::Tensor key_grad_, scores_, scratch_;
-  float *across_, *rows_, *down_, *factors_;
+  at::Tensor key_grad_, scores_, queries_, scratch_;
+  float *across_, *rows_, *down_, *written_, *factors_;
 };
-
-// rows of the clip's valid frames += share * values (r)
-void add_share(Rows& rows, int64_t begin, int64_t valid, const std::vector<float>& values) {
-  const int64_t width = rows.width();
-  std::vector<float> scratch(rows.scratch(QUERIES));
-  for (int64_t start = 0; start < valid; start += QUERIES) {
-    const int64_t count = std::min(QUERIES, valid - start);
-    rows.read(begin + start, count, scratch.data());
-    float* block = rows.write(begin + start, scratch.data());
-    for (int64_t row = 0; row < count; ++row) {
-      add(values.data(), width, block + row * width);
-    }
-    rows.store(begin + start, count, block);
-  }
-}
-
-// The way back through the gates: adds the means' parts to the gradients of anchor and features, and returns
-// the gate weight's.
-std::vector<float> gate_backward(const Inputs& in, const std::vector<double>& gate_grads, Rows& anchor_grad,
-                                 std::vector<Rows>& feature_grads) {
-  std::vector<float> weight_grad(in.width, 0.0f), confidence_grads(in.batch * in.layers);
-  for (int64_t clip = 0; clip < in.batch; ++clip) {
-    const float* gates = in.gates.data() + clip * in.layers;
-    const double* grads = gate_grads.data() + clip * in.layers;
-    for (int64_t layer = 0; layer < in.layers; ++layer) {
-      double centred = 0;  // grads less their mean over the gates, as a sum of differences
-      for (int64_t other = 0; other < in.layers; ++other) {
-        centred += gates[other] * (grads[layer] - grads[other]);
-      }
-      const float grad = static_cast<float>(gates[layer] * centred);
-      confidence_grads[clip * in.layers + layer] = grad;
-      for (int64_t i = 0; i < in.width; ++i) {
-        weight_grad[i] += grad * in.mean(clip, in.layers)[i] * in.mean(clip, layer)[i];
-      }
-    }
-  }
-  const int64_t tasks = in.batch * (in.layers + 1);
-  for_each_share(share_count(tasks), tasks, [&](int64_t, int64_t first, int64_t last) {
-    std::vector<float> values(in.width);
-    for (int64_t task = first; task < last; ++task) {
-      const int64_t clip = task / (in.layers + 1), layer = task % (in.layers + 1);
-      const float* grads = confidence_grads.data() + clip * in.layers;
-      for (int64_t i = 0; i < in.width; ++i) {
-        float value = 0;
-        if (layer < in.layers) {
-          value = grads[layer] * in.mean(clip, in.layers)[i];
-        } else {
-          for (int64_t other = 0; other < in.layers; ++other) {
-            value += grads[other] * in.mean(clip, other)[i];
-          }
-        }
-        values[i] = value * in.gate_weight()[i] * in.share[clip];
-      }
-      add_share(layer < in.layers ? feature_grads[layer] : anchor_grad, clip * in.frames, in.keys[clip],
-                values);
-    }
-  });
-  return weight_grad;
-}
 
 }  // namespace
 
 at::Tensor relu_attention(const at::Tensor& anchor, const at::Tensor& gate_weight,
                           const at::Tensor& gate_bias, const std::optional<at::Tensor>& lengths,
                           at::TensorList features) {
-  const Inputs in(anchor, gate_weight, gate_bias, lengths, features);
+  return relu_attention_pooled(anchor, gate_weight, gate_bias, lengths, features, 1);
+}
+
+std::vector<at::Tensor> relu_attention_bwd(const at::Tensor& grad, const at::Tensor& anchor,
+                                           const at::Tensor& gate_weight, const at::Tensor& gate_bias,
+                                           const std::optional<at::Tensor>& lengths,
+                                           at::TensorList features) {
+  return relu_attention_pooled_bwd(grad, anchor, gate_weight, gate_bias, lengths, features, 1);
+}
+
+at::Tensor relu_attention_pooled(const at::Tensor& anchor, const at::Tensor& gate_weight,
+                                 const at::Tensor& gate_bias, const std::optional<at::Tensor>& lengths,
+                                 at::TensorList features, int64_t pool) {
+  const Inputs in(anchor, gate_weight, gate_bias, lengths, features, pool);
   at::Tensor sum = empty_fp32(anchor.sizes());
   const int64_t tasks = in.batch * in.layers, shares = share_count(tasks);
   LayerSums sums(in, sum.data_ptr<float>(), shares);
@@ -433,11 +399,11 @@ at::Tensor relu_attention(const at::Tensor& anchor, const at::Tensor& gate_weigh
   return sum.to(anchor.scalar_type());
 }
 
-std::vector<at::Tensor> relu_attention_bwd(const at::Tensor& grad, const at::Tensor& anchor,
-                                           const at::Tensor& gate_weight, const at::Tensor& gate_bias,
-                                           const std::optional<at::Tensor>& lengths,
-                                           at::TensorList features) {
-  const Inputs in(anchor, gate_weight, gate_bias, lengths, features);
+std::vector<at::Tensor> relu_attention_pooled_bwd(const at::Tensor& grad, const at::Tensor& anchor,
+                                                  const at::Tensor& gate_weight, const at::Tensor& gate_bias,
+                                                  const std::optional<at::Tensor>& lengths,
+                                                  at::TensorList features, int64_t pool) {
+  const Inputs in(anchor, gate_weight, gate_bias, lengths, features, pool);
   check_shape(grad, anchor.sizes(), "grad");
   const Rows upstream(grad);
   at::Tensor query_sum = empty_fp32(anchor.sizes());

@@ -101,6 +101,42 @@ def test_lengths_from_none_to_all():
     assert_close(case, inputs)
 
 
+@pytest.mark.parametrize(("pool", "side"), [(2, 24), (7, 144), (40, 5), (150, 17), (999, 16)])
+def test_pooled_keys(pool, side):
+    """Clips of any length: no key, one, whole groups, last ones of fewer frames; all frames in one."""
+    case = Case("relu_attention", batch=6, frames=150, side=side, layers=2, pool=pool)
+    inputs = case.inputs(torch.float32)
+    inputs["lengths"] = torch.tensor([0, 1, 64, 80, 129, 150])
+    assert_close(case, inputs)
+
+
+@pytest.mark.parametrize("side", [5, 24, 100])
+def test_linear_attention(side):
+    """Blocks of frames and tails, clips of any length, and what NaN in padding reaches."""
+    case = Case("linear_attention", batch=5, frames=230, side=side, layers=3)
+    draws = [case.inputs(torch.float32, seed=seed) for seed in range(4)]
+    for inputs in draws:
+        inputs["lengths"] = torch.tensor([0, 1, 96, 97, 230])
+    assert_close(case, *draws)
+    with use_backend("native"):
+        expected = case.function()(**inputs)
+        inputs["features"][0][2, 96:] = torch.nan
+        found = case.function()(**inputs)
+    assert torch.equal(found[2, :96], expected[2, :96]) and found[2, 96:].isnan().all()
+    assert torch.equal(found[3:], expected[3:])
+
+
+@pytest.mark.parametrize("where", ["anchor", "feature"])
+def test_linear_attention_hands_on_nan(where):
+    case = Case("linear_attention", batch=2, frames=40, side=8, layers=2)
+    inputs = case.inputs(torch.float32)
+    (inputs["anchor"] if where == "anchor" else inputs["features"][1])[0, 5, 2] = torch.nan
+    found = run(case, inputs)
+    assert found["out"][0].isnan().any() and found["anchor"][0].isnan().any()
+    assert found["features[1]"][0].isnan().any() and found["gate_weight"].isnan().any()
+    assert torch.isfinite(found["out"][1]).all() and torch.isfinite(found["anchor"][1]).all()
+
+
 def test_padding_does_not_count():
     """Whatever stands in padded frames, NaN too, valid frames come out the same."""
     case = Case("relu_attention", batch=2, frames=70, side=8, layers=2)
@@ -138,10 +174,18 @@ def test_nan_is_not_hidden(where, side):
 
 
 @pytest.mark.parametrize("threads", [2, 3, 4, 8])
-@pytest.mark.parametrize("side", [12, 144])
-def test_clips_split_between_threads(threads, side):
+@pytest.mark.parametrize(
+    ("op", "side", "pool"),
+    [
+        ("relu_attention", 12, 1),
+        ("relu_attention", 144, 1),
+        ("relu_attention", 12, 4),
+        ("linear_attention", 12, 1),
+    ],
+)
+def test_clips_split_between_threads(threads, op, side, pool):
     """Shares of work that begin and end in the middle of a clip, and more threads than work."""
-    case = Case("relu_attention", batch=2, frames=33, side=side, layers=3)
+    case = Case(op, batch=2, frames=33, side=side, layers=3, pool=pool)
     inputs = case.inputs(torch.float32)
     before = torch.get_num_threads()
     alone = run(case, inputs)
