@@ -29,7 +29,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         wanted = run.cases(options)
     except UserError as error:
         raise pytest.UsageError(f"--cases: {error}") from error
-    names = [*options.peers, *(f"ops:{backend}" for backend in options.backend)]
+    names = [
+        *(peer for peer in options.peers if peer != "forms"),
+        *(f"ops:{backend}" for backend in options.backend),
+    ]
     if options.quick and "compiled" in names:
         names.remove("compiled")
     rows = [

@@ -3,13 +3,14 @@ and published building blocks."""
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from meft_kernels import ops, use_backend
+from meft_kernels import ops, reference, use_backend
 from meft_kernels.testing import HALF_TYPES, AnyCase, flat_tensors
 
 from .timing import Step
@@ -68,15 +69,38 @@ def why_no_compiler(device: torch.device) -> str | None:
     return None
 
 
+POOLS = (4, 8)
+
+
+def forms(case: AnyCase) -> dict[str, tuple[Callable[..., Tensor], AnyCase | None]]:
+    """Of ``relu_attention`` the other forms of UniPT's attention by name, which take the same inputs and
+    compute something else: each with the case whose work it is, None where it has no products."""
+    if case.op != "relu_attention" or case.pool > 1:
+        return {}
+    found = {f"pooled:{pool}": replace(case, pool=pool) for pool in POOLS if pool < case.frames}
+    functions = {name: (partial(ops.relu_attention, pool=each.pool), each) for name, each in found.items()}
+    functions["linear"] = (ops.linear_attention, replace(case, op="linear_attention"))
+    functions["summary"] = (reference.summary_attention.definition, None)
+    return functions
+
+
 def ours(case: AnyCase, backend: str) -> Peer:
     """The op, or the side network on the ops, in one backend."""
-    function = case.function()
+    return Peer(f"ops:{backend}", _in_backend(case.function(), backend))
 
+
+def other_form(case: AnyCase, name: str, backend: str) -> Peer:
+    """One of ``forms`` in one backend."""
+    call = _in_backend(forms(case)[name][0], backend)
+    return Peer(f"{name}:{backend}", call, note="another function than relu_attention")
+
+
+def _in_backend(function: Callable[..., Tensor], backend: str) -> Callable[..., Tensor]:
     def call(**inputs) -> Tensor:
         with use_backend(backend):
             return function(**inputs)
 
-    return Peer(f"ops:{backend}", call)
+    return call
 
 
 def backends(device: torch.device) -> list[str]:

@@ -2,7 +2,9 @@
 
 Peers take turns in one run: ``eager`` (the reference's definition; under autocast for half precision),
 ``compiled`` (torch.compile of it), ``block`` (the nearest published building block), ``ops:BACKEND`` (ours)
-and, with ``--base REV``, ``ops:BACKEND@REV`` (ours at another revision, in a process of its own).
+and, with ``--base REV``, ``ops:BACKEND@REV`` (ours at another revision, in a process of its own). Beside
+``relu_attention`` stand the other forms of UniPT's attention, ``FORM:BACKEND``: they are other functions, and
+their ratios are to the exact one's eager too.
 
 With ``--states FILE`` (of ``benchmarks.recordings``) every case has the sizes of recorded hidden states and
 is measured twice, on random inputs and on those: how much a kernel leaves out depends on the data.
@@ -27,7 +29,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -45,7 +47,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # By value, for runs that are cut off: what fusion helps most, then the rest.
 _FIRST = ("relu_attention", "ladder", "guidance", "LST")
 EVERYTHING = (*_FIRST, *(op for op in (*ops.OP_NAMES, *SIDE_NETWORKS) if op not in _FIRST))
-PEERS = ("eager", "compiled", "block")
+PEERS = ("eager", "compiled", "block", "forms")
 
 
 @dataclass
@@ -130,6 +132,8 @@ class Run:
             self.notes[f"block {case.op}"] = found.note
         for backend in backends:
             makers[f"ops:{backend}"] = lambda backend=backend: peers.ours(case, backend)
+            for name in peers.forms(case) if "forms" in self.peers else ():
+                makers[f"{name}:{backend}"] = functools.partial(peers.other_form, case, name, backend)
         for name, make in makers.items():
             try:
                 yield contenders.Local(make(), inputs, self.warm_up)
@@ -156,7 +160,10 @@ class Run:
     def _rows(
         self, case: AnyCase, peer: str, rounds: list[dict[str, float]], memory: dict[str, int]
     ) -> Iterator[dict]:
-        costs = [case.cost(self.dtype), case.cost(self.dtype, backward=True)]
+        _, worked = peers.forms(case).get(peer.rpartition(":")[0], (None, case))
+        costs = [(worked or case).cost(self.dtype, backward) for backward in (False, True)]
+        if worked is None:
+            costs = [replace(cost, flops=0) for cost in costs]
         work = {"forward": costs[:1], "backward": costs[1:], "both": costs}
         for direction in DIRECTIONS:
             if direction not in rounds[0]:
@@ -192,7 +199,7 @@ class Run:
 # --- the table ----------------------------------------------------------------------------------------------
 
 HEADER = (
-    f"{'':<22}{'forward':>10}{'backward':>10}{'both ms, 20-80 %':>25}{'vs eager':>9}"
+    f"{'':<24}{'forward':>10}{'backward':>10}{'both ms, 20-80 %':>25}{'vs eager':>9}"
     f"{'share fwd':>10}{'bwd':>8}{'peak MiB':>9}{'kept MiB':>9}"
 )
 
@@ -230,7 +237,7 @@ def table(case: AnyCase, rows: list[dict], costs: Sequence) -> list[str]:
         ratio = "-" if both["ratio_to_eager"] is None else f"{both['ratio_to_eager']:.2f}"
         memory = [f"{both[key] / 2**20:.1f}" if key in both else "-" for key in ("peak", "kept")]
         lines.append(
-            f"  {peer:<20}{milliseconds('forward'):>10}{milliseconds('backward'):>10}{spread:>25}{ratio:>9}"
+            f"  {peer:<22}{milliseconds('forward'):>10}{milliseconds('backward'):>10}{spread:>25}{ratio:>9}"
             f"{share('forward'):>10}{share('backward'):>8}{memory[0]:>9}{memory[1]:>9}"
         )
     return lines

@@ -20,6 +20,8 @@ EXPECTED = {
     ("lst", "fp8"): (138, 84, 184, 21),
     ("unipt", "exact"): (144, 84, 175, 20),
     ("unipt", "fp8"): (138, 95, 209, 29),
+    ("unipt", "pooled:8"): (144, 85, 176, 22),
+    ("unipt", "linear"): (144, 133, 297, 12),
     ("sherl", "exact"): (113, 25, 80, 10),
     ("sherl", "fp8"): (113, 30, 109, 14),
 }
@@ -34,9 +36,11 @@ from whisper_meft.encoder import chunked
 chunked._DEFAULT_INNER_ELEMENTS = 2 * 40 * 256
 sizes = {"d_model": 192, "encoder_layers": 3, "encoder_attention_heads": 4, "encoder_ffn_dim": 256}
 config = WhisperConfig(**sizes, num_mel_bins=8, max_source_positions=40, decoder_layers=1)
+options = {saved: {"saved_activations": saved} for saved in ("exact", "fp8")}
+attention = {form: {"attention": form} for form in ("pooled:8", "linear")}
 for method in ("lst", "unipt", "sherl"):
-    for saved in ("exact", "fp8"):
-        count = count_launches(config, method, 5, repeats=1, saved_activations=saved)
+    for saved, how in {**options, **(attention if method == "unipt" else {})}.items():
+        count = count_launches(config, method, 5, repeats=1, **how)
         assert all(count.host[phase] > 0 for phase in PHASES)
         assert count.kernels("optimizer") == 6 and count.triton["encoder"].total() == 0
         found = [count.kernels("encoder"), count.kernels("side network"), count.kernels("backward")]

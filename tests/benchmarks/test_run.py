@@ -24,15 +24,16 @@ HAS_GIT = shutil.which("git") is not None and (record.ROOT / ".git").exists()
 
 
 @pytest.mark.parametrize(
-    "op", ["norm_linear", "adapter", "ladder", "relu_attention", "gated_down", "gated_up"]
+    "op",
+    ["norm_linear", "adapter", "ladder", "relu_attention", "linear_attention", "gated_down", "gated_up"],
 )
 def test_flops_of_the_forward_are_those_of_its_definition(op):
     case = Case(op=op, batch=2, frames=50, width=64, side=16, adapter_dim=24, layers=3)
     with FlopCounterMode(display=False) as counter:
         case.definition()(**case.inputs(torch.float32))
     counted, claimed = counter.get_total_flops(), case.cost(torch.float32).flops
-    # The gates' sum over layers is elementwise work that the definition writes as a product.
-    slack = 1.05 if op == "relu_attention" else 1
+    # Row sums, and the gates' sum over layers, are elementwise work that the definition writes as products.
+    slack = 1.05 if op == "relu_attention" else 1.2 if op == "linear_attention" else 1
     assert claimed <= counted <= slack * claimed
 
 
@@ -219,6 +220,17 @@ def test_what_is_wrong_is_not_measured(tmp_path, capsys, monkeypatch):
     _, rows = rows_of(tmp_path)
     assert {row["op"] for row in rows} == {"gated_down"}
     contenders._check.cache_clear()
+
+
+def test_other_forms_of_attention_stand_beside_the_exact_one(tmp_path):
+    options = [*TINY, *PLAIN, "--op", "relu_attention", "--peers", "forms", "--output", str(tmp_path)]
+    assert run.main(options) == 0
+    rows = {row["peer"]: row for row in rows_of(tmp_path)[1] if row["direction"] == "both"}
+    forms = ["pooled:4:reference", "pooled:8:reference", "linear:reference", "summary:reference"]
+    assert {*rows} == {"ops:reference", *forms}
+    flops = {name: row["flops"] for name, row in rows.items()}
+    assert flops["ops:reference"] == 4 * flops["pooled:4:reference"] > 0 == flops["summary:reference"]
+    assert peers.forms(real_case("adapter", 1)) == {}
 
 
 def test_a_peer_that_fails_leaves_a_note(tmp_path, monkeypatch):
