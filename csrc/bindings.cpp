@@ -32,4 +32,5 @@ TORCH_LIBRARY_IMPL(meft_csrc, CPU, library) {
   library.impl("linear_attention_bwd", &meft::linear_attention_bwd);
   library.impl("self_attention", &meft::self_attention);
   library.impl("self_attention_bwd", &meft::self_attention_bwd);
+  library.impl("int8_linear", &meft::int8_linear);
 }

@@ -8,6 +8,7 @@
 // it again.
 #pragma once
 
+#include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 
 #include <optional>
@@ -125,6 +126,12 @@ std::tuple<at::Tensor, at::Tensor> self_attention(const at::Tensor& query, const
 std::tuple<at::Tensor, at::Tensor, at::Tensor> self_attention_bwd(
     const at::Tensor& grad, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
     const at::Tensor& out, const at::Tensor& logsumexp, const std::optional<at::Tensor>& mask, double scale);
+
+// Not an op: frozen linear layers held in int8, of rows (N, K) that are rounded once for all of them; codes
+// (M, K) in int8, scales and totals (groups, M) in fp32 and biases (M,) of each layer.
+std::vector<at::Tensor> int8_linear(const at::Tensor& x, at::TensorList codes, at::TensorList scales,
+                                    at::TensorList totals,
+                                    const c10::List<std::optional<at::Tensor>>& biases);
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> encode(const at::Tensor& x, const at::Tensor& mean,
                                                       const at::Tensor& rstd);

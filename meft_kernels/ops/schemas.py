@@ -245,6 +245,17 @@ def _registered_pooled() -> list[Registered]:
     ]
 
 
+def _registered_int8_linear() -> Registered:
+    given = "Tensor x, Tensor[] codes, Tensor[] scales, Tensor[] totals, Tensor?[] biases"
+    fake = lambda x, codes, *_: [x.new_empty(x.shape[0], each.shape[0]) for each in codes]  # noqa: E731
+    return Registered(f"int8_linear({given}) -> Tensor[]", "int8_linear", "forward", fake)
+
+
 # C++ kernels alone; and what those of ``relu_attention`` itself do not take.
-REGISTERED_NATIVE = [*_registered_keeping(), *_registered_pooled(), *_registered_self_attention()]
+REGISTERED_NATIVE = [
+    *_registered_keeping(),
+    *_registered_pooled(),
+    *_registered_self_attention(),
+    _registered_int8_linear(),
+]
 NOT_NATIVE = ", int pool=1"
