@@ -85,7 +85,8 @@ def run(argv: Sequence[str]) -> int:
         raise UserError(f"method: {config.method} trains inside the encoder, so there is nothing to cache")
     sizes, extractor = load_sizes_and_extractor(models, config)
     task, tokens = _task(task_arguments, models, config, sizes, extractor)
-    model = get_meft_model(load_whisper(models, dtype, task.backbone_class).to(device), config)
+    base = load_whisper(models, dtype, task.backbone_class, bool(models.backbone_quantization))
+    model = get_meft_model(base.to(device), config)
     show = not options.disable_tqdm
     if models.backbone_compile:
         model.encoder.compile_layers()

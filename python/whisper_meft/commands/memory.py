@@ -60,9 +60,9 @@ class MemoryArguments:
         default="auto",
         metadata={"help": "type the frozen weights are held in; auto is bfloat16 on cuda, else float32"},
     )
-    backbone_quantization: Literal["int8", "fp8"] | None = field(
+    backbone_quantization: Literal["int8", "fp8", "nf4"] | None = field(
         default=None,
-        metadata={"help": "count the frozen linear layers in 8 bits, as a CPU runs them"},
+        metadata={"help": "count the frozen linear layers in 8 or 4 bits, as a CPU runs them"},
     )
     bf16: bool = field(default=False, metadata={"help": "train under autocast to bfloat16"})
     fp16: bool = field(default=False, metadata={"help": "train under autocast to float16"})

@@ -6,12 +6,13 @@ from torch import nn
 _SAMPLES = 64
 
 
-def fingerprint(encoder: nn.Module) -> str:
+def fingerprint(encoder: nn.Module, dtype: torch.dtype | None = None) -> str:
     """A few of the weights in hexadecimal, to tell one backbone from another.
 
     Args:
         encoder: a Whisper encoder or decoder. 64 entries spread over its matrices and convolutions are taken
-            as float32; of a quantised one those that it had before. Where they train it gets none.
+            as float32; of a quantised one those that it had before. Where they train it gets none. dtype: as
+            they would be in it; None: as they are.
     """
     if getattr(encoder, "trains_matrices", False):
         return ""
@@ -21,7 +22,8 @@ def fingerprint(encoder: nn.Module) -> str:
     picked = []
     for i in range(_SAMPLES):
         weight = weights[i * len(weights) // _SAMPLES]
-        picked.append(weight.detach().flatten()[(i * 2654435761) % weight.numel()].float())
+        entry = weight.detach().flatten()[(i * 2654435761) % weight.numel()]
+        picked.append(entry.to(dtype or entry.dtype).float())
     return torch.stack(picked).cpu().numpy().astype("<f4").tobytes().hex()
 
 

@@ -16,7 +16,7 @@ from .compiled import compiled_layer
 from .dtypes import parse_dtype
 from .fingerprint import fingerprint
 from .layer import finish_layer, norm_with_statistics, run_with_gradient
-from .quantization import Original, is_quantized, quantize_layers, weights_digest
+from .quantization import Original, cast, is_quantized, quantize_layers, weights_digest
 
 
 def row_parts(rows: int, parts: int) -> list[slice]:
@@ -52,14 +52,15 @@ class FrozenEncoder(nn.Module):
         whisper_encoder: ``transformers.models.whisper.modeling_whisper.WhisperEncoder``.
         dtype: number format to hold the weights in (``"bfloat16"`` or ``torch.bfloat16``, ...); ``None``
             keeps it.
-        quantization: ``"int8"`` or ``"fp8"`` holds the linear weights of all layers but the first in 8 bits
-            (:mod:`whisper_meft.encoder.quantization`), in the modules that are shared, where they are: put
-            ``whisper_encoder`` on its device first. They then run as they are, also under autocast.
+        quantization: ``"int8"``, ``"fp8"`` or ``"nf4"`` holds the linear weights of all layers but the first
+            in 8 or 4 bits (:mod:`whisper_meft.encoder.quantization`), in the modules that are shared, where
+            they are: put ``whisper_encoder`` on its device first. They then run as they are, also under
+            autocast. Layers are brought to ``dtype`` and quantised one after the other.
         whole_last_layer: the last layer is not quantised, so that a gradient can go through it.
 
     Attributes:
-        quantization: what was done: None, "int8", "fp8", or "int8 weights" or "fp8 weights" where the device
-            multiplies in the weights' own type.
+        quantization: what was done: None, "int8", "fp8" or "nf4", "int8 rows" on a GPU, or "int8 weights" or
+            "fp8 weights" where the device multiplies in the weights' own type.
         original: what is still known of weights that were quantised, else None.
 
     Raises:
@@ -87,8 +88,6 @@ class FrozenEncoder(nn.Module):
         self.layers = whisper_encoder.layers
         self.layer_norm = whisper_encoder.layer_norm
         dtype = parse_dtype(dtype)
-        if dtype is not None:
-            self._cast(dtype)
         self.requires_grad_(False)
         self.quantization: str | None = None
         self.original: Original | None = None
@@ -98,21 +97,18 @@ class FrozenEncoder(nn.Module):
                 "base is quantised already, by a model that was made of it earlier: load it anew for another"
             )
         if quantization is not None:
-            self._quantize(quantization, whole_last_layer)
+            self._quantize(quantization, whole_last_layer, dtype)
+        if dtype is not None:
+            cast(self, dtype)
         self.eval()
 
-    def _cast(self, dtype: torch.dtype) -> None:
-        # New parameters, one by one: Module.to() cannot convert fake tensors in place.
-        for module in self.modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                if parameter.dtype != dtype:
-                    setattr(module, name, nn.Parameter(parameter.detach().to(dtype), requires_grad=False))
-
-    def _quantize(self, kind: str, whole_last_layer: bool) -> None:
+    def _quantize(self, kind: str, whole_last_layer: bool, dtype: torch.dtype | None) -> None:
         weight = self.conv1.weight
         if not (isinstance(weight, FakeTensor) or weight.is_meta):  # which hold nothing to know them by
-            self.original = Original(fingerprint(self), weights_digest(self.backbone_state()))
-        self.quantization = quantize_layers(self.layers[:-1] if whole_last_layer else self.layers, kind)
+            digest = weights_digest(self.backbone_state(), dtype)
+            self.original = Original(fingerprint(self, dtype), digest)
+        layers = self.layers[:-1] if whole_last_layer else self.layers
+        self.quantization = quantize_layers(layers, kind, dtype)
 
     @property
     def num_layers(self) -> int:

@@ -70,7 +70,8 @@ class MeftConfig:
         default=None,
         metadata={
             "help": "Hold the frozen backbone's linear weights, but the first layer's, in 8 bits: int8, or "
-            "fp8 through torchao; unset keeps them as they are. Methods that train inside the encoder cannot."
+            "fp8 through torchao; or in 4: nf4. Unset keeps them as they are. Methods that train inside the "
+            "encoder cannot."
         },
     )
 

@@ -73,6 +73,7 @@ def load_backbone(
     attn_implementation: str | None = None,
     argument: str = "backbone",
     kind: type[PreTrainedModel] = WhisperForAudioClassification,
+    quantized: bool = False,
     **hub_options: Any,
 ) -> PreTrainedModel:
     """Loads a Whisper checkpoint's encoder, with its classification head or, where it has none, a new one; or
@@ -86,6 +87,9 @@ def load_backbone(
             choice.
         argument: what messages call ``name``.
         kind: the class to load, ``WhisperForAudioClassification`` or ``WhisperForConditionalGeneration``.
+        quantized: whether the encoder is going to be quantised, which brings it to its number format layer
+            by layer. On a CPU its weights are then pages of the checkpoint's files and take no memory of
+            their own: they keep the checkpoint's format here, and the rest is in ``dtype``.
         hub_options: ``token``, ``revision``, ``cache_dir``, ``local_files_only`` and the like.
 
     Raises:
@@ -100,7 +104,11 @@ def load_backbone(
         except UserError as error:
             raise UserError(f"{argument}: {error}") from error
     called = os.fspath(name) if where == os.fspath(name) else f"{os.fspath(name)} (as {where})"
-    options = {"dtype": "auto" if dtype is None else dtype, "output_loading_info": True, **hub_options}
+    options = {
+        "dtype": "auto" if dtype is None or quantized else dtype,
+        "output_loading_info": True,
+        **hub_options,
+    }
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     try:
@@ -120,6 +128,10 @@ def load_backbone(
             f"{argument}: {called} lacks {len(broken)} {part} tensors (or has them in another shape), the "
             f"first is {broken[0]}: is it a Whisper checkpoint?"
         )
+    if quantized and dtype is not None:
+        encoder = set(base.get_encoder().parameters())
+        for parameter in set(base.parameters()) - encoder:
+            parameter.data = parameter.data.to(dtype)
     base.head_is_new = any(key.startswith(HEAD) for key in [*report["missing_keys"], *mismatched])
     return base
 

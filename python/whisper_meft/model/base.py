@@ -299,7 +299,8 @@ class MeftBase(PreTrainedModel):
                 saved config names.
             dtype: number format of the backbone's weights; unset takes the saved one. The rest is float32.
             attn_implementation: the backbone's attention, as in transformers.
-            quantization: of the backbone, ``"int8"``, ``"fp8"`` or ``"none"``; unset takes the saved one.
+            quantization: of the backbone, ``"int8"``, ``"fp8"``, ``"nf4"`` or ``"none"``; unset: the
+                saved one.
             device: where the model goes; the backbone is quantised there.
             attention: of a UniPT, where it is not to be run with that which it was trained with: ``"exact"``,
                 ``"pooled:8"`` or whatever else ``UniPTConfig`` takes.

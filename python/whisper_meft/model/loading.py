@@ -166,6 +166,7 @@ def _backbone_of(
     options = {k: v for k, v in hub_options.items() if k != "revision"}
     dtype = parse_dtype(config.meft.get("backbone_dtype"))
     options |= {"dtype": dtype, "attn_implementation": attn_implementation, "kind": cls.base_class}
+    options["quantized"] = bool(config.meft.get("backbone_quantization"))
     return load_backbone(name, **options), name
 
 

@@ -73,20 +73,24 @@ def load_config(arguments: ModelArguments) -> Any:
 
 
 def load_whisper(
-    arguments: ModelArguments, dtype: str, kind: type[PreTrainedModel] = WhisperForAudioClassification
+    arguments: ModelArguments,
+    dtype: str,
+    kind: type[PreTrainedModel] = WhisperForAudioClassification,
+    quantized: bool = False,
 ) -> PreTrainedModel:
     """The pretrained model, see :func:`whisper_meft.model.backbone.load_backbone`.
 
     Args:
         arguments: where it is.
         dtype: "float32", "float16" or "bfloat16".
-        kind: the class to load.
+        kind: the class to load. quantized: whether its encoder is going to be: see there.
     """
     return load_backbone(
         arguments.model_name_or_path,
         dtype=getattr(torch, dtype),
         argument="model_name_or_path",
         kind=kind,
+        quantized=quantized,
         revision=arguments.model_revision,
         cache_dir=arguments.cache_dir,
         token=arguments.token,

@@ -37,11 +37,11 @@ class ModelArguments:
             "help": "type the frozen weights are held in; auto is half precision on a GPU, else float32"
         },
     )
-    backbone_quantization: Literal["int8", "fp8"] | None = field(
+    backbone_quantization: Literal["int8", "fp8", "nf4"] | None = field(
         default=None,
         metadata={
             "help": "hold the frozen linear layers, but the first layer's, in 8 bits and multiply in them "
-            "(fp8 through torchao); methods that train inside the encoder cannot"
+            "(fp8 through torchao), or in 4 bits (nf4); methods that train inside the encoder cannot"
         },
     )
     backbone_compile: bool = field(

@@ -27,9 +27,9 @@ class InferenceArguments:
     backbone_dtype: Literal["float32", "float16", "bfloat16"] | None = field(
         default=None, metadata={"help": "type to hold the frozen weights in (default: as in training)"}
     )
-    backbone_quantization: Literal["int8", "fp8", "none"] | None = field(
+    backbone_quantization: Literal["int8", "fp8", "nf4", "none"] | None = field(
         default=None,
-        metadata={"help": "hold the frozen linear layers in 8 bits (default: as in training)"},
+        metadata={"help": "hold the frozen linear layers in 8 or 4 bits (default: as in training)"},
     )
     attention: str | None = field(
         default=None,

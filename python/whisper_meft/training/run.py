@@ -117,7 +117,8 @@ def _inputs(model: ModelArguments, data_arguments: TrainDataArguments) -> dict[s
 
 def load_base(settings: Settings) -> PreTrainedModel:
     """The pretrained backbone, as its task needs it."""
-    return load_whisper(settings.model, settings.dtype, settings.task.backbone_class)
+    quantized = bool(settings.config.backbone_quantization)
+    return load_whisper(settings.model, settings.dtype, settings.task.backbone_class, quantized)
 
 
 def read_examples(data_arguments: TrainDataArguments, settings: Settings) -> RunData:
