@@ -48,6 +48,7 @@ KINDS: dict[str, tuple[str, str | None, bool]] = {
     "int8": ("float32", "int8", False),
     "int8, compiled": ("float32", "int8", True),
     "fp8": ("float32", "fp8", False),
+    "nf4": ("float32", "nf4", False),
 }
 FRAMES = 300  # 6 seconds
 
@@ -141,7 +142,7 @@ def on_the_demo(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 # On recordings; compiled layers compute the same.
 PEER = "torchao's int8"
-REAL_KINDS = ("float32", "bfloat16", PEER, "int8", "fp8")
+REAL_KINDS = ("float32", "bfloat16", PEER, "int8", "fp8", "nf4")
 
 
 def real_encoder(model: str, kind: str) -> FrozenEncoder:

@@ -94,7 +94,8 @@ def _real_backbone(records: list[dict]) -> list[str] | None:
     first, *rows = rows_of(found)
     text = "; ".join(f"{row['kind']} {row['padded']['normed']:.1%}" for row in rows)
     ours = {row["kind"]: row["padded"]["normed"] for row in rows}
-    worse = [f"{kind} behind bfloat16" for kind in ("int8", "fp8") if ours[kind] > ours["bfloat16"]]
+    quantized = [kind for kind in ("int8", "fp8", "nf4") if kind in ours]
+    worse = [f"{kind} behind bfloat16" for kind in quantized if ours[kind] > ours["bfloat16"]]
     if "accuracy" in first:
         lost = [f"{row['kind']} {100 * (first['accuracy'] - row['accuracy']):.1f}" for row in rows]
         worse.append(f"points of accuracy: {', '.join(lost)}")
