@@ -15,6 +15,8 @@ _BLOCK_ELEMENTS = 2**20
 
 _CUDA_ROWS = 17  # the fewest that cuBLAS multiplies in int8
 
+_IN_CPP = native.has("int8_linear")  # asked once: torch.compile cannot trace the question
+
 
 def int8_linear(
     x: Tensor,
@@ -60,7 +62,7 @@ def int8_linear(
 
 def _is_served(x: Tensor) -> bool:
     """Whether the C++ kernel takes the call; whoever counts memory sees what PyTorch would take."""
-    if stand_in.standing() or not ops.uses_native() or not native.has("int8_linear"):
+    if stand_in.standing() or not ops.uses_native() or not _IN_CPP:
         return False
     return stand_in.device_type(x.device) == "cpu" and native.serves((x,))
 

@@ -154,6 +154,18 @@ def check_an_int8_layer(shape, groups, products):
     assert (found - expected).norm() <= 0.01 * expected.norm()  # of the output's rounding
 
 
+@pytest.mark.skipif(not multiplies_int8_exactly(), reason="weights alone are in int8 here")
+@torch.no_grad()
+def test_int8_layers_compile_whole_and_compute_the_same():
+    torch.manual_seed(0)
+    layers = [Int8Linear(torch.nn.Linear(128, 48, bias=bias), groups=2) for bias in (True, False)]
+    compiled = torch.compile(lambda x: project(x, *layers), backend="aot_eager", fullgraph=True, dynamic=True)
+    for clips in (3, 2):
+        x = torch.randn(clips, 5, 128)
+        for found, expected in zip(compiled(x), project(x, *layers), strict=True):
+            assert (found - expected).norm() <= 2e-3 * expected.norm()
+
+
 @pytest.mark.parametrize("size", [64, 272, 4096])
 def test_groups_divide_the_inputs(size):
     groups = quantization._groups(size)
