@@ -599,8 +599,8 @@ class SHERL(SideNetwork):
     The published start is ill-conditioned: scores e = relu(w . (z * q) + b) / rho begin near 0 on either side
     of the kink, and their gradient goes with 1 / (sum e + 1e-6), up to a million times larger on the frames
     where all of them are small. Other starts leave the formula as it is and set b to 1, so that the weights
-    begin at about 1 / rho each. Its shut gate leaves the last layer a small new input alone, which a high
-    learning rate may drive into one direction for all frames; an open one prevents that.
+    begin at about 1 / rho each. With its shut gate the last layer hears a small new input alone, which a high
+    learning rate may drive into one direction for all frames; ``"zero_shot"`` did not show that.
 
     Args:
         hidden_size, num_layers, reduction_factor, saved_activations, device, dtype: see ``LST``.
