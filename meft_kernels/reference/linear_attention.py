@@ -116,7 +116,7 @@ def backward(
     grad_weight = torch.zeros(gate_weight.shape, dtype=wide, device=anchor.device)
     for clips in row_blocks(batch, frames * width, anchor.device):
         upstream, query = grad[clips].to(wide), torch.relu(anchor[clips]).to(wide)
-        query_grad, gate_grads, feature_grads = torch.zeros_like(query), [], []
+        query_grad, gate_grads = torch.zeros_like(query), []
         masked = None if invalid is None else invalid[clips]
         for index, feature in enumerate(features):
             gate = gates.values[clips, index, None, None]
@@ -133,10 +133,11 @@ def backward(
             gate_grads.append((delta + (upstream * feature[clips]).sum(-1, keepdim=True)).sum((1, 2)))
             value_grad = matmul(value, state_grad.mT, dtype).add_(sums_grad).mul_(value > 0)
             value_grad.add_(matmul(key, state_grad, dtype)).div_(scale)
-            feature_grads.append(value_grad.addcmul_(upstream, gate))
+            # In the activations' type at once: in a wide one all layers' would outweigh the features.
+            grad_features[index][clips] = value_grad.addcmul_(upstream, gate)
         weight_grad, anchor_share, feature_shares = gates.backward(torch.stack(gate_grads, -1), clips)
         grad_weight += weight_grad
         grad_anchor[clips] = query_grad.mul_(query > 0) + anchor_share
-        for target, feature_grad, share in zip(grad_features, feature_grads, feature_shares, strict=True):
-            target[clips] = feature_grad.add_(share)
+        for target, share in zip(grad_features, feature_shares, strict=True):
+            target[clips].add_(share)
     return [grad_anchor, grad_weight.to(gate_weight.dtype), torch.zeros_like(gate_bias), *grad_features]
