@@ -79,7 +79,7 @@ STARTS = (
 )
 START_SEEDS = 6
 # The rates are above those of the search, at which the loss hardly falls.
-QUERIES = ("mezo@0.001", "mezo:mezo_queries=4@0.003", "head@0.01")
+QUERIES = ("mezo@0.001", "mezo:mezo_queries=4@0.003")
 QUERY_SEEDS = 2
 FRAMES = (250, 500, 1000, 1500)
 COUNTED = {"model": "small", "batch": 128}
@@ -335,7 +335,7 @@ def starts(options: argparse.Namespace, part: str) -> None:
 
 
 def queries(options: argparse.Namespace, part: str) -> None:
-    """MeZO by the number of its directions, beside the head alone."""
+    """MeZO by the number of its directions."""
     study, shapes = open_study(options.work, ACCENTS, LEVELS[SEARCHED])
     shapes |= {"seeds": QUERY_SEEDS, "learning_rates": "that of the entry"}
     make_rows(options, part, shapes, QUERIES, lambda entry: study.row_at(entry, QUERY_SEEDS))

@@ -268,18 +268,20 @@ def collapse(records: Records) -> str:
 
 
 def queries(records: Records) -> str:
-    """MeZO by the number of its directions, beside the head alone."""
-    lines = []
-    for row in _rows(records.get("queries")).values():
-        shapes, mezo = records["queries"]["shapes"], row["options"]["method"] == "mezo"
+    """MeZO by the number of its directions, beside the head alone at the same level."""
+    if "queries" not in records:
+        return "(no results yet)"
+    lines, epochs = [], records["queries"]["shapes"]["num_train_epochs"]
+    head = _rows(records.get(SEARCHED)).get("head")
+    for row in [*_rows(records["queries"]).values(), *([head] if head else [])]:
+        mezo = row["options"]["method"] == "mezo"
         asked = row["options"].get("mezo_queries", 1)
-        # The head's states are computed once.
-        passes = 2 * asked * shapes["num_train_epochs"] if mezo else 1
-        loss = np.mean([seed["validation_loss"] for seed in row["seeds"]])
+        losses = [seed["validation_loss"] for seed in row["seeds"] if "validation_loss" in seed]
         cells = [row["options"]["method"], str(asked) if mezo else "", f"{row['learning_rate']:g}"]
-        lines.append([*cells, f"{passes:g}", _accuracy(row), f"{loss:.3f}"])
+        cells += [f"{epochs * (2 * asked if mezo else 1):g}", _accuracy(row)]
+        lines.append([*cells, f"{np.mean(losses):.3f}" if losses else ""])
     header = ["", "directions", "rate", "forward passes of each clip", "accuracy", "validation loss"]
-    return markdown(header, lines) if lines else "(no results yet)"
+    return markdown(header, lines)
 
 
 def _last_layer(choice: str) -> int:
