@@ -209,7 +209,7 @@ def _methods(language: str) -> Callable[[Found], str]:
                     f"{run.rate:g}" if run.rate else "",
                     *(_shown(rates(found, run, own, kind)) for kind in KINDS),
                     *gaps,
-                    f"{endless:g}",
+                    f"{endless:.1f}" if endless % 1 else f"{endless:.0f}",
                     f"{np.median(seconds):.0f}" if seconds else "",
                     str(len(run.seeds)),
                 ]
