@@ -18,6 +18,8 @@ from transformers import TrainerControl, TrainerState
 from whisper_meft import data
 from whisper_meft.commands.cli import main
 from whisper_meft.commands.train import make_parser
+from whisper_meft.errors import UserError
+from whisper_meft.model.config import MeftModelConfig
 from whisper_meft.training import checkpoints
 from whisper_meft.training import run as train
 from whisper_meft.training.guard import FiniteGuard, NonFiniteError
@@ -321,6 +323,19 @@ def test_resuming_with_another_model_is_refused(change, message, work, interrupt
     options = {**RESUMABLE, **change, "max_steps": 10, "resume_from_checkpoint": True}
     assert run(work, tmp_path / "out", *extra, **options) == 1
     assert message in capsys.readouterr().err
+
+
+def test_a_checkpoint_from_before_an_option_is_one_with_its_default(interrupted, tmp_path):
+    shutil.copytree(interrupted, tmp_path / "out")
+    folder = max((tmp_path / "out").glob("checkpoint-*"))
+    saved = json.loads((folder / "config.json").read_text())
+    now = MeftModelConfig.from_pretrained(folder)
+    assert saved["meft"].pop("pooling") == "mean"
+    (folder / "config.json").write_text(json.dumps(saved))
+    checkpoints.check_same_model(folder, now)
+    now.meft["pooling"] = "statistics"
+    with pytest.raises(UserError, match="has pooling='mean', but now it is 'statistics'"):
+        checkpoints.check_same_model(folder, now)
 
 
 def test_kill_9_loses_at_most_one_checkpoint_interval(work, tmp_path, capsys):

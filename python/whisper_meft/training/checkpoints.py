@@ -12,13 +12,16 @@ import shutil
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import MISSING, Field, fields
 from pathlib import Path
+from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
 
 from ..encoder.quantization import REVISION
 from ..errors import UserError
 from ..files import read_json
+from ..methods import MeftConfig
 
 # The name that transformers' own checkpoints at a signal use.
 MARKER = "checkpoint-is-incomplete.txt"
@@ -251,6 +254,11 @@ def require_complete(checkpoint: Path, processes: int = 1) -> Path:
     return checkpoint
 
 
+def _default(option: Field) -> Any:
+    """The default of a dataclass's field; ``MISSING`` where it has none."""
+    return option.default if option.default_factory is MISSING else option.default_factory()
+
+
 def check_same_model(checkpoint: Path, config: PreTrainedConfig) -> None:
     """Raises UserError if a checkpoint was written with another method, other sizes or other labels
     than those of ``config``, a ``MeftModelConfig``."""
@@ -258,7 +266,11 @@ def check_same_model(checkpoint: Path, config: PreTrainedConfig) -> None:
     pairs = [("task", saved.get("task", "classification"), now["task"])]
     names = ["hidden_size", "num_hidden_layers", *(["label2id"] if now["task"] == "classification" else [])]
     pairs += [(name, saved.get(name), now.get(name)) for name in names]
-    pairs += [(name, (saved.get("meft") or {}).get(name), value) for name, value in now["meft"].items()]
+    # An option that was added since was what it is by default.
+    method = MeftConfig.methods()[now["meft"]["method"]]
+    older = {each.name: value for each in fields(method) if (value := _default(each)) is not MISSING}
+    options = older | (saved.get("meft") or {})
+    pairs += [(name, options.get(name), value) for name, value in now["meft"].items()]
     if now["meft"].get("backbone_quantization"):
         pairs.append(("quantization_revision", saved.get("quantization_revision"), REVISION))
     for name, before, after in pairs:
