@@ -73,6 +73,9 @@ std::vector<at::Tensor> int8_linear(const at::Tensor& x, at::TensorList codes, a
                                     at::TensorList totals,
                                     const c10::List<std::optional<at::Tensor>>& biases) {
   const Rows rows(x);
+  TORCH_CHECK_VALUE(x.dim() == 2, "x must have shape (N, K), got ", x.sizes());
+  TORCH_CHECK_VALUE(!scales.empty() && scales[0].dim() == 2 && scales[0].size(0) > 0,
+                    "scales must hold a tensor (groups, outputs) for each of one or more layers");
   const int64_t width = rows.width(), groups = scales[0].size(0), size = width / groups;
   TORCH_CHECK_VALUE(codes.size() == scales.size() && codes.size() == totals.size() &&
                         codes.size() == biases.size() && size * groups == width,
@@ -84,6 +87,9 @@ std::vector<at::Tensor> int8_linear(const at::Tensor& x, at::TensorList codes, a
     check_shape(codes[layer], {columns, width}, "codes");
     check_shape(scales[layer], {groups, columns}, "scales");
     check_shape(totals[layer], {groups, columns}, "totals");
+    if (const std::optional<at::Tensor> bias = biases.get(layer)) {
+      check_shape(*bias, {columns}, "biases");
+    }
     widest = std::max(widest, columns);
     outs.push_back(at::empty({rows.count(), columns}, x.options()));
   }
@@ -117,7 +123,9 @@ std::vector<at::Tensor> int8_linear(const at::Tensor& x, at::TensorList codes, a
       at::Tensor sums = products.narrow(0, 0, count * columns).view({count, columns});
       for (int64_t group = 0; group < groups; ++group) {
         at::_int_mm_out(sums, rounded.narrow(0, 0, count).narrow(1, group * size, size),
-                        codes[layer].narrow(1, group * size, size).t());
+                        // Of strides (1, 1), which the transpose of one column has, torch's sums are wrong.
+                        size > 1 ? codes[layer].narrow(1, group * size, size).t()
+                                 : codes[layer].narrow(1, group, 1).reshape({1, columns}));
         const int32_t* given = sums.data_ptr<int32_t>();
         const float *of_scale = scale.data_ptr<float>() + group * columns,
                     *of_total = total.data_ptr<float>() + group * columns,

@@ -107,4 +107,6 @@ def _product(rows: Tensor, columns: Tensor) -> Tensor:
     count = rows.shape[0]
     if stand_in.device_type(rows.device) == "cuda" and count < _CUDA_ROWS:
         rows = torch.nn.functional.pad(rows, (0, 0, 0, _CUDA_ROWS - count))
-    return torch._int_mm(rows, columns.t())[:count].float()
+    # Of strides (1, 1), which the transpose of one column has, torch's sums are wrong.
+    columns = columns.t() if columns.shape[1] > 1 else columns.reshape(1, -1)
+    return torch._int_mm(rows, columns)[:count].float()

@@ -59,13 +59,22 @@ def definition(
     return torch.einsum("bl,lbtr->btr", gates, torch.stack(merged)).to(anchor.dtype)
 
 
-def _state(feature: Tensor, invalid: Tensor | None, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _state(feature: Tensor, invalid: Tensor | None, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of features (b, T, r): those of valid frames, their ReLU, and S (b, r, r) and u (b, 1, r), over scale.
     ``invalid``: (b, T, 1), or None."""
     value = feature if invalid is None else feature.masked_fill(invalid, 0)
     key = torch.relu(value)
     state = matmul(key.mT, value, feature.dtype).div_(scale)
     return value, key, state, key.sum(1, keepdim=True, dtype=state.dtype).div_(scale)
+
+
+def _scales(lengths: Tensor | None, batch: int, frames: int, like: Tensor) -> Tensor:
+    """(B, 1, 1): the power of two, at least each clip's number of valid frames, that its S and u are over."""
+    wide = accumulation_dtype(like.dtype)
+    if lengths is None:
+        return torch.full((batch, 1, 1), boost(frames), dtype=wide, device=like.device)
+    counts = lengths.clamp(1, max(frames, 1)).to(wide)
+    return torch.exp2(torch.ceil(torch.log2(counts)))[:, None, None]
 
 
 def _invalid(lengths: Tensor | None, frames: int) -> Tensor | None:
@@ -82,7 +91,8 @@ def forward(
     """anchor and each feature (B, T, r), gate (1, r) and (1,), lengths (B,) or None -> (B, T, r)."""
     batch, frames, width = anchor.shape
     valid, invalid = frame_weights(lengths, batch, frames, anchor), _invalid(lengths, frames)
-    gates, scale = Gates(anchor, gate_weight, gate_bias, valid, features).values, boost(frames)
+    gates = Gates(anchor, gate_weight, gate_bias, valid, features).values
+    scale = _scales(lengths, batch, frames, anchor)
     out = anchor.new_empty(anchor.shape)
     for clips in row_blocks(batch, frames * width, anchor.device):
         query = torch.relu(anchor[clips])
@@ -90,8 +100,8 @@ def forward(
         for index, feature in enumerate(features):
             gate = gates[clips, index, None, None]
             masked = None if invalid is None else invalid[clips]
-            _, _, state, sums = _state(feature[clips], masked, scale)
-            row_sum = query.to(gates.dtype) @ sums.mT + ATTENTION_EPS / scale
+            _, _, state, sums = _state(feature[clips], masked, scale[clips])
+            row_sum = query.to(gates.dtype) @ sums.mT + ATTENTION_EPS / scale[clips]
             total.addcmul_(matmul(query, state, anchor.dtype), gate / row_sum)
             total.addcmul_(feature[clips].to(gates.dtype), gate)
         out[clips] = total
@@ -110,7 +120,8 @@ def backward(
     dtype, wide = anchor.dtype, accumulation_dtype(anchor.dtype)
     batch, frames, width = anchor.shape
     valid, invalid = frame_weights(lengths, batch, frames, anchor), _invalid(lengths, frames)
-    gates, scale = Gates(anchor, gate_weight, gate_bias, valid, features), boost(frames)
+    gates = Gates(anchor, gate_weight, gate_bias, valid, features)
+    scale = _scales(lengths, batch, frames, anchor)
     grad_anchor = anchor.new_empty(anchor.shape)
     grad_features = [feature.new_empty(feature.shape) for feature in features]
     grad_weight = torch.zeros(gate_weight.shape, dtype=wide, device=anchor.device)
@@ -120,19 +131,20 @@ def backward(
         masked = None if invalid is None else invalid[clips]
         for index, feature in enumerate(features):
             gate = gates.values[clips, index, None, None]
-            value, key, state, sums = _state(feature[clips], masked, scale)
-            row_sum = query @ sums.mT + ATTENTION_EPS / scale
+            value, key, state, sums = _state(feature[clips], masked, scale[clips])
+            row_sum = query @ sums.mT + ATTENTION_EPS / scale[clips]
             flow = matmul(grad[clips], state.mT, dtype)
             delta = (query * flow).sum(-1, keepdim=True) / row_sum
             factor = gate / row_sum
             query_grad.addcmul_(flow, factor).sub_((factor * delta) * sums)
-            weighed = query * factor
+            # A channel that no key has gives nothing; in half precision it would overflow.
+            weighed = (query * factor).masked_fill(sums == 0, 0)
             # S is over scale, and so is its gradient times scale squared here.
             state_grad = matmul(weighed.mT, grad[clips], dtype)
             sums_grad = (weighed.mT @ delta).mT.neg_()
             gate_grads.append((delta + (upstream * feature[clips]).sum(-1, keepdim=True)).sum((1, 2)))
             value_grad = matmul(value, state_grad.mT, dtype).add_(sums_grad).mul_(value > 0)
-            value_grad.add_(matmul(key, state_grad, dtype)).div_(scale)
+            value_grad.add_(matmul(key, state_grad, dtype)).div_(scale[clips])
             # In the activations' type at once: in a wide one all layers' would outweigh the features.
             grad_features[index][clips] = value_grad.addcmul_(upstream, gate)
         weight_grad, anchor_share, feature_shares = gates.backward(torch.stack(gate_grads, -1), clips)

@@ -73,6 +73,7 @@ def parse_attention(attention: str) -> tuple[str, int]:
     if attention == "exact":
         return "relu", 1
     word, _, number = attention.partition(":") if isinstance(attention, str) else ("", "", "")
+    number = number.lstrip("0") or number[:1]
     # At most a clip of all hours that there are, which fits into the ops' integers.
     if word != "pooled" or not (number.isascii() and number.isdecimal() and 0 < int(number[:12]) < 2**31):
         raise ValueError(

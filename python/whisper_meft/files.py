@@ -94,14 +94,24 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_json(path: str | os.PathLike) -> Any:
-    """Reads a JSON file, with or without a byte-order mark.
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of a JSON file, whose names come once each."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} comes twice")
+    return found
+
+
+def read_json(path: str | os.PathLike, once: bool = False) -> Any:
+    """Reads a JSON file, with or without a byte-order mark; of a name that comes twice in an object the last
+    value, or none with ``once``.
 
     Raises:
-        UserError: the file is missing, unreadable, or not JSON.
+        UserError: the file is missing, unreadable, or not JSON; a name comes twice, with ``once``.
     """
     try:
-        return json.loads(Path(path).read_bytes())
+        return json.loads(Path(path).read_bytes(), object_pairs_hook=_once if once else None)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except ValueError as error:

@@ -240,6 +240,8 @@ def test_reliability_is_drawn(work, model, tmp_path):
         ("predict", ["--reject_below", "nan"], 2, "must be a number from 0 to 1, or saved, got 'nan'"),
         ("predict", ["--reject_below", "save"], 2, "must be a number from 0 to 1, or saved, got 'save'"),
         ("predict", ["--reject_below", "0.5", "--reject_label", "low"], 1, "'low' is a class of the model"),
+        ("predict", ["--reject_label", "none"], 2, "--reject_label none is for --reject_below, which is not"),
+        ("evaluate", ["--unknown_labels", "e\u0301"], 1, "has no examples of \u00e9, only of high"),
         ("evaluate", ["--reject_below", "-1"], 2, "--reject_below must be a number from 0 to 1"),
         ("evaluate", ["--unknown_labels", "low"], 1, "unknown_labels: low is a class of the model"),
         ("evaluate", ["--unknown_labels", "birds"], 1, "has no examples of birds, only of high, low, middle"),

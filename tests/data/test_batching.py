@@ -119,6 +119,7 @@ def test_over_any_number_of_epochs_classes_and_their_clips_come_equally_often(cl
             own = often[[each == name for each in classes]]
             assert abs(own.sum() - (epoch + 1) * n / len(names)) < 1
             assert own.max() - own.min() <= 1
+    assert BalancedDraw(classes, -1)(0).shape == (n,)  # of any sign, as without
     assert len(names) == n or n < 6 or not np.array_equal(draw(0), BalancedDraw(classes, seed + 1)(0))
 
 

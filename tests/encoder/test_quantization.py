@@ -50,6 +50,7 @@ from whisper_meft.model.backbone import load_backbone, set_labels
 from whisper_meft.training.checkpoints import check_same_model
 
 from meft_kernels import HiddenState, use_backend
+from meft_kernels.int8_linear import int8_linear
 from meft_kernels.reference.common import row_statistics
 
 SIZES = {"encoder_ffn_dim": 64}
@@ -152,6 +153,30 @@ def check_an_int8_layer(shape, groups, products):
     found, expected = layers[1](half), layers[1](half.float())
     assert found.dtype == torch.bfloat16
     assert (found - expected).norm() <= 0.01 * expected.norm()  # of the output's rounding
+
+
+@pytest.mark.skipif(not multiplies_int8_exactly(), reason="weights alone are in int8 here")
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("width, groups", [(1, 1), (3, 3), (5, 1)])
+def test_int8_layers_of_any_width(width, groups, backend):
+    layer = Int8Linear(torch.nn.Linear(width, 40), True, groups)
+    x = torch.randn(30, width, generator=torch.Generator().manual_seed(0))
+    with use_backend(backend):
+        found = layer(x)
+    assert (found - defined(x, layer)).norm() <= 1e-2 * found.norm()
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_int8_layers_of_other_shapes_are_refused(backend):
+    codes, one = torch.ones(64, 16, dtype=torch.int8), torch.ones(1, 64)
+    x = torch.zeros(3, 16)
+    for given in (
+        ([codes], [one], [one], [torch.ones(3)]),
+        ([codes], [torch.zeros(0, 64)], [torch.zeros(0, 64)], [None]),
+        ([codes], [one[:, :5]], [one], [None]),
+    ):
+        with use_backend(backend), pytest.raises((ValueError, RuntimeError)):
+            int8_linear(x, *given)
 
 
 @pytest.mark.skipif(not multiplies_int8_exactly(), reason="weights alone are in int8 here")

@@ -188,6 +188,24 @@ def test_half_precision_does_not_overflow_nor_underflow(form):
         assert error < 0.1, (name, error)  # keys are rounded to fp16; what underflows is off by tenths
 
 
+def test_clips_of_no_or_few_frames_have_finite_gradients_in_half_precision():
+    """Beside a whole one; products with operands rounded to fp16, as on CUDA."""
+    case = Case("relu_attention", batch=4, frames=1500, side=8, layers=2)
+    inputs = {**case.inputs(torch.float16), "lengths": torch.tensor([0, 1, 20, 1500])}
+    given = (*(inputs[name] for name in ("anchor", "gate_weight", "gate_bias", "lengths", "features")),)
+    upstream = torch.randn(4, 1500, 8, generator=torch.Generator().manual_seed(1)).half()
+    wide = [each.double() if torch.is_tensor(each) and each.is_floating_point() else each for each in given]
+    wide[-1] = [feature.double() for feature in inputs["features"]]
+    truth = reference.linear_attention.backward(upstream.double(), *wide)
+    with pytest.MonkeyPatch.context() as patch:
+        rounded = lambda a, b, dtype: a.to(dtype).float() @ b.to(dtype).float()  # noqa: E731
+        patch.setattr(reference.linear_attention, "matmul", rounded)
+        found = reference.linear_attention.backward(upstream, *given)
+    for one, exact in zip(found[3:], truth[3:], strict=True):
+        assert one.isfinite().all()
+        assert (one.double() - exact).norm() <= 1e-2 * exact.norm()
+
+
 # --- the modules --------------------------------------------------------------------------------------------
 
 
@@ -273,9 +291,18 @@ def test_second_derivative_is_refused(form):
 @pytest.mark.parametrize(
     "attention",
     ["", "pooled", "pooled:", "pooled:0", "pooled:-1", "pooled:2.5", "pooled:x", "Linear", None, 8]
-    + ["pooled:²", f"pooled:{2**31}", "pooled:" + "9" * 5000, "linear:2", " exact"],
+    + [
+        "pooled:²",
+        f"pooled:{2**31}",
+        "pooled:" + "0" * 11 + "1" + "0" * 20,
+        "pooled:000",
+        "pooled:" + "9" * 5000,
+        "linear:2",
+        " exact",
+    ],
 )
 def test_another_word_is_refused(attention):
+    assert reference.parse_attention("pooled:" + "0" * 20 + "8") == ("relu", 8)
     with pytest.raises(ValueError, match="attention must be 'exact', 'pooled:p' with a positive number p"):
         meft_kernels.UniPT(12, 3, 2, attention=attention)
 

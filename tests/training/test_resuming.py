@@ -219,6 +219,9 @@ def test_how_clips_are_dealt_out_matters_within_an_epoch():
     ):
         assert run.changes_since(then, 4) != [] and run.changes_since(then, 3) == []
     assert now.changes_since({"steps_per_epoch": 2}, 4) == ["steps_per_epoch"]
+    older = {name: value for name, value in vars(now).items() if name != "sampling"}
+    assert now.changes_since(older, 4) == []
+    assert replace(now, sampling="balanced").changes_since(older, 4) == ["sampling"]
     assert now.changes_since({**vars(now), "clips_per_step": None, "max_frames_per_batch": 99}, 3)
 
 

@@ -440,8 +440,15 @@ def test_two_processes_draw_as_one(work, tmp_path):
         ),
         ({"class_weights": "list.json"}, 1, "list.json must hold a JSON object"),
         ({"class_weights": "text.json"}, 1, "text.json is not valid JSON"),
-        ({"class_weights": "zero.json"}, 1, "the weight of low in zero.json must be a number above 0 and"),
-        ({"class_weights": "true.json"}, 1, "the weight of low in true.json must be a number above 0 and"),
+        (
+            {"class_weights": "zero.json"},
+            1,
+            "the weight of low in zero.json must be a number from 1e-06 to 1e+06, got 0",
+        ),
+        ({"class_weights": "true.json"}, 1, "the weight of low in true.json must be a number from"),
+        ({"class_weights": "huge.json"}, 1, "the weight of low in huge.json must be a number from"),
+        ({"class_weights": "twice.json"}, 1, "twice.json is not valid JSON: 'low' comes twice"),
+        ({"class_weights": "letters.json"}, 1, "letters.json names a class twice"),
         ({"class_weights": "few.json"}, 1, "few.json has no weight of middle, the classes are high, low, m"),
         ({"class_weights": "more.json"}, 1, "more.json has a weight of other, the classes are high, low, m"),
     ],
@@ -453,12 +460,15 @@ def test_mistakes_are_one_line(options, status, message, work, tmp_path, monkeyp
         "list": [1, 2],
         "zero": weights | {"low": 0},
         "true": weights | {"low": True},
+        "huge": weights | {"low": 10**400},
+        "letters": weights | {"\u00e9": 1, "e\u0301": 2},
         "few": {"high": 1, "low": 1},
         "more": weights | {"other": 1},
     }
     for name, content in files.items():
         Path(f"{name}.json").write_text(json.dumps(content))
     Path("text.json").write_text("{")
+    Path("twice.json").write_text('{"low": 1, "low": 2}')
     assert main(command(work, tmp_path / "out", **options)) == status
     error = capsys.readouterr().err.strip().splitlines()
     assert message in error[-1] and not any("Traceback" in line for line in error)

@@ -9,6 +9,7 @@ import numpy as np
 
 from .. import data
 from ..data.examples import ExampleSet, listing
+from ..data.names import composed
 from ..data.splits import split_kinds
 from ..errors import UserError, printable
 from ..evaluation.assessment import assess, write_assessment
@@ -123,6 +124,7 @@ def apart(
     """
     if unknown is None:
         return examples, None
+    unknown = [composed(label) for label in unknown]
     there = set(examples.label_counts())
     if unknown == ["all"]:
         unknown = sorted(there - set(known))

@@ -60,10 +60,15 @@ class PredictArguments:
             "that classify"
         },
     )
-    reject_label: str = field(default="unknown", metadata={"help": "label of clips that are rejected"})
+    reject_label: str | None = field(
+        default=None, metadata={"help": "label of clips that are rejected (default: unknown)"}
+    )
 
     def __post_init__(self):
         check_threshold(self.reject_below)
+        if self.reject_label is not None and self.reject_below is None:
+            raise UsageError(f"--reject_label {self.reject_label} is for --reject_below, which is not given")
+        self.reject_label = "unknown" if self.reject_label is None else self.reject_label
 
     @property
     def suffix(self) -> str:

@@ -33,8 +33,8 @@ class BalancedDraw:
         sizes = np.bincount(numbers)
         self._members = np.split(np.argsort(numbers, kind="stable"), np.cumsum(sizes)[:-1])
         # The sum over r = 0 ... K - 1 of floor((m + r) / K) is m (Hermite).
-        self._shift = np.random.default_rng([seed]).permutation(len(sizes))
-        self.size, self.seed = len(numbers), seed
+        self.size, self.seed = len(numbers), seed % 2**64  # numpy takes no negative one
+        self._shift = np.random.default_rng([self.seed]).permutation(len(sizes))
 
     def __call__(self, epoch: int) -> np.ndarray:
         """int64 (n,), the positions of an epoch's clips, class by class."""

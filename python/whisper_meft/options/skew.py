@@ -13,6 +13,9 @@ from .parser import UsageError
 # The gamma of Lin et al. (2017).
 GAMMA = 2.0
 
+# Of a class, so that their products with losses stay within float32.
+LEAST_WEIGHT, MOST_WEIGHT = 1e-6, 1e6
+
 COMPUTED_WEIGHTS = ("balanced", "inverse_sqrt")
 
 # By option, the value that changes nothing.
@@ -95,17 +98,21 @@ def read_class_weights(path: str | Path) -> dict[str, float]:
     """The weights in a file, by class.
 
     Raises:
-        UserError: it cannot be read, or is no JSON object of positive, finite numbers.
+        UserError: it cannot be read, names a class twice, or is no JSON object of numbers from 1e-6 to 1e6.
     """
-    values = read_json(path)
+    values = read_json(path, once=True)
     if not isinstance(values, dict) or not values:
         raise UserError(f"class_weights: {path} must hold a JSON object of a weight for each class")
     for name, value in values.items():
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not 0 < value < math.inf:
+        if not number or not LEAST_WEIGHT <= value <= MOST_WEIGHT:
+            shown = str(value) if not number or abs(value) < 10 * MOST_WEIGHT else "more"
             raise UserError(
-                f"class_weights: the weight of {name} in {path} must be a number above 0 and finite, got "
-                f"{value!r}"
+                f"class_weights: the weight of {name} in {path} must be a number from {LEAST_WEIGHT:g} to "
+                f"{MOST_WEIGHT:g}, got {shown}"
             )
     # Labels are composed (NFC) wherever they are read.
-    return {unicodedata.normalize("NFC", name): float(value) for name, value in values.items()}
+    found = {unicodedata.normalize("NFC", name): float(value) for name, value in values.items()}
+    if len(found) < len(values):
+        raise UserError(f"class_weights: {path} names a class twice, in letters composed and not")
+    return found

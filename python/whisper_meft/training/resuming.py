@@ -12,6 +12,9 @@ from ..errors import UserError
 from ..files import read_json
 from ..options.training import TrainArguments
 
+# What there was before it could be chosen, of checkpoints that do not say.
+_OLDER = {"sampling": "natural"}
+
 
 @dataclass
 class Batches:
@@ -60,6 +63,7 @@ class Batches:
 
     def changes_since(self, before: dict[str, Any], step: int) -> list[str]:
         """The names of what has changed so that a run cannot go on at ``step``, as ``before`` counts it."""
+        before = _OLDER | before
         changed = [name for name, value in asdict(self).items() if name in before and before[name] != value]
         dealt = ("per_device_train_batch_size", "gradient_accumulation_steps", "processes", "by_length")
         if set(changed) - set(dealt):
@@ -122,7 +126,7 @@ def check_same_batches(checkpoint: Path, now: Batches) -> None:
         before = {"steps_per_epoch": round(step / epoch)} if epoch else {}
     changed = now.changes_since(before, step)
     if changed:
-        named = ", ".join(f"{name} {before[name]} (now {getattr(now, name)})" for name in changed)
+        named = ", ".join(f"{name} {(_OLDER | before)[name]} (now {getattr(now, name)})" for name in changed)
         raise UserError(
             f"resume_from_checkpoint: {checkpoint} was trained with {named}; progress is counted in steps, "
             "so clips would be left out or come twice: give what it was, or start anew in another output_dir"
