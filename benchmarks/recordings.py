@@ -144,7 +144,7 @@ def on_states(case: AnyCase, states: Sequence[Tensor], inputs: dict, seed: int) 
             return inputs | {"features": features[-case.layers :]}
         merged = ops.guidance(side.guide.weight, side.guide.bias, features)
         return inputs | {"x": real[-2], "y": merged}
-    if case.op == "relu_attention" or (case.op == "pooled_upsample" and inputs["relu"]):
+    if case.op in ("relu_attention", "linear_attention") or (case.op == "pooled_upsample" and inputs["relu"]):
         side = meft_kernels.UniPT(**sizes, device=like.device)
         if case.op == "pooled_upsample":
             return inputs | {"x": side.state(real, None)}

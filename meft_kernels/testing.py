@@ -354,7 +354,9 @@ def _cases() -> list[Case]:
     ]
     cases = [Case(op=name, **shape) for name in ops.OP_NAMES[1:] for shape in shapes]
     attention = [case for case in cases if case.op == "relu_attention"]
-    # Whole groups, and smaller last ones.
+    # Whole groups, and smaller last ones. The fourth has as many keys as without pooling: of few a query
+    # has often one alone, and its gradient is rounding over what may be nearly zero, alike nowhere.
+    attention[3] = replace(attention[3], frames=256)
     cases += [replace(case, pool=pool) for case, pool in zip(attention, (5, 2, 3, 4, 3), strict=True)]
     with_lengths = ("pooled_upsample", "relu_attention", "linear_attention")
     return cases + [replace(case, masked=True) for case in cases if case.op in with_lengths]
