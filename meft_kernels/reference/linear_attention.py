@@ -93,6 +93,7 @@ def forward(
     valid, invalid = frame_weights(lengths, batch, frames, anchor), _invalid(lengths, frames)
     gates = Gates(anchor, gate_weight, gate_bias, valid, features).values
     scale = _scales(lengths, batch, frames, anchor)
+    eps = ATTENTION_EPS / scale
     out = anchor.new_empty(anchor.shape)
     for clips in row_blocks(batch, frames * width, anchor.device):
         query = torch.relu(anchor[clips])
@@ -101,7 +102,7 @@ def forward(
             gate = gates[clips, index, None, None]
             masked = None if invalid is None else invalid[clips]
             _, _, state, sums = _state(feature[clips], masked, scale[clips])
-            row_sum = query.to(gates.dtype) @ sums.mT + ATTENTION_EPS / scale[clips]
+            row_sum = query.to(gates.dtype) @ sums.mT + eps[clips]
             total.addcmul_(matmul(query, state, anchor.dtype), gate / row_sum)
             total.addcmul_(feature[clips].to(gates.dtype), gate)
         out[clips] = total
@@ -122,6 +123,7 @@ def backward(
     valid, invalid = frame_weights(lengths, batch, frames, anchor), _invalid(lengths, frames)
     gates = Gates(anchor, gate_weight, gate_bias, valid, features)
     scale = _scales(lengths, batch, frames, anchor)
+    eps = ATTENTION_EPS / scale
     grad_anchor = anchor.new_empty(anchor.shape)
     grad_features = [feature.new_empty(feature.shape) for feature in features]
     grad_weight = torch.zeros(gate_weight.shape, dtype=wide, device=anchor.device)
@@ -132,7 +134,7 @@ def backward(
         for index, feature in enumerate(features):
             gate = gates.values[clips, index, None, None]
             value, key, state, sums = _state(feature[clips], masked, scale[clips])
-            row_sum = query @ sums.mT + ATTENTION_EPS / scale[clips]
+            row_sum = query @ sums.mT + eps[clips]
             flow = matmul(grad[clips], state.mT, dtype)
             delta = (query * flow).sum(-1, keepdim=True) / row_sum
             factor = gate / row_sum
