@@ -29,7 +29,7 @@ from whisper_meft.training.checkpoints import list_checkpoints
 from benchmarks import record
 
 from .folds import TASKS, folds, load_task, write_manifests
-from .plan import BATCH, Cell, Row, run_name
+from .plan import ATTENTIONS, BATCH, Cell, Row, run_name
 
 # What of the machine and the code a row says that it was run on.
 ORIGIN = ("commit", "dirty", "date", "device", "cores", "threads", "python", "torch", "transformers")
@@ -56,9 +56,13 @@ class Fold(Comparison):
             parsed[3].cache_features = str(self.study.cache_folder(self.row))
         return parsed
 
-    def answers(self, folder: Path) -> list[int]:
-        """The class that a finished run's model gives each test clip."""
-        options = InferenceArguments(batch_size=BATCH, device="cpu")
+    def answers(self, folder: Path, attention: str | None = None) -> list[int]:
+        """The class that a finished run's model gives each test clip.
+
+        Args:
+            attention: of UniPT, where it is to be another one than it was trained with.
+        """
+        options = InferenceArguments(batch_size=BATCH, device="cpu", attention=attention)
         classifier = Classifier.load(folder, options, progress=False)
         if not self.row.frozen:
             return classifier.probabilities(self.test).argmax(1).tolist()
@@ -207,6 +211,9 @@ class Study:
             result = fold.run(row.compared, rate, cell.seed)
             seconds, peak = time.process_time() - started, _peak()
             predicted = fold.answers(fold.output / result["folder"])
+            # What a model costs in accuracy that is run with a cheaper attention than it learned with.
+            reads = ATTENTIONS if row.method == "unipt" and "attention=" not in row.entry else ()
+            read_as = {form: digits(fold.answers(fold.output / result["folder"], form)) for form in reads}
         except (UserError, RuntimeError, ValueError) as error:
             found = {**about, **budget, "status": f"failed: {error}".splitlines()[0], "origin": origin}
         else:
@@ -216,6 +223,7 @@ class Study:
                 **budget,
                 "status": "ok",
                 "predicted": digits(predicted),
+                **({"read_as": read_as} if read_as else {}),
                 "validation_accuracy": result["validation_accuracy"],
                 "validation_loss": result["validation_loss"],
                 "train_loss": result["train_loss"],

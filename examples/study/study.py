@@ -54,6 +54,7 @@ LOWER = {3e-4: 1e-4, 1e-3: 3e-4, 3e-3: 1e-3, 1e-2: 3e-3}
 LANGUAGES = ("af", "nb", "lt", "lv", "sk", "sl")
 LEVELS = {"accents-30db": 30.0, "accents-10db": 10.0, "accents-0db": 0.0}
 SEARCHED = "accents-10db"  # the level where the whole search is made; the others look beside its choice
+NEARBY = f"the one chosen in {SEARCHED} and the next lower one"
 VARIED = "accents-0db"  # the level of the parts that vary the side networks: it separates methods best
 CORPUS = {
     "train_clips_per_class": 80,
@@ -81,6 +82,9 @@ START_SEEDS = 6
 # The rates are above those of the search, at which the loss hardly falls.
 QUERIES = ("mezo@0.001", "mezo:mezo_queries=4@0.003")
 QUERY_SEEDS = 2
+# Of UniPT; a model that is trained with the exact one is scored with each of the others too.
+ATTENTIONS = ("pooled:4", "pooled:8", "linear", "summary")
+ATTENTION_LEVELS = {f"attention-{level}": LEVELS[f"accents-{level}"] for level in ("10db", "0db")}
 FRAMES = (250, 500, 1000, 1500)
 COUNTED = {"model": "small", "batch": 128}
 MEASURED = {"model": "base", "batch": 2, "repeats": 3}
@@ -92,7 +96,13 @@ LENGTH_METHODS = ("full", "lora", "lst", "unipt", "sherl")
 
 class Study(compare.Comparison):
     """A comparison that keeps each test clip's answer, reads each clip's features once, and trains what
-    leaves the encoder frozen from hidden states computed once."""
+    leaves the encoder frozen from hidden states computed once.
+
+    Attributes:
+        reads: attentions that a UniPT trained with the exact one is scored with too.
+    """
+
+    reads: Sequence[str] = ()
 
     def _parse(self, method: str, rate: float, seed: int, folder: Path) -> tuple:
         parsed = super()._parse(method, rate, seed, folder)
@@ -103,11 +113,31 @@ class Study(compare.Comparison):
         return parsed
 
     def answers(self, run: dict[str, Any]) -> dict[str, Any]:
-        """Scores of a finished run's model on the test clips, and ``predicted``, a digit per clip."""
+        """Scores of a finished run's model on the test clips, ``predicted``, a digit per clip, and of
+        ``reads`` in ``read_as`` the digits that another attention gives."""
         path = self.output / run["folder"] / "answers.json"
         if path.is_file():
             return read_json(path)
-        options = InferenceArguments(batch_size=32, device="cpu")
+        predicted = self.predicted(run)
+        scores = score(self.reference(), predicted, self.labels)
+        found = {
+            "accuracy": scores.accuracy,
+            "mean_class_accuracy": scores.mean_class_accuracy,
+            "predicted": digits(predicted),
+        }
+        if reads := self.reads if Path(run["folder"]).parent.name == "unipt" else ():
+            found["read_as"] = {attention: digits(self.predicted(run, attention)) for attention in reads}
+        write_json(path, found)
+        (path.parent / "model.safetensors").unlink(missing_ok=True)
+        return found
+
+    def predicted(self, run: dict[str, Any], attention: str | None = None) -> np.ndarray:
+        """The class that a finished run's model gives each test clip.
+
+        Args:
+            attention: of UniPT, where it is to be another one than it was trained with.
+        """
+        options = InferenceArguments(batch_size=32, device="cpu", attention=attention)
         classifier = Classifier.load(self.output / run["folder"], options, progress=False)
         frames = classifier.max_frames
         dataset = self._dataset(self.test, self.extractor, None, frames)
@@ -116,16 +146,7 @@ class Study(compare.Comparison):
             logits = torch.cat([classifier.model(**batch).logits.float() for batch in loader])
         if not torch.isfinite(logits).all():
             raise UserError("the model's output is NaN or infinite")
-        predicted = logits.argmax(1).numpy()
-        scores = score(self.reference(), predicted, self.labels)
-        found = {
-            "accuracy": scores.accuracy,
-            "mean_class_accuracy": scores.mean_class_accuracy,
-            "predicted": digits(predicted),
-        }
-        write_json(path, found)
-        (path.parent / "model.safetensors").unlink(missing_ok=True)
-        return found
+        return logits.argmax(1).numpy()
 
     def reference(self) -> np.ndarray:
         return np.array([self.labels.index(example.label) for example in self.test])
@@ -321,8 +342,17 @@ def _train(
     **changes: float,
 ) -> None:
     study, shapes = open_study(options.work, labels, snr_db, **changes)
-    shapes["learning_rates"] = searched or f"the one chosen in {SEARCHED} and the next lower one"
+    shapes["learning_rates"] = searched or NEARBY
     train_part(options, part, study, shapes, rates)
+
+
+def attention(options: argparse.Namespace, part: str) -> None:
+    """UniPT by its attention: trained with each, and trained with the exact one and run with the others."""
+    entries = ["unipt", *(f"unipt:attention={form}" for form in ATTENTIONS)]
+    study, shapes = open_study(options.work, ACCENTS, ATTENTION_LEVELS[part])
+    study.output, study.reads = study.output.with_name(part), ATTENTIONS
+    shapes["learning_rates"] = NEARBY
+    train_part(options, part, study, shapes, nearby_rates(options, entries))
 
 
 def starts(options: argparse.Namespace, part: str) -> None:
@@ -394,6 +424,7 @@ PARTS: dict[str, Callable[[argparse.Namespace, str], None]] = {
     "languages": languages,
     "starts": starts,
     "queries": queries,
+    **dict.fromkeys(ATTENTION_LEVELS, attention),
 }
 
 
