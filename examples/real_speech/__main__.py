@@ -4,6 +4,7 @@
     python -m examples.real_speech report --work DIR      # results/, this folder's README.md and its figures
     python -m examples.real_speech transcribe --model openai/whisper-base --speech DIR --work DIR
     python -m examples.real_speech report --transcription --work DIR      # results/ and TRANSCRIPTION.md
+    python -m examples.real_speech report --attention      # ATTENTION.md, of this study and examples/study
 
 ``run`` (of classification) and ``transcribe`` go through their plan (``--list`` shows it) and write a file
 into ``--work`` for every run that ends; whatever stops them, the same command goes on where it was, a run of
@@ -110,12 +111,19 @@ def _go_through(
 
 
 def report(options: argparse.Namespace) -> int:
+    name = "README.md"
     if options.transcription:
         from . import transcription_report as pages
+
+        name = "TRANSCRIPTION.md"
+    elif options.attention:
+        from . import attention_report as pages
+
+        name = "ATTENTION.md"
     else:
         from . import report as pages
 
-    page = options.page or HERE / ("TRANSCRIPTION.md" if options.transcription else "README.md")
+    page = options.page or HERE / name
     for path in pages.write(options.work, options.results, page):
         print(f"wrote {path.name}")
     return 0
@@ -144,7 +152,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     pages.add_argument("--work", type=Path, help="take over the rows that ended there")
     pages.add_argument("--results", type=Path, default=HERE / "results", help="folder of the records")
     pages.add_argument("--page", type=Path, help="the page (default: the one beside this)")
-    pages.add_argument("--transcription", action="store_true", help="those of transcription")
+    which = pages.add_mutually_exclusive_group()
+    which.add_argument("--transcription", action="store_true", help="those of transcription")
+    which.add_argument("--attention", action="store_true", help="those of UniPT's attention, from results/")
     options = parser.parse_args(argv)
     try:
         return {"run": run, "transcribe": transcribe, "report": report}[options.command](options)

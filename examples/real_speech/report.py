@@ -301,8 +301,8 @@ def varied(records: Records) -> str:
     rows, lines = rows_of(found), []
     for entry, row in sorted(rows.items()):
         method, options = parse_method(entry)
-        if _is_main(entry) or _is_recipe(entry) or method == "logistic":
-            continue
+        if _is_main(entry) or _is_recipe(entry) or method == "logistic" or "attention" in options:
+            continue  # another attention has a page of its own
         base = _reference(rows, method)
         gaps = gap(found, row, base) if base else None
         cells = [

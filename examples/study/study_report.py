@@ -58,19 +58,25 @@ def right_answers(shapes: dict[str, Any], row: dict[str, Any]) -> tuple[np.ndarr
     return (answers == reference) @ member, member.sum(axis=0)
 
 
-def difference(shapes: dict[str, Any], one: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
+def difference(
+    shapes: dict[str, Any], one: dict[str, Any], other: dict[str, Any], same_runs: bool = False
+) -> dict[str, float]:
     """How much more accurate one row is than another on the same test clips, in points.
+
+    Args:
+        same_runs: the rows are of the same trained models, seed by seed.
 
     Returns:
         ``mean``; ``low`` and ``high``: the middle 95 % over draws, with replacement, of the test speakers
-        (the same ones for both rows) and of each row's seeds.
+        (the same ones for both rows) and of each row's seeds (the same for both with ``same_runs``).
     """
     (first, clips), (second, _) = right_answers(shapes, one), right_answers(shapes, other)
     rng = np.random.default_rng(0)
     speakers = rng.integers(len(clips), size=(RESAMPLES, len(clips)))
-    sums = []
+    sums, seeds = [], None
     for right in (first, second):
-        seeds = rng.integers(len(right), size=(RESAMPLES, len(right)))
+        if seeds is None or not same_runs:
+            seeds = rng.integers(len(right), size=(RESAMPLES, len(right)))
         means = right[seeds].mean(axis=1)  # (draws, speakers)
         sums.append(np.take_along_axis(means, speakers, axis=1).sum(axis=1))
     draws = 100 * (sums[0] - sums[1]) / clips[speakers].sum(axis=1)

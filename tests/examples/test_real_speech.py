@@ -13,7 +13,7 @@ from whisper_meft.comparison.arguments import parse_method
 from whisper_meft.files import read_json
 
 from examples.real_speech import __main__ as command
-from examples.real_speech import cells, plan, report
+from examples.real_speech import attention_report, cells, plan, report
 from examples.real_speech import folds as division
 from examples.real_speech.folds import TASKS, Clip, folds
 from examples.study.study_report import _MARKED
@@ -205,6 +205,7 @@ def test_mistakes_give_one_line(tmp_path, capsys):
         (["run", *where, "--rows", "lsd"], "--rows: no row of the plan begins with 'lsd'"),
         (["report", "--work", str(tmp_path)], "--work: there are no rows in"),
         (["report", "--results", str(tmp_path)], "there are no records in"),
+        (["report", "--attention", "--work", str(tmp_path)], "--work: --attention reads results/ alone"),
     ):
         assert command.main(argv) == 1
         error = capsys.readouterr().err.strip()
@@ -221,6 +222,19 @@ def test_the_page_is_what_the_records_give():
     for name, draw in report.FIGURES.items():
         assert (FOLDER / f"{name}.svg").read_text(encoding="utf-8") == draw(RECORDS)
         assert f"({name}.svg)" in text
+
+
+def test_the_page_of_the_attention_is_what_both_studies_records_give():
+    text = (FOLDER / "ATTENTION.md").read_text(encoding="utf-8")
+    study = attention_report.study_report.load(attention_report.SYNTHETIC)
+    found = attention_report.text_of(text, RECORDS, study)
+    assert found == text, "run python -m examples.real_speech report --attention"
+    assert {match["name"] for match in _MARKED.finditer(text)} == set(attention_report.TABLES)
+    for part in attention_report.LEVELS:
+        (exact,) = [row for row in study[part]["figures"] if row["method"] == "unipt"]
+        for seed in exact["seeds"]:  # the model answers every clip with every attention
+            assert set(seed["read_as"]) == set(plan.ATTENTIONS)
+            assert {len(each) for each in seed["read_as"].values()} == {len(seed["predicted"])}
 
 
 @pytest.mark.parametrize("task", RECORDS)
