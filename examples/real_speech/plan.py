@@ -171,9 +171,11 @@ def plan() -> Iterator[Cell]:
     yield from searched(*references, sherl_recipe)
     for fold in folds_of("accents")[1:]:
         yield from (Cell(one, fold, None, 0) for one in (*references, sherl_recipe))
-    yield from seeded(unipt_recipe)
-    for attention in ATTENTIONS:
-        yield from whole(row(f"unipt:{RECIPE}+attention={attention}", rates=FROZEN["rates"][:2]))
+    attentions = [row(f"unipt:{RECIPE}+attention={each}", rates=FROZEN["rates"][:2]) for each in ATTENTIONS]
+    for one in attentions:
+        yield from searched(one)
+        yield from tested(one)
+    yield from seeded(unipt_recipe, *attentions)
     yield from seeded(lst_recipe, lst, unipt, weighted_sum)
     # What the recipe and a rate of its own for the head do for the others.
     for method in REFERENCES:
