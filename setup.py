@@ -10,6 +10,7 @@ MEFT_KERNELS_NATIVE=0 leaves them out.
 
 import os
 import platform
+import runpy
 import sys
 from pathlib import Path
 
@@ -22,6 +23,7 @@ X86_LEVELS = {
     "AVX2": ["-mavx2", "-mfma", "-mf16c"],
 }
 BASELINE = "DEFAULT"
+STAMP = Path("build", "native_sources.cpp")  # says in every library which sources it was built from
 
 
 def _skip(reason: str) -> None:
@@ -40,7 +42,7 @@ def _extensions(cpp_extension, version: str) -> list[Extension]:
     return [
         Extension(
             f"meft_kernels._native_{level.lower()}_torch_{release}",
-            SOURCES,
+            [*SOURCES, str(STAMP)],
             depends=[str(path) for path in Path("csrc").glob("*.h")],
             include_dirs=cpp_extension.include_paths(),
             library_dirs=cpp_extension.library_paths(),
@@ -64,6 +66,13 @@ def _extensions(cpp_extension, version: str) -> list[Extension]:
     ]
 
 
+def _write_stamp() -> None:
+    text = runpy.run_path("meft_kernels/native_sources.py")["written"](Path())
+    STAMP.parent.mkdir(exist_ok=True)
+    if not STAMP.is_file() or STAMP.read_text() != text:  # else nothing would have to be compiled
+        STAMP.write_text(text)
+
+
 def _native() -> dict:
     """What ``setup`` is told about the kernels: nothing where they cannot be built."""
     if os.environ.get("MEFT_KERNELS_NATIVE") == "0":
@@ -84,6 +93,7 @@ def _native() -> dict:
 
         def build_extensions(self) -> None:
             try:
+                _write_stamp()
                 super().build_extensions()
             except (Exception, SystemExit) as error:
                 _skip(f"{type(error).__name__}: {error}")

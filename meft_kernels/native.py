@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from . import native_sources
 from .reference.stand_in import device_type
 
 _FOLDER = Path(__file__).parent
@@ -48,6 +49,12 @@ def load_from(folder: Path) -> tuple[bool, str]:
             return False, f"the C++ kernels were not built for {level}"
         return False, _warned(
             f"the C++ kernels were built for torch {' and '.join(others)}, and this is torch {release}"
+        )
+    sources = native_sources.digest(folder.parent)
+    if sources is not None and native_sources.of_library(path) != sources:
+        return False, _warned(
+            "the C++ kernels were built from other sources than this checkout has: "
+            "run python setup.py build_ext --inplace"
         )
     try:
         torch.ops.load_library(path)

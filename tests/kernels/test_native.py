@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from meft_kernels import native, ops, use_backend
+from meft_kernels import native, native_sources, ops, use_backend
 from meft_kernels.testing import (
     CASES,
     Case,
@@ -296,6 +296,44 @@ def test_a_damaged_build_is_left_alone(tmp_path):
         (tmp_path / name).write_bytes(b"not a library")
     with pytest.warns(RuntimeWarning, match="cannot be loaded"):
         assert not native.load_from(tmp_path)[0]
+
+
+@pytest.fixture
+def checkout(tmp_path) -> Path:
+    """A folder that looks like a checkout with a library for this processor and this torch."""
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc" / "bindings.cpp").write_text("int kernel() { return 1; }")
+    (tmp_path / native_sources.SCHEMAS).parent.mkdir(parents=True)
+    (tmp_path / native_sources.SCHEMAS).write_text("schemas")
+    name = native.file_name(native._level(), torch.__version__.partition("+")[0])
+    (tmp_path / "meft_kernels" / name).write_text("no library: " + native_sources.written(tmp_path))
+    return tmp_path
+
+
+def test_a_build_of_these_sources_is_loaded(checkout):
+    with pytest.warns(RuntimeWarning, match="cannot be loaded"):  # so it was tried
+        native.load_from(checkout / "meft_kernels")
+
+
+@pytest.mark.parametrize("changed", ["csrc/bindings.cpp", "csrc/new.h", native_sources.SCHEMAS])
+def test_a_build_of_other_sources_is_left_alone(checkout, changed):
+    (checkout / changed).write_text("changed")
+    with pytest.warns(RuntimeWarning, match="built from other sources .* build_ext --inplace"):
+        loaded, reason = native.load_from(checkout / "meft_kernels")
+    assert not loaded and "other sources" in reason
+
+
+def test_a_build_from_before_sources_were_told_is_left_alone(checkout):
+    (library,) = (checkout / "meft_kernels").glob("*.so")
+    library.write_text("says nothing")
+    with pytest.warns(RuntimeWarning, match="built from other sources"):
+        assert not native.load_from(checkout / "meft_kernels")[0]
+
+
+@needs_build
+def test_the_library_says_its_sources():
+    name = native.file_name(native._level(), torch.__version__.partition("+")[0])
+    assert native_sources.of_library(ROOT / "meft_kernels" / name) == native_sources.digest(ROOT)
 
 
 def test_status_names_the_backend_of_every_op():
