@@ -62,7 +62,7 @@ class Fold(Comparison):
         Args:
             attention: of UniPT, where it is to be another one than it was trained with.
         """
-        options = InferenceArguments(batch_size=BATCH, device="cpu", attention=attention)
+        options = InferenceArguments(batch_size=BATCH, device="cpu", window="first", attention=attention)
         classifier = Classifier.load(folder, options, progress=False)
         if not self.row.frozen:
             return classifier.probabilities(self.test).argmax(1).tolist()

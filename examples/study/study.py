@@ -137,7 +137,7 @@ class Study(compare.Comparison):
         Args:
             attention: of UniPT, where it is to be another one than it was trained with.
         """
-        options = InferenceArguments(batch_size=32, device="cpu", attention=attention)
+        options = InferenceArguments(batch_size=32, device="cpu", window="first", attention=attention)
         classifier = Classifier.load(self.output / run["folder"], options, progress=False)
         frames = classifier.max_frames
         dataset = self._dataset(self.test, self.extractor, None, frames)

@@ -4,7 +4,7 @@ Decoding is libsndfile's (WAV, FLAC, OGG Vorbis and Opus, MP3, AIFF, NIST SPHERE
 resampling is soxr's. torchcodec is never needed; a decoder object of its kind is read when one is passed.
 """
 
-from .reading import VERSION, decode_audio, describe_source, read_audio, read_window
+from .reading import VERSION, decode_audio, describe_source, read_audio, read_window, read_windows
 from .suffixes import READABLE_SUFFIXES, UNREADABLE_SUFFIXES
 
 __all__ = [
@@ -15,4 +15,5 @@ __all__ = [
     "describe_source",
     "read_audio",
     "read_window",
+    "read_windows",
 ]

@@ -2,7 +2,8 @@
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -67,24 +68,21 @@ def read_window(
     channel: int | None = None,
     longest: float | None = None,
     whole: bool = False,
+    window: tuple[float, float] | None = None,
 ) -> tuple[np.ndarray, float]:
     """:func:`read_audio` of the first ``longest`` seconds of the segment, and how many seconds were decoded.
 
     With ``whole`` the rest of the segment is decoded and checked too, in blocks that are not kept: what this
     returns is then the same, with the length of the whole segment, and whatever reading a part of it can
-    raise is raised. ``channel`` (from 0) is read alone; by default channels are averaged.
+    raise is raised. ``channel`` (from 0) is read alone; by default channels are averaged. ``window``: of the
+    segment the seconds that are passed over, and how many follow that take its place.
 
     Returns:
         float32 ``(samples,)``, at least one sample, finite; and a length in seconds.
     """
-    if (
-        isinstance(sampling_rate, bool)
-        or not isinstance(sampling_rate, int | np.integer)
-        or sampling_rate < 1
-    ):
-        raise UserError(f"sampling_rate must be a positive integer number of Hz, got {sampling_rate!r}")
+    _check_sampling_rate(sampling_rate)
     name = name or describe_source(source)
-    segment = make_segment(start, stop, unit, channel, None if whole else longest, name)
+    segment = make_segment(start, stop, unit, channel, None if whole else longest, name, window)
     kept, total, room, rate = [], 0, math.inf, 0
     try:
         for block, rate in _checked_blocks(source, segment, source_rate or int(sampling_rate), name):
@@ -100,6 +98,68 @@ def read_window(
         raise UserError(f"{name} needs more memory than there is") from error
 
 
+def read_windows(
+    source: Any,
+    sampling_rate: int,
+    starts: Sequence[float],
+    length: float,
+    start: float | None = None,
+    stop: float | None = None,
+    *,
+    unit: Unit = "seconds",
+    source_rate: int | None = None,
+    name: str | None = None,
+    channel: int | None = None,
+) -> Iterator[np.ndarray]:
+    """Windows of a segment, decoded once from its beginning to its end; no more than a window and a block of
+    it is held at a time.
+
+    Args:
+        starts: of the windows, in seconds from the beginning of the segment, ascending.
+        length: of each, in seconds; one that reaches past the end is what is there.
+
+    Yields:
+        what :func:`read_window` gives with ``window=(start, length)``, bit for bit, for each of them.
+
+    Raises:
+        UserError: as there.
+    """
+    _check_sampling_rate(sampling_rate)
+    name = name or describe_source(source)
+    segment = make_segment(start, stop, unit, channel, None, name)
+    held, at, number = np.zeros(0, np.float32), 0, 0  # samples from the position `at` on, windows given
+    try:
+        for block, rate in _checked_blocks(source, segment, source_rate or int(sampling_rate), name):
+            held = np.concatenate([held, block])
+            while number < len(starts):
+                window = replace(segment, after=starts[number], longest=length)
+                first, last = (each - segment.frames(rate, name)[0] for each in window.frames(rate, name))
+                if at + len(held) < last:
+                    break
+                yield _resample(held[first - at : last - at], rate, int(sampling_rate), name)
+                number += 1
+            else:
+                return
+            passed = min(max(first - at, 0), len(held))
+            held, at = held[passed:], at + passed
+        for after in starts[number:]:  # what reaches past the end
+            first = round(after * rate)
+            if first >= at + len(held):
+                raise begins_too_late(name, first, at + len(held), rate)
+            yield _resample(held[first - at :], rate, int(sampling_rate), name)
+    except MemoryError as error:
+        raise UserError(f"{name} needs more memory than there is") from error
+
+
+def _check_sampling_rate(sampling_rate: Any) -> None:
+    if (
+        isinstance(sampling_rate, bool)
+        or not isinstance(sampling_rate, int | np.integer)
+        or sampling_rate < 1
+    ):
+        raise UserError(f"sampling_rate must be a positive integer number of Hz, got {sampling_rate!r}")
+
+
 def decode_audio(
     source: Any,
     start: float | None = None,
@@ -109,13 +169,14 @@ def decode_audio(
     source_rate: int | None = None,
     name: str | None = None,
     channel: int | None = None,
+    window: tuple[float, float] | None = None,
 ) -> tuple[np.ndarray, int]:
     """:func:`read_audio` before resampling: float32 ``(samples,)`` at the source's rate, and that rate.
 
-    ``channel`` (from 0) is read alone; by default channels are averaged.
+    ``channel`` (from 0) is read alone; by default channels are averaged. ``window``: see :func:`read_window`.
     """
     name = name or describe_source(source)
-    segment = make_segment(start, stop, unit, channel, None, name)
+    segment = make_segment(start, stop, unit, channel, None, name, window)
     try:
         blocks = list(_checked_blocks(source, segment, source_rate, name))
         return np.concatenate([block for block, _ in blocks]), blocks[0][1]

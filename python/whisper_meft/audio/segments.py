@@ -13,18 +13,19 @@ _RATES = (1_000, 1_000_000)  # Hz; a rate outside these is a damaged header
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """From ``start`` to ``stop`` in ``unit``, and of that at most ``longest`` seconds; half open.
-    ``channel`` (from 0) is heard alone; None averages all."""
+    """From ``start`` to ``stop`` in ``unit``; of that what follows the first ``after`` seconds, at most
+    ``longest`` seconds; half open. ``channel`` (from 0) is heard alone; None averages all."""
 
     start: float
     stop: float
     unit: str
     longest: float = math.inf
     channel: int | None = None
+    after: float = 0.0
 
     def within(self, longest: float) -> "Segment":
         """The first ``longest`` seconds of it."""
-        return replace(self, longest=longest)
+        return replace(self, longest=min(longest, self.longest))
 
     def frames(self, rate: int, name: str) -> tuple[int, float]:
         """The segment in samples at ``rate``; the second is ``inf`` where it reaches to the end.
@@ -40,15 +41,28 @@ class Segment:
                 f"{name}: the segment from {self.start:g} to {self.stop:g} {self.unit} holds no sample at "
                 f"{rate} Hz"
             )
+        first += round(self.after * rate)
+        if last <= first:
+            raise UserError(f"{name}: the segment ends before the {self.after:g} s that are passed over")
         if self.longest != math.inf:
             last = min(last, first + max(1, round(self.longest * rate)))
         return first, last
 
 
 def make_segment(
-    start: Any, stop: Any, unit: Any, channel: int | None, longest: float | None, name: str
+    start: Any,
+    stop: Any,
+    unit: Any,
+    channel: int | None,
+    longest: float | None,
+    name: str,
+    window: tuple[float, float] | None = None,
 ) -> Segment:
-    """Raises UserError where these are no segment."""
+    """What these say; ``window``: the seconds of it that are passed over, and how many follow that are meant.
+
+    Raises:
+        UserError: these are no segment.
+    """
     if unit not in ("seconds", "samples"):
         raise UserError(f'unit must be "seconds" or "samples", got {unit!r}')
     try:
@@ -60,7 +74,10 @@ def make_segment(
         raise UserError(f"{name}: start must be 0 or more and stop a number, got {start!r} and {stop!r}")
     if last <= first:
         raise UserError(f"{name}: the segment from {first:g} to {last:g} {unit} is empty")
-    return Segment(first, last, unit, math.inf if longest is None else longest, channel)
+    after, most = (0.0, math.inf) if window is None else window
+    if not (0 <= after < math.inf and most > 0):
+        raise UserError(f"{name}: a window begins at 0 or later and lasts more than 0 s, got {window!r}")
+    return Segment(first, last, unit, most if longest is None else min(longest, most), channel, after)
 
 
 def check_rate(rate: Any, name: str) -> int:

@@ -246,7 +246,9 @@ class Comparison:
 
     def _scores(self, model_dir: str) -> dict[str, Any]:
         """On the test data."""
-        options = InferenceArguments(batch_size=2 * self.arguments.batch_size, device=self.device.type)
+        size, device = 2 * self.arguments.batch_size, self.device.type
+        # As all of them are trained, and as the baseline hears a clip.
+        options = InferenceArguments(batch_size=size, device=device, window="first")
         if self.arguments.task == "classify":
             scores, _ = evaluate(Classifier.load(model_dir, options, progress=False), self.test)
             return scores.as_dict()

@@ -19,6 +19,7 @@ from .features import check_feature_extractor, log_mel, true_frames, window_of
 from .folders import list_audio_files
 from .readers import list_splits, load_examples
 from .transcripts import TranscriptTokens
+from .windows import cut_into_windows
 
 __all__ = [
     "Collator",
@@ -32,6 +33,7 @@ __all__ = [
     "check_known_labels",
     "check_labelled",
     "check_transcribed",
+    "cut_into_windows",
     "describe_bad",
     "label_inventory",
     "list_audio_files",

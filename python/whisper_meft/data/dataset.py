@@ -92,17 +92,29 @@ class SpeechDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         example = self.examples[index]
-        features, frames = self._features(example) if example.has_features else self._log_mel(example)
-        item = {
-            "input_features": torch.from_numpy(np.ascontiguousarray(features)),
-            "attention_mask": (torch.arange(features.shape[1]) < frames).long(),
-            "length": (frames + 1) // 2,
-        }
+        item = self._item(*(self._features(example) if example.has_features else self._log_mel(example)))
         if self.label2id is not None:
             item["labels"] = self.label2id[example.label]
         if self.tokens is not None:
             item |= {name: torch.tensor(ids) for name, ids in self.tokens(example).items()}
         return item
+
+    def item_of_wave(self, wave: np.ndarray) -> dict[str, Any]:
+        """The input that sound alone gives, without labels and tokens.
+
+        Args:
+            wave: float32 ``(samples,)`` at the extractor's rate, cut to the window.
+        """
+        wave = wave[: self._window * self.feature_extractor.hop_length]
+        return self._item(*self._log_mel_of(wave))
+
+    @staticmethod
+    def _item(features: np.ndarray, frames: int) -> dict[str, Any]:
+        return {
+            "input_features": torch.from_numpy(np.ascontiguousarray(features)),
+            "attention_mask": (torch.arange(features.shape[1]) < frames).long(),
+            "length": (frames + 1) // 2,
+        }
 
     def _log_mel(self, example: Example) -> tuple[np.ndarray, int]:
         extractor = self.feature_extractor
@@ -112,8 +124,11 @@ class SpeechDataset(torch.utils.data.Dataset):
         if len(wave) > window:
             self._say_cut(example, len(wave) / extractor.hop_length)
             wave = wave[:window]
-        mel = log_mel(wave, extractor, full_window=self._whole_window)
-        return mel[:, : self._window], math.ceil(len(wave) / extractor.hop_length)
+        return self._log_mel_of(wave)
+
+    def _log_mel_of(self, wave: np.ndarray) -> tuple[np.ndarray, int]:
+        mel = log_mel(wave, self.feature_extractor, full_window=self._whole_window)
+        return mel[:, : self._window], math.ceil(len(wave) / self.feature_extractor.hop_length)
 
     def _features(self, example: Example) -> tuple[np.ndarray, int]:
         features = read_features(example, self.feature_extractor.feature_size)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..audio import decode_audio, describe_source, read_window
+from ..audio import decode_audio, describe_source, read_window, read_windows
 from ..errors import UserError
 from ..once import warn_once
 from .names import composed, folded
@@ -63,6 +63,8 @@ class Example:
         unit: "seconds", or "samples" at the file's own rate.
         channel: the one that is heard, counted from 0; ``None``: all of them, averaged.
         seconds: its length, where known (:func:`whisper_meft.data.check_audio` finds it).
+        window: of the segment, in seconds, how many are passed over and how many follow that are meant
+            (:func:`whisper_meft.data.cut_into_windows`); ``None`` means all of it.
     """
 
     audio: Any
@@ -75,6 +77,7 @@ class Example:
     seconds: float | None = None
     channel: int | None = None
     text: str | None = None
+    window: tuple[float, float] | None = None
 
     def __post_init__(self):
         # The same letters may be composed in one file system or spreadsheet and decomposed in another.
@@ -88,6 +91,8 @@ class Example:
                 name += f" [{self.start or 0:g} to {stop} {'s' if self.unit == 'seconds' else self.unit}]"
             if self.channel is not None:
                 name += f" [channel {self.channel}]"
+            if self.window is not None:
+                name += f" [window {self.window[0]:.7g} to {sum(self.window):.7g} s]"
             object.__setattr__(self, "name", name)
 
     @property
@@ -116,7 +121,7 @@ class Example:
         Raises:
             UserError: naming the example, when its audio cannot be read.
         """
-        how = {"unit": self.unit, "name": self.name, "channel": self.channel}
+        how = {"unit": self.unit, "name": self.name, "channel": self.channel, "window": self.window}
         return decode_audio(self.value(), self.start, self.stop, **how)
 
     def read(
@@ -140,7 +145,21 @@ class Example:
             channel=self.channel,
             longest=longest,
             whole=whole,
+            window=self.window,
         )
+
+    def read_windows(
+        self, sampling_rate: int, starts: Sequence[float], length: float
+    ) -> Iterator[np.ndarray]:
+        """:func:`whisper_meft.audio.read_windows` of it.
+
+        Raises:
+            UserError: naming the example, when its audio cannot be read.
+        """
+        how = {"unit": self.unit, "name": self.name, "channel": self.channel}
+        before = 0.0 if self.window is None else self.window[0]
+        starts = [before + start for start in starts]
+        return read_windows(self.value(), sampling_rate, starts, length, self.start, self.stop, **how)
 
 
 class ExampleSet(Sequence):

@@ -1,18 +1,23 @@
 """A trained model that classifies: the inference loop of predicting and scoring."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from ..audio.windows import Windows
+from ..data.dataset import Collator
 from ..data.examples import Example, ExampleSet
+from ..data.windows import WindowCollator, WindowStream, longest_window
 from ..errors import UserError
 from ..model.module import MeftModel
 from ..options.inference import InferenceArguments
 from .loaded import LoadedModel, extractor_of, load_trained, usable_device
+from .timeline import Timeline, WindowLogits, softmax
 
 
 class Classifier(LoadedModel):
@@ -25,6 +30,12 @@ class Classifier(LoadedModel):
         batch_size: clips per batch.
         num_workers: processes that read audio; 0 reads in this one.
         progress: show progress bars.
+        window, hop: seconds of the windows that longer recordings are heard in, and from the beginning of one
+            to that of the next; by default as many as the model hears, and half of them. "first" hears the
+            beginning of longer recordings alone, as training without windows does.
+
+    Raises:
+        UserError: windows that the model does not hear whole, or that leave sound out.
     """
 
     def __init__(
@@ -35,9 +46,12 @@ class Classifier(LoadedModel):
         batch_size: int = 8,
         num_workers: int = 0,
         progress: bool = True,
+        window: float | str | None = None,
+        hop: float | None = None,
     ):
         super().__init__(model, feature_extractor, device, batch_size, num_workers, progress)
         self.max_frames = model.meft_config.max_frames
+        self.windows = None if window == "first" else self._windows(window, hop)
         names = model.config.id2label
         self.labels = [names[index] for index in range(model.config.num_labels)]
 
@@ -54,26 +68,124 @@ class Classifier(LoadedModel):
         model = load_trained(MeftModel, model_dir, arguments, device)
         named, max_frames = arguments.feature_extractor_name, model.meft_config.max_frames
         extractor = extractor_of(model_dir, named, model.config, max_frames)
-        return cls(model, extractor, device, arguments.batch_size, arguments.num_workers, progress)
+        sizes = arguments.batch_size, arguments.num_workers, progress
+        return cls(model, extractor, device, *sizes, arguments.window, arguments.hop)
+
+    def _windows(self, window: float | None, hop: float | None) -> Windows:
+        longest = longest_window(self.feature_extractor, self.max_frames)
+        return Windows.within(longest, window, hop, overlap=0.5)
 
     def probabilities(self, examples: ExampleSet) -> np.ndarray:
         """Class probabilities, float32 (N, K), rows in the order of ``examples``; NaN where the model's
-        output was not finite.
+        output was not finite. Of recordings longer than a window those of all their windows together, see
+        :func:`.timeline.pool`.
 
         Raises:
             UserError: an example cannot be read.
         """
-        return torch.from_numpy(self.logits(examples)).softmax(dim=-1).numpy()
+        return softmax(self.logits(examples))
 
     def logits(self, examples: ExampleSet) -> np.ndarray:
-        """What the model's softmax is taken of, as :meth:`probabilities`."""
+        """What the model's softmax is taken of, as :meth:`probabilities`; of recordings longer than a window
+        the log of their probabilities."""
+        return self.answers(examples)
+
+    def segments(self, audio: Any, window: float | None = None, hop: float | None = None) -> Timeline:
+        """What the model says of one recording over time, and of all of it.
+
+        An hour takes no more memory than a minute: it is decoded, cut and classified as it goes. The answer
+        for the whole is that of :meth:`probabilities`, and so is the one segment of a recording that is not
+        longer than a window.
+
+        Args:
+            audio: anything that :func:`whisper_meft.audio.read_audio` reads, or an ``Example``.
+            window, hop: see the class; by default this classifier's. They begin every ``hop`` seconds; the
+                last one ends with the recording. A rest of at most 0.1 seconds has none.
+
+        Raises:
+            UserError: the audio cannot be read; windows that the model does not hear whole; the model's
+                output is NaN or infinite.
+        """
+        example = audio if isinstance(audio, Example) else Example(audio)
+        examples, _ = self.check(ExampleSet([example], "the recording"), strict=True)
+        given = window is not None or hop is not None or self.windows is None
+        windows = self._windows(window, hop) if given else self.windows
+        parts: dict[int, WindowLogits] = {}
+        logits = self.answers(examples, windows, parts.__setitem__)
+        if not np.isfinite(logits).all():
+            raise UserError(f"the model's output for {example.name} is NaN or infinite")
+        seconds = examples[0].seconds
+        seconds = longest_window(self.feature_extractor, self.max_frames) if seconds is None else seconds
+        return Timeline.of(self.labels, seconds, logits[0], parts.get(0))
+
+    def answers(
+        self,
+        examples: ExampleSet,
+        windows: Windows | None = None,
+        done: Callable[[int, WindowLogits], None] | None = None,
+    ) -> np.ndarray:
+        """:meth:`logits` of all examples.
+
+        Args:
+            windows: by default this classifier's.
+            done: called with the index of each recording that is longer than a window and what its windows
+                gave, the moment they are there, in any order.
+
+        Raises:
+            UserError: an example cannot be read.
+        """
+        windows = windows or self.windows
+        if windows is None:
+            return self._plain(examples)
+        if any(example.seconds is None and not example.has_features for example in examples):
+            examples, _ = self.check(examples, strict=True)
+        is_long = np.array([not each.has_features and windows.needed(each.seconds) for each in examples])
+        if not is_long.any():
+            return self._plain(examples)
+        short, long = np.flatnonzero(~is_long), np.flatnonzero(is_long)
+        logits = np.empty((len(examples), len(self.labels)), np.float32)
+        if len(short):
+            logits[short] = self._plain(examples.select(short))
+        for number, found in self._of_windows(examples.select(long), windows):
+            logits[long[number]] = found.pooled()
+            if done is not None:
+                done(int(long[number]), found)
+        return logits
+
+    def _plain(self, examples: ExampleSet) -> np.ndarray:
+        """Logits (N, K) of examples of which no more than the model's window is heard."""
         order, loader = self.batches(examples, self.max_frames, self.max_frames != "fidelity")
-        rows = []
         with torch.inference_mode():
-            for batch in tqdm(loader, desc="classifying", unit="batch", disable=not self.progress):
-                logits = self.model(**{name: value.to(self.device) for name, value in batch.items()}).logits
-                rows.append(logits.float().cpu().numpy())
+            bar = tqdm(loader, desc="classifying", unit="batch", disable=not self.progress)
+            rows = [self._of_batch(batch) for batch in bar]
         return np.concatenate(rows)[np.argsort(order)]
+
+    def _of_batch(self, batch: dict[str, torch.Tensor]) -> np.ndarray:
+        """float32 (B, K)."""
+        logits = self.model(**{name: value.to(self.device) for name, value in batch.items()}).logits
+        return logits.float().cpu().numpy()
+
+    def _of_windows(self, examples: ExampleSet, windows: Windows) -> Iterator[tuple[int, WindowLogits]]:
+        """Index in ``examples`` and windows of long recordings, the moment that one is heard to its end."""
+        counts = [len(windows.starts(example.seconds)) for example in examples]
+        stream = WindowStream(examples, windows, self.feature_extractor, self.max_frames)
+        collate = WindowCollator(Collator(self.feature_extractor, self.max_frames))
+        loader = DataLoader(stream, self.batch_size, collate_fn=collate, num_workers=self.num_workers)
+        held: dict[int, tuple[np.ndarray, np.ndarray, list[int]]] = {}
+        bar = tqdm(total=sum(counts), desc="classifying", unit="window", disable=not self.progress)
+        with bar, torch.inference_mode():
+            for places, batch in loader:
+                for (index, number, silent), row in zip(places, self._of_batch(batch)):
+                    if index not in held:
+                        rows = np.empty((counts[index], len(row)), np.float32)
+                        held[index] = rows, np.zeros(counts[index], bool), [counts[index]]
+                    rows, muted, left = held[index]
+                    rows[number], muted[number] = row, silent
+                    left[0] -= 1
+                    if not left[0]:
+                        del held[index]
+                        yield index, WindowLogits.of(rows, muted, windows, examples[index].seconds)
+                bar.update(len(places))
 
 
 def predict(

@@ -153,8 +153,10 @@ def clip_fingerprint(example: Example) -> str:
         UserError: the source cannot be read.
     """
     source = example.value()
-    told = ("audio", "label", "speaker", "text", "name", "seconds")
+    told = ("audio", "label", "speaker", "text", "name", "seconds", "window")
     part = " ".join(str(getattr(example, each.name)) for each in fields(example) if each.name not in told)
+    if example.window is not None:
+        part += f" window {example.window}"
     if isinstance(source, dict):
         part += f" at {source.get('sampling_rate')} Hz"
         source = next((source[k] for k in ("bytes", "array", "raw", "path") if source.get(k) is not None), "")

@@ -4,6 +4,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ..audio.windows import WHISPER_SECONDS, Windows
 from ..errors import UserError
 from .parser import UsageError
 
@@ -47,8 +48,23 @@ class InferenceArguments:
     )
     batch_size: int = field(default=8, metadata={"help": "clips per batch"})
     num_workers: int = field(default=0, metadata={"help": "processes that read audio"})
+    window: str | None = field(
+        default=None,
+        metadata={
+            "help": "seconds of the windows that longer recordings are heard in, or first, which hears their "
+            "beginning alone (default: as many as the model hears, 30 with max_frames fidelity); of models "
+            "that classify"
+        },
+    )
+    hop: float | None = field(
+        default=None,
+        metadata={
+            "help": "seconds from the beginning of a window to that of the next (default: half a window)"
+        },
+    )
 
     def __post_init__(self):
+        self.window = window_of(self.window, self.hop)
         if self.batch_size < 1:
             raise UsageError(f"--batch_size must be at least 1, got {self.batch_size}")
         if self.num_workers < 0:
@@ -56,6 +72,33 @@ class InferenceArguments:
 
 
 SAVED = "saved"
+FIRST = "first"
+
+
+def window_of(window: str | float | None, hop: float | None) -> float | str | None:
+    """The seconds of a --window, or the word for the first one alone.
+
+    Raises:
+        UsageError: neither, or a --hop that does not go with it.
+    """
+    if window == FIRST and hop is not None:
+        raise UsageError(f"--hop {hop:g} is from window to window, and --window {FIRST} hears one alone")
+    if window not in (None, FIRST):
+        try:
+            window = float(window)
+        except ValueError:
+            raise UsageError(f"--window must be a number of seconds, or {FIRST}, got {window!r}") from None
+    if window != FIRST:
+        check_windows(window, hop)
+    return window
+
+
+def check_windows(window: float | None, hop: float | None) -> None:
+    """Raises UsageError where a --window and a --hop in seconds cannot be used with any model."""
+    try:
+        Windows.within(WHISPER_SECONDS, window, hop)
+    except UserError as error:
+        raise UsageError(f"--{error}") from None
 
 
 def check_threshold(value: str | None) -> None:
