@@ -181,5 +181,11 @@ def test_an_output_that_is_not_finite(backbone, tmp_path):
 
 def test_pooling_counts_seconds():
     probabilities = np.array([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4]])
-    assert pool(probabilities, np.array([1.0, 3.0, 0.0])) == pytest.approx([0.375, 0.625])
-    assert np.array_equal(pool(probabilities[:1], np.array([30.0])), probabilities[0])
+    logits = np.log(probabilities) + [[5], [-3], [0]]
+    assert np.exp(pool(logits, np.array([1.0, 3.0, 0.0]))) == pytest.approx([0.375, 0.625])
+    assert np.exp(pool(logits[:1], np.array([30.0]))) == pytest.approx(probabilities[0])
+    # Far below the least float.
+    assert pool(np.array([[0.0, -2000.0], [0.0, -1000.0]]), np.ones(2)) == pytest.approx(
+        [0, -1000 - np.log(2)]
+    )
+    assert np.isnan(pool(np.array([[0.0, np.nan], [0.0, 1.0]]), np.ones(2))).any()

@@ -149,6 +149,7 @@ def run(argv: Sequence[str]) -> int:
     """`whisper-meft evaluate`; returns the exit status."""
     inference, generation, arguments, where = make_parser().parse(argv)
     transcribes = kind_of(where.model_dir) != "classification"
+    inference.check_kind(transcribes)
     if not transcribes:
         generation.refuse_for_classes()
     elif given := next((n for n in ("reject_below", "unknown_labels") if getattr(arguments, n)), None):
@@ -177,12 +178,14 @@ def run(argv: Sequence[str]) -> int:
             bad = [*bad, *more_bad]
         origin = "saved with the model" if arguments.reject_below == SAVED else "given"
         scores = assess(model, examples, unknown, threshold, origin)
+        windows = model.windows
     left_out = [{"file": name, "reason": reason} for name, reason in bad]
     more = {"model": str(where.model_dir), "left_out": left_out}
     if transcribes:
         write_recognition(scores, folder, examples.description, **more, generation=model.options)
     else:
-        write_assessment(scores, folder, examples.description, **more)
+        how = {"window": windows and windows.length, "hop": windows and windows.hop}
+        write_assessment(scores, folder, examples.description, **more, **how)
     scored = f"{printable(where.model_dir)} on {printable(examples.description)}"
     print(f"{scored}\n{scores.as_text()}\nresults are in {folder}")
     if bad:

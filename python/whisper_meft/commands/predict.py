@@ -13,7 +13,9 @@ from .. import data
 from ..errors import UserError, printable
 from ..evaluation.classifier import Classifier, predict
 from ..evaluation.generating import Transcript
+from ..evaluation.plots import plot_timeline
 from ..evaluation.subtitles import WRITERS, output_names
+from ..evaluation.timeline import Timeline, answer_of
 from ..evaluation.transcriber import Transcriber, transcribe_files
 from ..files import check_writable, write_json, write_text
 from ..model.kinds import kind_of
@@ -99,6 +101,68 @@ class PredictArguments:
             raise UsageError(f"--output_format {self.output_format} is for --output_dir, which is not given")
 
 
+_FIGURES = (".png", ".svg")
+
+
+@dataclass
+class OverTimeArguments:
+    """What is told of a recording's windows; of models that classify."""
+
+    _argument_group_name = "over time"
+
+    segments: str | None = field(
+        default=None,
+        metadata={
+            "help": "file ending in .csv or .json to write: label and probabilities of every window of every "
+            "recording (default: of a single recording a table on stdout; in --output FILE.json those of "
+            "recordings longer than a window)"
+        },
+    )
+    plot: str | None = field(
+        default=None,
+        metadata={
+            "help": "draw the probabilities over time: a file ending in .png or .svg for one recording, else "
+            "a folder for a PNG file of each"
+        },
+    )
+
+    def __post_init__(self):
+        if self.segments is not None and Path(self.segments).suffix.lower() not in (".csv", ".json"):
+            raise UsageError(f"--segments must end in .csv or .json, got {self.segments}")
+        folder = self.plot is None or (self.plot and (Path(self.plot).is_dir() or not Path(self.plot).suffix))
+        if not folder and Path(self.plot).suffix.lower() not in _FIGURES:
+            raise UsageError(f"--plot must end in .png or .svg, or name a folder, got {self.plot!r}")
+
+    def check(self, output: PredictArguments, transcribes: bool) -> None:
+        """Raises UsageError where a model of this kind has no such thing, or two go into one file."""
+        places = [Path(each).absolute() for each in (self.segments, output.output) if each is not None]
+        if len(places) != len(set(places)):
+            raise UsageError(f"--segments and --output are both {self.segments}: name two files")
+        for name in ("segments", "plot"):
+            if transcribes and getattr(self, name) is not None:
+                raise UsageError(f"--{name} is for models that classify, and this one transcribes")
+
+    def plots(self, files: Sequence[str]) -> dict[str, Path]:
+        """Where the figure of each file goes, all of which can be written.
+
+        Raises:
+            UserError: several in one file, or they cannot be written.
+        """
+        if self.plot is None:
+            return {}
+        if Path(self.plot).suffix.lower() in _FIGURES and not Path(self.plot).is_dir():
+            if len(files) > 1:
+                raise UserError(
+                    f"--plot {self.plot} holds one recording, and there are {len(files)}: name a folder"
+                )
+            places = {files[0]: Path(self.plot)}
+        else:
+            places = {file: Path(self.plot, f"{name}.png") for file, name in zip(files, output_names(files))}
+        for path in {path.parent: path for path in places.values()}.values():
+            check_writable(path)
+        return places
+
+
 def find_audio(sources: Sequence[str]) -> list[str]:
     """Files to hear: each file as named, each folder searched for audio, without repeats.
 
@@ -150,6 +214,41 @@ def as_csv(rows: Iterable[dict[str, Any]], labels: Sequence[str]) -> str:
     return text.getvalue()
 
 
+def segments_as_table(rows: Iterable[dict[str, Any]]) -> str:
+    """Windows of one recording as a text table: start and end in seconds, and as :func:`as_table`."""
+    lines = [["start", "end", "label", "probability", "next"]]
+    for row in rows:
+        cells = [f"{row['start']:.2f}", f"{row['end']:.2f}"]
+        if row["label"] is None:
+            lines.append([*cells, "", "", "nothing to hear"])
+            continue
+        ranked = sorted(row["probabilities"].items(), key=lambda item: -item[1])
+        following = ranked[0 if row.get("rejected") else 1 :]
+        runner_up = f"{printable(following[0][0])} {following[0][1]:.1%}" if following else ""
+        lines.append([*cells, printable(row["label"]), f"{ranked[0][1]:.1%}", runner_up])
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    right = (True, True, False, True, False)
+    return "\n".join(
+        "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right)).rstrip()
+        for line in lines
+    )
+
+
+def segments_as_csv(found: Iterable[tuple[str, Iterable[dict[str, Any]]]], labels: Sequence[str]) -> str:
+    """Windows of (file, rows) as CSV: file, start, end, label, then one probability column per class; the
+    last of them empty where there is nothing to hear."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["file", "start", "end", "label", *labels])
+    for file, rows in found:
+        for row in rows:
+            probabilities = row["probabilities"] or {}
+            cells = [f"{probabilities[name]:.6f}" if name in probabilities else "" for name in labels]
+            place = [file, f"{row['start']:.3f}", f"{row['end']:.3f}"]
+            writer.writerow([*place, row["label"] or "", *cells])
+    return text.getvalue()
+
+
 def transcripts_as_table(rows: Sequence[dict[str, Any]]) -> str:
     """Transcripts as a text table: file and text, and of segments when they are said."""
     timed = any("segments" in row for row in rows)
@@ -183,11 +282,12 @@ def make_parser() -> Parser:
     """The parser of `whisper-meft predict`."""
     parser = Parser(
         "predict",
-        (InferenceArguments, GenerationArguments, PredictArguments),
+        (InferenceArguments, GenerationArguments, PredictArguments, OverTimeArguments),
         usage="MODEL_DIR AUDIO_OR_DIR... [--output FILE | --output_dir DIR] [options]",
         description="Classifies audio files, or transcribes them by a model that was trained for that or a "
-        "plain Whisper; folders are searched for audio. Files that cannot be read are named on stderr, the "
-        "others are answered, and the exit status is then 1.",
+        "plain Whisper; folders are searched for audio. Recordings that are longer than a model hears are "
+        "heard in windows. Files that cannot be read are named on stderr, the others are answered, and the "
+        "exit status is then 1.",
     )
     help = "folder (or hub name) of a trained model, or of a plain Whisper"
     parser.add_argument("model_dir", metavar="MODEL_DIR", help=help)
@@ -197,35 +297,65 @@ def make_parser() -> Parser:
 
 def run(argv: Sequence[str]) -> int:
     """`whisper-meft predict`; returns the exit status."""
-    inference, generation, output, where = make_parser().parse(argv)
+    inference, generation, output, over_time, where = make_parser().parse(argv)
     transcribes = kind_of(where.model_dir) != "classification"
     output.check(transcribes)
+    inference.check_kind(transcribes)
+    over_time.check(output, transcribes)
     if not transcribes:
         generation.refuse_for_classes()
     files = find_audio(where.audio)
     if transcribes:
         bad = _transcribe(where.model_dir, files, inference, generation, output)
     else:
-        bad = _classify(where.model_dir, files, inference, output)
+        bad = _classify(where.model_dir, files, inference, output, over_time)
     for name, reason in bad:
         print(f"whisper-meft: cannot read {printable(name)}: {printable(reason)}", file=sys.stderr)
     return 1 if bad else 0
 
 
 def _classify(
-    model_dir: str, files: Sequence[str], inference: InferenceArguments, output: PredictArguments
+    model_dir: str,
+    files: Sequence[str],
+    inference: InferenceArguments,
+    output: PredictArguments,
+    over_time: OverTimeArguments,
 ) -> list[tuple[str, str]]:
     """Writes the labels; returns name and reason of the files that have none."""
-    if output.output is not None:
-        check_writable(output.output)
+    for path in (output.output, over_time.segments):
+        if path is not None:
+            check_writable(path)
+    plots = over_time.plots(files)
     classifier = Classifier.load(model_dir, inference, progress=sys.stderr.isatty())
     if output.reject_below is not None and output.reject_label in classifier.labels:
         raise UserError(f"--reject_label: {output.reject_label!r} is a class of the model: name another")
     threshold = threshold_of(output.reject_below, classifier.model.config, model_dir)
-    rows, bad = predict(classifier, files, threshold, output.reject_label)
+    kept: dict[str, Timeline] = {}
+
+    def done(file: str, timeline: Timeline) -> None:
+        if file in plots:
+            whole = answer_of(timeline.labels, timeline.probabilities, threshold, output.reject_label)
+            plot_timeline(timeline, plots[file], f"{file}: {whole['label']}", threshold)
+        if over_time.segments is not None or len(timeline.segments) > 1:
+            kept[file] = timeline
+
+    rows, bad = predict(classifier, files, threshold, output.reject_label, done)
+    found = {file: kept[file].rows(threshold, output.reject_label) for file in kept}
+    if over_time.segments is not None:
+        if over_time.segments.lower().endswith("json"):
+            parts = [{"file": file, "segments": list(each)} for file, each in found.items()]
+            write_json(over_time.segments, parts)
+        else:
+            write_text(over_time.segments, segments_as_csv(found.items(), classifier.labels))
     if output.output is None:
         print(as_table(rows))
+        if len(files) == 1 and over_time.segments is None:
+            for each in found.values():
+                print(f"\n{segments_as_table(each)}")
     elif output.suffix == "json":
+        for row in rows:
+            if row["file"] in kept and len(kept[row["file"]].segments) > 1:
+                row["segments"] = list(kept[row["file"]].rows(threshold, output.reject_label))
         write_json(output.output, rows)
     else:
         write_text(output.output, as_csv(rows, classifier.labels))

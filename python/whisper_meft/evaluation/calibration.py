@@ -1,7 +1,7 @@
 """Whether probabilities are right: how far they are off, a temperature that mends it, and a threshold."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -10,6 +10,7 @@ from ..errors import UserError
 from .classifier import Classifier
 from .detection import row_slices
 from .scoring import logits_and_classes
+from .timeline import WindowLogits
 
 BINS = 15
 
@@ -78,13 +79,14 @@ def reliability(
     return Reliability(np.linspace(0, 1, bins + 1), counts, confidence, accuracy)
 
 
-def fit_temperature(logits: np.ndarray, reference: np.ndarray) -> float:
+def fit_temperature(logits: np.ndarray, reference: np.ndarray, weights: np.ndarray | None = None) -> float:
     """The temperature T at which softmax(logits / T) has the least log loss (Guo et al. 2017, section 4.2).
 
     The loss is convex in 1 / T; its derivative is brought to 0 by bisection, to the last bit or so.
 
     Args:
-        logits: (N, K), finite. reference: (N,) class indices.
+        logits: (N, K), finite. reference: (N,) class indices. weights: (N,) how much each counts; None:
+            all alike.
 
     Raises:
         UserError: there is no such T: all clips are recognised, so that a smaller one always fits better, or
@@ -96,7 +98,7 @@ def fit_temperature(logits: np.ndarray, reference: np.ndarray) -> float:
 
     def slope(sharpness: float) -> float:
         p = np.exp(log_softmax(logits * sharpness))
-        return float(((p * logits).sum(1) - own).mean())
+        return float(np.average((p * logits).sum(1) - own, weights=weights))
 
     if not len(reference):
         raise UserError("there are no examples to calibrate on")
@@ -168,22 +170,42 @@ def calibrate(classifier: Classifier, examples: ExampleSet, keep: float = 0.95) 
     Args:
         classifier: the model; its config's ``calibration_temperature`` and ``rejection_threshold`` are set,
             whatever they were.
-        examples: labelled, not those that it was trained on. keep: share of them that is not to be rejected.
+        examples: labelled, not those that it was trained on; a temperature is that of windows, a threshold
+            that of whole recordings. keep: share of them that is not to be rejected.
 
     Raises:
         UserError: there is no temperature, a label is not known, or an example cannot be read.
     """
     config = classifier.model.config
     config.calibration_temperature = None
-    logits, reference = logits_and_classes(classifier, examples)
-    temperature = fit_temperature(logits, reference)
-    right = logits.argmax(1) == reference
+    parts: dict[int, WindowLogits] = {}
+    logits, reference = logits_and_classes(classifier, examples, parts.__setitem__)
+    temperature = fit_temperature(*_windows_and_clips(logits, reference, parts))
     losses, errors = [], []
-    for scaled in (logits, logits / temperature):
+    for divisor in (1.0, temperature):
+        scaled = logits / divisor
+        for index, part in parts.items():
+            scaled[index] = replace(part, logits=part.logits / divisor).pooled()
         confidences = confidences_of(scaled)
         losses.append(float(log_loss(scaled, reference).mean()))
-        errors.append(reliability(confidences, right).error)
+        errors.append(reliability(confidences, scaled.argmax(1) == reference).error)
     threshold = threshold_that_keeps(confidences, keep)
     config.calibration_temperature, config.rejection_threshold = temperature, threshold
     kept = float((confidences >= threshold).mean())
     return Calibration(temperature, threshold, keep, kept, len(reference), tuple(losses), tuple(errors))
+
+
+def _windows_and_clips(
+    logits: np.ndarray, reference: np.ndarray, parts: dict[int, WindowLogits]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """What softmax is taken of: logits, classes, and how much each counts; a recording counts as one clip,
+    shared among its ``parts``."""
+    if not parts:
+        return logits, reference, None
+    rows, classes, weights = [], [], []
+    for index, (row, label) in enumerate(zip(logits, reference)):
+        each = np.ones(1) if index not in parts else parts[index].weights
+        rows.append(row[None] if index not in parts else parts[index].logits)
+        classes.append(np.full(len(each), label))
+        weights.append(each / each.sum())
+    return np.concatenate(rows), np.concatenate(classes), np.concatenate(weights)

@@ -17,7 +17,7 @@ from ..errors import UserError
 from ..model.module import MeftModel
 from ..options.inference import InferenceArguments
 from .loaded import LoadedModel, extractor_of, load_trained, usable_device
-from .timeline import Timeline, WindowLogits, softmax
+from .timeline import Timeline, WindowLogits, answer_of, softmax
 
 
 class Classifier(LoadedModel):
@@ -193,12 +193,14 @@ def predict(
     files: Sequence[str],
     reject_below: float | None = None,
     reject_label: str = "unknown",
+    done: Callable[[str, Timeline], None] | None = None,
 ) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
     """Classifies audio files; those that cannot be read do not stop the others.
 
     Args:
         reject_below: a clip whose most probable class has a lower probability gets the label
             ``reject_label`` instead.
+        done: called with each file and what is said of it over time, in order.
 
     Returns:
         one {"file", "label", "probabilities": {label: p}} per readable file, in order, with a threshold also
@@ -210,19 +212,17 @@ def predict(
     examples = ExampleSet([Example(audio=file, name=file) for file in files], "the files to classify")
     # The error of a single file says it all; of several the good ones are answered.
     good, bad = classifier.check(examples, strict=len(examples) == 1)
-    probabilities = classifier.probabilities(good)
+    parts: dict[int, WindowLogits] = {}
+    logits = classifier.answers(good, done=None if done is None else parts.__setitem__)
     rows = []
-    for example, row in zip(good, probabilities):
+    for index, (example, row) in enumerate(zip(good, softmax(logits))):
         if not np.isfinite(row).all():
             bad.append((example.name, "the model's output for it is NaN or infinite"))
             continue
-        named = {label: float(p) for label, p in zip(classifier.labels, row)}
-        answer = {"file": example.name, "label": classifier.labels[int(row.argmax())], "probabilities": named}
-        if reject_below is not None:
-            answer["rejected"] = bool(float(row.max()) < reject_below)
-            if answer["rejected"]:
-                answer["label"] = reject_label
-        rows.append(answer)
+        rows.append({"file": example.name, **answer_of(classifier.labels, row, reject_below, reject_label)})
+        if done is not None:
+            timeline = Timeline.of(classifier.labels, example.seconds, logits[index], parts.pop(index, None))
+            done(example.name, timeline)
     if not rows:
         raise UserError(f"no file could be classified; {bad[0][0]}: {bad[0][1]}")
     return rows, bad

@@ -1,4 +1,5 @@
-"""The figures that training and scoring leave behind: confusion matrix, reliability, learning curve.
+"""The figures of training, scoring and predicting: confusion matrix, reliability, learning curve, classes
+over time.
 
 Drawn with matplotlib's object interface on the Agg canvas, so no display and no global state is involved.
 """
@@ -15,8 +16,9 @@ from ..errors import printable
 from ..files import replacing
 from .metrics import Confusion
 
-# Two entries of the Okabe-Ito palette, told apart under the common kinds of colour blindness.
+# Entries of the Okabe-Ito palette, told apart under the common kinds of colour blindness.
 BLUE, ORANGE = "#0072B2", "#D55E00"
+_PALETTE = (BLUE, ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 
 # Class names may be in any script; matplotlib's own font lacks Chinese, Japanese, Korean and Arabic.
 FONTS = ("Noto Sans CJK SC", "Noto Sans SC", "WenQuanYi Zen Hei", "Microsoft YaHei", "PingFang SC", "SimHei")
@@ -32,7 +34,8 @@ _LABEL_CHARACTERS = 40  # of a class name
 
 @contextmanager
 def drawing(width: float, height: float, path: str | os.PathLike) -> Iterator[Any]:
-    """Yields an empty figure of this size in inches and writes it to ``path`` afterwards."""
+    """Yields an empty figure of this size in inches and writes it to ``path`` afterwards, as PNG or, where
+    its name says so, as SVG."""
     from matplotlib import font_manager, rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -44,8 +47,9 @@ def drawing(width: float, height: float, path: str | os.PathLike) -> Iterator[An
         figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
         FigureCanvasAgg(figure)
         yield figure
+        form = "svg" if os.fsdecode(path).lower().endswith(".svg") else "png"
         with replacing(path) as temporary:
-            figure.savefig(temporary, format="png")
+            figure.savefig(temporary, format=form)
 
 
 def plot_confusion(
@@ -211,5 +215,61 @@ def plot_learning_curve(
         for axes in (loss_axes, score_axes):
             axes.set_xlabel("epoch")
             axes.grid(alpha=0.3)
+            axes.spines[["top", "right"]].set_visible(False)
+        figure.suptitle(printable(title), fontsize=11, parse_math=False)
+
+
+def plot_timeline(
+    timeline: Any, path: str | os.PathLike, title: str = "", reject_below: float | None = None
+) -> None:
+    """Draws the probabilities of a recording's most probable classes over time, each at the middle of its
+    window, above the class that is said of each part.
+
+    Args:
+        timeline: a :class:`.timeline.Timeline`.
+        path: PNG or SVG file to write (atomically).
+        title: line above the figure.
+        reject_below: a threshold to draw; parts below it have no class.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    segments, labels = timeline.segments, [printable(label) for label in timeline.labels]
+    values = np.array([segment.probabilities for segment in segments])  # [windows, classes]
+    unit, scale = ("minutes", 60.0) if timeline.seconds > 180 else ("seconds", 1.0)
+    middles = np.array([(segment.start + segment.end) / 2 for segment in segments]) / scale
+    end = timeline.seconds / scale
+    # From halfway to the window before to halfway to the next.
+    edges = np.concatenate([[0.0], (middles[1:] + middles[:-1]) / 2, [end]])
+    heard = np.array([segment.label is not None for segment in segments])
+    said = np.where(heard, np.nan_to_num(values).argmax(axis=1), -1)
+    if reject_below is not None:
+        said[heard & (np.nan_to_num(values).max(axis=1) < reject_below)] = -1
+    # Those that are said first, the most frequent of them before the others; then by their highest value.
+    often = np.array([(said == index).sum() for index in range(len(labels))])
+    shown = np.lexsort((-np.nan_to_num(values).max(axis=0), -often))[: len(_PALETTE)]
+    with drawing(10, 4.2, path) as figure:
+        lines, strip = figure.subplots(2, 1, sharex=True, height_ratios=(8, 1))
+        for color, index in zip(_PALETTE, shown):
+            cut = labels[index] if len(labels[index]) <= _LABEL_CHARACTERS else f"{labels[index][:39]}…"
+            # Where there is one window it is the whole; a point alone would hardly be seen.
+            at, value = (middles, values[:, index]) if len(segments) > 1 else (edges, values[[0, 0], index])
+            dots = "." if 1 < len(segments) <= 120 else ""
+            (line,) = lines.plot(at, value, color=color, marker=dots, linewidth=1.5)
+            line.set_label(f" {cut}")  # one that begins with "_" would be left out
+            for number in np.flatnonzero(said == index):
+                strip.axvspan(edges[number], edges[number + 1], color=color, linewidth=0)
+        if reject_below is not None:
+            lines.axhline(reject_below, color="black", linewidth=1, linestyle="--", label="rejected below")
+        lines.set_ylim(-0.02, 1.02)
+        lines.set_ylabel("probability")
+        legend = lines.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9)
+        for text in legend.get_texts():
+            text.set_parse_math(False)
+        strip.set_yticks([])
+        strip.set_xlim(0, end)
+        strip.set_xlabel(unit)
+        strip.set_ylabel("class", rotation=0, ha="right", va="center")
+        for axes in (lines, strip):
             axes.spines[["top", "right"]].set_visible(False)
         figure.suptitle(printable(title), fontsize=11, parse_math=False)

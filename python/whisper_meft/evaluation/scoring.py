@@ -1,5 +1,6 @@
 """Scoring a model on labelled examples, and writing the scores."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,22 +12,28 @@ from ..files import write_json, write_text
 from . import plots
 from .classifier import Classifier
 from .metrics import Scores, score
+from .timeline import WindowLogits
+
+Done = Callable[[int, WindowLogits], None]
 
 
-def finite_logits(classifier: Classifier, examples: ExampleSet) -> np.ndarray:
-    """What the softmax is taken of, float32 (N, K) in the order of ``examples``.
+def finite_logits(classifier: Classifier, examples: ExampleSet, done: Done | None = None) -> np.ndarray:
+    """What the softmax is taken of, float32 (N, K) in the order of ``examples``; ``done`` as of
+    :meth:`.Classifier.answers`.
 
     Raises:
         UserError: an example cannot be read, or the model's output for it is NaN or infinite.
     """
-    logits = classifier.logits(examples)
+    logits = classifier.answers(examples, done=done)
     finite = np.isfinite(logits).all(axis=1)
     if not finite.all():
         raise UserError(f"the model's output for {examples[int(finite.argmin())].name} is NaN or infinite")
     return logits
 
 
-def logits_and_classes(classifier: Classifier, examples: ExampleSet) -> tuple[np.ndarray, np.ndarray]:
+def logits_and_classes(
+    classifier: Classifier, examples: ExampleSet, done: Done | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """:func:`finite_logits`, and the class indices (N,) that are right.
 
     Raises:
@@ -35,7 +42,7 @@ def logits_and_classes(classifier: Classifier, examples: ExampleSet) -> tuple[np
     check_known_labels(examples, classifier.labels)
     index = {label: number for number, label in enumerate(classifier.labels)}
     reference = np.array([index[example.label] for example in examples])
-    return finite_logits(classifier, examples), reference
+    return finite_logits(classifier, examples, done), reference
 
 
 def evaluate(classifier: Classifier, examples: ExampleSet) -> tuple[Scores, np.ndarray]:

@@ -1,6 +1,6 @@
 """What a classifier says of a recording over time, and of all of it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,10 +34,14 @@ class WindowLogits:
         ends = np.minimum(starts + windows.length, seconds)
         return cls(logits, muted, windows.shares(seconds), starts, ends)
 
+    @property
+    def weights(self) -> np.ndarray:
+        """float64 (windows,): the shares, 0 where there is nothing to hear."""
+        return np.where(self.muted, 0.0, self.shares)
+
     def pooled(self) -> np.ndarray:
-        """Logits of the whole, float32 (K,): the log of the mean probability."""
-        with np.errstate(divide="ignore"):
-            return np.log(pool(softmax(self.logits), np.where(self.muted, 0, self.shares))).astype(np.float32)
+        """Logits of the whole, float32 (K,): :func:`pool`."""
+        return pool(self.logits, self.weights).astype(np.float32)
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -45,20 +49,25 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return torch.from_numpy(logits).softmax(dim=-1).numpy()
 
 
-def pool(probabilities: np.ndarray, seconds: np.ndarray) -> np.ndarray:
-    """The answer of a recording: the mean of its windows' probabilities, the sum rule of Kittler et al. (On
-    combining classifiers, IEEE TPAMI 20 (3), 1998), which errs least where the estimates are rough.
+def pool(logits: np.ndarray, seconds: np.ndarray) -> np.ndarray:
+    """The answer of a recording: the log of the mean of its windows' probabilities, the sum rule of Kittler
+    et al. (On combining classifiers, IEEE TPAMI 20 (3), 1998), which errs least where estimates are rough.
 
-    Where a recording changes its class, that of a class is the share of the time that has it; where it does
-    not, one window that is sure of something else cannot outvote all others, as it could with the product.
+    Where a recording changes its class, the probability of a class is the share of the time that has it;
+    where it does not, one window that is sure of something else cannot outvote all others, as it could with
+    the product of their probabilities.
 
     Args:
-        probabilities: (windows, K). seconds: (windows,), how many each answers for, not all 0.
+        logits: (windows, K). seconds: (windows,), how many each answers for, not all 0.
 
     Returns:
-        float64 (K,), whose sum is 1; of one window what that has.
+        float64 (K,), the exponentials of which have the sum 1.
     """
-    return np.average(np.asarray(probabilities, np.float64), axis=0, weights=seconds)
+    weights = np.asarray(seconds, np.float64) / np.sum(seconds)
+    counts = weights > 0
+    each = torch.from_numpy(np.asarray(logits[counts], np.float64)).log_softmax(dim=-1)
+    # In logs, because a probability may be below the least float.
+    return torch.logsumexp(each + torch.from_numpy(np.log(weights[counts]))[:, None], dim=0).numpy()
 
 
 @dataclass(frozen=True)
@@ -113,23 +122,38 @@ class Timeline:
                 segments.append(ClassifiedSegment(float(start), float(end), label, row))
         return cls(labels, seconds, segments, labels[int(whole.argmax())], whole)
 
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-ready: "label", "probabilities" by class, and "segments" with "start", "end", "label" and
-        "probabilities", both None where nothing can be heard."""
-        return {
-            "label": self.label,
-            "probabilities": _named(self.labels, self.probabilities),
-            "segments": [
-                {
-                    "start": each.start,
-                    "end": each.end,
-                    "label": each.label,
-                    "probabilities": None if each.label is None else _named(self.labels, each.probabilities),
-                }
-                for each in self.segments
-            ],
-        }
+    def rows(
+        self, reject_below: float | None = None, reject_label: str = "unknown"
+    ) -> Iterator[dict[str, Any]]:
+        """Of each segment "start", "end", "label" and "probabilities" by class, JSON-ready; the last two are
+        None where nothing can be heard.
+
+        Args:
+            reject_below, reject_label: as of :func:`.classifier.predict`; with a threshold there is also
+                "rejected".
+        """
+        for each in self.segments:
+            if each.label is None:
+                row = {"label": None, "probabilities": None}
+                row |= {} if reject_below is None else {"rejected": False}
+            else:
+                row = answer_of(self.labels, each.probabilities, reject_below, reject_label)
+            yield {"start": each.start, "end": each.end, **row}
+
+    def as_dict(self, reject_below: float | None = None, reject_label: str = "unknown") -> dict[str, Any]:
+        """JSON-ready: "label" and "probabilities" of the whole, and "segments", which are :meth:`rows`."""
+        whole = answer_of(self.labels, self.probabilities, reject_below, reject_label)
+        return {**whole, "segments": list(self.rows(reject_below, reject_label))}
 
 
-def _named(labels: Sequence[str], probabilities: np.ndarray) -> dict[str, float]:
-    return {label: float(p) for label, p in zip(labels, probabilities)}
+def answer_of(
+    labels: Sequence[str], probabilities: np.ndarray, reject_below: float | None, reject_label: str
+) -> dict[str, Any]:
+    """ "label" and "probabilities" by class, and with a threshold "rejected"; ``probabilities``: (K,)."""
+    named = {label: float(p) for label, p in zip(labels, probabilities)}
+    answer = {"label": labels[int(probabilities.argmax())], "probabilities": named}
+    if reject_below is not None:
+        answer["rejected"] = bool(float(probabilities.max()) < reject_below)
+        if answer["rejected"]:
+            answer["label"] = reject_label
+    return answer

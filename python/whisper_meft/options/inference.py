@@ -70,6 +70,14 @@ class InferenceArguments:
         if self.num_workers < 0:
             raise UsageError(f"--num_workers must be 0 or more, got {self.num_workers}")
 
+    def check_kind(self, transcribes: bool) -> None:
+        """Raises UsageError where options are given that models of this kind do not have."""
+        for name in ("window", "hop"):
+            if transcribes and getattr(self, name) is not None:
+                raise UsageError(
+                    f"--{name} is for models that classify, and this one transcribes, by windows of its own"
+                )
+
 
 SAVED = "saved"
 FIRST = "first"
