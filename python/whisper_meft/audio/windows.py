@@ -43,6 +43,9 @@ class Windows:
                 f"hop must be above 0 and at most the window's {self.length:g} seconds, got {self.hop:g}"
             )
 
+    def __str__(self) -> str:
+        return f"{self.length:g} s every {self.hop:g} s"
+
     @classmethod
     def within(
         cls,
@@ -91,11 +94,19 @@ class Windows:
         return starts
 
     def shares(self, seconds: float) -> np.ndarray:
-        """Of how many seconds of a recording each window is to answer, float64 (windows,): of those that it
-        alone has, and an equal share of those that it has with others."""
+        """:func:`shares` of a recording's windows."""
         starts = np.array(self.starts(seconds))
-        ends = np.minimum(starts + self.length, seconds)
-        points = np.unique(np.concatenate([starts, ends]))
-        there = np.searchsorted(starts, points, "right") - np.searchsorted(ends, points, "right")
-        passed = np.concatenate([[0.0], np.cumsum(np.diff(points) / np.maximum(there[:-1], 1))])
-        return np.interp(ends, points, passed) - np.interp(starts, points, passed)
+        return shares(starts, np.minimum(starts + self.length, seconds))
+
+
+def shares(starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Of how many seconds of a recording each window is to answer, float64 (windows,): of those that it alone
+    has, and an equal share of those that it has with others.
+
+    Args:
+        starts, ends: (windows,) in seconds, ascending, nothing between two windows.
+    """
+    points = np.unique(np.concatenate([starts, ends]))
+    there = np.searchsorted(starts, points, "right") - np.searchsorted(ends, points, "right")
+    passed = np.concatenate([[0.0], np.cumsum(np.diff(points) / np.maximum(there[:-1], 1))])
+    return np.interp(ends, points, passed) - np.interp(starts, points, passed)

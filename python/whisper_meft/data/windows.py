@@ -35,6 +35,21 @@ def _parts(example: Example, windows: Windows) -> list[Example]:
     return parts
 
 
+def recordings_of(examples: ExampleSet) -> list[list[int]]:
+    """The indices of each recording's windows, as :func:`cut_into_windows` leaves them; of an example that
+    was not cut its own."""
+    groups: list[list[int]] = []
+    before = None
+    for index, each in enumerate(examples):
+        of = None if each.window is None else (id(each.audio), each.start, each.stop, each.unit, each.channel)
+        if of is not None and of == before and each.window[0] > examples[index - 1].window[0]:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+        before = of
+    return groups
+
+
 def longest_window(feature_extractor: Any, max_frames: MaxFrames) -> float:
     """Seconds that a model hears at most; arguments as of :func:`whisper_meft.data.window_of`."""
     frames = window_of(feature_extractor, max_frames)

@@ -9,6 +9,7 @@ import torch
 from transformers import TrainingArguments
 
 from .common import DataFormatArguments, MethodArguments, ModelArguments
+from .inference import check_windows
 from .parser import Parser, UsageError
 from .skew import DEFAULTS as SKEW_DEFAULTS
 from .skew import SkewArguments
@@ -137,7 +138,25 @@ class TrainDataArguments(DataFormatArguments):
         default=None, metadata={"help": "evaluate on at most this many examples, chosen at random"}
     )
 
+    window: float | None = field(
+        default=None,
+        metadata={
+            "help": "cut longer clips into windows of so many seconds, each an example of the clip's class "
+            "and speaker (default: of longer clips the beginning alone is heard); to classify"
+        },
+    )
+    hop: float | None = field(
+        default=None,
+        metadata={
+            "help": "with --window: seconds from the beginning of a window to that of the next (default: the "
+            "window, so that they do not overlap)"
+        },
+    )
+
     def __post_init__(self):
+        if self.hop is not None and self.window is None:
+            raise UsageError(f"--hop {self.hop:g} is from window to window: give --window too")
+        check_windows(self.window, self.hop)
         sources = [name for name in ("train_data", "dataset_name", "train_file") if getattr(self, name)]
         if len(sources) != 1:
             given = " and ".join(f"--{name}" for name in sources) or "none of them"

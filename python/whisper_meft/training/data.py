@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from .. import data
+from ..audio.windows import Windows
 from ..data.examples import (
     ExampleSet,
     label_inventory,
@@ -30,12 +31,14 @@ class RunData:
         training, evaluation: usable examples; evaluation is None where nothing is evaluated.
         left_out: (name, reason) of the unusable ones.
         note: how the evaluation data came to be, for the reader of its scores.
+        windows: how clips longer than a window were cut, into an example for each; None: they were not.
     """
 
     training: ExampleSet
     evaluation: ExampleSet | None
     left_out: list[tuple[str, str]]
     note: str
+    windows: Windows | None = None
 
     @property
     def labels(self) -> list[str]:
@@ -72,6 +75,7 @@ def load_data(
         UserError: the data cannot be found or used.
     """
     source, reading = arguments.train_data, task.reader_options(arguments)
+    windows = task.windows(arguments)
     splits = data.list_splits(source, **reading)
 
     def load(source: str, split: str | None, most: int | None) -> ExampleSet:
@@ -108,6 +112,9 @@ def load_data(
     if evaluation is not None:
         warn_on_shared_speakers(training, evaluation)
         warn_on_shared_audio(training, evaluation)
+    if windows is not None:  # last, so that speakers and recordings stay whole
+        training = data.cut_into_windows(training, windows)
+        evaluation = None if evaluation is None else data.cut_into_windows(evaluation, windows)
     if not select:
         note = "the last weights are scored, nothing was chosen on this data"
     elif is_test:
@@ -118,7 +125,7 @@ def load_data(
         )
     else:
         note = "the best checkpoint is chosen on this data, so its scores are slightly optimistic"
-    return RunData(training, evaluation, left_out, origin + note)
+    return RunData(training, evaluation, left_out, origin + note, windows)
 
 
 def usable_examples(

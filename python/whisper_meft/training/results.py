@@ -62,6 +62,7 @@ def summarise(
         **settings.task.summary(examples.training),
         "train_examples": len(examples.training),
         "train_data": examples.training.description,
+        "windows": examples.windows and asdict(examples.windows),
         "epochs": state.epoch,
         "steps": state.global_step,
         "planned_steps": trainer.total_steps(),

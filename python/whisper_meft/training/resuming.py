@@ -13,7 +13,7 @@ from ..files import read_json
 from ..options.training import TrainArguments
 
 # What there was before it could be chosen, of checkpoints that do not say.
-_OLDER = {"sampling": "natural"}
+_OLDER = {"sampling": "natural", "windows": None}
 
 
 @dataclass
@@ -25,7 +25,7 @@ class Batches:
         clips_per_step: of all processes together; None where batches are made by frames.
         processes: how many train side by side.
         by_length: whether the batches are made by :class:`whisper_meft.data.batching.LengthBatches`.
-        sampling: which clips an epoch has.
+        sampling: which clips an epoch has. windows: how longer clips are cut, in words.
         others: the options of these names.
     """
 
@@ -40,9 +40,17 @@ class Batches:
     processes: int
     by_length: bool
     sampling: str = "natural"
+    windows: str | None = None
 
     @classmethod
-    def of(cls, arguments: TrainArguments, examples: int, batches: int, by_length: bool) -> "Batches":
+    def of(
+        cls,
+        arguments: TrainArguments,
+        examples: int,
+        batches: int,
+        by_length: bool,
+        windows: str | None = None,
+    ) -> "Batches":
         """Of a run with these arguments, ``examples`` clips in ``batches`` batches an epoch and process."""
         accumulated = arguments.gradient_accumulation_steps
         budget = getattr(arguments, "max_frames_per_batch", None)
@@ -59,6 +67,7 @@ class Batches:
             processes=arguments.world_size,
             by_length=by_length,
             sampling=getattr(arguments, "sampling", "natural"),
+            windows=windows,
         )
 
     def changes_since(self, before: dict[str, Any], step: int) -> list[str]:

@@ -266,6 +266,7 @@ def build_trainer(
         model=model,
         args=arguments,
         length_batches=_length_batches(settings, examples, training_set),
+        windows=examples.windows and str(examples.windows),
         throughput=watch.throughput,
         interrupts=interrupts,
         before_first_save=partial(make_room, arguments, resume_from),

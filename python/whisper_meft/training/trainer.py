@@ -48,6 +48,8 @@ class MeftTrainer(Trainer):
         length_batches: what training batches are made of, instead of the batch size and a random order.
             Where it is given, evaluation goes from the longest clip to the shortest, if the evaluation data
             has a property ``lengths``: predictions and labels then come in that order.
+        evaluation_in_order: evaluation goes in the order of its data in any case.
+        windows: how clips were cut into examples, in words, for whoever resumes.
         throughput: measures the training steps; what it finds goes into the log beside the loss.
         interrupts: asks for a stop, which comes after a step, with a checkpoint, as ``Stopped``.
         before_first_save: called in the main process before the first checkpoint is written.
@@ -61,6 +63,8 @@ class MeftTrainer(Trainer):
         model: MeftModel,
         args: Any = None,
         length_batches: LengthBatches | None = None,
+        evaluation_in_order: bool = False,
+        windows: str | None = None,
         throughput: Throughput | None = None,
         interrupts: Interrupts | None = None,
         before_first_save: Callable[[], None] | None = None,
@@ -71,6 +75,7 @@ class MeftTrainer(Trainer):
             kwargs["processing_class"] = extractor_to_save(extractor, model.meft_config.max_frames)
         super().__init__(model=model, args=args, **kwargs)
         self.length_batches, self.throughput = length_batches, throughput
+        self.evaluation_in_order, self.windows = evaluation_in_order, windows
         self.interrupts, self._before_first_save = interrupts, before_first_save
         self.record = RunRecord()
         self.add_callback(self.record)
@@ -151,7 +156,8 @@ class MeftTrainer(Trainer):
         return self.accelerator.reduce(values.to(self.args.device), reduction="sum").cpu()
 
     def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:
-        lengths = None if self.length_batches is None else getattr(eval_dataset, "lengths", None)
+        free = self.length_batches is not None and not self.evaluation_in_order
+        lengths = getattr(eval_dataset, "lengths", None) if free else None
         return super()._get_eval_sampler(eval_dataset) if lengths is None else LongestFirst(lengths)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
@@ -252,7 +258,7 @@ class MeftTrainer(Trainer):
         with torch.random.fork_rng(devices=[]):  # a loader draws a seed
             loader = self.get_train_dataloader()
         by_length = self.length_batches is not None
-        return Batches.of(self.args, len(self.train_dataset), len(loader), by_length)
+        return Batches.of(self.args, len(self.train_dataset), len(loader), by_length, self.windows)
 
     def total_steps(self) -> int:
         """How many the whole run has, if nothing stops it early."""

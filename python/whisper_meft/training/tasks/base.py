@@ -8,12 +8,15 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
 from ... import data
+from ...audio.windows import Windows
 from ...data.examples import ExampleSet
 from ...data.transcripts import TranscriptTokens
+from ...errors import UserError
 from ...feature_cache.dataset import CachedCollator
 from ...feature_cache.store import FeatureCache
 from ...model.base import MeftBase
 from ...options.common import DataFormatArguments
+from ...options.training import TrainDataArguments
 from ..trainer import MeftTrainer
 
 
@@ -41,6 +44,18 @@ class Task:
             UserError: an option is of another task.
         """
         raise NotImplementedError
+
+    def windows(self, arguments: TrainDataArguments) -> Windows | None:
+        """How clips that are longer than the model hears are cut; None: they are not.
+
+        Raises:
+            UserError: the task or the model cannot use such windows.
+        """
+        if arguments.window is not None:
+            raise UserError(
+                f"window: {arguments.window:g} is for --task classify, as a transcript is of a whole clip"
+            )
+        return None
 
     def check_read(self, examples: ExampleSet) -> ExampleSet:
         """Examples as they were read, before their audio is looked at.

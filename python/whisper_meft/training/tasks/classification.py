@@ -1,10 +1,12 @@
 """Training for the class of a clip."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import Dataset
 from transformers import (
     EvalPrediction,
@@ -14,10 +16,13 @@ from transformers import (
 )
 
 from ... import data
+from ...audio.windows import Windows, shares
 from ...data.examples import ExampleSet, check_known_labels, label_inventory, listing
+from ...data.windows import longest_window, recordings_of
 from ...errors import UserError, printable
 from ...evaluation import plots
 from ...evaluation.metrics import Scores, score
+from ...evaluation.timeline import pool
 from ...feature_cache.dataset import CachedDataset
 from ...feature_cache.store import FeatureCache
 from ...files import write_text
@@ -26,7 +31,7 @@ from ...model.backbone import set_labels
 from ...model.base import MeftBase
 from ...options.common import DataFormatArguments
 from ...options.skew import COMPUTED_WEIGHTS, SkewArguments, read_class_weights
-from ...options.training import TrainArguments
+from ...options.training import TrainArguments, TrainDataArguments
 from ..criterion import ClassLoss, computed_weights
 from ..many_classes import counts_text, predicted_classes, weights_text
 from ..trainer import MeftTrainer
@@ -70,6 +75,12 @@ class Classification(Task):
             )
         return arguments.reader_options()
 
+    def windows(self, arguments: TrainDataArguments) -> Windows | None:
+        if arguments.window is None:
+            return None
+        longest = longest_window(self.extractor, self.max_frames)
+        return Windows.within(longest, arguments.window, arguments.hop)
+
     def check(self, training: ExampleSet, evaluation: ExampleSet | None) -> None:
         labels = label_inventory(training)
         if evaluation is not None:
@@ -111,8 +122,10 @@ class Classification(Task):
 
     def describe(self, training: ExampleSet) -> list[str]:
         labels, counts = list(self.label2id), training.label_counts()
+        recordings = len(recordings_of(training))
+        cut = "" if recordings == len(training) else f", windows of {recordings} recordings"
         lines = [
-            f"training on {len(training)} examples of {len(labels)} classes",
+            f"training on {len(training)} examples of {len(labels)} classes{cut}",
             f"  {counts_text(counts, labels)}",
         ]
         if self.weights is not None:
@@ -137,10 +150,12 @@ class Classification(Task):
         return ClassLoss(self.weights, gamma, self.label_smoothing)
 
     def trainer_options(self, evaluation: ExampleSet | None) -> dict[str, Any]:
+        recordings = None if evaluation is None else Recordings.of(evaluation)
         return {
             "compute_loss_func": self.criterion,
-            "compute_metrics": make_compute_metrics(list(self.label2id)),
-            "preprocess_logits_for_metrics": predicted_classes,
+            "compute_metrics": make_compute_metrics(list(self.label2id), recordings),
+            "preprocess_logits_for_metrics": predicted_classes if recordings is None else only_logits,
+            "evaluation_in_order": recordings is not None,
             "processing_class": self.extractor,
         }
 
@@ -148,8 +163,10 @@ class Classification(Task):
         self, trainer: MeftTrainer, evaluation: ExampleSet, load_base: Callable[[], PreTrainedModel]
     ) -> tuple[Scores, float | None]:
         found = trainer.predict(trainer.eval_dataset, metric_key_prefix="eval")
-        scores = scores_of(found.predictions, found.label_ids, list(self.label2id))
-        return scores, found.metrics.get("eval_loss")
+        labels, recordings = list(self.label2id), Recordings.of(evaluation)
+        return scores_of(found.predictions, found.label_ids, labels, recordings), found.metrics.get(
+            "eval_loss"
+        )
 
     def summary(self, training: ExampleSet) -> dict[str, Any]:
         weights = None if self.weights is None else dict(zip(self.label2id, self.weights))
@@ -163,11 +180,50 @@ class Classification(Task):
         return scores.as_dict()
 
 
-def make_compute_metrics(labels: Sequence[str]):
+@dataclass(frozen=True)
+class Recordings:
+    """Which examples are windows of one recording.
+
+    Attributes:
+        groups: the indices of each recording's windows. seconds: float64 of each, how many it answers for.
+    """
+
+    groups: list[list[int]]
+    seconds: list[np.ndarray]
+
+    @classmethod
+    def of(cls, examples: ExampleSet) -> "Recordings | None":
+        """Of examples as they are evaluated; None where none of them is one of several windows."""
+        groups = recordings_of(examples)
+        if len(groups) == len(examples):
+            return None
+        seconds = []
+        for group in groups:
+            starts = np.array([(examples[i].window or (0.0,))[0] for i in group])
+            lengths = np.array([examples[i].seconds if len(group) > 1 else 1.0 for i in group])
+            seconds.append(shares(starts, starts + lengths))
+        return cls(groups, seconds)
+
+    def classes(self, logits: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """int64 (recordings,): the most probable class of each, -1 where an output is not finite, and the
+        right one; of logits (N, K) and class indices (N,) of the windows in their order."""
+        found = []
+        for group, seconds in zip(self.groups, self.seconds):
+            finite = np.isfinite(logits[group]).all()
+            found.append(pool(logits[group], seconds).argmax() if finite else -1)
+        return np.array(found), reference[[group[0] for group in self.groups]]
+
+
+def only_logits(logits: Any, labels: Any = None) -> torch.Tensor:
+    """For the Trainer's ``preprocess_logits_for_metrics``: float32 (B, K)."""
+    return (logits[0] if isinstance(logits, tuple | list) else logits).float()
+
+
+def make_compute_metrics(labels: Sequence[str], recordings: Recordings | None = None):
     """The Trainer's compute_metrics for classes named ``labels``: accuracy, mean_class_accuracy, macro_f1."""
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-        scores = scores_of(prediction.predictions, prediction.label_ids, labels)
+        scores = scores_of(prediction.predictions, prediction.label_ids, labels, recordings)
         return {
             "accuracy": scores.accuracy,
             "mean_class_accuracy": scores.mean_class_accuracy,
@@ -177,12 +233,20 @@ def make_compute_metrics(labels: Sequence[str]):
     return compute_metrics
 
 
-def scores_of(predicted: np.ndarray, reference: np.ndarray, labels: Sequence[str]) -> Scores:
-    """Scores what :func:`.many_classes.predicted_classes` gave against class indices (N,).
+def scores_of(
+    predicted: np.ndarray,
+    reference: np.ndarray,
+    labels: Sequence[str],
+    recordings: Recordings | None = None,
+) -> Scores:
+    """Scores what :func:`.many_classes.predicted_classes` gave, or with ``recordings`` the logits (N, K) of
+    their windows, against class indices (N,).
 
     Raises:
         UserError: an output was NaN or infinite.
     """
+    if recordings is not None:
+        predicted, reference = recordings.classes(predicted, reference)
     if (predicted < 0).any():
         raise UserError("the model's outputs hold NaN or infinite values, so it cannot be scored")
     return score(reference, predicted, labels)
