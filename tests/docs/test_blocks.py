@@ -119,6 +119,11 @@ def surroundings(tmp_path_factory) -> Path:
     shutil.copytree(folder / "corpus" / "test" / "northern", folder / "recordings")
     wave, rate = soundfile.read(folder / "recordings" / "0.wav")
     soundfile.write(folder / "interview.mp3", wave, rate)
+    generator = np.random.default_rng(9)  # four seconds, of which the tiny Whisper hears one at a time
+    parts = [
+        tone(LABELS[label], seconds, generator) for label, seconds in (("southern", 2.5), ("western", 1.5))
+    ]
+    soundfile.write(folder / "broadcast.flac", np.concatenate(parts), RATE)
     return folder
 
 
