@@ -125,7 +125,7 @@ def test_workers_share_recordings(backbone, monkeypatch):
     assert {index for index, _ in dealt[1]} == {1, 3}
 
 
-def test_other_windows_and_none(backbone):
+def test_other_windows_and_none(backbone, tmp_path):
     classifier, wave = make_classifier(backbone), sounds(1.0, 1.0, 1.0)
     assert [s.start for s in classifier.segments(wave, 1.0).segments] == [0, 0.5, 1, 1.5, 2]
     assert [s.start for s in classifier.segments(wave, 1.0, 1.0).segments] == [0, 1, 2]
@@ -136,6 +136,12 @@ def test_other_windows_and_none(backbone):
     first = make_classifier(backbone, window="first").probabilities(ExampleSet([Example(wave)]))
     assert first[0] == pytest.approx(classifier.segments(wave[: 2 * RATE]).probabilities, abs=1e-6)
     assert np.abs(first[0] - classifier.segments(wave).probabilities).max() > 1e-3
+    soundfile.write(tmp_path / "long.wav", wave, RATE)
+    for window, ends in (("first", [2.0]), (None, [2.0, 3.0])):
+        timelines = []
+        other = make_classifier(backbone, window=window)
+        predict(other, [str(tmp_path / "long.wav")], done=lambda _, found, each=timelines: each.append(found))
+        assert [segment.end for segment in timelines[0].segments] == ends and timelines[0].seconds == 3
     for given, message in (
         ({"window": 2.5}, "window must be at most the 2 seconds that the model hears, got 2.5"),
         ({"window": 1, "hop": 1.5}, "hop must be above 0 and at most the window's 1 seconds, got 1.5"),

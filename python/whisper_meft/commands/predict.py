@@ -334,7 +334,7 @@ def _classify(
 
     def done(file: str, timeline: Timeline) -> None:
         if file in plots:
-            whole = answer_of(timeline.labels, timeline.probabilities, threshold, output.reject_label)
+            whole = answer_of(timeline.probabilities, timeline.labels, threshold, output.reject_label)
             plot_timeline(timeline, plots[file], f"{file}: {whole['label']}", threshold)
         if over_time.segments is not None or len(timeline.segments) > 1:
             kept[file] = timeline

@@ -1,18 +1,16 @@
 """A trained model that classifies: the inference loop of predicting and scoring."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..audio.windows import Windows
-from ..data.dataset import Collator
 from ..data.examples import Example, ExampleSet
-from ..data.windows import WindowCollator, WindowStream, longest_window
+from ..data.windows import longest_window
 from ..errors import UserError
 from ..model.module import MeftModel
 from ..options.inference import InferenceArguments
@@ -114,9 +112,13 @@ class Classifier(LoadedModel):
         logits = self.answers(examples, windows, parts.__setitem__)
         if not np.isfinite(logits).all():
             raise UserError(f"the model's output for {example.name} is NaN or infinite")
-        seconds = examples[0].seconds
-        seconds = longest_window(self.feature_extractor, self.max_frames) if seconds is None else seconds
-        return Timeline.of(self.labels, seconds, logits[0], parts.get(0))
+        return self.timeline(examples[0].seconds, logits[0], parts.get(0))
+
+    def timeline(self, seconds: float | None, logits: np.ndarray, parts: WindowLogits | None) -> Timeline:
+        """What :meth:`answers` says of a recording of so many seconds, in words; ``parts``: its windows,
+        where it has several."""
+        heard = longest_window(self.feature_extractor, self.max_frames)
+        return Timeline.of(self.labels, heard if seconds is None else seconds, logits, parts, heard)
 
     def answers(
         self,
@@ -146,7 +148,9 @@ class Classifier(LoadedModel):
         logits = np.empty((len(examples), len(self.labels)), np.float32)
         if len(short):
             logits[short] = self._plain(examples.select(short))
-        for number, found in self._of_windows(examples.select(long), windows):
+        recordings = examples.select(long)
+        for number, *given in self.over_windows(recordings, windows, self.max_frames, self._of_batch):
+            found = WindowLogits.of(*given, windows, recordings[number].seconds)
             logits[long[number]] = found.pooled()
             if done is not None:
                 done(int(long[number]), found)
@@ -155,37 +159,18 @@ class Classifier(LoadedModel):
     def _plain(self, examples: ExampleSet) -> np.ndarray:
         """Logits (N, K) of examples of which no more than the model's window is heard."""
         order, loader = self.batches(examples, self.max_frames, self.max_frames != "fidelity")
-        with torch.inference_mode():
-            bar = tqdm(loader, desc="classifying", unit="batch", disable=not self.progress)
-            rows = [self._of_batch(batch) for batch in bar]
+        bar = tqdm(loader, desc="classifying", unit="batch", disable=not self.progress)
+        rows = [self._of_batch(batch) for batch in bar]
         return np.concatenate(rows)[np.argsort(order)]
 
     def _of_batch(self, batch: dict[str, torch.Tensor]) -> np.ndarray:
         """float32 (B, K)."""
-        logits = self.model(**{name: value.to(self.device) for name, value in batch.items()}).logits
+        with torch.inference_mode():
+            logits = self.model(**{name: value.to(self.device) for name, value in batch.items()}).logits
         return logits.float().cpu().numpy()
 
-    def _of_windows(self, examples: ExampleSet, windows: Windows) -> Iterator[tuple[int, WindowLogits]]:
-        """Index in ``examples`` and windows of long recordings, the moment that one is heard to its end."""
-        counts = [len(windows.starts(example.seconds)) for example in examples]
-        stream = WindowStream(examples, windows, self.feature_extractor, self.max_frames)
-        collate = WindowCollator(Collator(self.feature_extractor, self.max_frames))
-        loader = DataLoader(stream, self.batch_size, collate_fn=collate, num_workers=self.num_workers)
-        held: dict[int, tuple[np.ndarray, np.ndarray, list[int]]] = {}
-        bar = tqdm(total=sum(counts), desc="classifying", unit="window", disable=not self.progress)
-        with bar, torch.inference_mode():
-            for places, batch in loader:
-                for (index, number, silent), row in zip(places, self._of_batch(batch)):
-                    if index not in held:
-                        rows = np.empty((counts[index], len(row)), np.float32)
-                        held[index] = rows, np.zeros(counts[index], bool), [counts[index]]
-                    rows, muted, left = held[index]
-                    rows[number], muted[number] = row, silent
-                    left[0] -= 1
-                    if not left[0]:
-                        del held[index]
-                        yield index, WindowLogits.of(rows, muted, windows, examples[index].seconds)
-                bar.update(len(places))
+
+NOT_FINITE = "the model's output for it is NaN or infinite"
 
 
 def predict(
@@ -216,13 +201,13 @@ def predict(
     logits = classifier.answers(good, done=None if done is None else parts.__setitem__)
     rows = []
     for index, (example, row) in enumerate(zip(good, softmax(logits))):
-        if not np.isfinite(row).all():
-            bad.append((example.name, "the model's output for it is NaN or infinite"))
+        answer = answer_of(row, classifier.labels, reject_below, reject_label)
+        if answer is None:
+            bad.append((example.name, NOT_FINITE))
             continue
-        rows.append({"file": example.name, **answer_of(classifier.labels, row, reject_below, reject_label)})
+        rows.append({"file": example.name, **answer})
         if done is not None:
-            timeline = Timeline.of(classifier.labels, example.seconds, logits[index], parts.pop(index, None))
-            done(example.name, timeline)
+            done(example.name, classifier.timeline(example.seconds, logits[index], parts.pop(index, None)))
     if not rows:
         raise UserError(f"no file could be classified; {bad[0][0]}: {bad[0][1]}")
     return rows, bad

@@ -1,14 +1,19 @@
 """What every saved model needs to be run on examples: its device, its feature extractor, and batches."""
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 
 from .. import data
+from ..audio.windows import Windows
 from ..data.batching import LongestFirst
 from ..data.examples import ExampleSet
+from ..data.windows import WindowCollator, WindowStream
 from ..errors import UserError
 from ..model.backbone import quiet_transformers
 from ..model.base import MeftBase
@@ -119,3 +124,40 @@ class LoadedModel:
             dataset, self.batch_size, sampler=order, collate_fn=collator, num_workers=self.num_workers
         )
         return order, loader
+
+    def over_windows(
+        self,
+        examples: ExampleSet,
+        windows: Windows,
+        max_frames: int | str,
+        of_batch: Callable[[dict[str, torch.Tensor]], np.ndarray],
+    ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """Hears long recordings in windows, a batch of windows at a time.
+
+        Args:
+            examples: of known length, not features computed earlier.
+            windows, max_frames: as in :class:`whisper_meft.data.windows.WindowStream`.
+            of_batch: float32 (B, K) of a batch of inputs.
+
+        Yields:
+            index in ``examples``, what ``of_batch`` gave (windows, K), and whether each window is muted, bool
+            (windows,), the moment that a recording is heard to its end.
+        """
+        counts = [len(windows.starts(example.seconds)) for example in examples]
+        stream = WindowStream(examples, windows, self.feature_extractor, max_frames)
+        collate = WindowCollator(data.Collator(self.feature_extractor, max_frames))
+        loader = DataLoader(stream, self.batch_size, collate_fn=collate, num_workers=self.num_workers)
+        held: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        left = counts.copy()
+        with tqdm(total=sum(counts), desc="classifying", unit="window", disable=not self.progress) as bar:
+            for places, batch in loader:
+                for (index, number, silent), row in zip(places, of_batch(batch)):
+                    if index not in held:
+                        count = counts[index]
+                        held[index] = np.empty((count, len(row)), np.float32), np.zeros(count, bool)
+                    rows, muted = held[index]
+                    rows[number], muted[number] = row, silent
+                    left[index] -= 1
+                    if not left[index]:
+                        yield index, *held.pop(index)
+                bar.update(len(places))

@@ -108,11 +108,19 @@ class Timeline:
     probabilities: np.ndarray
 
     @classmethod
-    def of(cls, labels: Sequence[str], seconds: float, logits: np.ndarray, windows: WindowLogits | None):
-        """Of a recording's ``logits`` (K,), and of its ``windows`` where it has several."""
+    def of(
+        cls,
+        labels: Sequence[str],
+        seconds: float,
+        logits: np.ndarray,
+        windows: WindowLogits | None,
+        heard: float = np.inf,
+    ) -> "Timeline":
+        """Of a recording's ``logits`` (K,), and of its ``windows`` where it has several; of one that has not
+        no more than so many seconds are ``heard``."""
         whole = softmax(logits)
         if windows is None:
-            segments = [ClassifiedSegment(0.0, seconds, labels[int(whole.argmax())], whole)]
+            segments = [ClassifiedSegment(0.0, min(seconds, heard), labels[int(whole.argmax())], whole)]
         else:
             segments = []
             each = softmax(windows.logits)
@@ -133,23 +141,25 @@ class Timeline:
                 "rejected".
         """
         for each in self.segments:
-            if each.label is None:
+            row = answer_of(each.probabilities, self.labels, reject_below, reject_label)
+            if row is None:
                 row = {"label": None, "probabilities": None}
                 row |= {} if reject_below is None else {"rejected": False}
-            else:
-                row = answer_of(self.labels, each.probabilities, reject_below, reject_label)
             yield {"start": each.start, "end": each.end, **row}
 
     def as_dict(self, reject_below: float | None = None, reject_label: str = "unknown") -> dict[str, Any]:
         """JSON-ready: "label" and "probabilities" of the whole, and "segments", which are :meth:`rows`."""
-        whole = answer_of(self.labels, self.probabilities, reject_below, reject_label)
+        whole = answer_of(self.probabilities, self.labels, reject_below, reject_label)
         return {**whole, "segments": list(self.rows(reject_below, reject_label))}
 
 
 def answer_of(
-    labels: Sequence[str], probabilities: np.ndarray, reject_below: float | None, reject_label: str
-) -> dict[str, Any]:
-    """ "label" and "probabilities" by class, and with a threshold "rejected"; ``probabilities``: (K,)."""
+    probabilities: np.ndarray, labels: Sequence[str], reject_below: float | None, reject_label: str
+) -> dict[str, Any] | None:
+    """ "label" and "probabilities" by class, and with a threshold "rejected"; None where these probabilities
+    (K,) are not finite."""
+    if not np.isfinite(probabilities).all():
+        return None
     named = {label: float(p) for label, p in zip(labels, probabilities)}
     answer = {"label": labels[int(probabilities.argmax())], "probabilities": named}
     if reject_below is not None:
