@@ -3,12 +3,17 @@
 import csv
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from training_fixtures import RATE, TONES, make_audio_folder, make_backbone, tone, train_command
+from transformers import WhisperFeatureExtractor
+from whisper_meft import LSTConfig, get_meft_model
 from whisper_meft.commands.cli import main
 from whisper_meft.evaluation.classifier import Classifier
+from whisper_meft.model.backbone import load_backbone, set_labels
 from whisper_meft.options.inference import InferenceArguments
 from whisper_meft.options.parser import UsageError
 
@@ -203,3 +208,34 @@ def test_models_that_transcribe_have_windows_of_their_own():
         with pytest.raises(UsageError, match="is for models that classify, and this one transcribes"):
             InferenceArguments(**given).check_kind(transcribes=True)
         InferenceArguments(**given).check_kind(transcribes=False)
+
+
+@pytest.mark.slow
+def test_an_hour_takes_no_more_memory_than_ten_minutes(tmp_path):
+    """Resident memory of processes with a tiny encoder of Whisper's window, so that the sound would show."""
+    backbone = make_backbone(tmp_path / "backbone", max_source_positions=1500)
+    base = load_backbone(backbone)
+    set_labels(base, sorted(TONES))
+    get_meft_model(base, LSTConfig(reduction_factor=2)).save_pretrained(tmp_path / "out")
+    WhisperFeatureExtractor.from_pretrained(backbone).save_pretrained(tmp_path / "out")
+    program = (
+        "import resource, sys\n"
+        "from whisper_meft.commands.cli import main\n"
+        "status = main(sys.argv[1:])\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+        "sys.exit(status)\n"
+    )
+    minute = 0.1 * np.random.default_rng(0).standard_normal(60 * RATE).astype(np.float32)
+    peaks = []
+    for minutes in (10, 60):
+        path = tmp_path / f"{minutes}.flac"
+        with soundfile.SoundFile(path, "w", RATE, 1) as file:
+            for _ in range(minutes):
+                file.write(minute)
+        arguments = ["predict", tmp_path / "out", path, "--segments", tmp_path / "s.csv", "--batch_size", "4"]
+        command = [sys.executable, "-c", program, *map(str, arguments)]
+        found = subprocess.run(command, capture_output=True, text=True, check=True)
+        peaks.append(int(found.stdout.splitlines()[-1]) / 1024)
+        assert len((tmp_path / "s.csv").read_text().splitlines()) == 4 * minutes  # a header, and all but one
+    print(f"{peaks[0]:.0f} MiB for 10 minutes, {peaks[1]:.0f} MiB for 60")
+    assert peaks[1] < 1.05 * peaks[0]
