@@ -115,17 +115,24 @@ def pooled_in_chunks(
     Raises:
         UserError: see :meth:`FrozenEncoder.stream`.
     """
-    fold = getattr(side_network, "fold", None)
-    if fold is not None:  # once for all chunks
-        read = partial(side_network.pooled, folded=fold())
-    elif through_last_layer:
-        read = partial(_pooled_through_last_layer, encoder, side_network, features.shape[0])
-    else:
-        read = side_network.pooled
+    read = pooling(encoder, side_network, features.shape[0], through_last_layer)
     pooled = []
     for states, of_part in _slabs(encoder, side_network, features, lengths, chunk_size, final_norm):
         pooled.append(read(states if taken is None else taken.watch(states, of_part), of_part))
     return pooled[0] if len(pooled) == 1 else torch.cat(pooled)
+
+
+def pooling(
+    encoder: FrozenEncoder, side_network: nn.Module, clips: int, through_last_layer: bool = False
+) -> Callable[[Iterable[Tensor | HiddenState | None], Tensor | None], Tensor]:
+    """What makes the (b, D) of :func:`pooled_in_chunks` of the hidden states and the lengths of some of the
+    ``clips`` of a step."""
+    fold = getattr(side_network, "fold", None)
+    if fold is not None:  # once for all chunks
+        return partial(side_network.pooled, folded=fold())
+    if through_last_layer:
+        return partial(_pooled_through_last_layer, encoder, side_network, clips)
+    return side_network.pooled
 
 
 def corrected_in_chunks(

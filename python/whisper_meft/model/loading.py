@@ -23,7 +23,7 @@ from .config import TASKS, MeftModelConfig
 from .declared import check_declared_sizes
 from .weights import check_names, load_checked, read_weights
 
-_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 _IGNORED_OPTIONS = ("adapter_kwargs", "code_revision", "trust_remote_code", "use_safetensors", "weights_only")
 
 
@@ -44,7 +44,7 @@ def load(
     Raises:
         UserError: folder, config, weights or backbone are missing, damaged or do not belong together.
     """
-    hub_options = {k: kwargs.pop(k) for k in _HUB_OPTIONS if k in kwargs}
+    hub_options = {k: kwargs.pop(k) for k in HUB_OPTIONS if k in kwargs}
     subfolder = kwargs.pop("subfolder", "") or ""
     saved_config = kwargs.pop("config", None)
     for name in [k for k in kwargs if k.startswith("_") or k in _IGNORED_OPTIONS]:
@@ -52,7 +52,7 @@ def load(
     if kwargs:
         raise UserError(f"from_pretrained got unknown arguments: {', '.join(sorted(kwargs))}")
 
-    folder = _fetch(name_or_path, hub_options) / subfolder
+    folder = fetch(name_or_path, hub_options) / subfolder
     config = saved_config if isinstance(saved_config, MeftModelConfig) else read_config(folder)
     if config.task != cls.task:
         raise UserError(
@@ -170,7 +170,7 @@ def _backbone_of(
     return load_backbone(name, **options), name
 
 
-def _fetch(name: str | os.PathLike, hub_options: dict[str, Any]) -> Path:
+def fetch(name: str | os.PathLike, hub_options: dict[str, Any]) -> Path:
     """The local folder of a saved model, downloaded first if ``name`` is one of the model hub."""
     folder = Path(name)
     if folder.is_dir():

@@ -106,10 +106,28 @@ class MeftModel(MeftBase):
         reading = (options.chunk_size, options.final_norm, options.through_last_layer, taken)
         return pooled_in_chunks(self.encoder, self.side_network, features, lengths, *reading)
 
-    @property
-    def _last_state(self) -> int:
-        """Index of the last hidden state that is read."""
-        return states_read(self.side_network, self.encoder.num_layers)[-1]
+    def statistics_taken(self) -> StatisticsOf | None:
+        """What takes statistics of the last hidden state that is read, for :meth:`scores`; None where the
+        method's pooling has none."""
+        if self.meft_config.pooling != "statistics":
+            return None
+        return StatisticsOf(states_read(self.side_network, self.encoder.num_layers)[-1])
+
+    def scores(self, pooled: torch.Tensor, taken: StatisticsOf | None) -> torch.Tensor:
+        """Logits (B, classes) of the clips' vectors (B, D); ``taken``: what :meth:`statistics_taken` gave, of
+        the same clips."""
+        # Mean, then project: the projector is linear. On (B, D) half precision would gain nothing.
+        with torch.autocast(pooled.device.type, enabled=False):
+            pooled = pooled.to(self.projector.weight.dtype)
+            if taken is not None:
+                statistics = taken.taken().to(pooled.dtype)
+                alone = isinstance(self.side_network, LastState)  # whose mean is among them
+                statistics = statistics if alone else torch.cat([pooled, statistics], dim=-1)
+                pooled = self.standardisation(statistics, follow=not self._adapter_is_off)
+            logits = self.classifier(self.projector(pooled))
+            if self.config.calibration_temperature is not None and not self.training:
+                logits = logits / self.config.calibration_temperature
+        return logits
 
     def forward(
         self,
@@ -164,7 +182,7 @@ class MeftModel(MeftBase):
             hidden_state_statistics=hidden_state_statistics,
             hidden_state_scales=hidden_state_scales,
         )
-        taken, plain = StatisticsOf(self._last_state) if options.pooling == "statistics" else None, None
+        taken, plain = self.statistics_taken(), None
         if hidden_states is not None:
             self.refuse_stored()
             lengths = None if options.max_frames == "fidelity" else hidden_state_lengths
@@ -187,17 +205,8 @@ class MeftModel(MeftBase):
             states = self.encoder.stream(features, lengths, options.final_norm)
             states = states if taken is None else taken.watch(states, lengths)
             pooled = self.side_network.pooled(states, lengths)
-        # Mean, then project: the projector is linear. On (B, D) half precision would gain nothing.
-        with torch.autocast(pooled.device.type, enabled=False):
-            pooled = pooled.to(self.projector.weight.dtype)
-            if taken is not None:
-                statistics = taken.taken().to(pooled.dtype)
-                alone = isinstance(self.side_network, LastState)  # whose mean is among them
-                statistics = statistics if alone else torch.cat([pooled, statistics], dim=-1)
-                pooled = self.standardisation(statistics, follow=not self._adapter_is_off)
-            logits = self.classifier(self.projector(pooled))
-            if self.config.calibration_temperature is not None and not self.training:
-                logits = logits / self.config.calibration_temperature
+        logits = self.scores(pooled, taken)
+        with torch.autocast(logits.device.type, enabled=False):
             loss = None if labels is None else classification_loss(logits, labels, num_items_in_batch)
             if loss is not None and self.training:
                 loss = with_penalty(loss, self.penalty(), labels, num_items_in_batch)
