@@ -53,9 +53,10 @@ def passes(monkeypatch):
     return ran
 
 
-@pytest.mark.parametrize("pooling", ["mean", "statistics"])
-@pytest.mark.parametrize("max_frames", ["fidelity", "longest", 17])
-@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "max_frames", "pooling"),
+    [(None, "fidelity", "mean"), (None, "longest", "statistics"), ("bfloat16", 17, "statistics")],
+)
 def test_each_head_says_what_it_says_alone(dtype, max_frames, pooling, passes):
     base = tiny_whisper()
     options = {"max_frames": max_frames, "pooling": pooling, "backbone_dtype": dtype}
@@ -81,7 +82,7 @@ def test_layers_that_nobody_reads_are_not_run(names, passes):
     assert passes == list(range(LAYERS if names[0] != "head" else LAYERS + 1))
 
 
-@pytest.mark.parametrize("clips", [0, 1, 7])
+@pytest.mark.parametrize("clips", [0, 5])
 def test_a_batch_in_chunks(clips, monkeypatch, passes):
     monkeypatch.setitem(chunked._INNER_ELEMENTS, "cpu", 48 * WINDOW * 2)  # two clips
     base = tiny_whisper()

@@ -14,6 +14,7 @@ from ..errors import UserError, printable
 from ..evaluation.classifier import Classifier, predict
 from ..evaluation.generating import Transcript
 from ..evaluation.plots import plot_timeline
+from ..evaluation.several import SeveralClassifiers, predict_several
 from ..evaluation.subtitles import WRITERS, output_names
 from ..evaluation.timeline import Timeline, answer_of
 from ..evaluation.transcriber import Transcriber, transcribe_files
@@ -133,14 +134,17 @@ class OverTimeArguments:
         if not folder and Path(self.plot).suffix.lower() not in _FIGURES:
             raise UsageError(f"--plot must end in .png or .svg, or name a folder, got {self.plot!r}")
 
-    def check(self, output: PredictArguments, transcribes: bool) -> None:
-        """Raises UsageError where a model of this kind has no such thing, or two go into one file."""
+    def check(self, output: PredictArguments, transcribes: bool, models: int) -> None:
+        """Raises UsageError where a model of this kind, or several, have no such thing, or two go into one
+        file."""
         places = [Path(each).absolute() for each in (self.segments, output.output) if each is not None]
         if len(places) != len(set(places)):
             raise UsageError(f"--segments and --output are both {self.segments}: name two files")
         for name in ("segments", "plot"):
             if transcribes and getattr(self, name) is not None:
                 raise UsageError(f"--{name} is for models that classify, and this one transcribes")
+            if models > 1 and getattr(self, name) is not None:
+                raise UsageError(f"--{name} is of one model over time, and {models} are named: run it by itself")
 
     def plots(self, files: Sequence[str]) -> dict[str, Path]:
         """Where the figure of each file goes, all of which can be written.
@@ -249,13 +253,47 @@ def segments_as_csv(found: Iterable[tuple[str, Iterable[dict[str, Any]]]], label
     return text.getvalue()
 
 
+def several_as_table(rows: Iterable[dict[str, Any]], names: Sequence[str]) -> str:
+    """Predictions of several models as a text table: file, and each model's label with its probability."""
+    lines = [["file", *map(printable, names)]]
+    for row in rows:
+        found = (row["models"][name] for name in names)
+        cells = [f"{printable(each['label'])} {max(each['probabilities'].values()):.1%}" for each in found]
+        lines.append([printable(row["file"]), *cells])
+    return _in_columns(lines)
+
+
+def several_as_csv(
+    rows: Iterable[dict[str, Any]], names: Sequence[str], labels: Sequence[Sequence[str]]
+) -> str:
+    """Predictions of several models as CSV: file, then each model's columns of :func:`as_csv`, with its name
+    and a colon before theirs."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    columns = [(name, label) for name, own in zip(names, labels) for label in (None, *own)]
+    writer.writerow(["file", *(f"{name}:{'label' if label is None else label}" for name, label in columns)])
+    for row in rows:
+        cells = [
+            row["models"][name]["label"]
+            if label is None
+            else f"{row['models'][name]['probabilities'][label]:.6f}"
+            for name, label in columns
+        ]
+        writer.writerow([row["file"], *cells])
+    return text.getvalue()
+
+
+def _in_columns(lines: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in lines)
+
+
 def transcripts_as_table(rows: Sequence[dict[str, Any]]) -> str:
     """Transcripts as a text table: file and text, and of segments when they are said."""
     timed = any("segments" in row for row in rows)
     lines = [["file", *(["start", "end"] if timed else []), "text"]]
     lines += [[printable(cell) for cell in line] for line in _lines(rows, timed)]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in lines)
+    return _in_columns(lines)
 
 
 def transcripts_as_csv(rows: Sequence[dict[str, Any]]) -> str:
@@ -283,32 +321,68 @@ def make_parser() -> Parser:
     parser = Parser(
         "predict",
         (InferenceArguments, GenerationArguments, PredictArguments, OverTimeArguments),
-        usage="MODEL_DIR AUDIO_OR_DIR... [--output FILE | --output_dir DIR] [options]",
+        usage="{MODEL_DIR | --model MODEL_DIR ...} AUDIO_OR_DIR... [options]",
         description="Classifies audio files, or transcribes them by a model that was trained for that or a "
         "plain Whisper; folders are searched for audio. Recordings that are longer than a model hears are "
         "heard in windows. Files that cannot be read are named on stderr, the others are answered, and the "
-        "exit status is then 1.",
+        "exit status is then 1. Several models that classify with the same frozen backbone answer from one "
+        "pass of it, each named by a --model.",
     )
     help = "folder (or hub name) of a trained model, or of a plain Whisper"
-    parser.add_argument("model_dir", metavar="MODEL_DIR", help=help)
-    parser.add_argument("audio", metavar="AUDIO_OR_DIR", nargs="+", help="audio files and folders")
+    parser.add_argument("model_dir", metavar="MODEL_DIR", nargs="?", help=help)
+    parser.add_argument("audio", metavar="AUDIO_OR_DIR", nargs="*", help="audio files and folders")
+    parser.add_argument(
+        "--model",
+        action="append",
+        metavar="MODEL_DIR",
+        help="a trained model in the place of MODEL_DIR; given several times, all of them answer",
+    )
     return parser
+
+
+def _models_and_audio(parser: Parser, where: Any) -> tuple[list[str], list[str]]:
+    """The models that are named, and the audio; with --model all other names are audio.
+
+    Raises:
+        UsageError: one of the two is missing.
+    """
+    first = [] if where.model_dir is None else [where.model_dir]
+    models, audio = (where.model, [*first, *where.audio]) if where.model else (first, where.audio)
+    missing = [name for name, given in (("MODEL_DIR", models), ("AUDIO_OR_DIR", audio)) if not given]
+    if missing:
+        parser.error(f"the following arguments are required: {', '.join(missing)}")
+    if (
+        where.model
+        and (Path(audio[0]) / "config.json").is_file()
+        and not data.list_audio_files(Path(audio[0]))
+    ):
+        parser.error(f"with --model all other names are audio: {audio[0]} is a model, name it by --model")
+    return models, audio
 
 
 def run(argv: Sequence[str]) -> int:
     """`whisper-meft predict`; returns the exit status."""
-    inference, generation, output, over_time, where = make_parser().parse(argv)
-    transcribes = kind_of(where.model_dir) != "classification"
+    parser = make_parser()
+    inference, generation, output, over_time, where = parser.parse(argv)
+    models, audio = _models_and_audio(parser, where)
+    transcribing = [model for model in models if kind_of(model) != "classification"]
+    if transcribing and len(models) > 1:
+        raise UserError(
+            f"--model: {transcribing[0]} transcribes, and several models can only classify: run it by itself"
+        )
+    transcribes = bool(transcribing)
     output.check(transcribes)
     inference.check_kind(transcribes)
-    over_time.check(output, transcribes)
+    over_time.check(output, transcribes, len(models))
     if not transcribes:
         generation.refuse_for_classes()
-    files = find_audio(where.audio)
+    files = find_audio(audio)
     if transcribes:
-        bad = _transcribe(where.model_dir, files, inference, generation, output)
+        bad = _transcribe(models[0], files, inference, generation, output)
+    elif len(models) > 1:
+        bad = _classify_by_several(models, files, inference, output)
     else:
-        bad = _classify(where.model_dir, files, inference, output, over_time)
+        bad = _classify(models[0], files, inference, output, over_time)
     for name, reason in bad:
         print(f"whisper-meft: cannot read {printable(name)}: {printable(reason)}", file=sys.stderr)
     return 1 if bad else 0
@@ -327,8 +401,7 @@ def _classify(
             check_writable(path)
     plots = over_time.plots(files)
     classifier = Classifier.load(model_dir, inference, progress=sys.stderr.isatty())
-    if output.reject_below is not None and output.reject_label in classifier.labels:
-        raise UserError(f"--reject_label: {output.reject_label!r} is a class of the model: name another")
+    _check_reject_label(output, classifier.labels, "the model")
     threshold = threshold_of(output.reject_below, classifier.model.config, model_dir)
     kept: dict[str, Timeline] = {}
 
@@ -360,6 +433,34 @@ def _classify(
     else:
         write_text(output.output, as_csv(rows, classifier.labels))
     return bad
+
+
+def _classify_by_several(
+    model_dirs: Sequence[str], files: Sequence[str], inference: InferenceArguments, output: PredictArguments
+) -> list[tuple[str, str]]:
+    """As :func:`_classify`, by several models."""
+    if output.output is not None:
+        check_writable(output.output)
+    models = SeveralClassifiers.load(model_dirs, inference, progress=sys.stderr.isatty())
+    for name, labels in zip(models.names, models.labels):
+        _check_reject_label(output, labels, name)
+    thresholds = [
+        threshold_of(output.reject_below, config, model) for config, model in zip(models.configs, model_dirs)
+    ]
+    rows, bad = predict_several(models, files, thresholds, output.reject_label)
+    if output.output is None:
+        print(several_as_table(rows, models.names))
+    elif output.suffix == "json":
+        write_json(output.output, rows)
+    else:
+        write_text(output.output, several_as_csv(rows, models.names, models.labels))
+    return bad
+
+
+def _check_reject_label(output: PredictArguments, labels: Sequence[str], model: str) -> None:
+    """Raises UserError where the label of rejected clips is one of a model's own."""
+    if output.reject_below is not None and output.reject_label in labels:
+        raise UserError(f"--reject_label: {output.reject_label!r} is a class of {model}: name another")
 
 
 def _transcribe(

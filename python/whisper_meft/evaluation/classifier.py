@@ -211,3 +211,22 @@ def predict(
     if not rows:
         raise UserError(f"no file could be classified; {bad[0][0]}: {bad[0][1]}")
     return rows, bad
+
+
+NOT_FINITE = "the model's output for it is NaN or infinite"
+
+
+def answer_of(
+    probabilities: np.ndarray, labels: Sequence[str], reject_below: float | None, reject_label: str
+) -> dict[str, Any] | None:
+    """The answer for a clip, as in :func:`predict`'s rows; None where its probabilities (K,) are not
+    finite."""
+    if not np.isfinite(probabilities).all():
+        return None
+    named = {label: float(p) for label, p in zip(labels, probabilities)}
+    answer = {"label": labels[int(probabilities.argmax())], "probabilities": named}
+    if reject_below is not None:
+        answer["rejected"] = bool(float(probabilities.max()) < reject_below)
+        if answer["rejected"]:
+            answer["label"] = reject_label
+    return answer

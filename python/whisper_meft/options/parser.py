@@ -202,6 +202,7 @@ class Parser(HfArgumentParser):
         first: dict[str, list[str]] = {}
         rest: list[str] = []
         switches = {action.dest for action in self._actions if action.option_strings and is_twin(action)}
+        repeated = {action.dest for action in self._actions if isinstance(action, argparse._AppendAction)}
         for name, value in options.items():
             given, name = name, name.replace("-", "_")
             if name not in dests and name.removeprefix("no_") in switches and isinstance(value, bool):
@@ -215,6 +216,8 @@ class Parser(HfArgumentParser):
             items = [_as_text(item) for item in (value if isinstance(value, list) else [value])]
             if name in positionals:
                 first[name] = items
+            elif isinstance(value, list) and name in repeated:
+                rest += [f"--{name}={item}" for item in items]
             elif isinstance(value, list):
                 rest += [f"--{name}", *items]
             else:

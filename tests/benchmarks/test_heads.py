@@ -1,0 +1,20 @@
+"""``python -m benchmarks.heads``: every way is run."""
+
+import json
+
+from benchmarks import heads
+
+
+def test_all_ways_are_measured(tmp_path, capsys):
+    assert heads.main(["--model", "toy", "--rounds", "2", "--output", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    found = json.loads(next(tmp_path.glob("*.json")).read_text())
+    rows = found["figures"]["rows"]
+    ways = ["lst", heads.SETS[0], f"{heads.SETS[0]}, one after the other", *heads.SETS[1:]]
+    assert [row["way"] for row in rows] == ways and all(row["seconds"]["median"] > 0 for row in rows)
+    assert all(way in printed for way in ways) and found["shapes"] == {"model": "toy", "batch": 2}
+
+
+def test_a_folder_without_a_model(tmp_path, capsys):
+    assert heads.main(["--model_name_or_path", str(tmp_path), "--output", str(tmp_path)]) == 1
+    assert capsys.readouterr().err.startswith("benchmarks.heads: error: ")
