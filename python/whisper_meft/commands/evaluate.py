@@ -17,7 +17,9 @@ from ..evaluation.classifier import Classifier
 from ..evaluation.recognition import evaluate_transcripts, write_recognition
 from ..evaluation.transcriber import Transcriber
 from ..files import check_writable
+from ..model.card import check_card, results_of, write_results_into_card
 from ..model.kinds import kind_of
+from ..model.loading import read_config
 from ..options.common import DataFormatArguments
 from ..options.generation import GenerationArguments
 from ..options.inference import SAVED, InferenceArguments, check_threshold, threshold_of
@@ -67,6 +69,14 @@ class EvaluateArguments(DataFormatArguments):
     )
     output_dir: str | None = field(
         default=None, metadata={"help": "folder for the results (default: MODEL_DIR/evaluation)"}
+    )
+
+    card: bool = field(
+        default=False,
+        metadata={
+            "help": "also write the scores into the model's README.md, header and page; of a trained model "
+            "in a local folder"
+        },
     )
 
     def __post_init__(self):
@@ -145,6 +155,14 @@ def apart(
     return examples.select(own), examples.select(others)
 
 
+def check_has_card(model_dir: str) -> None:
+    """Raises UserError unless there is a trained model in a local folder, whose card can take scores."""
+    folder = Path(model_dir)
+    if not folder.is_dir():
+        raise UserError(f"--card: {model_dir} is not a local folder; only the card of one can be written")
+    check_card(folder, read_config(folder))
+
+
 def run(argv: Sequence[str]) -> int:
     """`whisper-meft evaluate`; returns the exit status."""
     inference, generation, arguments, where = make_parser().parse(argv)
@@ -154,6 +172,8 @@ def run(argv: Sequence[str]) -> int:
         generation.refuse_for_classes()
     elif given := next((n for n in ("reject_below", "unknown_labels") if getattr(arguments, n)), None):
         raise UserError(f"--{given} is for models that classify, and this one transcribes")
+    if arguments.card:
+        check_has_card(where.model_dir)
     folder = Path(arguments.output_dir or Path(where.model_dir) / "evaluation")
     if Path(where.model_dir, "config.json").is_file() or arguments.output_dir:
         check_writable(folder / "eval_results.json")
@@ -186,6 +206,9 @@ def run(argv: Sequence[str]) -> int:
     else:
         how = {"window": windows and windows.length, "hop": windows and windows.hop}
         write_assessment(scores, folder, examples.description, **more, **how)
+    if arguments.card:
+        config = read_config(Path(where.model_dir))
+        write_results_into_card(Path(where.model_dir), config, results_of(config, examples, scores.as_dict()))
     scored = f"{printable(where.model_dir)} on {printable(examples.description)}"
     print(f"{scored}\n{scores.as_text()}\nresults are in {folder}")
     if bad:

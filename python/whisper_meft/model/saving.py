@@ -59,7 +59,8 @@ def save(
     with replacing(folder / "model.safetensors") as temporary:
         safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt"})
     if not (folder / "README.md").exists():
-        write_text(folder / "README.md", model_card(config))
+        language = getattr(getattr(model, "generation_config", None), "language", None)
+        write_text(folder / "README.md", model_card(config, language))
     if getattr(model, "generation_config", None) is not None:
         write_text(folder / "generation_config.json", model.generation_config.to_json_string())
     write_text(folder / "config.json", config.to_json_string())

@@ -184,6 +184,7 @@ def _is_our_config(path: Path) -> bool:
 
 def _is_model_card(path: Path) -> bool:
     try:
-        return '\nlibrary_name: "whisper_meft"' in f"\n{path.read_text(encoding='utf-8')}"
+        text = path.read_text(encoding="utf-8")
+        return re.search(r'^library_name: ("?)whisper_meft\1$', text, re.MULTILINE) is not None
     except (OSError, ValueError):
         return False

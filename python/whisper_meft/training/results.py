@@ -8,12 +8,14 @@ from transformers import WhisperFeatureExtractor
 from transformers.trainer_utils import TrainOutput
 
 from .. import data
-from ..errors import printable
+from ..errors import UserError, printable
 from ..evaluation import plots
 from ..evaluation.metrics import Scores
 from ..evaluation.recognition import Recognition
 from ..files import write_json
 from ..model.base import MeftBase
+from ..model.card import DataUsed, describe_data, results_of, write_results_into_card
+from ..model.config import MeftModelConfig
 from .console import say
 from .data import RunData
 from .settings import Settings
@@ -87,6 +89,7 @@ def summarise(
 
 def write_results(
     folder: Path,
+    config: MeftModelConfig,
     task: Task,
     summary: dict[str, Any],
     scores: Scores | Recognition | None,
@@ -94,12 +97,22 @@ def write_results(
     examples: RunData,
     history: list[dict[str, Any]],
 ) -> None:
-    """Writes a finished run's numbers and figures into ``folder``; train_results.json comes last."""
+    """Writes a finished run's numbers, figures and card into ``folder``; train_results.json comes last."""
     title = summary["method"]["method"].upper()
     plots.plot_learning_curve(history, folder / "learning_curve.png", title, *task.curve)
+    results = []
     if scores is not None:
         found = {"data": examples.evaluation.description, "note": examples.note, "loss": loss}
-        write_json(folder / "eval_results.json", found | task.write_scores(folder, scores))
+        found |= task.write_scores(folder, scores)
+        write_json(folder / "eval_results.json", found)
+        results = results_of(config, examples.evaluation, found)
+    told = describe_data(
+        examples.training, examples.evaluation, len(examples.left_out), examples.note, summary
+    )
+    try:
+        write_results_into_card(folder, config, results, told, DataUsed.of(examples.training).hub_name)
+    except UserError as error:  # the user's own page, which may say what it likes
+        say(str(error))
     write_json(folder / "train_results.json", summary)
 
 

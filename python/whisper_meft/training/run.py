@@ -428,7 +428,8 @@ def conclude(
     scores, loss = score_evaluation(trainer, settings, examples)
     summary = summarise(settings, examples, trainer, outcome, watch.rates(trainer), watch.report.report())
     if main_process():
-        write_results(folder, settings.task, summary, scores, loss, examples, history)
+        written = (summary, scores, loss, examples, history)
+        write_results(folder, trainer.model.config, settings.task, *written)
     report(folder, scores, examples)
     if settings.training.push_to_hub:
         trainer.push_to_hub()

@@ -311,6 +311,11 @@ class MeftTrainer(Trainer):
         # What belongs to the end of an epoch comes first, so that the resumed run need not know of it.
         return self.interrupts.epoch_over or not float(self.state.epoch).is_integer()
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """As the stock Trainer's, where :meth:`save_model` has not written a card: what that says is kept."""
+        if not (Path(self.args.output_dir) / "README.md").exists():
+            super().create_model_card(*args, **kwargs)
+
     def _stop(self) -> None:
         if self._saved_step != self.state.global_step and not self.args.save_only_model:
             self._save_checkpoint(self.model, trial=None)
