@@ -4,11 +4,13 @@ import csv
 import json
 import shutil
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 from modelling_fixtures import randomise
 from recogniser_fixtures import make_recogniser
-from training_fixtures import make_audio_folder, make_backbone
+from training_fixtures import RATE, make_audio_folder, make_backbone, tone
 from transformers import WhisperForAudioClassification
 from whisper_meft import MeftConfig, UserError, get_meft_model
 from whisper_meft.commands.cli import main
@@ -89,6 +91,31 @@ def test_the_answers_are_those_of_each_from_one_pass(work, tmp_path, monkeypatch
     assert head.split() == ["file", *MODELS]
     for answer in together[0]["models"].values():
         assert f"{answer['label']} {max(answer['probabilities'].values()):.1%}" in line
+
+
+def test_a_long_recording_is_heard_in_windows_by_each(work, tmp_path, capsys):
+    sound = np.concatenate([tone(f, 1.7, np.random.default_rng(f)) for f in (300, 900)])  # a window is 2 s
+    soundfile.write(tmp_path / "long.wav", sound, RATE)
+    short = sorted((work / "audio").rglob("*.wav"))[0]
+    output = tmp_path / "out.json"
+
+    def told(*arguments):
+        files = [str(tmp_path / "long.wav"), str(short), "--output", str(output)]
+        assert main(["predict", *map(str, arguments), *files]) == 0
+        return json.loads(output.read_text())
+
+    alone = {name: told(work / name) for name in MODELS}
+    assert len(alone["accents"][0]["segments"]) > 1
+    for options in ((), ("--window", "1"), ("--window", "first")):
+        together = told(*named(work, *MODELS), *options)
+        for name in MODELS:
+            for row, other in zip(told(work / name, *options), together, strict=True):
+                assert other["models"][name] == {key: row[key] for key in ("label", "probabilities")}
+    for option in ("--plot", "--segments"):
+        command = ["predict", *map(str, named(work, *MODELS)), str(short), option, str(tmp_path / "x.json")]
+        command[-1] = str(tmp_path / ("x.png" if option == "--plot" else "x.json"))
+        assert main(command) != 0
+        assert f"{option} is of one model, and 3 are named" in capsys.readouterr().err
 
 
 def test_one_model_by_its_option_is_the_model(work, tmp_path):

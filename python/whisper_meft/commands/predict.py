@@ -144,7 +144,7 @@ class OverTimeArguments:
             if transcribes and getattr(self, name) is not None:
                 raise UsageError(f"--{name} is for models that classify, and this one transcribes")
             if models > 1 and getattr(self, name) is not None:
-                raise UsageError(f"--{name} is of one model over time, and {models} are named: run it by itself")
+                raise UsageError(f"--{name} is of one model, and {models} are named: run it by itself")
 
     def plots(self, files: Sequence[str]) -> dict[str, Path]:
         """Where the figure of each file goes, all of which can be written.

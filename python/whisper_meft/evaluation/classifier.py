@@ -18,7 +18,82 @@ from .loaded import LoadedModel, extractor_of, load_trained, usable_device
 from .timeline import Timeline, WindowLogits, answer_of, softmax
 
 
-class Classifier(LoadedModel):
+class Classifying(LoadedModel):
+    """What one model and several on one pass have in common: how examples of any length are answered.
+
+    Attributes:
+        max_frames: what the models hear. windows: those that longer recordings are heard in; None: the first.
+        classes: the number K of each model's classes. A row of :meth:`answers` has those of all side by side.
+    """
+
+    max_frames: int | str
+    windows: Windows | None
+    classes: Sequence[int]
+
+    def windows_of(self, window: float | str | None, hop: float | None) -> Windows | None:
+        """The windows that the arguments of these names mean for these models.
+
+        Raises:
+            UserError: windows that they do not hear whole, or that leave sound out.
+        """
+        if window == "first":
+            return None
+        longest = longest_window(self.feature_extractor, self.max_frames)
+        return Windows.within(longest, window, hop, overlap=0.5)
+
+    def answers(
+        self,
+        examples: ExampleSet,
+        windows: Windows | None = None,
+        done: Callable[[int, WindowLogits], None] | None = None,
+    ) -> np.ndarray:
+        """Logits of all examples, float32 (N, K of all models); of recordings longer than a window the log of
+        their probabilities.
+
+        Args:
+            windows: by default :attr:`windows`.
+            done: called with the index of each recording that is longer than a window and what its windows
+                gave, the moment they are there, in any order.
+
+        Raises:
+            UserError: an example cannot be read.
+        """
+        windows = windows or self.windows
+        if windows is None:
+            return self._plain(examples)
+        if any(example.seconds is None and not example.has_features for example in examples):
+            examples, _ = self.check(examples, strict=True)
+        is_long = np.array([not each.has_features and windows.needed(each.seconds) for each in examples])
+        if not is_long.any():
+            return self._plain(examples)
+        short, long = np.flatnonzero(~is_long), np.flatnonzero(is_long)
+        logits = np.empty((len(examples), sum(self.classes)), np.float32)
+        if len(short):
+            logits[short] = self._plain(examples.select(short))
+        recordings = examples.select(long)
+        for number, *given in self.over_windows(recordings, windows, self.max_frames, self._of_batch):
+            found = WindowLogits.of(*given, windows, recordings[number].seconds)
+            logits[long[number]] = found.pooled(self.classes)
+            if done is not None:
+                done(int(long[number]), found)
+        return logits
+
+    def _plain(self, examples: ExampleSet) -> np.ndarray:
+        """Rows of examples of which no more than the models' window is heard."""
+        order, loader = self.batches(examples, self.max_frames, self.max_frames != "fidelity")
+        bar = tqdm(loader, desc="classifying", unit="batch", disable=not self.progress)
+        rows = [self._of_batch(batch) for batch in bar]
+        return np.concatenate(rows)[np.argsort(order)]
+
+    def _of_batch(self, batch: dict[str, torch.Tensor]) -> np.ndarray:
+        """float32 (B, K of all models)."""
+        with torch.inference_mode():
+            outputs = self.model(**{name: value.to(self.device) for name, value in batch.items()})
+        each = outputs if isinstance(outputs, (list, tuple)) else [outputs]
+        return torch.cat([output.logits.float() for output in each], dim=1).cpu().numpy()
+
+
+class Classifier(Classifying):
     """A trained model with its feature extractor, ready to classify examples.
 
     Args:
@@ -49,9 +124,10 @@ class Classifier(LoadedModel):
     ):
         super().__init__(model, feature_extractor, device, batch_size, num_workers, progress)
         self.max_frames = model.meft_config.max_frames
-        self.windows = None if window == "first" else self._windows(window, hop)
+        self.windows = self.windows_of(window, hop)
         names = model.config.id2label
         self.labels = [names[index] for index in range(model.config.num_labels)]
+        self.classes = [len(self.labels)]
 
     @classmethod
     def load(
@@ -68,10 +144,6 @@ class Classifier(LoadedModel):
         extractor = extractor_of(model_dir, named, model.config, max_frames)
         sizes = arguments.batch_size, arguments.num_workers, progress
         return cls(model, extractor, device, *sizes, arguments.window, arguments.hop)
-
-    def _windows(self, window: float | None, hop: float | None) -> Windows:
-        longest = longest_window(self.feature_extractor, self.max_frames)
-        return Windows.within(longest, window, hop, overlap=0.5)
 
     def probabilities(self, examples: ExampleSet) -> np.ndarray:
         """Class probabilities, float32 (N, K), rows in the order of ``examples``; NaN where the model's
@@ -107,7 +179,7 @@ class Classifier(LoadedModel):
         example = audio if isinstance(audio, Example) else Example(audio)
         examples, _ = self.check(ExampleSet([example], "the recording"), strict=True)
         given = window is not None or hop is not None or self.windows is None
-        windows = self._windows(window, hop) if given else self.windows
+        windows = self.windows_of(window, hop) if given else self.windows
         parts: dict[int, WindowLogits] = {}
         logits = self.answers(examples, windows, parts.__setitem__)
         if not np.isfinite(logits).all():
@@ -119,55 +191,6 @@ class Classifier(LoadedModel):
         where it has several."""
         heard = longest_window(self.feature_extractor, self.max_frames)
         return Timeline.of(self.labels, heard if seconds is None else seconds, logits, parts, heard)
-
-    def answers(
-        self,
-        examples: ExampleSet,
-        windows: Windows | None = None,
-        done: Callable[[int, WindowLogits], None] | None = None,
-    ) -> np.ndarray:
-        """:meth:`logits` of all examples.
-
-        Args:
-            windows: by default this classifier's.
-            done: called with the index of each recording that is longer than a window and what its windows
-                gave, the moment they are there, in any order.
-
-        Raises:
-            UserError: an example cannot be read.
-        """
-        windows = windows or self.windows
-        if windows is None:
-            return self._plain(examples)
-        if any(example.seconds is None and not example.has_features for example in examples):
-            examples, _ = self.check(examples, strict=True)
-        is_long = np.array([not each.has_features and windows.needed(each.seconds) for each in examples])
-        if not is_long.any():
-            return self._plain(examples)
-        short, long = np.flatnonzero(~is_long), np.flatnonzero(is_long)
-        logits = np.empty((len(examples), len(self.labels)), np.float32)
-        if len(short):
-            logits[short] = self._plain(examples.select(short))
-        recordings = examples.select(long)
-        for number, *given in self.over_windows(recordings, windows, self.max_frames, self._of_batch):
-            found = WindowLogits.of(*given, windows, recordings[number].seconds)
-            logits[long[number]] = found.pooled()
-            if done is not None:
-                done(int(long[number]), found)
-        return logits
-
-    def _plain(self, examples: ExampleSet) -> np.ndarray:
-        """Logits (N, K) of examples of which no more than the model's window is heard."""
-        order, loader = self.batches(examples, self.max_frames, self.max_frames != "fidelity")
-        bar = tqdm(loader, desc="classifying", unit="batch", disable=not self.progress)
-        rows = [self._of_batch(batch) for batch in bar]
-        return np.concatenate(rows)[np.argsort(order)]
-
-    def _of_batch(self, batch: dict[str, torch.Tensor]) -> np.ndarray:
-        """float32 (B, K)."""
-        with torch.inference_mode():
-            logits = self.model(**{name: value.to(self.device) for name, value in batch.items()}).logits
-        return logits.float().cpu().numpy()
 
 
 NOT_FINITE = "the model's output for it is NaN or infinite"
@@ -211,22 +234,3 @@ def predict(
     if not rows:
         raise UserError(f"no file could be classified; {bad[0][0]}: {bad[0][1]}")
     return rows, bad
-
-
-NOT_FINITE = "the model's output for it is NaN or infinite"
-
-
-def answer_of(
-    probabilities: np.ndarray, labels: Sequence[str], reject_below: float | None, reject_label: str
-) -> dict[str, Any] | None:
-    """The answer for a clip, as in :func:`predict`'s rows; None where its probabilities (K,) are not
-    finite."""
-    if not np.isfinite(probabilities).all():
-        return None
-    named = {label: float(p) for label, p in zip(labels, probabilities)}
-    answer = {"label": labels[int(probabilities.argmax())], "probabilities": named}
-    if reject_below is not None:
-        answer["rejected"] = bool(float(probabilities.max()) < reject_below)
-        if answer["rejected"]:
-            answer["label"] = reject_label
-    return answer

@@ -5,22 +5,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from tqdm.auto import tqdm
 
 from ..data.examples import Example, ExampleSet
 from ..errors import UserError
 from ..model.backbone import quiet_transformers
 from ..model.multi_head import MultiHead
 from ..options.inference import InferenceArguments
-from .classifier import NOT_FINITE, answer_of
-from .loaded import LoadedModel, extractor_of, usable_device
+from .classifier import NOT_FINITE, Classifying
+from .loaded import extractor_of, usable_device
+from .timeline import answer_of, softmax
 
 # What decides about the log-mel that a feature extractor makes.
 _MAKES = ("feature_size", "sampling_rate", "hop_length", "n_fft", "n_samples", "dither", "padding_value")
 
 
-class SeveralClassifiers(LoadedModel):
+class SeveralClassifiers(Classifying):
     """Trained models with the feature extractor that they share, ready to classify examples.
 
     Args:
@@ -29,14 +28,27 @@ class SeveralClassifiers(LoadedModel):
 
     Attributes:
         labels: the classes of each model.
+
+    Raises:
+        UserError: windows that the models do not hear whole, or that leave sound out.
     """
 
-    def __init__(self, model: MultiHead, names: Sequence[str], feature_extractor: Any, **options: Any):
+    def __init__(
+        self,
+        model: MultiHead,
+        names: Sequence[str],
+        feature_extractor: Any,
+        window: float | str | None = None,
+        hop: float | None = None,
+        **options: Any,
+    ):
         super().__init__(model, feature_extractor, **options)
         configs = [each.config for each in model.models]
         self.names, self.configs = list(names), configs
         self.labels = [[config.id2label[i] for i in range(config.num_labels)] for config in configs]
+        self.classes = [config.num_labels for config in configs]
         self.max_frames = model.models[0].meft_config.max_frames
+        self.windows = self.windows_of(window, hop)
 
     @classmethod
     def load(
@@ -74,23 +86,17 @@ class SeveralClassifiers(LoadedModel):
                         "(--feature_extractor_name), or run them one by one"
                     )
         options = {"device": device, "batch_size": arguments.batch_size, "progress": progress}
+        options |= {"window": arguments.window, "hop": arguments.hop}
         return cls(model, names, extractors[0], num_workers=arguments.num_workers, **options)
 
     def logits(self, examples: ExampleSet) -> list[np.ndarray]:
-        """What each model's softmax is taken of, float32 (N, K), rows in the order of ``examples``.
+        """What each model's softmax is taken of, float32 (N, K), rows in the order of ``examples``; of
+        recordings longer than a window the log of their probabilities.
 
         Raises:
             UserError: an example cannot be read.
         """
-        order, loader = self.batches(examples, self.max_frames, self.max_frames != "fidelity")
-        rows: list[list[np.ndarray]] = [[] for _ in self.names]
-        for batch in tqdm(loader, desc="classifying", unit="batch", disable=not self.progress):
-            with torch.inference_mode():
-                outputs = self.model(**{name: value.to(self.device) for name, value in batch.items()})
-            for found, output in zip(rows, outputs):
-                found.append(output.logits.float().cpu().numpy())
-        back = np.argsort(order)
-        return [np.concatenate(found)[back] for found in rows]
+        return np.split(self.answers(examples), np.cumsum(self.classes)[:-1], axis=1)
 
 
 def names_of(model_dirs: Sequence[str]) -> list[str]:
@@ -132,7 +138,7 @@ def predict_several(
     examples = ExampleSet([Example(audio=file, name=file) for file in files], "the files to classify")
     # The error of a single file says it all; of several the good ones are answered.
     good, bad = classifiers.check(examples, strict=len(examples) == 1)
-    probabilities = [torch.from_numpy(each).softmax(-1).numpy() for each in classifiers.logits(good)]
+    probabilities = [softmax(each) for each in classifiers.logits(good)]
     rows = []
     for index, example in enumerate(good):
         answers = {

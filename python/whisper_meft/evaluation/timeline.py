@@ -39,9 +39,15 @@ class WindowLogits:
         """float64 (windows,): the shares, 0 where there is nothing to hear."""
         return np.where(self.muted, 0.0, self.shares)
 
-    def pooled(self) -> np.ndarray:
-        """Logits of the whole, float32 (K,): :func:`pool`."""
-        return pool(self.logits, self.weights).astype(np.float32)
+    def pooled(self, classes: Sequence[int] | None = None) -> np.ndarray:
+        """Logits of the whole, float32 (K,): :func:`pool`.
+
+        Args:
+            classes: of several models side by side the number of each one's, which are pooled by themselves.
+        """
+        cuts = np.cumsum(classes)[:-1] if classes else []
+        each = [pool(part, self.weights) for part in np.split(self.logits, cuts, axis=1)]
+        return np.concatenate(each).astype(np.float32)
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
