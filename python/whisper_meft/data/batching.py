@@ -1,6 +1,7 @@
 """Batches of clips of like length, so that little padding is computed."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -72,6 +73,7 @@ class LengthBatches(Sampler[list[int]]):
         seed: with the epoch (:meth:`set_epoch`) it decides the order.
         draw: gives the positions of as many clips as there are for an epoch, such as :class:`BalancedDraw`,
             instead of each once; with ``batch_size``.
+        numbered: a clip that comes again in an epoch is given as (position, how often it came before).
 
     Raises:
         UserError: neither or both of ``batch_size`` and ``max_frames``; a clip is longer than ``max_frames``.
@@ -87,6 +89,7 @@ class LengthBatches(Sampler[list[int]]):
         processes: int = 1,
         seed: int = 0,
         draw: Callable[[int], np.ndarray] | None = None,
+        numbered: bool = False,
     ):
         if (batch_size is None) == (max_frames is None):
             raise UserError("one of batch_size and max_frames is needed, and not both")
@@ -101,6 +104,7 @@ class LengthBatches(Sampler[list[int]]):
         step = math.ceil(max(lengths) / _STEPS)
         self._rounded = torch.minimum((self.lengths + step - 1) // step * step, self.lengths.max())
         self.processes, self.seed, self.epoch, self.draw = processes, seed, 0, draw
+        self.numbered = numbered
         self._ranges = self._divide(batch_size, max_frames)
 
     def _divide(self, batch_size: int | None, max_frames: int | None) -> list[tuple[int, int]]:
@@ -133,7 +137,19 @@ class LengthBatches(Sampler[list[int]]):
     def __len__(self) -> int:
         return len(self._ranges)
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[int | tuple[int, int]]]:
+        came = Counter()
+        for batch in self._batches():
+            if not self.numbered:
+                yield batch
+                continue
+            keys = []
+            for position in batch:
+                keys.append((position, came[position]) if came[position] else position)
+                came[position] += 1
+            yield keys
+
+    def _batches(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(len(self.lengths), generator=generator)
         if self.draw is not None:
@@ -154,7 +170,7 @@ class LengthBatches(Sampler[list[int]]):
 
     def padding(self) -> float:
         """Share of the frames of this epoch's batches that is padding."""
-        batches = [self.lengths[batch] for batch in self]
+        batches = [self.lengths[batch] for batch in self._batches()]
         computed = sum(len(each) * int(each.max()) for each in batches)
         return 1 - sum(int(each.sum()) for each in batches) / computed
 
@@ -165,6 +181,7 @@ def batches_by_length(
     arguments: Any,
     clips: int = 0,
     classes: Sequence[Any] | None = None,
+    numbered: bool = False,
 ) -> LengthBatches | None:
     """The batches that a training run asks for; None means any clips together, drawn by the Trainer.
 
@@ -174,6 +191,7 @@ def batches_by_length(
         arguments: :class:`whisper_meft.options.training.TrainArguments` of the run.
         clips: their number, known also where lengths are not.
         classes: of each clip, where each class is to come equally often.
+        numbered: see :class:`LengthBatches`.
 
     Raises:
         UserError: they are asked for, and the lengths are all alike or not known.
@@ -195,7 +213,7 @@ def batches_by_length(
     size = arguments.train_batch_size if budget is None else None
     seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
     draw = None if classes is None else BalancedDraw(classes, seed)
-    return LengthBatches(lengths, size, budget, arguments.world_size, seed, draw)
+    return LengthBatches(lengths, size, budget, arguments.world_size, seed, draw, numbered)
 
 
 class LongestFirst(Sampler[int]):

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 
 from ..errors import UserError
+from .augmenter import Augmenter
+from .epochs import SharedEpoch, drawn
 from .examples import Example, ExampleSet, check_known_labels, check_transcribed
 from .features import MaxFrames, log_mel, read_features, true_frames, window_of
 from .transcripts import TranscriptTokens
@@ -34,10 +36,12 @@ class SpeechDataset(torch.utils.data.Dataset):
     Items are dicts of ``input_features`` (float32 ``(mel bins, frames)``), ``attention_mask`` (int64
     ``(frames,)``, 1 where a frame holds sound), ``labels`` (int) and ``length`` (int, encoder frames that
     hold sound: half the mask's sum, rounded up). With ``tokens``, ``labels`` and
-    ``decoder_input_ids`` are int64 ``(tokens,)`` (:class:`TranscriptTokens`).
+    ``decoder_input_ids`` are int64 ``(tokens,)`` (:class:`TranscriptTokens`). A key ``(index, again)`` gives
+    the item of a clip that came ``again`` times before in the epoch, augmented in another way.
 
     Raises:
-        UserError: no examples, unknown or missing labels, ``max_frames`` out of range; on reading an item:
+        UserError: no examples, unknown or missing labels, ``max_frames`` out of range, or ``augment`` is for
+            waveforms and an example holds log-mel; on reading an item:
             naming it, when its audio cannot be read, its features have other mel bins, or it has a transcript
             and is longer than the window.
     """
@@ -49,6 +53,7 @@ class SpeechDataset(torch.utils.data.Dataset):
         label2id: dict[str, int] | None = None,
         max_frames: MaxFrames = "fidelity",
         tokens: TranscriptTokens | None = None,
+        augment: Augmenter | None = None,
     ):
         if label2id is not None and tokens is not None:
             raise UserError("label2id is for classes and tokens for transcripts: give one of them")
@@ -62,6 +67,10 @@ class SpeechDataset(torch.utils.data.Dataset):
         self.feature_extractor = feature_extractor
         self.label2id = label2id
         self.tokens = tokens
+        self.augment, self._epoch = augment, None
+        if augment is not None:
+            _check_augment(augment, examples, feature_extractor)
+            self._epoch = SharedEpoch()
         self.max_frames = max_frames
         self._whole_window = max_frames == "fidelity" or (tokens is not None and max_frames != "longest")
         self._window = window_of(feature_extractor, max_frames)
@@ -85,14 +94,35 @@ class SpeechDataset(torch.utils.data.Dataset):
 
     @property
     def lengths(self) -> list[int] | None:
-        """Encoder frames of every item, for batching by length; ``None`` unless all are known."""
+        """Encoder frames of every item, the most where speeds are drawn, for batching by length; ``None``
+        unless all are known."""
         if any(example.seconds is None for example in self.examples):
             return None
-        return [max(1, math.ceil(min(e.seconds, self._seconds) * 50 - 1e-6)) for e in self.examples]
+        slowest = 1.0 if self.augment is None else self.augment.speeds[0]
+        seconds = (min(example.seconds / slowest, self._seconds) for example in self.examples)
+        return [max(1, math.ceil(each * 50 - 1e-6)) for each in seconds]
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch whose augmentation items have, also in processes that read already."""
+        if self._epoch is not None:
+            self._epoch.set(epoch)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+        index, again = drawn(key)
+        if self.augment is None:
+            return self.item(index)
+        return self.item(index, f"{self._epoch.get()}.{again}" if again else f"{self._epoch.get()}")
+
+    def item(self, index: int, version: str | None = None) -> dict[str, Any]:
+        """An item by the name of its augmentation: of an epoch its number; None for a clip as it is."""
         example = self.examples[index]
-        item = self._item(*(self._features(example) if example.has_features else self._log_mel(example)))
+        if example.has_features:
+            features, frames = self._features(example)
+        else:
+            features, frames = self._log_mel(example, version)
+        if version is not None:
+            features = self.augment.log_mel(features, frames, example.name, version)
+        item = self._item(features, frames)
         if self.label2id is not None:
             item["labels"] = self.label2id[example.label]
         if self.tokens is not None:
@@ -100,7 +130,7 @@ class SpeechDataset(torch.utils.data.Dataset):
         return item
 
     def item_of_wave(self, wave: np.ndarray) -> dict[str, Any]:
-        """The input that sound alone gives, without labels and tokens.
+        """The input that sound alone gives, without labels, tokens and augmentation.
 
         Args:
             wave: float32 ``(samples,)`` at the extractor's rate, cut to the window.
@@ -116,15 +146,18 @@ class SpeechDataset(torch.utils.data.Dataset):
             "length": (frames + 1) // 2,
         }
 
-    def _log_mel(self, example: Example) -> tuple[np.ndarray, int]:
+    def _log_mel(self, example: Example, version: str | None) -> tuple[np.ndarray, int]:
         extractor = self.feature_extractor
+        fastest = 1.0 if version is None else self.augment.speeds[1]
         # A little more than the window: enough to see that a clip is longer, and for resampling its edge.
-        wave, _ = example.read(extractor.sampling_rate, longest=self._seconds + 0.1)
+        wave, _ = example.read(extractor.sampling_rate, longest=self._seconds * fastest + 0.1)
         window = self._window * extractor.hop_length
         if len(wave) > window:
             self._say_cut(example, len(wave) / extractor.hop_length)
-            wave = wave[:window]
-        return self._log_mel_of(wave)
+        if version is not None:
+            whole = self.tokens is not None
+            wave = self.augment.wave(wave, example.name, version, window, whole)
+        return self._log_mel_of(wave[:window])
 
     def _log_mel_of(self, wave: np.ndarray) -> tuple[np.ndarray, int]:
         mel = log_mel(wave, self.feature_extractor, full_window=self._whole_window)
@@ -159,6 +192,21 @@ class SpeechDataset(torch.utils.data.Dataset):
                 self._seconds,
                 self._seconds,
             )
+
+
+def _check_augment(augment: Augmenter, examples: ExampleSet, extractor: Any) -> None:
+    """Raises UserError where the examples cannot be augmented so."""
+    augment.check_bins(extractor.feature_size)
+    computed = next((example for example in examples if example.has_features), None)
+    if augment.of_waves and computed is not None:
+        raise UserError(
+            f"augment {', '.join(augment.of_waves)} cannot be used with log-mel that was computed earlier "
+            f"({computed.name} of {examples.description}); spec can"
+        )
+    if augment.of_waves and augment.sampling_rate != extractor.sampling_rate:
+        raise UserError(
+            f"augment is for {augment.sampling_rate} Hz, the feature extractor for {extractor.sampling_rate}"
+        )
 
 
 @dataclass
