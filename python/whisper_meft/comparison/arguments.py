@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..methods import MeftConfig
+from ..options.augmentation import AugmentArguments
 from ..options.common import DataFormatArguments
 from ..options.parser import UsageError
 from ..options.skew import SkewArguments
@@ -23,7 +24,7 @@ _COMMA = re.compile(r",(?![^\[]*\])")  # outside a list's brackets
 
 
 @dataclass
-class CompareArguments(TaskArguments, SkewArguments, DataFormatArguments):
+class CompareArguments(TaskArguments, SkewArguments, AugmentArguments, DataFormatArguments):
     """What is compared, and on what."""
 
     _argument_group_name = "comparison"
@@ -106,6 +107,7 @@ class CompareArguments(TaskArguments, SkewArguments, DataFormatArguments):
             if getattr(self, name) is None:
                 setattr(self, name, quick if self.quick else usual)
         self.check_skew()
+        self.check_augment()
         for name in ("seeds", "batch_size"):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name} must be at least 1, got {getattr(self, name)}")

@@ -92,7 +92,7 @@ class Comparison:
         # What is learnt of the data does not depend on the method.
         method = MeftConfig.from_dict({"method": "lst", "max_frames": arguments.max_frames})
         of_task = {"task": arguments.task, "language": arguments.language}
-        how_told = {**of_task, **arguments.given()}
+        how_told = {**of_task, **arguments.given(), **arguments.augment_given()}
         (model_arguments, _, _, training), sizes = self._any_run(how_told), self.config
         self.task = make_task(model_arguments, training, method, sizes, self.extractor)
         self.examples = load_data(self.data_arguments, self.task, True, True, arguments.seed, **how)
@@ -115,6 +115,7 @@ class Comparison:
             "bf16": arguments.bf16,
             "device": self.device.type,
             **arguments.settled(),
+            **arguments.augment_given(),
         }
         clips = len(self.examples.training) + len(self.examples.evaluation)
         window = 2 * self.config.max_source_positions * self.config.num_mel_bins * 4
@@ -173,6 +174,7 @@ class Comparison:
             "use_cpu": self.device.type == "cpu",
             "disable_tqdm": True,
             **self.arguments.given(),
+            **self.arguments.augment_given(),
         }
         if self.arguments.task == "transcribe":  # the backbone alone is scored once, on the test data
             values |= {"task": "transcribe", "language": self.arguments.language, "zero_shot": False}
@@ -180,9 +182,9 @@ class Comparison:
             values["dataloader_num_workers"] = 0  # the cache is in this process
         return parsed_options(values)
 
-    def _dataset(self, examples: ExampleSet, *arguments: Any) -> Dataset:
-        dataset = data.SpeechDataset(examples, *arguments)
-        if self._cache is None:
+    def _dataset(self, examples: ExampleSet, *arguments: Any, **more: Any) -> Dataset:
+        dataset = data.SpeechDataset(examples, *arguments, **more)
+        if self._cache is None or dataset.augment is not None:
             return dataset
         return CachedDataset(dataset, self._cache.setdefault(id(examples), {}))
 

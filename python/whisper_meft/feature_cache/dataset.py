@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..data.augmenter import Augmenter
 from ..data.dataset import labels_of
+from ..data.epochs import SharedEpoch, drawn
 from ..data.examples import ExampleSet, check_known_labels, check_transcribed
 from ..data.transcripts import TranscriptTokens
 from ..errors import UserError
 from ..model.base import MeftBase
-from .key import clip_fingerprint, token_fingerprint
+from .key import copy_fingerprints, token_fingerprint
 from .store import FeatureCache
 
 
@@ -24,6 +26,9 @@ class CachedDataset(Dataset):
         examples: labelled, unless ``label2id`` is None; transcribed, if ``tokens`` is given.
         cache: holds all of them. model: whose states they are. label2id: class ids by name.
         tokens: makes items of the transcripts, for recognition.
+        augment: of training clips, if the cache has them augmented. copies: versions of each that it has;
+            epochs (:meth:`set_epoch`) take them in turn, and a clip that comes again in one, by a key
+            ``(index, again)``, has the next.
 
     Items are dicts of ``hidden_states`` (S, T, D), ``hidden_state_statistics`` (S, T, 2), where those are
     8-bit codes ``hidden_state_scales`` (S, 2, D), ``length`` (int, T) and ``labels`` (int). With ``tokens``,
@@ -41,6 +46,8 @@ class CachedDataset(Dataset):
         model: MeftBase,
         label2id: dict[str, int] | None = None,
         tokens: TranscriptTokens | None = None,
+        augment: Augmenter | None = None,
+        copies: int = 1,
     ):
         if label2id is not None and tokens is not None:
             raise UserError("label2id is for classes and tokens for transcripts: give one of them")
@@ -52,33 +59,44 @@ class CachedDataset(Dataset):
         of_tokens = model.states_of == "decoder"
         if of_tokens and tokens is None:
             raise UserError("tokens are needed for states of the decoder, which are those of a transcript")
-        found = []
-        for example in examples:
-            about = clip_fingerprint(example)
-            if of_tokens:
-                about = token_fingerprint(about, tokens(example)["decoder_input_ids"])
-            found.append(cache.find(example, about))
-        missing = [example.name for example, clip in zip(examples, found) if clip is None]
+        prints = copy_fingerprints(examples, augment, copies)
+        if of_tokens:
+            said = [tokens(example)["decoder_input_ids"] for example in examples]
+            prints = [token_fingerprint(each, said[i % len(said)]) for i, each in enumerate(prints)]
+        found = [cache.find(examples[i % len(examples)], each) for i, each in enumerate(prints)]
+        missing = [examples[i % len(examples)].name for i, clip in enumerate(found) if clip is None]
         if missing:
             what = "clips with their present transcripts" if of_tokens else "clips"
+            if augment is not None:
+                what = f"augmented {what}"
             raise UserError(
-                f"the cache in {cache.folder} lacks {len(missing)} of {len(examples)} {what} of "
+                f"the cache in {cache.folder} lacks {len(missing)} of {len(found)} {what} of "
                 f"{examples.description}, the first is {missing[0]}: fill it with whisper-meft cache"
             )
-        self.examples, self.cache, self.clips, self.label2id = examples, cache, found, label2id
+        self.examples, self.cache, self.label2id = examples, cache, label2id
+        self.copies = [found[start : start + len(examples)] for start in range(0, len(found), len(examples))]
+        self._epoch = None if augment is None else SharedEpoch()
         self.tokens = tokens
         self.layers = model.states_read
 
     def __len__(self) -> int:
-        return len(self.clips)
+        return len(self.examples)
 
     @property
     def lengths(self) -> list[int]:
-        """Encoder frames of every item (or tokens, of the decoder's states), for batching by length."""
-        return [clip.frames for clip in self.clips]
+        """Encoder frames of every item (or tokens, of the decoder's states), of its longest copy, for
+        batching by length."""
+        return [max(clip.frames for clip in versions) for versions in zip(*self.copies)]
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        clip = self.cache.read(self.clips[index], self.layers)
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch whose copies items are, also in processes that read already."""
+        if self._epoch is not None:
+            self._epoch.set(epoch)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+        index, again = drawn(key)
+        copy = 0 if self._epoch is None else (self._epoch.get() + again) % len(self.copies)
+        clip = self.cache.read(self.copies[copy][index], self.layers)
         item = {
             "hidden_states": clip.states,
             "hidden_state_statistics": clip.statistics,

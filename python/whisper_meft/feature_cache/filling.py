@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
 from meft_kernels import HiddenState
 
+from ..data.augmenter import Augmenter
 from ..data.dataset import Collator, SpeechDataset
 from ..data.examples import ExampleSet
 from ..data.features import window_of
@@ -24,7 +25,7 @@ from ..encoder.chunked import automatic_chunk
 from ..errors import UserError
 from ..model.base import MeftBase
 from .claims import Claims
-from .key import clip_fingerprint, key_of, token_fingerprint
+from .key import copy_fingerprints, key_of, token_fingerprint
 from .shards import clip_bytes, pack
 from .store import FeatureCache
 
@@ -54,6 +55,8 @@ def prepare_cache(
     say: Callable[[str], None] = _nothing,
     wait_for_everyone: Callable[[], None] = _nothing,
     tokens: TranscriptTokens | None = None,
+    augment: Augmenter | None = None,
+    copies: int = 1,
 ) -> FeatureCache:
     """A cache with the states that ``model`` reads of all clips of ``sets``: what is missing is computed.
 
@@ -64,6 +67,8 @@ def prepare_cache(
         num_workers: processes that read audio. progress: show a bar. say: takes sentences about what is done.
         wait_for_everyone: called when this process has nothing left to fill.
         tokens: of the transcripts, of which a recogniser with ``placement="decoder"`` reads states.
+        augment: changes the clips of the first of ``sets``, the training clips. copies: versions of each of
+            them, those of the first epochs of a run that augments without a cache.
 
     Raises:
         UserError: the method trains inside the encoder; the cache is stale; the disk is too small; a clip
@@ -80,11 +85,31 @@ def prepare_cache(
             cache.remove_leftovers(alone=not claims.of_others())
         given = (model, feature_extractor, autocast, num_workers, progress, tokens)
         filler = _Filler(cache, claims, *given)
-        for examples in sets:
-            filler.fill(examples, say)
+        for number, examples in enumerate(sets):
+            filler.fill(examples, say, *((augment, copies) if number == 0 else ()))
     wait_for_everyone()
     cache.scan()
     return cache
+
+
+class _Copies(Dataset):
+    """Augmented copies of a dataset's items: all of the first, then all of the next."""
+
+    def __init__(self, dataset: SpeechDataset, copies: int):
+        self.dataset, self.copies = dataset, copies
+        self.examples = ExampleSet(dataset.examples.examples * copies, dataset.examples.description)
+
+    @property
+    def lengths(self) -> list[int] | None:
+        known = self.dataset.lengths
+        return None if known is None else known * self.copies
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        copy, index = divmod(number, len(self.dataset))
+        return self.dataset.item(index, str(copy))
 
 
 class _Filler:
@@ -110,9 +135,18 @@ class _Filler:
         self.tokens = tokens if model.states_of == "decoder" else None
         self.autocast, self.num_workers, self.progress = autocast, num_workers, progress
 
-    def fill(self, examples: ExampleSet, say: Callable[[str], None]) -> None:
-        dataset = SpeechDataset(examples, self.extractor, None, self.max_frames, self.transcripts)
-        prints = [clip_fingerprint(example) for example in examples]
+    def fill(
+        self,
+        examples: ExampleSet,
+        say: Callable[[str], None],
+        augment: Augmenter | None = None,
+        copies: int = 1,
+    ) -> None:
+        prints = copy_fingerprints(examples, augment, copies)
+        dataset = SpeechDataset(examples, self.extractor, None, self.max_frames, self.transcripts, augment)
+        if augment is not None:
+            dataset = _Copies(dataset, copies)
+            examples = dataset.examples
         if self.tokens is not None:
             said = [self.tokens(example)["decoder_input_ids"] for example in examples]
             prints = [token_fingerprint(*both) for both in zip(prints, said)]
@@ -171,7 +205,7 @@ class _Filler:
         return chosen
 
     def _compute(
-        self, dataset: SpeechDataset, chosen: Sequence[int], expected: Sequence[int]
+        self, dataset: "SpeechDataset | _Copies", chosen: Sequence[int], expected: Sequence[int]
     ) -> Iterator[dict[str, Tensor]]:
         """What is stored of each of the ``chosen`` clips, in this order; ``expected``: frames or tokens of
         every clip."""

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 
 from ..audio import VERSION as READING
+from ..data.augmenter import VERSION as AUGMENTING
+from ..data.augmenter import Augmenter
 from ..data.examples import Example
 from ..data.transcripts import TranscriptTokens
 from ..encoder.frozen import FrozenEncoder
@@ -130,8 +132,34 @@ def _beside_the_weights(encoder: FrozenEncoder) -> dict[str, Any]:
     }
 
 
-# Between what a fingerprint says of a clip's source and what it says of the tokens of its transcript.
-_AND_TOKENS = ", tokens "
+# Between what a fingerprint says of a clip's source, of how it was augmented, and of the tokens of its
+# transcript.
+_AUGMENTED, _AND_TOKENS = ", augmented ", ", tokens "
+
+
+def copy_fingerprints(
+    examples: Sequence[Example], augment: Augmenter | None = None, copies: int = 1
+) -> list[str]:
+    """What tells the sources of clips from others, as :func:`clip_fingerprint` does; with ``augment`` those
+    of so many augmented copies of each, all clips of one copy and then all of the next.
+
+    Raises:
+        UserError: a source, or a recording that is mixed in, cannot be read.
+    """
+    sources = [clip_fingerprint(example) for example in examples]
+    if augment is None:
+        return sources
+    digest = _augmentation_digest(augment)
+    return [f"{source}{_AUGMENTED}{digest} {copy}" for copy in range(copies) for source in sources]
+
+
+def _augmentation_digest(augment: Augmenter) -> str:
+    """What clips become by it beside what they are: its settings and seed, and the recordings' sources."""
+    told: dict[str, Any] = {"version": AUGMENTING, **augment.settings.as_dict(), "seed": augment.seed}
+    for name, found in (("noises", augment.noises), ("rooms", augment.rooms)):
+        if found is not None:
+            told[name] = [clip_fingerprint(recording) for recording in found]
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def token_fingerprint(source: str, decoder_input_ids: Sequence[int]) -> str:
@@ -141,8 +169,8 @@ def token_fingerprint(source: str, decoder_input_ids: Sequence[int]) -> str:
 
 
 def source_of(fingerprint: str) -> str:
-    """What a fingerprint says of the clip's source, whatever its transcript."""
-    return fingerprint.partition(_AND_TOKENS)[0]
+    """What a fingerprint says of the clip's source, however it was augmented, whatever its transcript."""
+    return fingerprint.partition(_AND_TOKENS)[0].partition(_AUGMENTED)[0]
 
 
 def clip_fingerprint(example: Example) -> str:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from transformers import TrainingArguments
 
+from .augmentation import AugmentArguments, check_copies
 from .common import DataFormatArguments, MethodArguments, ModelArguments
 from .inference import check_windows
 from .parser import Parser, UsageError
@@ -175,7 +176,7 @@ class TrainDataArguments(DataFormatArguments):
 
 
 @dataclass
-class TrainArguments(TaskArguments, SkewArguments, TrainingArguments):
+class TrainArguments(TaskArguments, SkewArguments, AugmentArguments, TrainingArguments):
     """transformers.TrainingArguments with defaults for these tasks."""
 
     _argument_group_name = "training"
@@ -239,6 +240,13 @@ class TrainArguments(TaskArguments, SkewArguments, TrainingArguments):
         metadata={
             "help": "how cached states are kept: as computed, in 16 or in 8 bits (default: 16 bits, or what "
             "is there)"
+        },
+    )
+    cache_copies: int | None = field(
+        default=None,
+        metadata={
+            "help": "augmented versions of each training clip that the cache keeps; epochs take them in turn "
+            "(needed to augment with cache_features)"
         },
     )
     cuda_graphs: bool = field(
@@ -338,6 +346,7 @@ class TrainArguments(TaskArguments, SkewArguments, TrainingArguments):
             raise UsageError("--output_dir is needed")
         self._check_task()
         self._check_skew_with_others()
+        self.check_augment()
         for name in ("learning_rate", "head_learning_rate"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -407,6 +416,7 @@ class TrainArguments(TaskArguments, SkewArguments, TrainingArguments):
             self.cache_features = os.path.join(self.output_dir, "feature_cache")
         if self.cache_storage is not None and self.cache_features is None:
             raise UsageError(f"--cache_storage {self.cache_storage} needs --cache_features")
+        check_copies(self.cache_copies, self.cache_features is not None, self.augment is not None)
         if self.include_num_input_tokens_seen not in (True, False, "all", "non_padding", "no"):
             raise UsageError(
                 "--include_num_input_tokens_seen must be all, non_padding, True or False, got "
@@ -493,6 +503,15 @@ COMMON_TRAINING_OPTIONS = [
     "loss",
     "focal_gamma",
     "sampling",
+    "augment",
+    "speed_factors",
+    "noise_dir",
+    "noise_snr",
+    "room_dir",
+    "gain_db",
+    "spec_masks",
+    "spec_bins",
+    "spec_frames",
     "per_device_train_batch_size",
     "per_device_eval_batch_size",
     "gradient_accumulation_steps",
@@ -501,6 +520,7 @@ COMMON_TRAINING_OPTIONS = [
     "max_frames_per_batch",
     "cache_features",
     "cache_storage",
+    "cache_copies",
     "cuda_graphs",
     "lr_scheduler_type",
     "warmup_steps",

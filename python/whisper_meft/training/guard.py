@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
+from ..data.epochs import drawn
 from ..errors import UserError
 
 
@@ -30,8 +31,13 @@ class Indexed(Dataset):
         """The dataset's lengths, for batching by length; None where it does not know them."""
         return getattr(self.dataset, "lengths", None)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {**self.dataset[index], "index": index}
+    def set_epoch(self, epoch: int) -> None:
+        """Tells the dataset, where its items differ from epoch to epoch."""
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+        return {**self.dataset[key], "index": drawn(key)[0]}
 
 
 class IndexedCollator:

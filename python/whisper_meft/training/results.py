@@ -82,7 +82,9 @@ def summarise(
         "gradients": gradients,
         "best_checkpoint": state.best_model_checkpoint,
         "best_metric": state.best_metric,
+        "augmentation": None if settings.augment is None else settings.augment.as_dict(),
         "feature_cache": settings.training.cache_features,
+        "cache_copies": settings.training.cache_copies,
         "left_out": [{"file": name, "reason": reason} for name, reason in examples.left_out],
     }
 

@@ -177,18 +177,21 @@ def build_datasets(
 ) -> tuple[Any, Dataset, Dataset | None]:
     """(collator, training set, evaluation set or None): of log-mel features, or of the states in a feature
     cache, which is filled as needed."""
+    augmented = {} if settings.augment is None else {"augment": settings.augment}
     if settings.training.cache_features:
         cache, collator = _fill_cache(model, settings, examples), settings.task.cached_collator()
+        if augmented:
+            augmented["copies"] = settings.training.cache_copies
 
-        def make(part: ExampleSet) -> Dataset:
-            return settings.task.cached_dataset(part, cache, model)
+        def make(part: ExampleSet, **more: Any) -> Dataset:
+            return settings.task.cached_dataset(part, cache, model, **more)
     else:
         collator = settings.task.collator()
 
-        def make(part: ExampleSet) -> Dataset:
-            return settings.task.dataset(part, make_dataset)
+        def make(part: ExampleSet, **more: Any) -> Dataset:
+            return settings.task.dataset(part, make_dataset, **more)
 
-    training_set = make(examples.training)
+    training_set = make(examples.training, **augmented)
     return collator, training_set, None if examples.evaluation is None else make(examples.evaluation)
 
 
@@ -208,6 +211,8 @@ def _fill_cache(model: MeftBase, settings: Settings, examples: RunData) -> Featu
         say,
         arguments.distributed_state.wait_for_everyone,
         settings.task.tokens,
+        settings.augment,
+        arguments.cache_copies or 1,
     )
 
 
@@ -219,6 +224,8 @@ def describe(model: MeftBase, settings: Settings, examples: RunData) -> None:
     say(f"{method} on {backbone}: {share}")
     for line in settings.task.describe(examples.training):
         say(line)
+    if settings.augment is not None:
+        say(f"  augmented by {printable(settings.augment.describe())}")
     if examples.evaluation is not None:
         say(f"evaluating on {len(examples.evaluation)} examples; {printable(examples.note)}")
 
@@ -302,7 +309,8 @@ def _length_batches(settings: Settings, examples: RunData, training_set: Dataset
     lengths = getattr(training_set, "lengths", None)
     frames = "fidelity" if settings.task.of_one_length else settings.config.max_frames
     classes = settings.task.classes_to_balance(examples.training)
-    found = batches_by_length(lengths, frames, settings.training, len(training_set), classes)
+    numbered = settings.augment is not None
+    found = batches_by_length(lengths, frames, settings.training, len(training_set), classes, numbered)
     if found is not None and found.by_length:
         share = found.padding()
         say(f"{len(found)} batches by length an epoch: {share:.1%} of their frames are padding")

@@ -5,13 +5,16 @@ from dataclasses import dataclass
 from transformers import WhisperConfig, WhisperFeatureExtractor
 
 from .. import data
+from ..data.augmenter import Augmenter
 from ..errors import UserError
 from ..methods import MeftConfig
 from ..model.module import graphs_refused
 from ..model.pretrained import load_config, load_feature_extractor, resolve_dtype
 from ..model.speaking import load_language
+from ..options.augmentation import AugmentArguments
 from ..options.common import MethodArguments, ModelArguments
 from ..options.training import TrainArguments, default_learning_rate
+from .console import main_process
 from .tasks.base import Task
 from .tasks.classification import Classification
 from .tasks.transcription import Transcription
@@ -28,6 +31,7 @@ class Settings:
         backbone: the encoder's config.
         extractor: the backbone's feature extractor.
         task: what is learnt.
+        augment: changes training clips, or None.
     """
 
     model: ModelArguments
@@ -37,6 +41,7 @@ class Settings:
     backbone: WhisperConfig
     extractor: WhisperFeatureExtractor
     task: Task
+    augment: Augmenter | None = None
 
 
 def settle(model: ModelArguments, method: MethodArguments, training: TrainArguments) -> Settings:
@@ -68,7 +73,10 @@ def settle(model: ModelArguments, method: MethodArguments, training: TrainArgume
         raise UserError(f"cuda_graphs: {reason}")
     sizes, extractor = load_sizes_and_extractor(model, config)
     task = make_task(model, training, config, sizes, extractor)
-    return Settings(model, training, config, dtype, sizes, extractor, task)
+    seed = training.seed if training.data_seed is None else training.data_seed
+    how = (training.dataloader_num_workers, not training.disable_tqdm and main_process())
+    augment = make_augmenter(training, seed, extractor, *how)
+    return Settings(model, training, config, dtype, sizes, extractor, task, augment)
 
 
 def make_task(
@@ -91,6 +99,31 @@ def make_task(
     if training.task == "classify":
         return Classification(config, extractor, training)
     return Transcription(config, sizes, extractor, load_language(model, sizes, training.language), training)
+
+
+def make_augmenter(
+    arguments: AugmentArguments,
+    seed: int,
+    extractor: WhisperFeatureExtractor,
+    num_workers: int = 0,
+    progress: bool = False,
+) -> Augmenter | None:
+    """What changes training clips, its recordings found and checked; None where nothing does.
+
+    Args:
+        arguments: how. seed: of all choices. extractor: the backbone's feature extractor.
+        num_workers: threads that check the recordings. progress: show a bar.
+
+    Raises:
+        UserError: a folder of recordings, or a value, cannot be used.
+    """
+    settings = arguments.augmentation()
+    if settings is None:
+        return None
+    folders = (arguments.noise_dir, arguments.room_dir)
+    found = Augmenter(settings, seed, *folders, extractor.sampling_rate, num_workers, progress)
+    found.check_bins(extractor.feature_size)
+    return found
 
 
 def _graphs_refused(config: MeftConfig, training: TrainArguments) -> str | None:

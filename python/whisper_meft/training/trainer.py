@@ -26,14 +26,15 @@ from .resuming import Batches, RunRecord
 from .throughput import Throughput
 
 
-class _EpochOfBatches(TrainerCallback):
-    """Tells the batches which epoch it is, also in the middle of one that is gone on with."""
+class _TellsEpoch(TrainerCallback):
+    """Tells batches and dataset which epoch it is, also in the middle of one that is gone on with."""
 
-    def __init__(self, length_batches: LengthBatches):
-        self.length_batches = length_batches
+    def __init__(self, *told: Any):
+        self.told = told
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        self.length_batches.set_epoch(math.floor((state.epoch or 0) + 1e-6))
+        for each in self.told:
+            each.set_epoch(math.floor((state.epoch or 0) + 1e-6))
 
 
 class MeftTrainer(Trainer):
@@ -86,8 +87,8 @@ class MeftTrainer(Trainer):
             self.add_callback(interrupts)
         if throughput is not None:
             self.add_callback(throughput)
-        if length_batches is not None:
-            self.add_callback(_EpochOfBatches(length_batches))
+        told = [each for each in (length_batches, self.train_dataset) if hasattr(each, "set_epoch")]
+        self.add_callback(_TellsEpoch(*told))
         self.method = model.meft_config
         if self.method.method == "mezo" and self.args.fp16:
             raise UserError("fp16 cannot be used with mezo, which has no gradients to scale; use bf16")

@@ -82,16 +82,20 @@ class Task:
     def check_resumed(self, checkpoint: Path) -> None:
         """Raises UserError where a checkpoint, of a model like this one, was trained for something else."""
 
-    def dataset(self, examples: ExampleSet, make_dataset: Callable[..., Dataset]) -> Dataset:
-        """The examples as model inputs, by what is called as :class:`whisper_meft.data.SpeechDataset`."""
+    def dataset(self, examples: ExampleSet, make_dataset: Callable[..., Dataset], **more: Any) -> Dataset:
+        """The examples as model inputs, by what is called as :class:`whisper_meft.data.SpeechDataset`, with
+        ``more`` arguments."""
         raise NotImplementedError
 
     def collator(self) -> data.Collator:
         """What makes batches of the dataset's items."""
         raise NotImplementedError
 
-    def cached_dataset(self, examples: ExampleSet, cache: FeatureCache, model: MeftBase) -> Dataset:
-        """The examples as the states in a feature cache that ``model`` reads."""
+    def cached_dataset(
+        self, examples: ExampleSet, cache: FeatureCache, model: MeftBase, **more: Any
+    ) -> Dataset:
+        """The examples as the states in a feature cache that ``model`` reads, with ``more`` arguments of
+        :class:`whisper_meft.feature_cache.dataset.CachedDataset`."""
         raise NotImplementedError
 
     def cached_collator(self) -> CachedCollator:

@@ -108,14 +108,16 @@ class Classification(Task):
     def prepare(self, base: PreTrainedModel) -> None:
         set_labels(base, list(self.label2id))
 
-    def dataset(self, examples: ExampleSet, make_dataset: Callable[..., Dataset]) -> Dataset:
-        return make_dataset(examples, self.extractor, self.label2id, self.max_frames)
+    def dataset(self, examples: ExampleSet, make_dataset: Callable[..., Dataset], **more: Any) -> Dataset:
+        return make_dataset(examples, self.extractor, self.label2id, self.max_frames, **more)
 
     def collator(self) -> data.Collator:
         return data.Collator(self.extractor, self.max_frames)
 
-    def cached_dataset(self, examples: ExampleSet, cache: FeatureCache, model: MeftBase) -> Dataset:
-        return CachedDataset(examples, cache, model, self.label2id)
+    def cached_dataset(
+        self, examples: ExampleSet, cache: FeatureCache, model: MeftBase, **more: Any
+    ) -> Dataset:
+        return CachedDataset(examples, cache, model, self.label2id, **more)
 
     def counted_step(self, training: ExampleSet) -> dict[str, Any]:
         return {"num_labels": len(label_inventory(training))}

@@ -122,14 +122,16 @@ class Transcription(Task):
                 f"{self.speaking.language!r}"
             )
 
-    def dataset(self, examples: ExampleSet, make_dataset: Callable[..., Dataset]) -> Dataset:
-        return make_dataset(examples, self.extractor, None, self.config.max_frames, self.tokens)
+    def dataset(self, examples: ExampleSet, make_dataset: Callable[..., Dataset], **more: Any) -> Dataset:
+        return make_dataset(examples, self.extractor, None, self.config.max_frames, self.tokens, **more)
 
     def collator(self) -> data.Collator:
         return data.Collator(self.extractor, self.config.max_frames, self.tokens.end)
 
-    def cached_dataset(self, examples: ExampleSet, cache: FeatureCache, model: MeftBase) -> Dataset:
-        return CachedDataset(examples, cache, model, tokens=self.tokens)
+    def cached_dataset(
+        self, examples: ExampleSet, cache: FeatureCache, model: MeftBase, **more: Any
+    ) -> Dataset:
+        return CachedDataset(examples, cache, model, tokens=self.tokens, **more)
 
     def cached_collator(self) -> CachedCollator:
         return CachedCollator(self.tokens.end)
