@@ -33,6 +33,7 @@ from whisper_meft.commands.compare import make_parser  # noqa: E402
 from whisper_meft.comparison import runs as compare  # noqa: E402
 from whisper_meft.comparison.arguments import RATE_FACTOR, options_of, parse_method  # noqa: E402
 from whisper_meft.comparison.measures import spread  # noqa: E402
+from whisper_meft.data.examples import ExampleSet  # noqa: E402
 from whisper_meft.errors import UserError, one_line  # noqa: E402
 from whisper_meft.evaluation.classifier import Classifier  # noqa: E402
 from whisper_meft.evaluation.metrics import score  # noqa: E402
@@ -85,6 +86,18 @@ QUERY_SEEDS = 2
 # Of UniPT; a model that is trained with the exact one is scored with each of the others too.
 ATTENTIONS = ("pooled:4", "pooled:8", "linear", "summary")
 ATTENTION_LEVELS = {f"attention-{level}": LEVELS[f"accents-{level}"] for level in ("10db", "0db")}
+# Methods trained on clips of one level and heard at all of LEVELS_HEARD, at the rate that the search chose.
+AUGMENTED_METHODS = ("lst", "head")
+AUGMENT = {"augment": ["speed", "noise:0.8", "gain", "spec"], "noise_snr": [-5.0, 10.0]}
+# By entry: the level trained on, the epochs, and the augmented copies of each clip in the cache.
+AUGMENTED = {
+    "10 dB, plain": (10.0, 6, 0),
+    "10 dB, augmented": (10.0, 6, 6),
+    "0 dB, plain, longer": (0.0, 16, 0),
+    "0 dB, augmented, longer": (0.0, 16, 6),
+}
+LEVELS_HEARD = (0.0, 10.0)
+AUGMENTED_SEEDS = 2
 FRAMES = (250, 500, 1000, 1500)
 COUNTED = {"model": "small", "batch": 128}
 MEASURED = {"model": "base", "batch": 2, "repeats": 3}
@@ -100,9 +113,13 @@ class Study(compare.Comparison):
 
     Attributes:
         reads: attentions that a UniPT trained with the exact one is scored with too.
+        also: further test sets of the same clips, by name.
+        copies: augmented ones of each clip, where clips are augmented.
     """
 
     reads: Sequence[str] = ()
+    also: dict[str, ExampleSet] = {}
+    copies: int = 0
 
     def _parse(self, method: str, rate: float, seed: int, folder: Path) -> tuple:
         parsed = super()._parse(method, rate, seed, folder)
@@ -110,11 +127,12 @@ class Study(compare.Comparison):
         if MeftConfig.methods()[name].frozen_encoder:
             layers = str(options.get("layers", "all")).replace(" ", "").replace(":", "-")
             parsed[3].cache_features = str(self.output / "features" / f"{name}-{layers}")
+            parsed[3].cache_copies = self.copies or None
         return parsed
 
     def answers(self, run: dict[str, Any]) -> dict[str, Any]:
-        """Scores of a finished run's model on the test clips, ``predicted``, a digit per clip, and of
-        ``reads`` in ``read_as`` the digits that another attention gives."""
+        """Scores of a finished run's model on the test clips, ``predicted``, a digit per clip,
+        those of ``also`` in ``predicted_<name>``, and of ``reads`` in ``read_as`` what another attention gives."""
         path = self.output / run["folder"] / "answers.json"
         if path.is_file():
             return read_json(path)
@@ -124,23 +142,27 @@ class Study(compare.Comparison):
             "accuracy": scores.accuracy,
             "mean_class_accuracy": scores.mean_class_accuracy,
             "predicted": digits(predicted),
+            **{f"predicted_{name}": digits(self.predicted(run, sets)) for name, sets in self.also.items()},
         }
         if reads := self.reads if Path(run["folder"]).parent.name == "unipt" else ():
-            found["read_as"] = {attention: digits(self.predicted(run, attention)) for attention in reads}
+            found["read_as"] = {form: digits(self.predicted(run, attention=form)) for form in reads}
         write_json(path, found)
         (path.parent / "model.safetensors").unlink(missing_ok=True)
         return found
 
-    def predicted(self, run: dict[str, Any], attention: str | None = None) -> np.ndarray:
-        """The class that a finished run's model gives each test clip.
+    def predicted(
+        self, run: dict[str, Any], examples: ExampleSet | None = None, attention: str | None = None
+    ) -> np.ndarray:
+        """The class that a finished run's model gives each clip.
 
         Args:
+            examples: by default the test clips.
             attention: of UniPT, where it is to be another one than it was trained with.
         """
         options = InferenceArguments(batch_size=32, device="cpu", window="first", attention=attention)
         classifier = Classifier.load(self.output / run["folder"], options, progress=False)
         frames = classifier.max_frames
-        dataset = self._dataset(self.test, self.extractor, None, frames)
+        dataset = self._dataset(self.test if examples is None else examples, self.extractor, None, frames)
         loader = DataLoader(dataset, 32, collate_fn=data.Collator(self.extractor, frames))
         with torch.inference_mode():
             logits = torch.cat([classifier.model(**batch).logits.float() for batch in loader])
@@ -288,11 +310,17 @@ def search_rates() -> dict[str, list[float]]:
     return {m: [rate * RATE_FACTOR.get(m, 1) for rate in RATES] for m in METHODS}
 
 
+def _searched(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The finished rows of the part that searches all rates."""
+    path = options.results / f"{SEARCHED}.json"
+    rows = record.read(path)["figures"] if path.is_file() else []
+    return [row for row in rows if row["status"] == "ok"]
+
+
 def nearby_rates(options: argparse.Namespace, entries: Iterable[str]) -> dict[str, list[float]]:
     """The rate that the search chose for the method of each entry, and the next lower one."""
     path = options.results / f"{SEARCHED}.json"
-    rows = record.read(path)["figures"] if path.is_file() else []
-    found = {row["method"]: row["learning_rate"] for row in rows if row["status"] == "ok"}
+    found = {row["method"]: row["learning_rate"] for row in _searched(options)}
     missing = {entry.partition(":")[0] for entry in entries} - found.keys()
     if missing:
         raise UserError(
@@ -371,6 +399,58 @@ def queries(options: argparse.Namespace, part: str) -> None:
     make_rows(options, part, shapes, QUERIES, lambda entry: study.row_at(entry, QUERY_SEEDS))
 
 
+def augmentation(options: argparse.Namespace, part: str) -> None:
+    """What augmenting the training clips does to accuracy under noise, in training and out of it."""
+    corpora = {level: options.work / f"accents-{level:g}db" for level in LEVELS_HEARD}
+    for level, corpus in corpora.items():
+        make_accent_corpus(corpus, accents=ACCENTS, snr_db=(level, level), **CORPUS)
+    chosen = {row["method"]: row["learning_rate"] for row in _searched(options)}
+    heard, *also = LEVELS_HEARD
+    # All of an entry's runs share the states of the same copies.
+    studies: dict[str, Study] = {}
+    for name, (level, epochs, copies) in AUGMENTED.items():
+        argv = {**BUDGET, "num_train_epochs": epochs, "use_cpu": True, "train_data": corpora[level]}
+        argv |= {"test_data": corpora[heard], "output_dir": options.work / "runs" / part / name}
+        lists = {key: value for key, value in AUGMENT.items() if copies}
+        given = [f"--{key}={value}" for key, value in argv.items()]
+        for key, values in lists.items():
+            given += [f"--{key}", *map(str, values)]
+        (arguments,) = make_parser().parse(given)
+        studies[name] = Study(arguments)
+        studies[name].copies = copies
+        studies[name].also = {
+            f"{other:g}db": data.load_examples(str(corpora[other]), split="test") for other in also
+        }
+    study = studies[next(iter(studies))]
+    for each in studies.values():
+        for examples in each.also.values():
+            same = [(Path(e.audio).name, e.label) for e in examples]
+            if same != [(Path(e.audio).name, e.label) for e in each.test]:
+                raise UserError(f"the test clips of {examples.description} are others than at {heard:g} dB")
+    shapes = {
+        "classes": study.labels,
+        "levels_heard": list(LEVELS_HEARD),
+        **CORPUS,
+        **BUDGET,
+        **AUGMENT,
+        "entries": {name: list(each) for name, each in AUGMENTED.items()},
+        "seeds": AUGMENTED_SEEDS,
+        "learning_rates": f"those chosen in {SEARCHED}",
+        "train_clips": len(study.examples.training),
+        "test_clips": len(study.test),
+        "test_reference": digits(study.reference()),
+        "test_speakers": " ".join(str(example.speaker) for example in study.test),
+    }
+    entries = [f"{method}, {name}" for name in AUGMENTED for method in AUGMENTED_METHODS]
+
+    def make_row(entry: str) -> dict[str, Any]:
+        method, _, name = entry.partition(", ")
+        runs = [studies[name].run(method, chosen[method], seed) for seed in range(AUGMENTED_SEEDS)]
+        return {**studies[name]._scored(method, runs), "method": entry}
+
+    make_rows(options, part, shapes, entries, make_row)
+
+
 # --- length of the clips ------------------------------------------------------------------------------------
 
 
@@ -425,6 +505,7 @@ PARTS: dict[str, Callable[[argparse.Namespace, str], None]] = {
     "starts": starts,
     "queries": queries,
     **dict.fromkeys(ATTENTION_LEVELS, attention),
+    "augmentation": augmentation,
 }
 
 
