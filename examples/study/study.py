@@ -93,8 +93,7 @@ AUGMENT = {"augment": ["speed", "noise:0.8", "gain", "spec"], "noise_snr": [-5.0
 AUGMENTED = {
     "10 dB, plain": (10.0, 6, 0),
     "10 dB, augmented": (10.0, 6, 6),
-    "0 dB, plain, longer": (0.0, 16, 0),
-    "0 dB, augmented, longer": (0.0, 16, 6),
+    "0 dB, augmented, 16 epochs": (0.0, 16, 6),
 }
 LEVELS_HEARD = (0.0, 10.0)
 AUGMENTED_SEEDS = 2
@@ -127,7 +126,9 @@ class Study(compare.Comparison):
         if MeftConfig.methods()[name].frozen_encoder:
             layers = str(options.get("layers", "all")).replace(" ", "").replace(":", "-")
             parsed[3].cache_features = str(self.output / "features" / f"{name}-{layers}")
-            parsed[3].cache_copies = self.copies or None
+        if self.copies:  # one seed's copies for all runs, and in one folder
+            parsed[3].cache_features = str(self.output / "features" / "augmented")
+            parsed[3].cache_copies, parsed[3].data_seed = self.copies, 0
         return parsed
 
     def answers(self, run: dict[str, Any]) -> dict[str, Any]:
