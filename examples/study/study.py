@@ -132,8 +132,8 @@ class Study(compare.Comparison):
         return parsed
 
     def answers(self, run: dict[str, Any]) -> dict[str, Any]:
-        """Scores of a finished run's model on the test clips, ``predicted``, a digit per clip,
-        those of ``also`` in ``predicted_<name>``, and of ``reads`` in ``read_as`` what another attention gives."""
+        """Scores of a finished run's model on the test clips, ``predicted``, a digit per clip, of those of
+        ``also`` in ``predicted_<name>``, and of ``reads`` in ``read_as`` what another attention gives."""
         path = self.output / run["folder"] / "answers.json"
         if path.is_file():
             return read_json(path)

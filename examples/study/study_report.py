@@ -290,6 +290,32 @@ def queries(records: Records) -> str:
     return markdown(header, lines)
 
 
+def augmentation(records: Records) -> str:
+    """What augmenting training clips does at 0 dB and at 10 dB, beside what was trained there without."""
+    if "augmentation" not in records:
+        return "(no results yet)"
+    shapes, rows = records["augmentation"]["shapes"], _rows(records["augmentation"])
+    reference, usual, lines = np.array(list(shapes["test_reference"])), _rows(records.get(SEARCHED)), []
+    known = {"0 dB, plain": VARIED, "0 dB, plain, 16 epochs": "longer"}
+    for method in dict.fromkeys(name.partition(", ")[0] for name in rows):
+        own = {name.partition(", ")[2]: row for name, row in rows.items() if name.startswith(f"{method}, ")}
+        own |= {name: _rows(records[part])[method] for name, part in known.items() if part in records}
+        whole = 100 * usual[method]["accuracy"]["mean"]
+        # The level trained on, then without before with.
+        for name in sorted(own, key=lambda name: (-int(name.split()[0]), "epochs" in name, "augm" in name)):
+            row, louder = own[name], ""
+            level, how, *epochs = name.split(", ")
+            if "predicted_10db" in row["seeds"][0]:
+                answers = [np.array(list(seed["predicted_10db"])) for seed in row["seeds"]]
+                shares = [100 * float((each == reference).mean()) for each in answers]
+                louder = f"{np.mean(shares):.1f} ± {np.std(shares, ddof=1):.1f}"
+            lost = whole - 100 * row["accuracy"]["mean"]
+            text = [method, level, how, (epochs or ["6 epochs"])[0].split()[0], str(len(row["seeds"]))]
+            lines.append([*text, _accuracy(row), louder, f"{lost:.1f}"])
+    header = ["method", "trained at", "clips", "epochs", "seeds", "heard at 0 dB", "heard at 10 dB"]
+    return markdown([*header, "lost, points"], lines)
+
+
 def _last_layer(choice: str) -> int:
     numbers = [int(number) for number in re.findall(r"\d+", choice)]
     return max(numbers) if choice.startswith("[") else 4
@@ -367,6 +393,7 @@ TABLES: dict[str, Callable[[Records], str]] = {
     "starts": starts,
     "collapse": collapse,
     "queries": queries,
+    "augmentation": augmentation,
     "lengths_memory": lengths_memory,
     "lengths_cpu_memory": lengths_cpu_memory,
     "lengths_time": lengths_time,

@@ -153,7 +153,17 @@ def _spoken() -> tuple[torch.Tensor, torch.Tensor]:
     return features, torch.tensor([[7, 8, 9], [8, 9, -100]])
 
 
-GIVEN = {"clips": Clips, "published_checkpoint": _published_checkpoint, "spoken": _spoken}
+def _sounds() -> Path:
+    """Recordings of noise, and of a room that answers a click."""
+    generator, response = np.random.default_rng(0), np.zeros(RATE // 4)
+    response[[40, 900, 2000]] = 0.8, 0.3, -0.1
+    for name, sound in {"noise": 0.1 * generator.standard_normal(RATE), "rooms": response}.items():
+        (Path("sounds") / name).mkdir(parents=True)
+        soundfile.write(Path("sounds") / name / "0.wav", sound, RATE)
+    return Path("sounds")
+
+
+GIVEN = {"clips": Clips, "published_checkpoint": _published_checkpoint, "spoken": _spoken, "sounds": _sounds}
 
 
 # --- running ---
