@@ -289,14 +289,17 @@ def test_a_clip_that_is_drawn_again_is_changed_in_another_way():
     assert not same([once], [again]) and not same([again], [third])
     draw = BalancedDraw([0] * 9 + [1], seed=1)
     plain = LengthBatches([1] * 10, 2, seed=1, draw=draw)
-    numbered = LengthBatches([1] * 10, 2, seed=1, draw=draw, numbered=True)
+    numbered = LengthBatches([1] * 10, 2, seed=1, draw=draw)
+    numbered.numbered = True
     for epoch in range(3):
         plain.set_epoch(epoch), numbered.set_epoch(epoch)
         keys = [key for batch in numbered for key in batch]
         positions = [key[0] if isinstance(key, tuple) else key for key in keys]
         assert positions == [position for batch in plain for position in batch]
         assert len(set(keys)) == 10 and (9, 4) in keys and numbered.padding() == 0
-    assert list(LengthBatches([1] * 10, 3, numbered=True)) == list(LengthBatches([1] * 10, 3))
+    once = LengthBatches([1] * 10, 3)
+    expected, once.numbered = list(once), True
+    assert list(once) == expected
 
 
 def test_transcripts_are_heard_whole(tmp_path):

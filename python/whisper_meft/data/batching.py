@@ -73,7 +73,10 @@ class LengthBatches(Sampler[list[int]]):
         seed: with the epoch (:meth:`set_epoch`) it decides the order.
         draw: gives the positions of as many clips as there are for an epoch, such as :class:`BalancedDraw`,
             instead of each once; with ``batch_size``.
-        numbered: a clip that comes again in an epoch is given as (position, how often it came before).
+
+    Attributes:
+        numbered: a clip that comes again in an epoch is given as (position, how often it came before); as it
+            is made, it is not.
 
     Raises:
         UserError: neither or both of ``batch_size`` and ``max_frames``; a clip is longer than ``max_frames``.
@@ -89,7 +92,6 @@ class LengthBatches(Sampler[list[int]]):
         processes: int = 1,
         seed: int = 0,
         draw: Callable[[int], np.ndarray] | None = None,
-        numbered: bool = False,
     ):
         if (batch_size is None) == (max_frames is None):
             raise UserError("one of batch_size and max_frames is needed, and not both")
@@ -104,7 +106,7 @@ class LengthBatches(Sampler[list[int]]):
         step = math.ceil(max(lengths) / _STEPS)
         self._rounded = torch.minimum((self.lengths + step - 1) // step * step, self.lengths.max())
         self.processes, self.seed, self.epoch, self.draw = processes, seed, 0, draw
-        self.numbered = numbered
+        self.numbered = False
         self._ranges = self._divide(batch_size, max_frames)
 
     def _divide(self, batch_size: int | None, max_frames: int | None) -> list[tuple[int, int]]:
@@ -181,7 +183,6 @@ def batches_by_length(
     arguments: Any,
     clips: int = 0,
     classes: Sequence[Any] | None = None,
-    numbered: bool = False,
 ) -> LengthBatches | None:
     """The batches that a training run asks for; None means any clips together, drawn by the Trainer.
 
@@ -191,7 +192,6 @@ def batches_by_length(
         arguments: :class:`whisper_meft.options.training.TrainArguments` of the run.
         clips: their number, known also where lengths are not.
         classes: of each clip, where each class is to come equally often.
-        numbered: see :class:`LengthBatches`.
 
     Raises:
         UserError: they are asked for, and the lengths are all alike or not known.
@@ -213,7 +213,7 @@ def batches_by_length(
     size = arguments.train_batch_size if budget is None else None
     seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
     draw = None if classes is None else BalancedDraw(classes, seed)
-    return LengthBatches(lengths, size, budget, arguments.world_size, seed, draw, numbered)
+    return LengthBatches(lengths, size, budget, arguments.world_size, seed, draw)
 
 
 class LongestFirst(Sampler[int]):

@@ -309,8 +309,9 @@ def _length_batches(settings: Settings, examples: RunData, training_set: Dataset
     lengths = getattr(training_set, "lengths", None)
     frames = "fidelity" if settings.task.of_one_length else settings.config.max_frames
     classes = settings.task.classes_to_balance(examples.training)
-    numbered = settings.augment is not None
-    found = batches_by_length(lengths, frames, settings.training, len(training_set), classes, numbered)
+    found = batches_by_length(lengths, frames, settings.training, len(training_set), classes)
+    if found is not None:  # a clip that comes twice is augmented in two ways
+        found.numbered = settings.augment is not None
     if found is not None and found.by_length:
         share = found.padding()
         say(f"{len(found)} batches by length an epoch: {share:.1%} of their frames are padding")
