@@ -87,13 +87,15 @@ QUERY_SEEDS = 2
 ATTENTIONS = ("pooled:4", "pooled:8", "linear", "summary")
 ATTENTION_LEVELS = {f"attention-{level}": LEVELS[f"accents-{level}"] for level in ("10db", "0db")}
 # Methods trained on clips of one level and heard at all of LEVELS_HEARD, at the rate that the search chose.
+# How is the best on the validation clips at 0 dB of the few that were tried there, see the page.
 AUGMENTED_METHODS = ("lst", "head")
-AUGMENT = {"augment": ["speed", "noise:0.8", "gain", "spec"], "noise_snr": [-5.0, 10.0]}
+AUGMENT = {"augment": ["noise:0.5"], "noise_snr": [0.0, 10.0]}
 # By entry: the level trained on, the epochs, and the augmented copies of each clip in the cache.
 AUGMENTED = {
     "10 dB, plain": (10.0, 6, 0),
-    "10 dB, augmented": (10.0, 6, 6),
-    "0 dB, augmented, 16 epochs": (0.0, 16, 6),
+    "10 dB, augmented": (10.0, 6, 4),
+    "10 dB, augmented, 16 epochs": (10.0, 16, 4),
+    "0 dB, augmented, 16 epochs": (0.0, 16, 4),
 }
 LEVELS_HEARD = (0.0, 10.0)
 AUGMENTED_SEEDS = 2
@@ -126,8 +128,9 @@ class Study(compare.Comparison):
         if MeftConfig.methods()[name].frozen_encoder:
             layers = str(options.get("layers", "all")).replace(" ", "").replace(":", "-")
             parsed[3].cache_features = str(self.output / "features" / f"{name}-{layers}")
-        if self.copies:  # one seed's copies for all runs, and in one folder
-            parsed[3].cache_features = str(self.output / "features" / "augmented")
+        if self.copies:  # of one seed, for all runs from the same clips
+            source = Path(self.arguments.train_data)
+            parsed[3].cache_features = str(source.parent / f"{source.name}-copies")
             parsed[3].cache_copies, parsed[3].data_seed = self.copies, 0
         return parsed
 
@@ -407,7 +410,6 @@ def augmentation(options: argparse.Namespace, part: str) -> None:
         make_accent_corpus(corpus, accents=ACCENTS, snr_db=(level, level), **CORPUS)
     chosen = {row["method"]: row["learning_rate"] for row in _searched(options)}
     heard, *also = LEVELS_HEARD
-    # All of an entry's runs share the states of the same copies.
     studies: dict[str, Study] = {}
     for name, (level, epochs, copies) in AUGMENTED.items():
         argv = {**BUDGET, "num_train_epochs": epochs, "use_cpu": True, "train_data": corpora[level]}
@@ -442,7 +444,7 @@ def augmentation(options: argparse.Namespace, part: str) -> None:
         "test_reference": digits(study.reference()),
         "test_speakers": " ".join(str(example.speaker) for example in study.test),
     }
-    entries = [f"{method}, {name}" for name in AUGMENTED for method in AUGMENTED_METHODS]
+    entries = [f"{method}, {name}" for method in AUGMENTED_METHODS for name in AUGMENTED]
 
     def make_row(entry: str) -> dict[str, Any]:
         method, _, name = entry.partition(", ")
