@@ -28,9 +28,8 @@ class LazyPackage:
         try:
             package = importlib.import_module(self._name)
         except ModuleNotFoundError as error:
-            raise UserError(
-                f"{self._purpose} needs the {self._name} package: pip install {self._name}"
-            ) from error
+            missing = (error.name or self._name).partition(".")[0]  # or what that needs itself
+            raise UserError(f"{self._purpose} needs the {missing} package: pip install {missing}") from error
         return getattr(package, attribute)
 
 

@@ -17,7 +17,8 @@ from .examples import (
 )
 from .features import check_feature_extractor, log_mel, true_frames, window_of
 from .folders import list_audio_files
-from .readers import list_splits, load_examples
+from .readers import list_splits, load_examples, load_shards
+from .streaming import ShardedExamples, Stream, StreamedBatches
 from .transcripts import TranscriptTokens
 from .windows import cut_into_windows
 
@@ -26,7 +27,10 @@ __all__ = [
     "DatasetCell",
     "Example",
     "ExampleSet",
+    "ShardedExamples",
     "SpeechDataset",
+    "Stream",
+    "StreamedBatches",
     "TranscriptTokens",
     "check_audio",
     "check_feature_extractor",
@@ -39,6 +43,7 @@ __all__ = [
     "list_audio_files",
     "list_splits",
     "load_examples",
+    "load_shards",
     "log_mel",
     "read_audio",
     "split_by_speaker",

@@ -78,7 +78,8 @@ def check_audio(
     return ExampleSet(good, examples.description), bad
 
 
-def describe_bad(bad: Sequence[tuple[str, str]], total: int) -> str:
-    """What :func:`check_audio` set aside, one line per file."""
-    lines = [f"{len(bad)} of {total} examples were left out because their audio cannot be used:"]
+def describe_bad(bad: Sequence[tuple[str, str]], total: int | None) -> str:
+    """What :func:`check_audio` set aside, one line per file; ``total``: of how many, where that is known."""
+    count = len(bad) if total is None else f"{len(bad)} of {total}"
+    lines = [f"{count} examples were left out because their audio cannot be used:"]
     return "\n".join(lines + [f"  {printable(name)}: {printable(reason)}" for name, reason in bad])

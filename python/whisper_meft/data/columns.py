@@ -2,7 +2,9 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
 
 from ..errors import UserError
 from .examples import listing
@@ -116,6 +118,36 @@ def need_column(names: Sequence[str], given: str | None, usual: Sequence[str], w
             f"name it with {what}_column_name"
         )
     return found
+
+
+@lru_cache(maxsize=256)  # the records of a source mostly have the same names
+def _found(names: tuple[str, ...], given: str | None, usual: tuple[str, ...]) -> str | None:
+    return find_column(names, given, usual, "")
+
+
+def field_of(record: Mapping[str, Any], given: str | None, usual: tuple[str, ...], where: str) -> str | None:
+    """What one record has in its field called ``given``, or in the first with a usual name, as text; integers
+    in digits, ``None`` where it is empty or not there.
+
+    Raises:
+        UserError: as :func:`find_column`; or it is neither text nor a whole number.
+    """
+    names = tuple(record)
+    try:
+        name = _found(names, given, usual)
+    except UserError:  # the same again, in words that name the record
+        name = find_column(names, given, usual, where)
+    value = None if name is None else record[name]
+    if isinstance(value, bytes):
+        try:
+            value = value.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{where}: {name} is not text in UTF-8") from error
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if value is not None and not isinstance(value, str | int):
+        raise UserError(f"{where}: {name} must be text or a whole number, got {type(value).__name__}")
+    return None if value is None else str(value).strip() or None
 
 
 def number(text: str, where: str) -> float | None:

@@ -52,7 +52,7 @@ def read_huggingface(source: Any, options: Options) -> Splits:
         except Exception as error:  # a library of many exceptions; all mean that this source cannot be loaded
             raise UserError(f"{shown} cannot be loaded as a data set: {_reason(source, error)}") from error
     if isinstance(loaded, datasets.IterableDataset | datasets.IterableDatasetDict):
-        raise UserError(f"{shown} is streamed; training needs its length: load it without streaming=True")
+        raise UserError(f"{shown} is streamed; here its length is needed: load it without streaming=True")
     if isinstance(loaded, datasets.DatasetDict):
         return {
             name: (lambda d=d, name=name: dataset_examples(d, options, f"{shown} ({name})"))
@@ -275,7 +275,19 @@ def _label_names(dataset: Any, name: str | None, where: str) -> list[str | None]
     """Labels as names: a ClassLabel's own, text as it is, integers in digits."""
     if name is None:
         return [None] * len(dataset)
-    feature, values = dataset.features[name], _column(dataset, name)
+    return label_names(_column(dataset, name), name, dataset.features, where)
+
+
+def label_names(values: list[Any], name: str, features: Any, where: str) -> list[str | None]:
+    """The values of a column of labels as names: a ClassLabel's own, text as it is, integers in digits.
+
+    Args:
+        name: of the column. features: of all columns. where: what messages call the data set.
+
+    Raises:
+        UserError: no such labels.
+    """
+    feature = features[name]
     if isinstance(feature, datasets.ClassLabel):
         known = feature.names
         wrong = [value for value in values if value is not None and not -1 <= value < len(known)]
@@ -293,5 +305,5 @@ def _label_names(dataset: Any, name: str | None, where: str) -> list[str | None]
         return [None if value is None else str(int(value)) for value in values]
     raise UserError(
         f"{where}: the label column {name!r} is of type {dtype}; text, integers or ClassLabel are accepted "
-        f"(columns: {listing(dataset.column_names, 30)})"
+        f"(columns: {listing(features, 30)})"
     )

@@ -2,7 +2,12 @@
 
 from dataclasses import dataclass
 
-FORMATS = ("audiofolder", "manifest", "speechbrain", "kaldi", "kespeech", "librispeech", "huggingface")
+FORMATS = ("audiofolder", "manifest", "speechbrain", "kaldi", "kespeech", "librispeech", "huggingface") + (
+    "webdataset",
+    "lhotse",
+)
+
+STREAMED = ("huggingface", "webdataset", "lhotse")  # those that are also read as they come
 
 KESPEECH_PAPER_LABELS = ("Ji-Lu", "Jiang-Huai", "Jiao-Liao", "Lan-Yin", "Southwestern", "Zhongyuan")
 

@@ -14,15 +14,18 @@ from typing import Any
 from ..errors import UserError
 from ..once import warn_once
 from .examples import Example, ExampleSet, check_labelled, check_transcribed, listing
-from .folders import AUDIO_SUFFIXES, read_audio_folder
+from .folders import AUDIO_SUFFIXES, list_audio_files, read_audio_folder
 from .kaldi import kaldi_folders, kespeech_root, read_kaldi, read_kespeech
+from .lhotse import is_cuts, split_cuts
 from .librispeech import librispeech_splits, read_librispeech
 from .manifests import read_manifests
 from .names import alike, composed, folded
-from .options import FORMATS, KESPEECH_PAPER_LABELS, Options
+from .options import FORMATS, KESPEECH_PAPER_LABELS, STREAMED, Options
 from .splits import LAYOUTS, Splits, choose_splits
+from .streaming import ShardedExamples
 from .table_folders import check_tables_beside, find_tables
 from .tables import TABLE_SUFFIXES, table_name
+from .webdataset import has_shards, is_shards, split_shards
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +72,9 @@ def load_examples(
             * "kespeech": the root of KeSpeech, its ``Tasks/ASR``, or one split of that.
             * "huggingface": hub name, ``save_to_disk`` folder, Parquet or Arrow; audio or precomputed
               ``input_features``.
+            * "webdataset": tar files, or a folder of them, with members such as ``0001.flac`` and
+              ``0001.cls`` or ``0001.json``; a pattern such as ``train-{000..099}.tar``.
+            * "lhotse": a file of cuts in JSON lines, or a folder of such (``cuts*.jsonl.gz``).
         split: the split to read: its own name, or "train", "validation" or "test" for everything that such a
             name stands for (``dev_phase1`` and ``dev_phase2`` are "validation"). Needed where there are
             several. A hub name also takes slices such as "train[:10%]".
@@ -135,17 +141,83 @@ def load_examples(
     return result
 
 
-def list_splits(source: Any, data_format: str | None = None, **options: Any) -> list[str]:
-    """The split names of a source, empty where it has none. ``options``: those of :func:`load_examples`."""
+def load_shards(
+    source: Any,
+    data_format: str | None = None,
+    split: str | None = None,
+    *,
+    labels: str | Sequence[str] | None = None,
+    **options: Any,
+) -> ShardedExamples:
+    """A data set in shards that are read as they come, and never held: for what does not fit.
+
+    Args:
+        source: tar files, Lhotse cuts, what ``datasets.load_dataset(..., streaming=True)`` takes, or what it
+            gives.
+        data_format, split, options: as for :func:`load_examples`.
+        labels: not looked at: which there may be is for whoever reads them.
+
+    Raises:
+        UserError: naming the source and what is wrong with it.
+    """
+    given = _as_options({"require_labels": not options.get("require_text", False), **options, "split": split})
+    source, found = _resolve(source, data_format, given)
+    splits, shown = _sharded(source, found, given)
+    chosen = choose_splits(splits, split, shown)
+    if len(chosen) > 1:
+        raise UserError(f"{shown} has several splits {split!r} ({listing(chosen)}): name one of them")
+    return splits[chosen[0]]
+
+
+# By format, what divides a source in shards into splits.
+_SPLIT_SHARDS = {"webdataset": split_shards, "lhotse": split_cuts}
+
+
+def _sharded(source: Any, data_format: str, options: Options) -> tuple[dict[str | None, Any], str]:
+    """The splits of a source in shards, and what messages call it."""
+    shown = source if isinstance(source, str) else f"the given {type(source).__name__}"
+    if data_format not in STREAMED:
+        raise UserError(
+            f'{shown} has the format "{data_format}", which is not streamed ({", ".join(STREAMED)} are): its '
+            "sound is read when it is heard anyway, so leave streaming out"
+        )
+    _check_whole(options, shown, data_format)
+    if data_format == "huggingface":
+        from .huggingface_streams import stream_huggingface  # datasets takes a second to import
+
+        return stream_huggingface(source, options), shown
+    return _SPLIT_SHARDS[data_format](source, options), shown
+
+
+def _check_whole(options: Options, shown: str, data_format: str) -> None:
+    """Raises UserError where what is given is not for data in shards."""
+    given = [options.start_column, options.stop_column, options.channel_column]
+    given += [options.data_root if data_format == "webdataset" else None]
+    if given := [name for name in given if name is not None]:
+        raise UserError(
+            f"{shown}: {listing(given)} cannot be used, clips in shards are read whole as they are"
+        )
+
+
+def list_splits(
+    source: Any, data_format: str | None = None, streaming: bool = False, **options: Any
+) -> list[str]:
+    """The split names of a source, empty where it has none. ``options``: those of :func:`load_examples`;
+    ``streaming``: for :func:`load_shards`, without reading what is in them."""
     if isinstance(source, ExampleSet):
         return []
-    ours = {"dataset_config_name": "config"}
+    given = _as_options({**options, "require_labels": False})
+    source, found = _resolve(source, data_format, given)
+    splits = _sharded(source, found, given)[0] if streaming else _read(source, found, given)
+    return [name for name in splits if name is not None]
+
+
+def _as_options(options: dict[str, Any]) -> Options:
+    """Keyword arguments of :func:`load_examples` as the readers are told them."""
+    ours = {"dataset_config_name": "config", "require_labels": "require_labels", "require_text": "with_text"}
     named = {ours.get(name, name.removesuffix("_name")): value for name, value in options.items()}
     named.pop("labels", None)
-    named["with_text"] = named.pop("require_text", False)
-    given = Options(**{**named, "require_labels": False})
-    source, found = _resolve(source, data_format, given)
-    return [name for name in _read(source, found, given) if name is not None]
+    return Options(**named)
 
 
 def _resolve(source: Any, data_format: str | None, options: Options) -> tuple[Any, str]:
@@ -171,6 +243,8 @@ def _resolve(source: Any, data_format: str | None, options: Options) -> tuple[An
 
 def _detect(source: str, options: Options) -> str:
     path = Path(source)
+    if source and is_shards(source) and not path.is_dir():
+        return "webdataset"
     if not source or not path.exists():
         # "name" or "owner/name"; not a mistyped path into a folder that is there.
         hub_name = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source) and path.parts[0] not in os.listdir()
@@ -187,7 +261,7 @@ def _detect(source: str, options: Options) -> str:
             raise UserError(f"{source} is a single audio file: give a folder of labelled audio or a manifest")
         if path.name == "wav.scp":
             raise UserError(f"{source}: give the folder that holds wav.scp, {path.parent}")
-        return "manifest"
+        return "lhotse" if is_cuts(path) else "manifest"
     if (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
         return "huggingface"
     if kespeech_root(path):
@@ -198,10 +272,14 @@ def _detect(source: str, options: Options) -> str:
         return "librispeech"
     if any(path.glob("*.parquet")) or any(path.glob("*/*.parquet")) or any(path.glob("*.arrow")):
         return "huggingface"
+    if any(map(is_cuts, path.glob("cuts*.jsonl*"))):
+        return "lhotse"
     if find_tables(path, options):
         return "manifest"
     if options.layout is None:
         check_tables_beside(path, options)
+    if has_shards(path) and not list_audio_files(path):
+        return "webdataset"
     return "audiofolder"
 
 
@@ -210,6 +288,10 @@ def _read(source: Any, data_format: str, options: Options) -> Splits:
         from .huggingface import read_huggingface  # datasets takes a second to import
 
         return read_huggingface(source, options)
+    if data_format in _SPLIT_SHARDS:
+        _check_whole(options, source, data_format)
+        splits = _SPLIT_SHARDS[data_format](source, options)
+        return {name: (lambda shards=shards: list(shards)) for name, shards in splits.items()}
     path = Path(source)
     if not path.exists():
         raise UserError(f"no data at {source}: it does not exist")

@@ -230,7 +230,17 @@ class DataFormatArguments:
     _argument_group_name = "data format"
 
     data_format: (
-        Literal["audiofolder", "manifest", "speechbrain", "kaldi", "kespeech", "huggingface"] | None
+        Literal[
+            "audiofolder",
+            "manifest",
+            "speechbrain",
+            "kaldi",
+            "kespeech",
+            "huggingface",
+            "webdataset",
+            "lhotse",
+        ]
+        | None
     ) = field(default=None, metadata={"help": "layout of the data (default: recognised from what is there)"})
     dataset_config_name: str | None = field(
         default=None, metadata={"help": "configuration name of a dataset from the hub"}

@@ -1,0 +1,157 @@
+"""Lhotse: cuts in JSON lines, read one by one by the lhotse package, which also makes their sound."""
+
+import gzip
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from ..errors import LazyPackage, UserError, one_line
+from . import columns
+from .examples import Example, listing
+from .options import Options
+from .splits import split_kinds
+from .streaming import ShardedExamples
+
+lhotse = LazyPackage("lhotse", "reading Lhotse cuts")
+
+_CUTS = re.compile(r"cuts.*\.jsonl(\.gz)?$", re.I)
+
+# The fields of a supervision beside its custom ones.
+_FIELDS = ("language", "speaker", "gender", "text")
+
+
+def is_cuts(path: Path) -> bool:
+    """Whether a file holds Lhotse's cuts in JSON lines."""
+    if not path.is_file() or not re.search(r"\.jsonl(\.gz)?$", path.name, re.I):
+        return False
+    try:
+        with gzip.open(path, "rb") if path.suffix.lower() == ".gz" else open(path, "rb") as file:
+            return re.search(rb'"type": *"(Mono|Multi|Mixed|Padding)Cut"', file.read(1 << 16)) is not None
+    except OSError:
+        return False
+
+
+def cut_files(source: str) -> list[str]:
+    """The files of cuts that a path means: itself, or those in a folder whose names hold "cuts".
+
+    Raises:
+        UserError: there are none.
+    """
+    path = Path(source)
+    if not path.is_dir():
+        if not path.is_file():
+            raise UserError(f"no data at {source}: it does not exist")
+        return [source]
+    found = sorted(os.fspath(each) for each in path.iterdir() if _CUTS.search(each.name) and each.is_file())
+    if not found:
+        raise UserError(f"{source} holds no cuts: files such as cuts.jsonl.gz are accepted")
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class CutSound:
+    """The sound of a cut, made when it is wanted; :func:`whisper_meft.audio.read_audio` takes it.
+
+    Attributes:
+        cut: of Lhotse, of one channel or several, cut or mixed.
+    """
+
+    cut: Any
+
+    @dataclass(frozen=True, slots=True)
+    class Samples:
+        """``data`` float32 (channels, samples), ``sample_rate`` in Hz."""
+
+        data: Any
+        sample_rate: int
+
+    @property
+    def name(self) -> str:
+        return self.cut.id
+
+    def get_all_samples(self) -> "CutSound.Samples":
+        """All of it."""
+        if not self.cut.has_recording:
+            raise UserError(f"the cut {self.cut.id} has no recording")
+        return self.Samples(self.cut.load_audio(), int(self.cut.sampling_rate))
+
+
+class LhotseShards(ShardedExamples):
+    """The cuts in files, each of which is a shard.
+
+    Args:
+        names: paths of the files. options: which fields mean what. description: what messages call them.
+    """
+
+    def __init__(self, names: Sequence[str], options: Options, description: str):
+        self.names, self.options, self.description = list(names), options, description
+
+    def examples(self, shard: int) -> Iterator[Example]:
+        name, seen = self.names[shard], False
+        try:
+            for cut in lhotse.CutSet.from_jsonl_lazy(name):
+                seen = True
+                if self.options.data_root is not None:
+                    cut = cut.with_recording_path_prefix(self.options.data_root)
+                yield self._example(name, cut)
+        except UserError:
+            raise
+        except Exception as error:  # of the library, or of a file that is none of it
+            raise UserError(f"{name} cannot be read as Lhotse cuts: {one_line(error)}") from error
+        if not seen:
+            raise UserError(f"{name} holds no cuts")
+
+    def _example(self, file: str, cut: Any) -> Example:
+        name, options = f"{file}: {cut.id}", self.options
+        records = _records(cut)
+
+        def values(given: str | None, usual: tuple[str, ...]) -> list[str]:
+            found = (columns.field_of(record, given, usual, name) for record in records)
+            return [value for value in found if value is not None]
+
+        labels = set(values(options.label_column, columns.LABEL))
+        if len(labels) > 1:
+            raise UserError(f"{name} has several labels in its supervisions: {listing(sorted(labels))}")
+        if not labels and options.require_labels:
+            raise UserError(
+                f"{name} has no label that is known by its name: its supervisions have "
+                f"{listing(dict.fromkeys(chain(*records)), 30)}; name one with label_column_name"
+            )
+        speakers = set(values(options.speaker_column, columns.SPEAKER))
+        return Example(
+            CutSound(cut),
+            labels.pop() if labels else None,
+            speakers.pop() if len(speakers) == 1 else None,
+            name,
+            seconds=float(cut.duration),
+            text=(" ".join(values(options.text_column, columns.TEXT)) or None) if options.with_text else None,
+        )
+
+
+def _records(cut: Any) -> list[dict[str, Any]]:
+    """What is known of a cut, for each of its supervisions in time."""
+    shared, records = getattr(cut, "custom", None) or {}, []
+    for each in sorted(cut.supervisions, key=lambda supervision: supervision.start):
+        fields = {name: value for name in _FIELDS if (value := getattr(each, name)) is not None}
+        records.append({**shared, **(each.custom or {}), **fields})
+    return records or [shared]
+
+
+def split_cuts(source: str, options: Options) -> dict[str | None, LhotseShards]:
+    """The files of cuts by split: where their names have one (``cuts_train.jsonl.gz``), else all together.
+
+    Raises:
+        UserError: there are none.
+    """
+    files = cut_files(source)
+    groups: dict[str, list[str]] = {}
+    for file in files:
+        stem = re.sub(r"\.jsonl(\.gz)?$", "", os.path.basename(file), flags=re.I)
+        groups.setdefault(re.sub(r"[-_.]*\d*$", "", stem), []).append(file)
+    if len(files) == 1 or len(split_kinds(groups)) < len(groups):
+        return {None: LhotseShards(files, options, source)}
+    return {split: LhotseShards(own, options, f"{source} ({split})") for split, own in groups.items()}

@@ -1,0 +1,122 @@
+"""Lhotse's cuts, read through lhotse."""
+
+import builtins
+
+import numpy as np
+import pytest
+from data_fixtures import found, write
+from whisper_meft.data import list_splits, load_examples, load_shards
+from whisper_meft.errors import UserError
+
+lhotse = pytest.importorskip("lhotse", reason="the extra lhotse is not installed")
+
+
+def cut_of(path, language=None, **fields):
+    recording = lhotse.Recording.from_file(path)
+    cut = recording.to_cut()
+    cut.id = path.stem
+    segment = {"id": f"{path.stem}-0", "recording_id": recording.id, "start": 0.0, "duration": cut.duration}
+    cut.supervisions = [lhotse.SupervisionSegment(**segment, language=language, **fields)]
+    return cut
+
+
+@pytest.fixture
+def cuts(tmp_path):
+    """Six cuts, of which every other one is Dutch."""
+    return [
+        cut_of(
+            write(tmp_path / "audio" / f"{i}.wav", i, seconds=0.4),
+            "nl" if i % 2 else "de",
+            speaker=f"s{i % 3}",
+            text="ja",
+            custom={"region": "north"},
+        )
+        for i in range(6)
+    ]
+
+
+def save(cuts, path):
+    path.parent.mkdir(exist_ok=True)
+    lhotse.CutSet.from_cuts(cuts).to_file(path)
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ["cuts.jsonl", "cuts.jsonl.gz", "other.jsonl.gz"])
+def test_cuts(name, cuts, tmp_path):
+    source = save(cuts, tmp_path / name)
+    expected = [(i, "nl" if i % 2 else "de", f"s{i % 3}") for i in range(6)]
+    assert found(load_shards(source)) == expected
+    assert found(load_examples(source)) == expected
+    first = next(iter(load_shards(source)))
+    assert first.name == f"{source}: 0" and first.seconds == pytest.approx(0.4)
+
+
+def test_fields_are_named(cuts, tmp_path):
+    source = save(cuts, tmp_path / "cuts.jsonl")
+    assert {e.label for e in load_shards(source, label_column_name="region")} == {"north"}
+    assert [e.text for e in load_shards(source, require_text=True)] == ["ja"] * 6
+    with pytest.raises(UserError, match="cuts.jsonl: 0 has no column 'town'"):
+        list(load_shards(source, label_column_name="town"))
+
+
+def test_part_of_a_recording_and_mixed_sound(cuts, tmp_path):
+    source = save([cuts[3].truncate(offset=0.1, duration=0.2), cuts[1].mix(cuts[1])], tmp_path / "cuts.jsonl")
+    part, mixed = load_examples(source)
+    wave, rate = part.decode()
+    assert (len(wave), rate, part.seconds) == (3200, 16_000, pytest.approx(0.2))
+    assert np.allclose(wave, 0.04) and np.allclose(mixed.decode()[0], 0.04)
+
+
+def test_several_supervisions(cuts, tmp_path):
+    joined = cuts[1].append(cuts[3])
+    source = save([joined], tmp_path / "cuts.jsonl")
+    (example,) = load_examples(source)
+    assert (example.label, example.speaker) == ("nl", None)
+    assert load_examples(source, require_text=True)[0].text == "ja ja"
+    source = save([cuts[1].append(cuts[2])], tmp_path / "cuts.jsonl")
+    with pytest.raises(UserError, match="has several labels in its supervisions: de, nl"):
+        load_examples(source)
+
+
+def test_a_folder_of_splits(cuts, tmp_path):
+    save(cuts[:4], tmp_path / "lists" / "cuts_train.jsonl.gz")
+    save(cuts[4:], tmp_path / "lists" / "cuts_dev.jsonl.gz")
+    source = str(tmp_path / "lists")
+    assert sorted(list_splits(source)) == ["cuts_dev", "cuts_train"]
+    assert len(load_examples(source, split="train")) == 4
+    assert len(list(load_shards(source, split="validation"))) == 2
+
+
+def test_recordings_elsewhere(cuts, tmp_path):
+    moved = [cut.with_recording_path_prefix("") for cut in cuts]
+    for cut in moved:
+        cut.recording.sources[0].source = f"{cut.id}.wav"
+    source = save(moved, tmp_path / "cuts.jsonl")
+    assert found(load_examples(source, data_root=str(tmp_path / "audio")))[5] == (5, "nl", "s2")
+
+
+def test_what_is_wrong(cuts, tmp_path):
+    cuts[2].supervisions = []
+    with pytest.raises(UserError, match="cuts.jsonl: 2 has no label that is known by its name"):
+        load_examples(save(cuts, tmp_path / "cuts.jsonl"))
+    (tmp_path / "cuts.jsonl").write_text('{"type": "MonoCut", "id": 3}\n')
+    with pytest.raises(UserError, match="cuts.jsonl cannot be read as Lhotse cuts"):
+        load_examples(str(tmp_path / "cuts.jsonl"))
+    (tmp_path / "audio" / "1.wav").unlink()
+    source = save(cuts[:2], tmp_path / "cuts2.jsonl")
+    with pytest.raises(UserError, match="cuts2.jsonl: 1"):
+        load_examples(source)[1].decode()
+
+
+def test_without_the_package(cuts, tmp_path, monkeypatch):
+    source = save(cuts, tmp_path / "cuts.jsonl")
+    real = builtins.__import__
+
+    def missing(name, *args):
+        if name == "lhotse" or name.startswith("lhotse."):
+            raise ModuleNotFoundError("No module named 'lhotse'", name="lhotse")
+        return real(name, *args)
+
+    monkeypatch.setattr("importlib.import_module", lambda name: missing(name))
+    with pytest.raises(UserError, match="reading Lhotse cuts needs the lhotse package: pip install lhotse"):
+        load_examples(source)
