@@ -138,6 +138,21 @@ class TrainDataArguments(DataFormatArguments):
     max_eval_samples: int | None = field(
         default=None, metadata={"help": "evaluate on at most this many examples, chosen at random"}
     )
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "read the training data as it comes and hold none of it: WebDataset tar files, Lhotse "
+            "cuts and Hugging Face datasets; --labels then lists all classes (or names a .txt or .json file "
+            "of them), which with --max_steps spares a first pass over the labels"
+        },
+    )
+    shuffle_buffer: int = field(
+        default=1000,
+        metadata={
+            "help": "clips of a stream that wait in each process that reads, to be mixed (0: the order in "
+            "which they are stored)"
+        },
+    )
 
     window: float | None = field(
         default=None,
@@ -158,6 +173,8 @@ class TrainDataArguments(DataFormatArguments):
         if self.hop is not None and self.window is None:
             raise UsageError(f"--hop {self.hop:g} is from window to window: give --window too")
         check_windows(self.window, self.hop)
+        if self.shuffle_buffer < 0:
+            raise UsageError(f"--shuffle_buffer must be 0 or more, got {self.shuffle_buffer}")
         sources = [name for name in ("train_data", "dataset_name", "train_file") if getattr(self, name)]
         if len(sources) != 1:
             given = " and ".join(f"--{name}" for name in sources) or "none of them"

@@ -16,6 +16,7 @@ from ..data.examples import (
     warn_on_shared_speakers,
 )
 from ..data.splits import canonical_split, split_kinds
+from ..data.streaming import Stream
 from ..errors import UserError
 from ..feature_cache.store import FeatureCache
 from ..options.training import TrainDataArguments
@@ -28,13 +29,14 @@ class RunData:
     """The examples of a run.
 
     Attributes:
-        training, evaluation: usable examples; evaluation is None where nothing is evaluated.
+        training, evaluation: usable examples; evaluation is None where nothing is evaluated. Those of a
+            stream are looked at when they are read.
         left_out: (name, reason) of the unusable ones.
         note: how the evaluation data came to be, for the reader of its scores.
         windows: how clips longer than a window were cut, into an example for each; None: they were not.
     """
 
-    training: ExampleSet
+    training: ExampleSet | Stream
     evaluation: ExampleSet | None
     left_out: list[tuple[str, str]]
     note: str
@@ -44,6 +46,11 @@ class RunData:
     def labels(self) -> list[str]:
         """The classes, in the order of their indices."""
         return label_inventory(self.training)
+
+    @property
+    def train_examples(self) -> int | None:
+        """The number of training examples; None where those of a stream were not counted."""
+        return self.training.size if isinstance(self.training, Stream) else len(self.training)
 
 
 def load_data(
@@ -74,12 +81,16 @@ def load_data(
     Raises:
         UserError: the data cannot be found or used.
     """
+    if arguments.streaming:
+        raise UserError(
+            "streaming: only `whisper-meft train` can, all else takes examples again: leave it out"
+        )
     source, reading = arguments.train_data, task.reader_options(arguments)
     windows = task.windows(arguments)
     splits = data.list_splits(source, **reading)
 
     def load(source: str, split: str | None, most: int | None) -> ExampleSet:
-        return task.check_read(_at_most(data.load_examples(source, split=split, **reading), most, seed))
+        return task.check_read(at_most(data.load_examples(source, split=split, **reading), most, seed))
 
     split = arguments.train_split_name or ("train" if splits else None)
     training = load(source, split, arguments.max_train_samples)
@@ -103,7 +114,7 @@ def load_data(
         left_out = left_out + more
     elif evaluate:
         training, evaluation = split_by_speaker(training, arguments.validation_fraction, seed)
-        evaluation = _at_most(evaluation, arguments.max_eval_samples, seed)
+        evaluation = at_most(evaluation, arguments.max_eval_samples, seed)
         origin = (
             f"no evaluation data was given: {len(evaluation)} of {len(training) + len(evaluation)} training "
             "examples were set aside, by whole speakers where those are known; "
@@ -115,17 +126,24 @@ def load_data(
     if windows is not None:  # last, so that speakers and recordings stay whole
         training = data.cut_into_windows(training, windows)
         evaluation = None if evaluation is None else data.cut_into_windows(evaluation, windows)
+    return RunData(training, evaluation, left_out, origin + note_on(select, is_test), windows)
+
+
+def note_on(select: bool, is_test: bool) -> str:
+    """What the reader of a run's scores should know of its evaluation data.
+
+    Args:
+        select: whether the best checkpoint is chosen on it. is_test: whether it looks like a test set.
+    """
     if not select:
-        note = "the last weights are scored, nothing was chosen on this data"
-    elif is_test:
-        note = (
+        return "the last weights are scored, nothing was chosen on this data"
+    if is_test:
+        return (
             "this looks like a test set, and the best checkpoint is chosen on it: its scores are optimistic; "
             "leave eval_data out to choose on speakers set aside from the training data, and score the test "
             "set with `whisper-meft evaluate`"
         )
-    else:
-        note = "the best checkpoint is chosen on this data, so its scores are slightly optimistic"
-    return RunData(training, evaluation, left_out, origin + note, windows)
+    return "the best checkpoint is chosen on this data, so its scores are slightly optimistic"
 
 
 def usable_examples(
@@ -140,7 +158,8 @@ def usable_examples(
     return usable, left_out + more
 
 
-def _at_most(examples: ExampleSet, limit: int | None, seed: int) -> ExampleSet:
+def at_most(examples: ExampleSet, limit: int | None, seed: int) -> ExampleSet:
+    """At most so many of the examples, chosen at random."""
     if limit is None or limit >= len(examples):
         return examples
     chosen = np.random.default_rng(seed).permutation(len(examples))[:limit]

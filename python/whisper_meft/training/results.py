@@ -8,6 +8,7 @@ from transformers import WhisperFeatureExtractor
 from transformers.trainer_utils import TrainOutput
 
 from .. import data
+from ..data.streaming import Stream
 from ..errors import UserError, printable
 from ..evaluation import plots
 from ..evaluation.metrics import Scores
@@ -62,7 +63,7 @@ def summarise(
         "method": settings.config.to_dict(),
         "model_name_or_path": settings.model.model_name_or_path,
         **settings.task.summary(examples.training),
-        "train_examples": len(examples.training),
+        "train_examples": examples.train_examples,
         "train_data": examples.training.description,
         "windows": examples.windows and asdict(examples.windows),
         "epochs": state.epoch,
@@ -126,5 +127,7 @@ def report(folder: Path, scores: Scores | Recognition | None, examples: RunData)
     say(f"\nmodel and results are in {folder}")
     left_out = [*examples.left_out, *getattr(scores, "left_out", ())]
     if left_out:
-        count = len(examples.training) + len(examples.evaluation or ()) + len(examples.left_out)
+        count = None
+        if not isinstance(examples.training, Stream):
+            count = len(examples.training) + len(examples.evaluation or ()) + len(examples.left_out)
         say(data.describe_bad(left_out, count))

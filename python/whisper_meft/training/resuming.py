@@ -91,14 +91,17 @@ class RunRecord(TrainerCallback, ExportableState):
     Attributes:
         batches: a :class:`Batches` as a dictionary.
         loss_sum: of all steps' losses since the run's beginning, or None where that is not known.
+        stream: where a stream that is trained on goes on, or None.
     """
 
     def __init__(self, batches: dict[str, Any] | None = None):
         self.batches = batches
         self.loss_sum: float | None = 0.0
+        self.stream: dict[str, Any] | None = None
 
     def state(self) -> dict[str, Any]:
-        return {"args": {}, "attributes": {"batches": self.batches, "loss_sum": self.loss_sum}}
+        streamed = {} if self.stream is None else {"stream": self.stream}
+        return {"args": {}, "attributes": {"batches": self.batches, "loss_sum": self.loss_sum, **streamed}}
 
     @classmethod
     def loss_sum_of(cls, state: TrainerState) -> float | None:
@@ -124,6 +127,12 @@ class EarlyStopping(EarlyStoppingCallback):
 def _attributes(callbacks: dict[str, Any], name: str) -> dict[str, Any]:
     entry = callbacks.get(name) or {}
     return (entry[0] if isinstance(entry, list) else entry).get("attributes", {})
+
+
+def stream_of(checkpoint: Path) -> dict[str, Any] | None:
+    """What a checkpoint says of the stream that was trained on, or None."""
+    state = read_json(checkpoint / "trainer_state.json")
+    return _attributes(state.get("stateful_callbacks") or {}, "RunRecord").get("stream")
 
 
 def check_same_batches(checkpoint: Path, now: Batches) -> None:

@@ -19,6 +19,7 @@ from transformers.trainer_utils import TrainOutput
 from .. import data
 from ..data.batching import LengthBatches, batches_by_length
 from ..data.examples import ExampleSet
+from ..data.streaming import Stream, StreamedBatches
 from ..errors import UserError, printable
 from ..feature_cache.filling import prepare_cache
 from ..feature_cache.store import FeatureCache
@@ -38,8 +39,10 @@ from .lock import locked
 from .log_lines import LogLines, ProgressBar
 from .output_folder import check_output_dir, goes_on, make_room, prepare_output_dir
 from .results import TrainResult, report, summarise, write_results
-from .resuming import EarlyStopping, check_same_batches, finished_results, is_at_end
+from .resuming import EarlyStopping, check_same_batches, finished_results, is_at_end, stream_of
 from .settings import Settings, settle
+from .stream_data import check_streaming, load_stream
+from .streaming import OneByOne, StreamedTraining, settle_length
 from .throughput import Throughput, as_text
 from .trainer import MeftTrainer
 
@@ -89,9 +92,11 @@ def train(
         base = load_base(settings)
         examples = examples or read_examples(data_arguments, settings)
         settle_batch(settings, examples)
+        if isinstance(examples.training, Stream):
+            settle_length(training_arguments, examples.training)
         set_seed(training_arguments.seed)
         model = build_model(base, settings, examples)
-        datasets = build_datasets(model, settings, examples, make_dataset)
+        datasets = build_datasets(model, settings, examples, make_dataset, data_arguments)
         describe(model, settings, examples)
         trainer, watch = build_trainer(model, settings, examples, *datasets, interrupts, resume_from)
         check_resumed(trainer, settings, resume_from)
@@ -124,6 +129,9 @@ def load_base(settings: Settings) -> PreTrainedModel:
 def read_examples(data_arguments: TrainDataArguments, settings: Settings) -> RunData:
     """The run's examples; audio that a feature cache holds already is not decoded again."""
     arguments = settings.training
+    if data_arguments.streaming:
+        check_streaming(data_arguments, arguments)
+        return load_stream(data_arguments, settings.task, arguments, settings.extractor)
     return load_data(
         data_arguments,
         settings.task,
@@ -147,9 +155,9 @@ def settle_batch(settings: Settings, examples: RunData) -> None:
     if arguments.auto_batch and (changed := fit_batch(*_fitting(settings, examples))):
         say(changed)
     smallest = arguments.per_device_train_batch_size * arguments.world_size
-    if arguments.dataloader_drop_last and len(examples.training) < smallest:
+    if arguments.dataloader_drop_last and examples.train_examples < smallest:
         raise UserError(
-            f"dataloader_drop_last: the {len(examples.training)} training examples do not fill one batch of "
+            f"dataloader_drop_last: the {examples.train_examples} training examples do not fill one batch of "
             f"{smallest}, so nothing is left to train on"
         )
 
@@ -173,10 +181,14 @@ def build_model(base: PreTrainedModel, settings: Settings, examples: RunData) ->
 
 
 def build_datasets(
-    model: MeftBase, settings: Settings, examples: RunData, make_dataset: Callable[..., Dataset]
+    model: MeftBase,
+    settings: Settings,
+    examples: RunData,
+    make_dataset: Callable[..., Dataset],
+    data_arguments: TrainDataArguments,
 ) -> tuple[Any, Dataset, Dataset | None]:
     """(collator, training set, evaluation set or None): of log-mel features, or of the states in a feature
-    cache, which is filled as needed."""
+    cache, which is filled as needed. The training set of a stream gives whole batches."""
     augmented = {} if settings.augment is None else {"augment": settings.augment}
     if settings.training.cache_features:
         cache, collator = _fill_cache(model, settings, examples), settings.task.cached_collator()
@@ -191,7 +203,17 @@ def build_datasets(
         def make(part: ExampleSet, **more: Any) -> Dataset:
             return settings.task.dataset(part, make_dataset, **more)
 
-    training_set = make(examples.training, **augmented)
+    if isinstance(examples.training, Stream):
+        training_set = StreamedBatches(
+            examples.training,
+            StreamedTraining.dealing(settings.training, data_arguments.shuffle_buffer),
+            OneByOne(make, settings.task.placeholder()),
+            collator,
+            settings.task.check_streamed,
+            data_arguments.strict,
+        )
+    else:
+        training_set = make(examples.training, **augmented)
     return collator, training_set, None if examples.evaluation is None else make(examples.evaluation)
 
 
@@ -255,16 +277,18 @@ def build_trainer(
     resume_from: Path | None,
 ) -> tuple[MeftTrainer, Watch]:
     """The Trainer of the run, and what watches over it."""
-    arguments = settings.training
+    arguments, streamed = settings.training, None
+    if isinstance(training_set, StreamedBatches):
+        streamed = StreamedTraining(training_set, arguments)
     watch = Watch(
         FiniteGuard(
             model,
-            [example.name for example in examples.training],
+            [example.name for example in examples.training] if streamed is None else streamed.names,
             [example.name for example in examples.evaluation or ()],
         ),
         GradientReport(model),
         interrupts,
-        Throughput(_seconds(settings, examples)),
+        Throughput(None if streamed is not None else _seconds(settings, examples)),
     )
     callbacks: list[Any] = [watch.guard, watch.report]
     if arguments.early_stopping_patience is not None:
@@ -272,12 +296,13 @@ def build_trainer(
     trainer = settings.task.trainer_class(
         model=model,
         args=arguments,
-        length_batches=_length_batches(settings, examples, training_set),
+        length_batches=None if streamed is not None else _length_batches(settings, examples, training_set),
         windows=examples.windows and str(examples.windows),
+        streamed=streamed,
         throughput=watch.throughput,
         interrupts=interrupts,
         before_first_save=partial(make_room, arguments, resume_from),
-        train_dataset=Indexed(training_set),
+        train_dataset=Indexed(training_set) if streamed is None else training_set,
         eval_dataset=None if evaluation_set is None else Indexed(evaluation_set),
         data_collator=IndexedCollator(collator),
         callbacks=callbacks,
@@ -324,6 +349,12 @@ def check_resumed(trainer: MeftTrainer, settings: Settings, resume_from: Path | 
         checkpoints.check_same_model(resume_from, trainer.model.config)
         settings.task.check_resumed(resume_from)
         check_same_batches(resume_from, trainer.batches)
+        if trainer.streamed is not None:
+            trainer.streamed.go_on_from(resume_from)
+        elif stream_of(resume_from) is not None:
+            raise UserError(
+                f"resume_from_checkpoint: {resume_from} was trained with --streaming: give it too"
+            )
 
 
 def earlier_result(
@@ -435,6 +466,8 @@ def conclude(
     trainer.prepare_to_save()
     trainer.save_model()
     scores, loss = score_evaluation(trainer, settings, examples)
+    if trainer.streamed is not None:
+        examples.left_out += trainer.streamed.everything_left_out()
     summary = summarise(settings, examples, trainer, outcome, watch.rates(trainer), watch.report.report())
     if main_process():
         written = (summary, scores, loss, examples, history)

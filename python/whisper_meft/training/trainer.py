@@ -23,6 +23,7 @@ from ..model.saving import extractor_to_save
 from . import checkpoints
 from .interrupts import Interrupts, Stopped
 from .resuming import Batches, RunRecord
+from .streaming import StreamedTraining
 from .throughput import Throughput
 
 
@@ -53,6 +54,7 @@ class MeftTrainer(Trainer):
         windows: how clips were cut into examples, in words, for whoever resumes.
         throughput: measures the training steps; what it finds goes into the log beside the loss.
         interrupts: asks for a stop, which comes after a step, with a checkpoint, as ``Stopped``.
+        streamed: what training batches are read from in the place of ``train_dataset``'s own loader.
         before_first_save: called in the main process before the first checkpoint is written.
 
     Raises:
@@ -68,6 +70,7 @@ class MeftTrainer(Trainer):
         windows: str | None = None,
         throughput: Throughput | None = None,
         interrupts: Interrupts | None = None,
+        streamed: StreamedTraining | None = None,
         before_first_save: Callable[[], None] | None = None,
         **kwargs: Any,
     ):
@@ -75,7 +78,7 @@ class MeftTrainer(Trainer):
             extractor = kwargs["processing_class"]
             kwargs["processing_class"] = extractor_to_save(extractor, model.meft_config.max_frames)
         super().__init__(model=model, args=args, **kwargs)
-        self.length_batches, self.throughput = length_batches, throughput
+        self.length_batches, self.throughput, self.streamed = length_batches, throughput, streamed
         self.evaluation_in_order, self.windows = evaluation_in_order, windows
         self.interrupts, self._before_first_save = interrupts, before_first_save
         self.record = RunRecord()
@@ -87,6 +90,8 @@ class MeftTrainer(Trainer):
             self.add_callback(interrupts)
         if throughput is not None:
             self.add_callback(throughput)
+        if streamed is not None:
+            self.add_callback(streamed)
         told = [each for each in (length_batches, self.train_dataset) if hasattr(each, "set_epoch")]
         self.add_callback(_TellsEpoch(*told))
         self.method = model.meft_config
@@ -124,6 +129,8 @@ class MeftTrainer(Trainer):
             self.model.penalty_elsewhere = before
 
     def get_train_dataloader(self) -> DataLoader:
+        if self.streamed is not None:
+            return self.streamed.loader()
         if self.length_batches is None:
             return super().get_train_dataloader()
         arguments = self.args
@@ -143,7 +150,10 @@ class MeftTrainer(Trainer):
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         fetch = partial(super().get_batch_samples, *args, **kwargs)
-        return fetch() if self.throughput is None else self.throughput.fetch(fetch)
+        fetched = fetch() if self.throughput is None else self.throughput.fetch(fetch)
+        if self.streamed is not None:
+            self.streamed.take(fetched[0])
+        return fetched
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self.throughput is not None and "loss" in logs:
@@ -219,6 +229,8 @@ class MeftTrainer(Trainer):
         """As there; a crash on the way can be told by the marker in the folder, or by nothing being there."""
         self.prepare_to_save()
         self._add_up_losses()
+        if self.streamed is not None:
+            self.record.stream = self.streamed.state()
         for each in [*self.callback_handler.callbacks, self.control]:
             if isinstance(each, ExportableState):  # the Trainer fails where a resumed run had no such one
                 self.state.stateful_callbacks.setdefault(type(each).__name__, each.state())
@@ -256,6 +268,10 @@ class MeftTrainer(Trainer):
     @cached_property
     def batches(self) -> Batches:
         """Which clips come in which step."""
+        if self.streamed is not None:
+            stream, steps = self.streamed.batches.stream, self.streamed.steps_per_pass or 0
+            count = steps * self.args.gradient_accumulation_steps
+            return Batches.of(self.args, stream.size or 0, count, False)
         with torch.random.fork_rng(devices=[]):  # a loader draws a seed
             loader = self.get_train_dataloader()
         by_length = self.length_batches is not None

@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 
 from ... import data
 from ...audio.windows import Windows
-from ...data.examples import ExampleSet
+from ...data.examples import Example, ExampleSet
+from ...data.streaming import Stream
 from ...data.transcripts import TranscriptTokens
 from ...errors import UserError
 from ...feature_cache.dataset import CachedCollator
@@ -34,6 +35,8 @@ class Task:
     curve: ClassVar[tuple[str, str]]
     # Whether items are padded to a window of one length, so that batches by length would gain nothing.
     of_one_length: ClassVar[bool] = False
+    # Whether examples need a label.
+    labelled: ClassVar[bool] = False
     # What makes tokens of transcripts, where there are any.
     tokens: TranscriptTokens | None = None
 
@@ -70,10 +73,24 @@ class Task:
         others."""
         return examples, []
 
-    def check(self, training: ExampleSet, evaluation: ExampleSet | None) -> None:
+    @property
+    def counts_classes(self) -> bool:
+        """Whether it must be known how many examples each class has."""
+        return False
+
+    def check(self, training: ExampleSet | Stream, evaluation: ExampleSet | None) -> None:
         """Raises UserError where the two sets do not go together."""
 
-    def note(self, training: ExampleSet) -> None:
+    def check_streamed(self, example: Example) -> None:
+        """Raises UserError where an example of a stream is wrong in a way that :meth:`check_read` and
+        :meth:`check` refuse."""
+        raise NotImplementedError
+
+    def placeholder(self) -> Example:
+        """An example that :meth:`dataset` takes, with nothing to hear."""
+        raise NotImplementedError
+
+    def note(self, training: ExampleSet | Stream) -> None:
         """Takes note of what the training examples define, before any dataset is made."""
 
     def prepare(self, base: PreTrainedModel) -> None:
@@ -102,11 +119,11 @@ class Task:
         """What makes batches of those items."""
         return CachedCollator()
 
-    def counted_step(self, training: ExampleSet) -> dict[str, Any]:
+    def counted_step(self, training: ExampleSet | Stream) -> dict[str, Any]:
         """What a step is, for :func:`whisper_meft.memory.counting.estimate`."""
         raise NotImplementedError
 
-    def describe(self, training: ExampleSet) -> list[str]:
+    def describe(self, training: ExampleSet | Stream) -> list[str]:
         """Lines about the training examples."""
         raise NotImplementedError
 
@@ -128,7 +145,7 @@ class Task:
         """
         raise NotImplementedError
 
-    def summary(self, training: ExampleSet) -> dict[str, Any]:
+    def summary(self, training: ExampleSet | Stream) -> dict[str, Any]:
         """Entries of train_results.json."""
         raise NotImplementedError
 

@@ -17,7 +17,8 @@ from transformers import (
 
 from ... import data
 from ...audio.windows import Windows, shares
-from ...data.examples import ExampleSet, check_known_labels, label_inventory, listing
+from ...data.examples import Example, ExampleSet, check_known_labels, label_inventory, listing
+from ...data.streaming import Stream, check_label
 from ...data.windows import longest_window, recordings_of
 from ...errors import UserError, printable
 from ...evaluation import plots
@@ -51,6 +52,7 @@ class Classification(Task):
 
     backbone_class = WhisperForAudioClassification
     curve = ("eval_accuracy", "evaluation accuracy")
+    labelled = True
 
     def __init__(
         self,
@@ -81,8 +83,18 @@ class Classification(Task):
         longest = longest_window(self.extractor, self.max_frames)
         return Windows.within(longest, arguments.window, arguments.hop)
 
-    def check(self, training: ExampleSet, evaluation: ExampleSet | None) -> None:
-        labels = label_inventory(training)
+    @property
+    def counts_classes(self) -> bool:
+        return self.skew.class_weights in COMPUTED_WEIGHTS
+
+    def check_streamed(self, example: Example) -> None:
+        check_label(example, self.label2id)
+
+    def placeholder(self) -> Example:
+        return Example(b"", next(iter(self.label2id)))
+
+    def check(self, training: ExampleSet | Stream, evaluation: ExampleSet | None) -> None:
+        labels = classes_of(training)
         if evaluation is not None:
             check_known_labels(evaluation, labels)
         if self._given_weights is not None:
@@ -96,8 +108,8 @@ class Classification(Task):
                         f"{listing(labels)}"
                     )
 
-    def note(self, training: ExampleSet) -> None:
-        labels, kind = label_inventory(training), self.skew.class_weights
+    def note(self, training: ExampleSet | Stream) -> None:
+        labels, kind = classes_of(training), self.skew.class_weights
         self.label2id = {label: index for index, label in enumerate(labels)}
         if self._given_weights is not None:
             self.weights = [self._given_weights[label] for label in labels]
@@ -119,17 +131,19 @@ class Classification(Task):
     ) -> Dataset:
         return CachedDataset(examples, cache, model, self.label2id, **more)
 
-    def counted_step(self, training: ExampleSet) -> dict[str, Any]:
-        return {"num_labels": len(label_inventory(training))}
+    def counted_step(self, training: ExampleSet | Stream) -> dict[str, Any]:
+        return {"num_labels": len(classes_of(training))}
 
-    def describe(self, training: ExampleSet) -> list[str]:
-        labels, counts = list(self.label2id), training.label_counts()
-        recordings = len(recordings_of(training))
-        cut = "" if recordings == len(training) else f", windows of {recordings} recordings"
-        lines = [
-            f"training on {len(training)} examples of {len(labels)} classes{cut}",
-            f"  {counts_text(counts, labels)}",
-        ]
+    def describe(self, training: ExampleSet | Stream) -> list[str]:
+        labels = list(self.label2id)
+        if isinstance(training, Stream):
+            lines = [f"training on a stream of {training.amount()} of {len(labels)} classes"]
+        else:
+            recordings = len(recordings_of(training))
+            cut = "" if recordings == len(training) else f", windows of {recordings} recordings"
+            lines = [f"training on {len(training)} examples of {len(labels)} classes{cut}"]
+        if not isinstance(training, Stream) or training.counts is not None:
+            lines.append(f"  {counts_text(training.label_counts(), labels)}")
         if self.weights is not None:
             kind = printable(self.skew.class_weights)
             lines.append(f"  weights in the loss ({kind}): {weights_text(self.weights, labels)}")
@@ -170,7 +184,7 @@ class Classification(Task):
             "eval_loss"
         )
 
-    def summary(self, training: ExampleSet) -> dict[str, Any]:
+    def summary(self, training: ExampleSet | Stream) -> dict[str, Any]:
         weights = None if self.weights is None else dict(zip(self.label2id, self.weights))
         loss = {"loss": self.skew.loss, "focal_gamma": self.skew.gamma() or None, "class_weights": weights}
         return {"labels": list(self.label2id), **loss}
@@ -180,6 +194,22 @@ class Classification(Task):
         title = f"accuracy {scores.accuracy:.1%}"
         plots.plot_confusion(scores.confusion, scores.labels, folder / "confusion_matrix.png", title)
         return scores.as_dict()
+
+
+def classes_of(training: ExampleSet | Stream) -> list[str]:
+    """The classes that are trained, in the order of their indices.
+
+    Raises:
+        UserError: unlabelled examples, or fewer than two classes.
+    """
+    if not isinstance(training, Stream):
+        return label_inventory(training)
+    if len(training.labels) < 2:
+        raise UserError(
+            f"{training.description} has one label only ({training.labels[0]}); training needs at least two "
+            "classes"
+        )
+    return training.labels
 
 
 @dataclass(frozen=True)

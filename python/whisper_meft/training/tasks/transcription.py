@@ -16,8 +16,9 @@ from transformers import (
 )
 
 from ... import data
-from ...data.examples import ExampleSet
+from ...data.examples import Example, ExampleSet
 from ...data.features import read_features, true_frames, window_of
+from ...data.streaming import Stream
 from ...errors import UserError
 from ...evaluation.recognition import Recognition, evaluate_transcripts
 from ...evaluation.transcripts import WITHOUT_SPACES
@@ -111,6 +112,12 @@ class Transcription(Task):
             )
         return ExampleSet(good, examples.description), bad
 
+    def check_streamed(self, example: Example) -> None:
+        self.tokens(example)
+
+    def placeholder(self) -> Example:
+        return Example(b"", text="-")
+
     def prepare(self, base: PreTrainedModel) -> None:
         self.speaking.set_in(base.generation_config)
 
@@ -136,11 +143,15 @@ class Transcription(Task):
     def cached_collator(self) -> CachedCollator:
         return CachedCollator(self.tokens.end)
 
-    def counted_step(self, training: ExampleSet) -> dict[str, Any]:
+    def counted_step(self, training: ExampleSet | Stream) -> dict[str, Any]:
+        if isinstance(training, Stream):  # of transcripts that have not come yet
+            return {"task": "transcribe", "tokens": self.tokens.longest}
         longest = max(len(self.tokens(example)["labels"]) for example in training)
         return {"task": "transcribe", "tokens": longest}
 
-    def describe(self, training: ExampleSet) -> list[str]:
+    def describe(self, training: ExampleSet | Stream) -> list[str]:
+        if isinstance(training, Stream):
+            return [f"training on a stream of transcripts, {training.amount()}; {self.speaking.describe()}"]
         words = sum(len(example.text.split()) for example in training)
         speakers = training.speakers()
         of = f" of {len(speakers)} speakers" if speakers else ""
@@ -181,7 +192,7 @@ class Transcription(Task):
         how = (arguments.device, arguments.per_device_eval_batch_size, arguments.dataloader_num_workers, show)
         return SharedTranscriber(model, self.extractor, self.speaking.tokenizer, *how, **self.generation)
 
-    def summary(self, training: ExampleSet) -> dict[str, Any]:
+    def summary(self, training: ExampleSet | Stream) -> dict[str, Any]:
         return {"task": "transcribe", "language": self.speaking.language}
 
     def write_scores(self, folder: Path, scores: Recognition) -> dict[str, Any]:
