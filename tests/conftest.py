@@ -35,11 +35,13 @@ PACKAGES = (
     "datasets",
     "espeakng_loader",
     "jiwer",
+    "lhotse",
     "matplotlib",
     "peft",
     "soundfile",
     "soxr",
     "torchao",
+    "webdataset",
 )
 MISSING = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
 

@@ -7,6 +7,7 @@ import pytest
 from data_fixtures import found, write
 from whisper_meft.data import list_splits, load_examples, load_shards
 from whisper_meft.errors import UserError
+from whisper_meft.feature_cache.key import clip_fingerprint
 
 lhotse = pytest.importorskip("lhotse", reason="the extra lhotse is not installed")
 
@@ -120,3 +121,9 @@ def test_without_the_package(cuts, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.import_module", lambda name: missing(name))
     with pytest.raises(UserError, match="reading Lhotse cuts needs the lhotse package: pip install lhotse"):
         load_examples(source)
+
+
+def test_a_clip_is_known_again_by_a_feature_cache(cuts, tmp_path):
+    source = save(cuts, tmp_path / "cuts.jsonl")
+    first, again = ([clip_fingerprint(each) for each in load_examples(source)] for _ in range(2))
+    assert first == again and len(set(first)) == 6

@@ -12,6 +12,7 @@ from streaming_fixtures import make_shards, sound, tar
 from whisper_meft.data import check_audio, list_splits, load_examples, load_shards
 from whisper_meft.data.webdataset import _divided
 from whisper_meft.errors import UserError
+from whisper_meft.feature_cache.key import clip_fingerprint
 
 
 def as_json(**fields) -> bytes:
@@ -251,3 +252,9 @@ def test_a_shard_that_vanishes(tmp_path):
     (tmp_path / "train-000.tar").unlink()
     with pytest.raises(UserError, match="train-000.tar: 00000"):
         examples[0].decode()
+
+
+def test_a_clip_is_known_again_by_a_feature_cache(tmp_path):
+    make_shards(tmp_path, [2])
+    first, again = ([clip_fingerprint(each) for each in load_examples(str(tmp_path))] for _ in range(2))
+    assert first == again and len(set(first)) == 2

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import LazyPackage, UserError, one_line
 from . import columns
-from .examples import Example, listing
+from .examples import DatasetCell, Example, listing
 from .options import Options
 from .splits import split_kinds
 from .streaming import ShardedExamples
@@ -53,31 +53,19 @@ def cut_files(source: str) -> list[str]:
 
 
 @dataclass(frozen=True, slots=True)
-class CutSound:
-    """The sound of a cut, made when it is wanted; :func:`whisper_meft.audio.read_audio` takes it.
-
-    Attributes:
-        cut: of Lhotse, of one channel or several, cut or mixed.
-    """
+class Cut:
+    """A cut of Lhotse, as a data set of one: its sound is made when it is wanted."""
 
     cut: Any
 
-    @dataclass(frozen=True, slots=True)
-    class Samples:
-        """``data`` float32 (channels, samples), ``sample_rate`` in Hz."""
-
-        data: Any
-        sample_rate: int
-
-    @property
-    def name(self) -> str:
-        return self.cut.id
-
-    def get_all_samples(self) -> "CutSound.Samples":
-        """All of it."""
+    def __getitem__(self, index: int) -> dict[str, dict[str, Any]]:
         if not self.cut.has_recording:
-            raise UserError(f"the cut {self.cut.id} has no recording")
-        return self.Samples(self.cut.load_audio(), int(self.cut.sampling_rate))
+            raise UserError("the cut has no recording")
+        try:
+            samples = self.cut.load_audio()  # [channels, samples]
+        except Exception as error:  # of the library or of what it reads with
+            raise UserError(one_line(error)) from error
+        return {"audio": {"array": samples, "sampling_rate": int(self.cut.sampling_rate)}}
 
 
 class LhotseShards(ShardedExamples):
@@ -123,7 +111,7 @@ class LhotseShards(ShardedExamples):
             )
         speakers = set(values(options.speaker_column, columns.SPEAKER))
         return Example(
-            CutSound(cut),
+            DatasetCell(Cut(cut), 0, "audio"),
             labels.pop() if labels else None,
             speakers.pop() if len(speakers) == 1 else None,
             name,

@@ -25,7 +25,7 @@ from .splits import LAYOUTS, Splits, choose_splits
 from .streaming import ShardedExamples
 from .table_folders import check_tables_beside, find_tables
 from .tables import TABLE_SUFFIXES, table_name
-from .webdataset import has_shards, is_shards, split_shards
+from .webdataset import is_shards, shards_in, split_shards
 
 logger = logging.getLogger(__name__)
 
@@ -278,7 +278,7 @@ def _detect(source: str, options: Options) -> str:
         return "manifest"
     if options.layout is None:
         check_tables_beside(path, options)
-    if has_shards(path) and not list_audio_files(path):
+    if shards_in(path) and not list_audio_files(path):
         return "webdataset"
     return "audiofolder"
 

@@ -17,8 +17,8 @@ from typing import Any, BinaryIO
 
 from ..errors import LazyPackage, UserError, one_line
 from . import columns
-from .examples import Example, listing
-from .folders import AUDIO_SUFFIXES
+from .examples import DatasetCell, Example, listing
+from .folders import AUDIO_SUFFIXES, subfolders
 from .options import Options
 from .splits import canonical_split, split_kinds
 from .streaming import ShardedExamples
@@ -45,35 +45,28 @@ def is_shards(source: str) -> bool:
     return _SHARD.search(source) is not None
 
 
-def has_shards(folder: Path) -> bool:
-    """Whether tar files lie in a folder, or in the folders in it."""
-    return any(is_shards(each.name) for pattern in ("*", "*/*") for each in folder.glob(pattern))
+def shards_in(folder: Path) -> list[str]:
+    """The tar files in a folder, and in folders in it that are called like splits, sorted."""
+    splits = [each for each in subfolders(folder) if canonical_split(each.name)]
+    found = [os.path.join(each, name) for each in (folder, *splits) for name in os.listdir(each)]
+    return sorted(each for each in found if is_shards(each) and os.path.isfile(each))
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A part of a file, read each time it is wanted; :func:`whisper_meft.audio.read_audio` takes it."""
+    """A part of a file that is read each time it is wanted, as a data set of one."""
 
     path: str
     offset: int
     size: int
-    name: str
 
-    def seekable(self) -> bool:
-        return False
-
-    def read(self) -> bytes:
-        """All of it.
-
-        Raises:
-            OSError: it is not there any more.
-        """
+    def __getitem__(self, index: int) -> dict[str, bytes]:
         with open(self.path, "rb") as file:
             file.seek(self.offset)
             content = file.read(self.size)
         if len(content) < self.size:
             raise OSError(f"{self.path} is shorter than it was")
-        return content
+        return {"audio": content}
 
 
 class TarShards(ShardedExamples):
@@ -121,7 +114,8 @@ class TarShards(ShardedExamples):
         if len(found) > 1:
             raise UserError(f"{name} has several sounds ({listing(found)}): name one with audio_column_name")
         # Without any it is as a row whose file is missing: it is left out by its name.
-        return members[found[0]] if found else b""
+        sound = members[found[0]] if found else b""
+        return DatasetCell(sound, 0, "audio") if isinstance(sound, Member) else sound
 
 
 def _is_audio(suffix: str) -> bool:
@@ -169,7 +163,7 @@ def _members(name: str) -> Iterator[tuple[str, bytes | Member]]:
                     if not sound and member.size > _LARGEST_TEXT:
                         raise UserError(f"{name}: its member {path} of {member.size} bytes is no sound")
                     if sound and plain and not member.issparse():
-                        yield path, Member(name, member.offset_data, member.size, f"{name}: {path}")
+                        yield path, Member(name, member.offset_data, member.size)
                     else:
                         yield path, archive.extractfile(member).read()
                 # tarfile takes a file that was cut between two members for a shorter one.
@@ -214,9 +208,7 @@ def find_shards(source: str) -> list[str]:
     """
     path = Path(source)
     if path.is_dir():
-        found = sorted(os.fspath(each) for pattern in ("*", "*/*") for each in path.glob(pattern))
-        names = [each for each in found if is_shards(each) and os.path.isfile(each)]
-        if not names:
+        if not (names := shards_in(path)):
             raise UserError(f"{source} holds no tar files")
         return names
     names = [source] if path.is_file() else _expanded(source)
