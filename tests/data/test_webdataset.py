@@ -2,7 +2,10 @@
 
 import gzip
 import json
+import shutil
 import tarfile
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from data_fixtures import found, index_of
@@ -161,6 +164,46 @@ def test_a_shard_gives_the_examples_of_the_webdataset_package(tmp_path):
     assert [f"{path}: {sample['__key__']}" for sample in theirs] == [example.name for example in ours]
     assert [sample["wav"] for sample in theirs] == [example.audio.read() for example in ours]
     assert [sample["cls"].decode() for sample in theirs] == [example.label for example in ours]
+
+
+@pytest.fixture
+def served(tmp_path):
+    """The address of a server of tmp_path/served."""
+    pytest.importorskip("webdataset")
+    if shutil.which("curl") is None:
+        pytest.skip("the webdataset package opens addresses with curl")
+    (tmp_path / "served").mkdir()
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=str(tmp_path / "served"))
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Quiet) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_addresses(served, tmp_path):
+    make_shards(tmp_path / "served", [3, 40])
+    shards = load_shards(f"{served}/train-{{000..001}}.tar")
+    assert [index for index, _, _ in found(shards)] == list(range(43))
+    assert isinstance(next(shards.examples(1)).audio, bytes)  # and the rest is not fetched
+    with pytest.raises(
+        UserError, match="train-7.tar cannot be read as a tar file: what fetches it ended with status 22"
+    ):
+        list(load_shards(f"{served}/train-7.tar"))
+
+
+def test_an_address_that_breaks_off(served, tmp_path):
+    make_shards(tmp_path / "served", [3])
+    path = tmp_path / "served" / "train-000.tar"
+    path.write_bytes(path.read_bytes()[: 512 * 15])
+    with pytest.raises(UserError, match="train-000.tar cannot be read as a tar file"):
+        list(load_shards(f"{served}/train-000.tar"))
 
 
 # --- what is wrong ----------------------------------------------------------------------------------------

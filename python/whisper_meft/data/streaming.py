@@ -284,7 +284,7 @@ class StreamedBatches(torch.utils.data.IterableDataset):
         check: raises UserError for what no other example makes good, such as an unknown label.
         strict: raise for the first clip that cannot be used, instead of leaving it out.
 
-    Yields dicts: the batch, and :class:`Source` as "source".
+    Yields dicts: the batch, and a ``Source`` as "source": names of its clips, and where reading goes on.
     """
 
     def __init__(

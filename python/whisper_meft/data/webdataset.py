@@ -150,27 +150,35 @@ def _divided(path: str) -> tuple[str, str, str]:
 
 def _members(name: str) -> Iterator[tuple[str, bytes | Member]]:
     """(name, content) of the files in a shard, in order; sound that can be read later as :class:`Member`."""
-    with _opened(name) as file:
-        plain = isinstance(file, io.BufferedReader) and re.search(r"\.tar$", name, re.I) is not None
-        try:
-            with tarfile.open(fileobj=file, mode="r:" if plain else "r|*") as archive:
-                while (member := archive.next()) is not None:
-                    archive.members = []  # which would grow with the shard
-                    path = member.name.removeprefix("./")
-                    if not member.isreg() or _META.match(path):
-                        continue
-                    sound = _is_audio(path.rpartition("/")[2].partition(".")[2].lower())
-                    if not sound and member.size > _LARGEST_TEXT:
-                        raise UserError(f"{name}: its member {path} of {member.size} bytes is no sound")
-                    if sound and plain and not member.issparse():
-                        yield path, Member(name, member.offset_data, member.size)
-                    else:
-                        yield path, archive.extractfile(member).read()
-                # tarfile takes a file that was cut between two members for a shorter one.
-                if archive.fileobj.tell() < archive.offset + tarfile.BLOCKSIZE:
-                    raise tarfile.ReadError("it was cut, the mark of its end is missing")
-        except (tarfile.TarError, OSError, EOFError) as error:
-            raise UserError(f"{name} cannot be read as a tar file: {one_line(error)}") from error
+    try:
+        with _opened(name) as file:
+            yield from _members_of(file, name)
+    except (tarfile.TarError, OSError, EOFError) as error:
+        reason = one_line(error)
+        if (ended := re.search(r"\bexit (-?\d+) ", reason)) and _scheme(name) is not None:
+            # The rest is the command, in which there may be a secret.
+            reason = f"what fetches it ended with status {ended.group(1)}"
+        raise UserError(f"{name} cannot be read as a tar file: {reason}") from None
+
+
+def _members_of(file: BinaryIO, name: str) -> Iterator[tuple[str, bytes | Member]]:
+    plain = isinstance(file, io.BufferedReader) and re.search(r"\.tar$", name, re.I) is not None
+    with tarfile.open(fileobj=file, mode="r:" if plain else "r|*") as archive:
+        while (member := archive.next()) is not None:
+            archive.members = []  # which would grow with the shard
+            path = member.name.removeprefix("./")
+            if not member.isreg() or _META.match(path):
+                continue
+            sound = _is_audio(path.rpartition("/")[2].partition(".")[2].lower())
+            if not sound and member.size > _LARGEST_TEXT:
+                raise UserError(f"{name}: its member {path} of {member.size} bytes is no sound")
+            if sound and plain and not member.issparse():
+                yield path, Member(name, member.offset_data, member.size)
+            else:
+                yield path, archive.extractfile(member).read()
+        # tarfile takes a file that was cut between two members for a shorter one.
+        if archive.fileobj.tell() < archive.offset + tarfile.BLOCKSIZE:
+            raise tarfile.ReadError("it was cut, the mark of its end is missing")
 
 
 def _opened(name: str) -> BinaryIO:
@@ -179,7 +187,7 @@ def _opened(name: str) -> BinaryIO:
     except (OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise
-        reason = getattr(error, "strerror", None) or one_line(error)
+        reason = (_scheme(name) is None and getattr(error, "strerror", None)) or one_line(error)
         raise UserError(f"{name} cannot be opened: {reason}") from error
 
 

@@ -176,7 +176,7 @@ class StreamedTraining(TrainerCallback):
         return {
             "shards": len(stream.shards),
             "names of shards": stream.shards.fingerprint(),
-            "examples": stream.size,
+            "counted examples": stream.size,
             "clips per batch": dealing.batch_size,
             "processes": dealing.processes,
             "seed": dealing.seed,

@@ -325,8 +325,13 @@ class MeftTrainer(Trainer):
             asked = due and bool(self.over_processes(torch.tensor([float(asked)])))
         if not asked or self.control.should_training_stop:
             return False
-        # What belongs to the end of an epoch comes first, so that the resumed run need not know of it.
-        return self.interrupts.epoch_over or not float(self.state.epoch).is_integer()
+        # What belongs to the end of an epoch comes first, so that the resumed run need not know of it. A run
+        # from a stream has one end alone.
+        return (
+            self.streamed is not None
+            or self.interrupts.epoch_over
+            or not float(self.state.epoch).is_integer()
+        )
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """As the stock Trainer's, where :meth:`save_model` has not written a card: what that says is kept."""
