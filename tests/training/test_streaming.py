@@ -329,6 +329,42 @@ def test_shards_are_also_read_at_once(work, tmp_path):
     assert len(load_examples(str(work / "shards"), split="train")) == 24
 
 
+def test_scores_of_a_stream_are_those_of_the_list(work, tmp_path, capsys):
+    make_shards(tmp_path / "shards", [5, 3], labels="xy", seconds=0.4)
+    members = [
+        (f"{i}.wav", file.read_bytes()) for i, file in enumerate(sorted((work / "test").rglob("*.wav")))
+    ]
+    labels = [
+        (f"{i}.cls", file.parent.name.encode())
+        for i, file in enumerate(sorted((work / "test").rglob("*.wav")))
+    ]
+    members = [each for pair in zip(members, labels) for each in pair] + [("9.cls", b"low")]
+    tar(tmp_path / "shards" / "train-009.tar", members)
+    found = {}
+    for name, options in (("list", []), ("stream", ["--streaming", "--batch_size", "1"])):
+        arguments = [
+            "evaluate",
+            str(work / "finished"),
+            "--data",
+            str(tmp_path / "shards"),
+            "--split",
+            "train",
+        ]
+        arguments += ["--output_dir", str(tmp_path / name), *options, "--unknown_labels", "all"]
+        assert main(arguments) == 0
+        error = capsys.readouterr().err
+        assert "1 of 15 examples were left out" in error and "train-009.tar: 9: is empty" in error
+        found[name] = json.loads((tmp_path / name / "eval_results.json").read_text())
+    assert found["stream"]["confusion_matrix"] == found["list"]["confusion_matrix"]
+    assert found["stream"]["open_set"] == found["list"]["open_set"] is not None
+    streamed = ["evaluate", str(work / "finished"), "--data", str(tmp_path / "shards"), "--streaming"]
+    assert main(streamed) == 1
+    assert "has the label 'x', which is not one of the classes" in capsys.readouterr().err
+    assert main([*streamed, "--max_eval_samples", "3"]) == 2
+    assert main([*streamed, "--labels", "low", "high", "--output_dir", str(tmp_path / "some")]) == 0
+    assert json.loads((tmp_path / "some" / "eval_results.json").read_text())["count"] == 4
+
+
 # --- several processes, and memory ------------------------------------------------------------------------
 
 RECORDED = """

@@ -11,10 +11,12 @@ from .. import data
 from ..data.examples import ExampleSet, listing
 from ..data.names import composed
 from ..data.splits import split_kinds
+from ..data.streaming import ShardedExamples
 from ..errors import UserError, printable
 from ..evaluation.assessment import assess, write_assessment
 from ..evaluation.classifier import Classifier
 from ..evaluation.recognition import evaluate_transcripts, write_recognition
+from ..evaluation.streamed import hear
 from ..evaluation.transcriber import Transcriber
 from ..files import check_writable
 from ..model.card import check_card, results_of, write_results_into_card
@@ -67,6 +69,13 @@ class EvaluateArguments(DataFormatArguments):
             "classify"
         },
     )
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "hear tar files, Lhotse cuts or a Hugging Face dataset as they come, and hold no sound; "
+            "of models that classify"
+        },
+    )
     output_dir: str | None = field(
         default=None, metadata={"help": "folder for the results (default: MODEL_DIR/evaluation)"}
     )
@@ -85,6 +94,8 @@ class EvaluateArguments(DataFormatArguments):
         check_threshold(self.reject_below)
         if self.max_eval_samples is not None and self.max_eval_samples < 1:
             raise UsageError(f"--max_eval_samples must be at least 1, got {self.max_eval_samples}")
+        if self.streaming and self.max_eval_samples is not None:
+            raise UsageError("--max_eval_samples cannot be used with --streaming: all examples are heard")
 
 
 def make_parser() -> Parser:
@@ -119,6 +130,18 @@ def load_scored(arguments: EvaluateArguments, transcribes: bool, usual: str = "t
         chosen = np.random.default_rng(0).permutation(len(examples))[: arguments.max_eval_samples]
         examples = examples.select(sorted(chosen.tolist()))
     return examples
+
+
+def load_streamed(arguments: EvaluateArguments) -> tuple[ShardedExamples, set[str] | None]:
+    """The source in shards that the arguments describe, and the labels that are kept; None: all."""
+    options = arguments.reader_options()
+    splits = data.list_splits(arguments.data, streaming=True, **options)
+    has_test = "test" in split_kinds(splits).values()
+    shards = data.load_shards(
+        arguments.data, split=arguments.split or ("test" if has_test else None), **options
+    )
+    labels = arguments.labels
+    return shards, None if labels in (None, ["all"]) else {composed(label) for label in labels}
 
 
 def apart(
@@ -177,23 +200,36 @@ def run(argv: Sequence[str]) -> int:
     folder = Path(arguments.output_dir or Path(where.model_dir) / "evaluation")
     if Path(where.model_dir, "config.json").is_file() or arguments.output_dir:
         check_writable(folder / "eval_results.json")
-    examples = load_scored(arguments, transcribes)
-    total, progress = len(examples), sys.stderr.isatty()
+    progress, bad = sys.stderr.isatty(), []
+    if arguments.streaming and transcribes:
+        raise UserError(
+            f"streaming: {where.model_dir} transcribes, and that needs the list of clips: leave it out"
+        )
+    if arguments.streaming:
+        shards, labels = load_streamed(arguments)
+        model = Classifier.load(where.model_dir, inference, progress)
+        others = arguments.unknown_labels is not None
+        model, examples, bad = hear(model, shards, arguments.strict, labels, others)
+    else:
+        examples = load_scored(arguments, transcribes)
+    total = len(examples) + len(bad)
     if transcribes:
         model = Transcriber.load(where.model_dir, inference, generation, progress)
         zero_shot = model.zero_shot() if arguments.zero_shot and model.adapted else None
     else:
-        model = Classifier.load(where.model_dir, inference, progress)
+        if not arguments.streaming:
+            model = Classifier.load(where.model_dir, inference, progress)
         threshold = threshold_of(arguments.reject_below, model.model.config, where.model_dir)
         examples, unknown = apart(examples, model.labels, arguments.unknown_labels)
     if arguments.output_dir is None and not Path(where.model_dir).is_dir():
         raise UserError("--output_dir is needed for a model that is not in a local folder")
-    examples, bad = model.check(examples, arguments.strict)
+    if not arguments.streaming:
+        examples, bad = model.check(examples, arguments.strict)
     if transcribes:
         scores = evaluate_transcripts(model, examples, zero_shot)
         bad = [*bad, *scores.left_out]
     else:
-        if unknown is not None:
+        if unknown is not None and not arguments.streaming:
             unknown, more_bad = model.check(unknown, arguments.strict)
             bad = [*bad, *more_bad]
         origin = "saved with the model" if arguments.reject_below == SAVED else "given"
