@@ -62,6 +62,17 @@ struct FourSums {
   }
 };
 
+// The largest over keys, likewise.
+struct FourMaxima {
+  Vec parts[4] = {Vec(0.0f), Vec(0.0f), Vec(0.0f), Vec(0.0f)};
+
+  void raise(float* largest) const {
+    using at::vec::maximum;
+    maximum(Vec::loadu(largest), maximum(maximum(parts[0], parts[1]), maximum(parts[2], parts[3])))
+        .store(largest);
+  }
+};
+
 // --- forward ----------------------------------------------------------------------------------------------
 
 class Forward {
@@ -187,10 +198,11 @@ class Backward {
         key_grad_(empty_fp32({keys_.height, panels_.padded()})),
         scores_(empty_fp32({keys_.height, 2 * in.block})),
         queries_(empty_fp32({2 * filled(in.frames) * (in.width + panels_.padded())})),
-        scratch_(empty_fp32({in.block * (3 * in.width + 2)})) {
+        scratch_(empty_fp32({in.block * (3 * in.width + 3)})) {
     rows_ = scratch_.data_ptr<float>();
     written_ = rows_ + 2 * in.block * in.width;
     factors_ = written_ + in.block * in.width;
+    largest_ = factors_ + 2 * in.block;
   }
 
   // query_sum (T, r) (+)= the gradient of the queries through one layer; the clip's rows of feature_grad =
@@ -242,39 +254,69 @@ class Backward {
     panels_.clear(down_, 2 * block, block + count, block - count);
   }
 
-  // scores (keys, 2 block) = [S | E], and of their sums over keys [k | delta] in `factors_`. Returns the sum
-  // of delta.
+  // scores (keys, 2 block) = [S | E], and of their sums over keys [k | delta] in `factors_`; where one key has
+  // most of the weight (see `center`) E less delta, and what is left of delta. Returns the sum of delta.
   double score(float gate) {
     const int64_t block = block_;
     float *row_sums = factors_, *products = factors_ + block;
     int64_t active = 0;
     std::fill_n(factors_, 2 * block, 0.0f);
+    std::fill_n(largest_, block, 0.0f);
     for (int64_t start = 0; start < keys_.count(); start += KEYS) {
       float* scores = scores_.data_ptr<float>() + start * 2 * block;
       keys_.score(start, across_, 2 * block, scores, block);
       for (int64_t lane = 0; lane < block; lane += W) {
         FourSums sums, score_products;
+        FourMaxima maxima;
         const float* column = scores + lane;
         for (int64_t key = 0; key < keys_.size(start); key += 4) {
           for (int64_t part = 0; part < 4; ++part, column += 2 * block) {
             const Vec score = relu(Vec::loadu(column)), grad = Vec::loadu(column + block);
             sums.parts[part] = sums.parts[part] + score;
             score_products.parts[part] = at::vec::fmadd(score, grad, score_products.parts[part]);
+            maxima.parts[part] = at::vec::maximum(score, maxima.parts[part]);
             active += part == 0 ? count_active(score) : 0;
           }
         }
         sums.add_to(row_sums + lane);
         score_products.add_to(products + lane);
+        maxima.raise(largest_ + lane);
       }
     }
     // One key in four is counted.
     is_sparse_ = is_sparse(4 * share_of(active, block * keys_.count()), panels_);
+    double sum = 0;
     for (int64_t lane = 0; lane < block; lane += W) {
       const Vec row_sum = Vec::loadu(row_sums + lane) + Vec(in_.eps());
+      const Vec delta = Vec::loadu(products + lane) / row_sum;
+      row_sum.store(row_sums + lane);
+      delta.store(products + lane);
+      sum = std::accumulate(products + lane, products + lane + W, sum);
+      int64_t heavy = 0;  // queries of which one key has more than half the weight
+      for (int64_t i = lane; i < lane + W; ++i) {
+        heavy += 2 * largest_[i] > row_sums[i];
+      }
+      if (heavy > 0) {
+        center(lane, delta, row_sum).store(products + lane);
+      }
       (Vec(gate) / row_sum).store(row_sums + lane);
-      (Vec::loadu(products + lane) / row_sum).store(products + lane);
     }
-    return std::accumulate(products, products + block, 0.0);
+    return sum;
+  }
+
+  // E - delta cancels for a key that has nearly all of a query's weight, to a share of E in which delta's own
+  // rounding shows, and is then divided by what may be a small row sum. So E becomes E - delta, and what is
+  // returned is the rest of delta: (rowsum(relu(S) * (E - delta)) - eps * delta) / R.
+  Vec center(int64_t lane, const Vec& delta, const Vec& row_sum) {
+    const int64_t ld = 2 * block_;
+    float* column = scores_.data_ptr<float>() + lane;
+    Vec rest = delta * Vec(-in_.eps());
+    for (int64_t key = 0; key < keys_.count(); ++key, column += ld) {
+      const Vec flow = Vec::loadu(column + block_) - delta;
+      flow.store(column + block_);
+      rest = at::vec::fmadd(relu(Vec::loadu(column)), flow, rest);
+    }
+    return rest / row_sum;
   }
 
   // The gradients through a block's scores: key_sums (block, r) = the queries', key_grad (keys, r) +=.
@@ -362,7 +404,7 @@ class Backward {
   const Panels& panels_;
   KeySums key_sums_;
   at::Tensor key_grad_, scores_, queries_, scratch_;
-  float *across_, *rows_, *down_, *written_, *factors_;
+  float *across_, *rows_, *down_, *written_, *factors_, *largest_;
 };
 
 }  // namespace

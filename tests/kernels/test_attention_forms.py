@@ -119,6 +119,37 @@ def test_pooled_by_one_frame_is_exact(dtype, backend):
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
+def one_key_alone(frames=24, pool=1):
+    """Inputs of which every product is exact in fp32, with one key that has all of each query's weight, or
+    but a 4096th; an upstream gradient."""
+    generator = torch.Generator().manual_seed(0)
+
+    def eighths(*shape):
+        return torch.randint(-15, 16, shape, generator=generator) / 8
+
+    anchor = torch.zeros(2, frames, 6)
+    anchor[..., 0] = 0.5 ** torch.randint(0, 16, (2, frames), generator=generator)
+    features = eighths(2, 2, frames, 6).repeat_interleave(pool, 2)[:, :, :frames]
+    features[..., 0] = -1
+    features[:, :, pool : 2 * pool, 0] = 1
+    features[:, 1, :pool, 0] = 1 / 4096
+    inputs = {"anchor": anchor, "gate_weight": torch.zeros(1, 6), "gate_bias": torch.zeros(1)}
+    return {**inputs, "features": list(features)}, eighths(2, frames, 6)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("pool", [1, 5])
+def test_gradients_of_a_query_with_one_key_do_not_cancel(pool, backend):
+    inputs, upstream = one_key_alone(pool=pool)
+    exact = outputs_and_gradients(ops.relu_attention, {**inputs, "pool": pool}, upstream, torch.float64)
+    with use_backend(backend):
+        found = outputs_and_gradients(ops.relu_attention, {**inputs, "pool": pool}, upstream)
+    for name in ("anchor", "features[0]", "features[1]"):
+        size = exact[name].norm(dim=-1)
+        error = (found[name].double() - exact[name]).norm(dim=-1)
+        assert size.any() and (error <= 1e-5 * size).all(), name
+
+
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("pool", [2, 4, 5])
 def test_pooled_is_exact_on_features_that_are_constant_over_groups(pool, masked):
