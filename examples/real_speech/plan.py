@@ -112,7 +112,8 @@ REFERENCES = ("full", "lora")
 OTHERS = ("bitfit", "adapter", "adalora", "lora_plus", "s2_lora", "mezo")
 RECIPE = "pooling=statistics"
 ATTENTIONS = ("pooled:4", "pooled:8", "linear", "summary")
-BACKBONES = ("backbone_dtype=bfloat16", "backbone_quantization=int8", "backbone_quantization=fp8")
+QUANTIZATIONS = tuple(f"backbone_quantization={kind}" for kind in ("int8", "fp8", "nf4"))
+BACKBONES = ("backbone_dtype=bfloat16", *QUANTIZATIONS)
 # One option changed; at two rates, but for the head, which costs seconds.
 VARIED = (
     *(f"{m}:reduction_factor={factor}" for m in ("lst", "unipt") for factor in (2, 4, 16)),
@@ -120,6 +121,7 @@ VARIED = (
     *(f"lst:layers={layers}" for layers in ("last:2", "last:3", "[4]", "[3,4]")),
     *(f"{entry}max_frames={PADDED}" for entry in ("head:", f"head:{RECIPE}+", "lst:", f"lst:{RECIPE}+")),
     f"lst:{RECIPE}+saved_activations=fp8",
+    *(f"lst:{RECIPE}+{options}" for options in QUANTIZATIONS),
 )
 
 
