@@ -25,6 +25,7 @@ pytestmark = pytest.mark.real
 CLIPS = 3
 LABELS = {"a": 0, "b": 1, "c": 2}
 SECONDS = 4  # of each clip in training steps
+SIDE_NETWORKS = ("lst", "unipt", "sherl")
 
 
 @pytest.fixture(scope="module")
@@ -118,10 +119,10 @@ def test_the_encoder_is_hugging_faces(folder, clips, padded):
             assert off(state, expected[0]) <= bound, (backend, layer)
 
 
-def step(folder, method, short, dtype=torch.float32, backend="auto", states=None):
-    """Loss and gradients of one training step, in float32 or float64, from the same start; with ``states``
-    (B, S, T, D) from those in place of the encoder's own."""
-    options = {"reduction_factor": 8} if method in ("lst", "unipt", "sherl") else {}
+def step(folder, method, short, dtype=torch.float32, backend="auto", states=None, **options):
+    """Loss and gradients by name of one training step, in float32 or float64, from the same start; with
+    ``states`` (B, S, T, D) from those in place of the encoder's own."""
+    options |= {"reduction_factor": 8} if method in SIDE_NETWORKS else {}
     options |= {"lora_dropout": 0.0} if method in ("lora", "lora_plus", "adalora") else {}
     base = load_backbone(folder, dtype=torch.float32)
     set_labels(base, list(LABELS))
@@ -148,8 +149,12 @@ def step(folder, method, short, dtype=torch.float32, backend="auto", states=None
         loss = model(**inputs, labels=torch.arange(CLIPS)).loss
         if method != "mezo":
             loss.backward()
-    grads = [p.grad.flatten().double() for _, p in sorted(model.named_parameters()) if p.grad is not None]
-    return loss.double(), torch.cat(grads) if grads else None
+    named = sorted(model.named_parameters())
+    return loss.double(), {name: p.grad.flatten().double() for name, p in named if p.grad is not None}
+
+
+def joined(grads):
+    return torch.cat(list(grads.values()))
 
 
 @torch.no_grad()
@@ -170,9 +175,33 @@ def test_a_step_is_finite_and_its_gradient_right(folder, short, method):
     assert loss.isfinite() and off(loss, exact) < 1e-4
     if method == "mezo":
         return
+    found, expected = joined(found), joined(expected)
     assert found.isfinite().all() and found.norm() > 0
-    theirs = step(folder, method, short, backend="reference", states=states)[1]
+    theirs = joined(step(folder, method, short, backend="reference", states=states)[1])
     assert off(found, expected) <= 3 * off(theirs, expected) + 1e-5
+
+
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("method", SIDE_NETWORKS)
+def test_gradients_from_eight_bits_point_where_exact_ones_do(folder, clips, short, method, padded):
+    heard = (clips[0], torch.full_like(clips[1], clips[0].shape[-1] // 2)) if padded else short
+    (loss, exact), (same, rounded) = (
+        step(folder, method, heard, saved_activations=kind) for kind in ("exact", "fp8")
+    )
+    assert same == loss
+    # A cosine needs more than one element: the gates of a network are judged together.
+    for grads in (exact, rounded):
+        gates = [grads.pop(name) for name in list(grads) if grads[name].numel() == 1]
+        grads |= {"gates": torch.cat(gates)} if gates else {}
+    cosines = {
+        name: nn.functional.cosine_similarity(grad, rounded[name], dim=0).item()
+        for name, grad in exact.items()
+        if grad.any()
+    }
+    least = min(cosines, key=cosines.get)
+    print(f"{method}, padded {padded}: least cosine {cosines[least]:.5f}, of {least}")
+    assert cosines[least] >= 0.999, least
+    assert any(not torch.equal(rounded[name], grad) for name, grad in exact.items())
 
 
 def test_saved_loaded_and_cached(folder, examples, tmp_path):
