@@ -8,16 +8,18 @@ states from the same starts on the same batches, for several seeds.
 With ``--model_name_or_path`` and ``--audio`` errors are those of pretrained weights on recordings, padded to
 the window and trimmed, and ``--train_data`` and ``--test_data`` give the accuracy of a logistic regression on
 the mean of the last state. ``torchao's int8`` stands beside ours there: all layers, inputs without a zero
-point.
+point. ``--by_part`` tells instead where the error comes from: that of the last state of the trimmed
+recordings where one layer alone is rounded, or one projection of all layers.
 """
 
 import argparse
+import contextlib
 import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +214,66 @@ def on_recordings(options: argparse.Namespace) -> list[dict[str, Any]]:
     return [row | {"seconds": summary(row["seconds"])} for row in rows]
 
 
+PROJECTIONS = {
+    "queries": "self_attn.q_proj",
+    "keys": "self_attn.k_proj",
+    "values": "self_attn.v_proj",
+    "output of the attention": "self_attn.out_proj",
+    "first of the feed-forward": "fc1",
+    "second of the feed-forward": "fc2",
+}
+ROUNDED = ("int8", "fp8", "nf4")
+
+
+@contextlib.contextmanager
+def replaced(encoder: FrozenEncoder, other: FrozenEncoder, names: Sequence[str]) -> Iterator[None]:
+    """While it is open the layers of ``encoder`` have the modules of that name of ``other``."""
+    kept = {name: encoder.layers.get_submodule(name) for name in names}
+    try:
+        for name in names:
+            encoder.layers.set_submodule(name, other.layers.get_submodule(name))
+        yield
+    finally:
+        for name, module in kept.items():
+            encoder.layers.set_submodule(name, module)
+
+
+def parts_of(layers: int) -> dict[str, list[str]]:
+    """By part of an encoder its linear layers, as they are called in ``FrozenEncoder.layers``; without those
+    of the first layer, which is not rounded."""
+    numbers = range(1, layers)
+    every = {(index, kind): f"{index}.{name}" for index in numbers for kind, name in PROJECTIONS.items()}
+    parts = {kind: [every[index, kind] for index in numbers] for kind in PROJECTIONS}
+    parts |= {f"layer {index + 1}": [every[index, kind] for kind in PROJECTIONS] for index in numbers}
+    return {**parts, "all": list(every.values())}
+
+
+def by_part(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for each part of the encoder, and for each of ``ROUNDED`` the normed error of the last state of
+    the trimmed recordings where that part alone is."""
+    model = options.model_name_or_path
+    features, lengths = recordings.log_mel(model, recordings.choose(options.audio, options.audio_clips))
+    encoder = real_encoder(model, "float32")
+    exact = list(recordings.last_states(encoder, features, lengths))
+    rows: dict[str, dict[str, Any]] = {part: {"part": part} for part in parts_of(len(encoder.layers))}
+    for kind in ROUNDED:
+        rounded = real_encoder(model, kind)
+        for part, names in parts_of(len(encoder.layers)).items():
+            with replaced(encoder, rounded, names):
+                states = list(recordings.last_states(encoder, features, lengths))
+            rows[part][kind] = recordings.errors(states, exact)["normed"]
+            print(f"{kind}, {part}: {rows[part][kind]:.2%}", flush=True)
+    return list(rows.values())
+
+
+PARTS_HEADER = ("rounded", *ROUNDED)
+
+
+def parts_cells(rows: list[dict]) -> list[list[str]]:
+    """The rows as text under ``PARTS_HEADER``."""
+    return [[row["part"], *(f"{row[kind]:.2%}" for kind in ROUNDED)] for row in rows]
+
+
 REAL_HEADER = (
     *("", "× float32", "backbone, MiB", "error padded: raw", "normed", "median frame", "worst", "pooled"),
     *("trimmed: raw", "normed", "median frame", "worst", "pooled", "accuracy", "other class"),
@@ -275,6 +337,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--model_name_or_path", help="pretrained weights in place of the demo's and random ones"
     )
     parser.add_argument("--audio", help="recordings to measure errors on: folder, manifest or data set")
+    parser.add_argument("--by_part", action="store_true", help="errors where one part alone is rounded")
     parser.add_argument("--train_data", nargs="+", help="labelled recordings that a regression is fitted to")
     parser.add_argument("--test_data", nargs="+", help="those that it is scored on")
     parser.add_argument("--corpus", help="folder to keep the corpus in (default: a temporary one)")
@@ -288,6 +351,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError("model_name_or_path and audio go together: give both or none")
         if bool(options.train_data) != bool(options.test_data) or (options.train_data and not options.audio):
             raise UserError("train_data, test_data and audio go together: give all or audio alone")
+        if options.by_part and (not options.audio or options.train_data):
+            raise UserError("by_part goes with model_name_or_path and audio, and with no train_data")
         if options.model not in ("toy", *WHISPER_SIZES):
             raise UserError(f"model must be one of {', '.join(WHISPER_SIZES)}, got {options.model!r}")
         check_writable((Path(options.output) if options.output else record.RESULTS) / "backbones.json")
@@ -315,16 +380,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _report_recordings(options: argparse.Namespace, argv: list[str]) -> int:
-    rows = on_recordings(options)
-    for line in [REAL_HEADER, *real_cells(rows)]:
-        print(f"{line[0]:<16}" + "".join(f"{cell:>18}" for cell in line[1:]))
-    shapes = {
-        "model": Path(options.model_name_or_path).name,
-        "clips": options.audio_clips,
-        "rounds": options.rounds,
-    }
+    shapes = {"model": Path(options.model_name_or_path).name, "clips": options.audio_clips}
+    if options.by_part:
+        name, rows = "backbones_parts", by_part(options)
+        lines = [PARTS_HEADER, *parts_cells(rows)]
+    else:
+        name, rows = "backbones_real", on_recordings(options)
+        lines = [REAL_HEADER, *real_cells(rows)]
+        shapes["rounds"] = options.rounds
+    for line in lines:
+        print(f"{line[0]:<26}" + "".join(f"{cell:>18}" for cell in line[1:]))
     path = record.write(
-        "backbones_real",
+        name,
         {"rows": rows, "load": os.getloadavg()[0]},
         command=" ".join(["python -m benchmarks.backbones", *argv]),
         shapes=shapes,

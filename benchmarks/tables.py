@@ -279,6 +279,17 @@ def real_backbones(records: list[dict]) -> list[str]:
     return blocks
 
 
+def backbone_parts(records: list[dict]) -> list[str]:
+    """Where the error of a rounded backbone comes from, on pretrained weights and recordings."""
+    blocks = []
+    for found in newest(records, "backbones_parts"):
+        shapes = found["shapes"]
+        title = f"{shapes['model']}, {shapes['clips']} trimmed recordings; {source(found)}"
+        table = markdown(backbones.PARTS_HEADER, backbones.parts_cells(found["figures"]["rows"]))
+        blocks.append(f"{title}\n\n{table}")
+    return blocks
+
+
 def real_states(records: list[dict]) -> list[str]:
     """Ops and side networks on recorded hidden states beside random ones: time over eager PyTorch's; those
     that lose are named under the table."""
@@ -315,5 +326,6 @@ TABLES: dict[str, Callable[[list[dict]], list[str]]] = {
     "throughput": speeds,
     "backbones": other_backbones,
     "backbones_real": real_backbones,
+    "backbones_parts": backbone_parts,
     "states": real_states,
 }

@@ -130,6 +130,32 @@ def test_backbones_on_recordings(recorded, tmp_path, capsys):
     assert "train_data, test_data and audio go together" in capsys.readouterr().err
 
 
+def test_error_by_part(recorded, tmp_path, capsys):
+    pytest.importorskip("torchao")
+    model, audio, _ = recorded
+    command = [f"--model_name_or_path={model}", f"--audio={audio}", "--audio_clips=2", "--by_part"]
+    assert backbones.main([*command, f"--output={tmp_path / 'out'}"]) == 0
+    (path,) = (tmp_path / "out").glob("backbones_parts-*.json")
+    found = json.loads(path.read_text())
+    rows = {row["part"]: row for row in found["figures"]["rows"]}
+    assert list(rows) == [*backbones.PROJECTIONS, "layer 2", "layer 3", "all"]
+    for kind in backbones.ROUNDED:
+        alone = [row[kind] for part, row in rows.items() if part != "all"]
+        assert min(alone) > 0 and max(alone) < 1.5 * rows["all"][kind] < 1
+    # Whole, it is the encoder of that kind itself.
+    features, lengths = recordings.log_mel(str(model), recordings.choose(str(audio), 2))
+    exact, rounded = (
+        list(recordings.last_states(backbones.real_encoder(str(model), kind), features, lengths))
+        for kind in ("float32", "nf4")
+    )
+    assert rows["all"]["nf4"] == pytest.approx(recordings.errors(rounded, exact)["normed"], rel=1e-5)
+    (block,) = tables.backbone_parts([found])
+    assert block.count("\n| ") == 2 + len(rows) and "model, 2 trimmed recordings" in block
+    capsys.readouterr()
+    assert backbones.main(["--by_part"]) == 1
+    assert "by_part goes with model_name_or_path and audio" in capsys.readouterr().err
+
+
 def test_wrong_files_are_named(tmp_path):
     with pytest.raises(UserError, match="--states: cannot read .*none"):
         recordings.read_states(tmp_path / "none")
