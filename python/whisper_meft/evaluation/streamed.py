@@ -25,9 +25,10 @@ class HeardClassifier:
 
     def __init__(self, classifier: Classifier, logits: np.ndarray):
         self.model, self.labels, self._logits = classifier.model, classifier.labels, logits
+        self.windows = classifier.windows
 
-    def logits(self, examples: ExampleSet) -> np.ndarray:
-        """As :meth:`.classifier.Classifier.logits`."""
+    def answers(self, examples: ExampleSet, windows: None = None, done: None = None) -> np.ndarray:
+        """As :meth:`.classifier.Classifier.answers`, of recordings that were heard in windows already."""
         return self._logits[[example.audio for example in examples]]
 
 
