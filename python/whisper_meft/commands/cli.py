@@ -22,6 +22,7 @@ COMMANDS = {
     "evaluate": ("evaluate", "score a trained model on labelled or transcribed audio"),
     "calibrate": ("calibrate", "make a classifier's probabilities right, and choose what to reject"),
     "predict": ("predict", "classify or transcribe audio files"),
+    "app": ("app", "a page in the browser to try a trained model on"),
     "cache": ("cache", "run the frozen backbone once, for epochs of the side network alone"),
     "compare": ("compare", "train every method on the same data with the same budget"),
     "memory": ("memory", "count what training takes of a GPU, and what would fit, without one"),
