@@ -1,7 +1,10 @@
 """What is told of a model, and that it tells nothing of the machine."""
 
+import pytest
+from modelling_fixtures import tiny_whisper
 from page_fixtures import load_classifier, make_model
 from recogniser_fixtures import make_recogniser
+from whisper_meft import FullConfig, HeadConfig, LoRAConfig, SHERLConfig, UniPTConfig, get_meft_model
 from whisper_meft.app.about import about
 from whisper_meft.evaluation.transcriber import Transcriber
 from whisper_meft.model.card import model_card
@@ -24,6 +27,21 @@ def test_of_a_classifier(tmp_path):
     )
     (folder / "README.md").unlink()
     assert about(folder, model, ("a", "b")).card is None
+
+
+@pytest.mark.parametrize(
+    ("config", "summary"),
+    [
+        (UniPTConfig(reduction_factor=4), "UNIPT side network on a frozen Whisper · 2 classes: a, b"),
+        (SHERLConfig(reduction_factor=4), "SHERL side network on a frozen Whisper · 2 classes: a, b"),
+        (HeadConfig(), "Whisper, method head · 2 classes: a, b"),
+        (FullConfig(), "Whisper, method full · 2 classes: a, b"),
+        (LoRAConfig(), "Whisper, method lora · 2 classes: a, b"),
+    ],
+    ids=lambda each: getattr(each, "method", None),
+)
+def test_of_every_kind_of_method(config, summary):
+    assert about("someone/tones", get_meft_model(tiny_whisper(), config), ("a", "b")).summary == summary
 
 
 def test_a_backbone_is_named_unless_it_is_a_place(tmp_path):

@@ -53,7 +53,7 @@ def _summary(model: Any, labels: Sequence[str] | None) -> str:
     elif "reduction_factor" in model.config.meft:
         parts = [f"{model.config.meft['method'].upper()} side network on a frozen Whisper{named}"]
     else:
-        parts = [f"Whisper{named}, trained by {model.config.meft['method']}"]
+        parts = [f"Whisper{named}, method {model.config.meft['method']}"]
     if labels is not None:
         shown = ", ".join(labels[:_SHOWN_LABELS])
         more = f" and {len(labels) - _SHOWN_LABELS} more" if len(labels) > _SHOWN_LABELS else ""

@@ -114,6 +114,7 @@ def served(build: Callable[[], Any], host: str, port: int, max_bytes: int) -> It
     address, port = free_address(host, port)
     local = ipaddress.ip_address(address).is_loopback
     with own_surroundings(address):
+        import gradio
         from starlette.middleware import Middleware
 
         page = build()
@@ -133,6 +134,8 @@ def served(build: Callable[[], Any], host: str, port: int, max_bytes: int) -> It
             ssr_mode=False,
             pwa=False,
             mcp_server=False,
+            # What a screen reader is told, which gradio has no words for.
+            i18n=gradio.I18n(en={"common.complete": "The answer is there."}),
             theme=theme(),
             css=CSS,
             # The pages on which an application describes itself load scripts from elsewhere.
