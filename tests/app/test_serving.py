@@ -13,7 +13,7 @@ from whisper_meft import UserError
 from whisper_meft.app.about import About
 from whisper_meft.app.hearing import Listener
 from whisper_meft.app.page import build
-from whisper_meft.app.serving import Guard, free_address, served
+from whisper_meft.app.serving import Guard, free_address, served, shown
 
 gradio = pytest.importorskip("gradio", reason="the app extra is not installed")
 httpx = pytest.importorskip("httpx")
@@ -217,6 +217,30 @@ def test_addresses_that_cannot_be_listened_on():
     assert address == "127.0.0.1" and 0 < free < 65536
     with pytest.raises(UserError, match="--host: there is no address 'no.such.host.invalid'"):
         free_address("no.such.host.invalid", 0)
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:7"),
+        ("0.0.0.0", "http://127.0.0.1:7"),
+        ("192.0.2.1", "http://192.0.2.1:7"),
+        ("::1", "http://[::1]:7"),
+        ("::", "http://[::1]:7"),
+    ],
+)
+def test_the_address_that_is_told(address, said):
+    assert shown(address, 7) == said
+
+
+def test_a_page_on_the_other_loopback():
+    try:
+        free_address("::1", 0)
+    except UserError:
+        pytest.skip("there is no IPv6 here")
+    with served(lambda: build(Broken(), ABOUT, MEGABYTE, 3), "::1", 0, MEGABYTE) as url:
+        assert url.startswith("http://[::1]:") and httpx.get(url).status_code == 200
+        assert httpx.get(url, headers={"host": "rebound.example"}).status_code == 403
 
 
 def test_gradio_is_imported_by_nothing_else():

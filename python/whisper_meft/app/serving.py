@@ -1,6 +1,7 @@
 """Serving the page: to whom, what may be sent, and that no other machine is asked for anything."""
 
 import ipaddress
+import logging
 import os
 import re
 import signal
@@ -13,6 +14,8 @@ from typing import Any
 
 from ..errors import UserError
 from .page import CSS, theme
+
+logger = logging.getLogger(__name__)
 
 # The browser itself then loads and sends nothing elsewhere, whatever gradio or a model's card holds. gradio
 # makes functions of its templates and styles of its own.
@@ -83,6 +86,13 @@ def free_address(host: str, port: int) -> tuple[str, int]:
         return tried.getsockname()[:2]
 
 
+def shown(address: str, port: int) -> str:
+    """Where a browser on this machine finds what listens on a numeric address and a port."""
+    unspecified = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+    address = unspecified.get(address, address)
+    return f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
+
+
 @contextmanager
 def own_surroundings(address: str) -> Iterator[str]:
     """A folder for what is sent, told to gradio and gone afterwards. Its questions to its makers, who uses it
@@ -112,7 +122,9 @@ def served(build: Callable[[], Any], host: str, port: int, max_bytes: int) -> It
     Args: as :func:`serve`.
     """
     address, port = free_address(host, port)
-    local = ipaddress.ip_address(address).is_loopback
+    local = ipaddress.ip_address(address.partition("%")[0]).is_loopback
+    if not local:
+        logger.warning("everybody who reaches %s can use the page: there is no password", host)
     with own_surroundings(address):
         import gradio
         from starlette.middleware import Middleware
@@ -147,7 +159,7 @@ def served(build: Callable[[], Any], host: str, port: int, max_bytes: int) -> It
             },
         )
         try:
-            yield f"http://{f'[{address}]' if ':' in address else address}:{port}"
+            yield shown(address, port)
         finally:
             page.close(verbose=False)
 
