@@ -135,7 +135,7 @@ def test_an_early_stopped_run_is_over_and_more_patience_goes_on(work, tmp_path, 
     monkeypatch.setattr(
         classification,
         "make_compute_metrics",
-        lambda labels: lambda _: {"accuracy": 0.5, "mean_class_accuracy": 0.5, "macro_f1": 0.5},
+        lambda labels, recordings: lambda _: {"accuracy": 0.5, "mean_class_accuracy": 0.5, "macro_f1": 0.5},
     )
     out, options = tmp_path / "out", {"num_train_epochs": 8, "early_stopping_patience": 2}
     assert main(command(work, out, **options)) == 0

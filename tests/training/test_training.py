@@ -140,7 +140,7 @@ def test_choosing_on_a_test_set_is_called_by_its_name(work, tmp_path, capsys):
 def test_the_best_checkpoint_is_what_is_saved_not_the_last(work, tmp_path, monkeypatch):
     accuracies = iter([0.3, 0.9, 0.5, 0.4])  # one per epoch: the second is the best
 
-    def pretend(labels):
+    def pretend(labels, recordings):
         return lambda prediction: {"accuracy": next(accuracies), "mean_class_accuracy": 0, "macro_f1": 0}
 
     monkeypatch.setattr(classification, "make_compute_metrics", pretend)

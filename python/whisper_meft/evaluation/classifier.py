@@ -168,7 +168,8 @@ class Classifier(Classifying):
         longer than a window.
 
         Args:
-            audio: anything that :func:`whisper_meft.audio.read_audio` reads, or an ``Example``.
+            audio: anything that :func:`whisper_meft.audio.read_audio` reads, or an ``Example``; one of known
+                length is not decoded to find it.
             window, hop: see the class; by default this classifier's. They begin every ``hop`` seconds; the
                 last one ends with the recording. A rest of at most 0.1 seconds has none.
 
@@ -177,7 +178,9 @@ class Classifier(Classifying):
                 output is NaN or infinite.
         """
         example = audio if isinstance(audio, Example) else Example(audio)
-        examples, _ = self.check(ExampleSet([example], "the recording"), strict=True)
+        examples = ExampleSet([example], "the recording")
+        if example.seconds is None:
+            examples, _ = self.check(examples, strict=True)
         given = window is not None or hop is not None or self.windows is None
         windows = self.windows_of(window, hop) if given else self.windows
         parts: dict[int, WindowLogits] = {}
