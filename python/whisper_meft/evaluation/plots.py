@@ -42,14 +42,16 @@ def drawing(width: float, height: float, path: str | os.PathLike) -> Iterator[An
 
     installed = set(font_manager.get_font_names())
     fonts = ["DejaVu Sans", *(font for font in FONTS if font in installed)]
-    with rc_context({"font.family": fonts}), warnings.catch_warnings():
+    # Of an SVG the text stays text, and the same figure gives the same file.
+    how = {"font.family": fonts, "svg.fonttype": "none", "svg.hashsalt": "whisper-meft"}
+    with rc_context(how), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
         FigureCanvasAgg(figure)
         yield figure
         form = "svg" if os.fsdecode(path).lower().endswith(".svg") else "png"
         with replacing(path) as temporary:
-            figure.savefig(temporary, format=form)
+            figure.savefig(temporary, format=form, metadata={"Date": None} if form == "svg" else None)
 
 
 def plot_confusion(
