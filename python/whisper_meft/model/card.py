@@ -18,6 +18,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
 from ..data.examples import ExampleSet
+from ..data.streaming import Stream
 from ..errors import UserError, markdown, one_line, printable
 from ..files import check_writable, write_text
 
@@ -195,24 +196,27 @@ class DataUsed:
 
     Attributes:
         name: where it is from, without folders above it. hub_name: of the data set on the hub, or None.
-        count: examples. seconds: of all of them, or None. speakers: their number, 0 where not known.
+        count: examples, None where a stream was not counted. seconds: of all of them, or None. speakers:
+            their number, 0 where not known.
         classes: examples of each class.
     """
 
     name: str
     hub_name: str | None
-    count: int
+    count: int | None
     seconds: float | None
     speakers: int
     classes: dict[str, int]
 
     @classmethod
-    def of(cls, examples: ExampleSet) -> "DataUsed":
-        """Of a set that was read."""
+    def of(cls, examples: ExampleSet | Stream) -> "DataUsed":
+        """Of a set that was read, or of a stream as far as it is known."""
+        names = without_folders(examples.description), _hub_data(examples.description)
+        if isinstance(examples, Stream):
+            return cls(*names, examples.size, None, 0, dict(sorted((examples.counts or {}).items())))
         seconds = [example.seconds for example in examples]
         return cls(
-            without_folders(examples.description),
-            _hub_data(examples.description),
+            *names,
             len(examples),
             None if None in seconds else sum(seconds),
             len(examples.speakers()),
@@ -221,7 +225,7 @@ class DataUsed:
 
     def as_text(self) -> str:
         """A sentence, without a full stop."""
-        parts = [f"{self.count} examples"]
+        parts = ["a stream that was not counted" if self.count is None else f"{self.count} examples"]
         if self.seconds is not None:
             hours = self.seconds / 3600
             parts.append(f"{hours:.1f} hours" if hours >= 1 else f"{self.seconds / 60:.1f} minutes")
@@ -241,7 +245,11 @@ def _hub_data(description: str) -> str | None:
 
 
 def describe_data(
-    training: ExampleSet, evaluation: ExampleSet | None, left_out: int, note: str, run: Mapping[str, Any]
+    training: ExampleSet | Stream,
+    evaluation: ExampleSet | None,
+    left_out: int,
+    note: str,
+    run: Mapping[str, Any],
 ) -> str:
     """What a model was trained and chosen on, and how, as Markdown.
 
