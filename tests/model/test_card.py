@@ -88,7 +88,7 @@ def test_after_training_it_tells_data_scores_use_and_limits(work):
         assert text.count(f"\n## {part}\n") == 1
     assert f"{run['train_examples']} examples" in text and "| high | 5 |" in text
     assert f"| Accuracy | {scores['accuracy']:.4g} |" in text
-    assert "Labels: high, low, middle." in text and "1 seconds" in text
+    assert "Labels: high, low, middle." in text and "its first 1 s;" in text
     assert f"{run['trainable_parameters']:,} of" in text and "optimistic" in text
     assert str(work) not in text and "home" not in text and "Not recorded" not in text
 

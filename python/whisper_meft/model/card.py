@@ -120,7 +120,7 @@ def _section(name: str, text: str) -> list[str]:
 def _window(config: PreTrainedConfig) -> str:
     most = config.meft.get("max_frames")
     seconds = (most if isinstance(most, int) else config.max_source_positions) * _FRAME
-    return f"{seconds:g} seconds"
+    return f"{seconds:g} s"
 
 
 def _use_of_a_classifier(config: PreTrainedConfig) -> list[str]:
@@ -141,7 +141,7 @@ def _use_of_a_classifier(config: PreTrainedConfig) -> list[str]:
 
 def _use_of_a_recogniser(config: PreTrainedConfig, language: str | None) -> list[str]:
     said = f" in the language {markdown(_code(language) or language)}" if language else ""
-    return [f"Writes down what is said{said} in recordings of up to {_window(config)}.", ""]
+    return [f"Writes down what is said{said}; it hears at most {_window(config)} at a time.", ""]
 
 
 def _limits_of_a_classifier(config: PreTrainedConfig) -> list[str]:
