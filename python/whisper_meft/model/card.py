@@ -128,8 +128,8 @@ def _use_of_a_classifier(config: PreTrainedConfig) -> list[str]:
         "padded to that length" if config.meft.get("max_frames") == "fidelity" else "heard without padding"
     )
     return [
-        f"Tells which of {config.num_labels} classes a recording of speech belongs to, from its first "
-        f"{_window(config)}; shorter ones are {heard}.",
+        f"Tells which of {config.num_labels} classes a recording of speech belongs to. It hears at most "
+        f"{_window(config)} at a time, longer recordings in windows of that; shorter ones are {heard}.",
         "",
         f"Labels: {', '.join(markdown(v) for v in config.id2label.values())}.",
         "",
