@@ -88,6 +88,13 @@ def test_every_pass_has_every_example_once(sizes, readers, processes, batch_size
         assert count == Counter(str(i) for i in range(sum(sizes)))
 
 
+@pytest.mark.parametrize("counted", [True, False])
+def test_fewer_examples_than_readers(counted):
+    for process in range(2):
+        found = loaded(batches_of(stream_of([1], counted), Dealing(1, 3, process, 2)), 6)
+        assert names(found) == ["0"] * 6
+
+
 @pytest.mark.parametrize("processes", [1, 2, 3])
 @pytest.mark.parametrize("readers", [1, 2, 3])
 @pytest.mark.parametrize("sizes", [[5, 13, 30], [1, 1, 1, 45], [48]])

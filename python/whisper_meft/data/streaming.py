@@ -239,7 +239,8 @@ def examples_of_reader(
     while True:
         order = np.random.default_rng([seed, number]).permutation(len(shards)).tolist()
         if stream.sizes is None:
-            parts = whole_shards_of(order, turn, dealing.all_readers)
+            # In each pass another one's part: that of a shard with few examples may be empty.
+            parts = whole_shards_of(order, (turn + number) % dealing.all_readers, dealing.all_readers)
         else:
             parts = stretch_of(order, stream.sizes, *dealing.stretch(turn, number, stream.size))
         found = chain.from_iterable(
@@ -250,7 +251,6 @@ def examples_of_reader(
         for count, example in enumerate(mixed(found, dealing.shuffle_buffer, generator), 1):
             if count > passed:
                 yield example, (number, count)
-        # A small shard may have nothing for a reader, but another one comes in each pass.
         empty = 0 if count else empty + 1
         if stream.size == 0 or (stream.size is None and empty > 100 * dealing.all_readers):
             raise UserError(f"{stream.description} holds no examples")
