@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,15 @@ import torch
 from recogniser_fixtures import make_recogniser
 from safetensors.torch import load_file
 from streaming_fixtures import make_shards, shards_of_folder, sound, tar
-from training_fixtures import TONES, make_audio_folder, make_backbone, train_command
+from training_fixtures import RATE, TONES, make_audio_folder, make_backbone, train_command
+from transformers import WhisperFeatureExtractor
+from whisper_meft.augmentation.settings import Augmentation
 from whisper_meft.commands.cli import main
-from whisper_meft.data import load_examples, load_shards
+from whisper_meft.data import SpeechDataset, load_examples, load_shards
+from whisper_meft.data.augmenter import Augmenter
+from whisper_meft.data.examples import Example
 from whisper_meft.training.stream_data import read_labels
-from whisper_meft.training.streaming import RecentNames, StreamedTraining
+from whisper_meft.training.streaming import OneByOne, RecentNames, StreamedTraining
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'python'}", "OMP_NUM_THREADS": "1"}
@@ -221,7 +226,6 @@ def test_broken_clips_are_left_out_and_named(work, tmp_path, capsys):
         ({"eval_data": None}, "no clips can be set aside from a stream: give --eval_data"),
         ({"sampling": "balanced"}, "sampling: balanced cannot be used with --streaming"),
         ({"cache_features": True}, "cannot be used with --streaming: the states of all clips"),
-        ({"augment": "gain"}, "augment: gain cannot be used with --streaming"),
         ({"window": 1}, "window: 1 cannot be used with --streaming"),
         ({"max_train_samples": 5}, "max_train_samples: 5 cannot be used with --streaming: give --max_steps"),
         ({"dataloader_drop_last": True}, "dataloader_drop_last: True cannot be used with --streaming"),
@@ -417,6 +421,30 @@ def test_two_processes_share_the_clips_and_go_on(work, tmp_path):
     assert resumed == [batches[6:] for batches in whole]
     models = [load_file(tmp_path / name / "model.safetensors") for name in ("out", "again")]
     assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+
+
+def test_each_pass_augments_anew(work):
+    """By the number of the pass alone, so that a run which is gone on with augments as one that was not."""
+    extractor = WhisperFeatureExtractor(chunk_length=2)
+    (example, *_) = load_shards(str(work / "shards"), split="train")
+    changed = Augmenter(Augmentation({"gain": 1.0, "noise": 1.0}), seed=1, sampling_rate=RATE)
+    plain, augmented = (
+        OneByOne(partial(SpeechDataset, feature_extractor=extractor, augment=each), Example(b""))
+        for each in (None, changed)
+    )
+    first, again, second = (augmented(example, number)["input_features"] for number in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, second)
+    unchanged = plain(example, 0)["input_features"]
+    assert torch.equal(unchanged, plain(example, 1)["input_features"]) and not torch.equal(first, unchanged)
+
+
+def test_a_stream_is_augmented_in_a_run(work, tmp_path, monkeypatch):
+    passes = []
+    monkeypatch.setattr(
+        Augmenter, "wave", lambda self, wave, name, version, *_: passes.append(version) or wave
+    )
+    assert main(command(work, tmp_path / "out", augment="gain", num_train_epochs=2)) == 0
+    assert passes == ["0"] * 24 + ["1"] * 24
 
 
 MEMORY = """

@@ -278,8 +278,8 @@ class StreamedBatches(torch.utils.data.IterableDataset):
 
     Args:
         stream, dealing: what is read, and how it is dealt out.
-        make_item: gives the model's inputs of an example, for ``collate``; raises UserError where its audio
-            cannot be used.
+        make_item: gives the model's inputs of an example in the pass of this number, for ``collate``; raises
+            UserError where its audio cannot be used.
         collate: makes a batch (a dict) of several.
         check: raises UserError for what no other example makes good, such as an unknown label.
         strict: raise for the first clip that cannot be used, instead of leaving it out.
@@ -291,7 +291,7 @@ class StreamedBatches(torch.utils.data.IterableDataset):
         self,
         stream: Stream,
         dealing: Dealing,
-        make_item: Callable[[Example], dict[str, Any]],
+        make_item: Callable[[Example, int], dict[str, Any]],
         collate: Callable[[Sequence[dict[str, Any]]], dict[str, Any]],
         check: Callable[[Example], None] = lambda example: None,
         strict: bool = False,
@@ -326,7 +326,7 @@ class StreamedBatches(torch.utils.data.IterableDataset):
             example, source.place = next(examples)
             self.check(example)
             try:
-                items.append(self.make_item(example))
+                items.append(self.make_item(example, source.place[0]))
                 source.names.append(example.name)
             except UserError as error:
                 if self.strict:

@@ -207,7 +207,7 @@ def build_datasets(
         training_set = StreamedBatches(
             examples.training,
             StreamedTraining.dealing(settings.training, data_arguments.shuffle_buffer),
-            OneByOne(make, settings.task.placeholder()),
+            OneByOne(partial(make, **augmented), settings.task.placeholder()),
             collator,
             settings.task.check_streamed,
             data_arguments.strict,

@@ -29,12 +29,11 @@ def check_streaming(arguments: TrainDataArguments, training: TrainArguments) -> 
         "bucket_by_length": "clips come in batches of the order in which they are read",
         "max_frames_per_batch": "clips come in batches of the order in which they are read",
         "dataloader_drop_last": "all of its batches are full",
-        "augment": "changes are drawn by the epoch, which a stream does not tell its readers",
     }
     unset = {"sampling": "natural"}
     for name, reason in reasons.items():
         if (value := getattr(training, name)) not in (unset.get(name), None, False):
-            raise UserError(f"{name}: {_told(value)} cannot be used with --streaming: {reason}")
+            raise UserError(f"{name}: {value} cannot be used with --streaming: {reason}")
     if arguments.window is not None:
         raise UserError(
             f"window: {arguments.window:g} cannot be used with --streaming: a stream's clips are heard from "
@@ -50,10 +49,6 @@ def check_streaming(arguments: TrainDataArguments, training: TrainArguments) -> 
             f"max_train_samples: {arguments.max_train_samples} cannot be used with --streaming: give "
             "--max_steps"
         )
-
-
-def _told(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def load_stream(

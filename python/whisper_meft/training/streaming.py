@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, seed_worker
 
+from ..data.dataset import SpeechDataset
 from ..data.examples import Example, ExampleSet
 from ..data.streaming import Dealing, Source, Stream, StreamedBatches
 from ..errors import UserError
@@ -51,18 +52,20 @@ def steps_per_pass(arguments: TrainArguments, stream: Stream) -> int | None:
 
 
 class OneByOne:
-    """Gives the model's inputs of one example after the other, by a dataset that is made for a set of them.
+    """Gives the model's inputs of one example after the other, by a dataset that is made for a set of them;
+    where that augments, anew in each pass.
 
     Args:
         make: the dataset of an ExampleSet. example: one that it takes, of which nothing is read.
     """
 
-    def __init__(self, make: Callable[[ExampleSet], Dataset], example: Example):
+    def __init__(self, make: Callable[[ExampleSet], SpeechDataset], example: Example):
         self.dataset = make(ExampleSet([example], "a stream"))
 
-    def __call__(self, example: Example) -> dict[str, Any]:
+    def __call__(self, example: Example, number: int) -> dict[str, Any]:
+        """Of an example in the pass of this number."""
         self.dataset.examples = ExampleSet([example], "a stream")
-        return self.dataset[0]
+        return self.dataset.item(0, None if self.dataset.augment is None else f"{number}")
 
 
 class RecentNames(Sequence):
