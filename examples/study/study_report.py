@@ -302,7 +302,9 @@ def augmentation(records: Records) -> str:
         own |= {name: _rows(records[part])[method] for name, part in known.items() if part in records}
         whole = 100 * usual[method]["accuracy"]["mean"]
         # The level trained on, then without before with.
-        for name in sorted(own, key=lambda name: (-int(name.split()[0]), "epochs" in name, "augm" in name)):
+        for name in sorted(
+            own, key=lambda name: (-int(name.split()[0]), "epochs" in name, "plain" not in name)
+        ):
             row, louder = own[name], ""
             level, how, *epochs = name.split(", ")
             if "predicted_10db" in row["seeds"][0]:
@@ -312,7 +314,7 @@ def augmentation(records: Records) -> str:
             lost = whole - 100 * row["accuracy"]["mean"]
             text = [method, level, how, (epochs or ["6 epochs"])[0].split()[0], str(len(row["seeds"]))]
             lines.append([*text, _accuracy(row), louder, f"{lost:.1f}"])
-    header = ["method", "trained at", "clips", "epochs", "seeds", "heard at 0 dB", "heard at 10 dB"]
+    header = ["method", "trained at", "augmented", "epochs", "seeds", "heard at 0 dB", "heard at 10 dB"]
     return markdown([*header, "lost, points"], lines)
 
 
