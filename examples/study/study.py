@@ -93,6 +93,7 @@ SPEED = {"augment": ["speed", "noise:0.8"], "noise_snr": [-5.0, 10.0]}
 # By entry: the level trained on, the epochs, how, and the augmented copies of each clip in the cache.
 AUGMENTED = {
     "10 dB, plain": (10.0, 6, {}, 0),
+    "10 dB, plain, 16 epochs": (10.0, 16, {}, 0),
     "10 dB, noise": (10.0, 6, NOISE, 4),
     "10 dB, noise, 16 epochs": (10.0, 16, NOISE, 4),
     "10 dB, speed and noise, 16 epochs": (10.0, 16, SPEED, 8),
