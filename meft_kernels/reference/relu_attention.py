@@ -20,8 +20,7 @@ they are pooled (X times m; a frame's gradient is its group's, dK, over m, and C
 
 b has an identically zero gradient, since softmax does not see a shift. A row without a positive score attends
 to nothing and passes no gradient. X and k relu(S) are multiplied by ``boost`` before they are rounded, or
-they would underflow in fp16. Where one key has nearly all of a query's weight E - delta cancels, and is taken
-in two steps, with e = E - delta as rounded: E - delta = e - (rowsum(relu(S) * e) - 1e-7 delta) / R.
+they would underflow in fp16.
 """
 
 import torch
@@ -229,16 +228,12 @@ def backward(
                 row_sum = scores.sum(-1, keepdim=True) + pooled.eps
                 score_grad = matmul(upstream[:, rows], key.mT, dtype)
                 delta = (scores * score_grad).sum(-1, keepdim=True) / row_sum
-                gate_grad += delta.sum((1, 2))
-                score_grad -= delta
-                # What rounding of delta left in the difference, which is much of it for a key that is alone.
-                rest = (scores * score_grad).sum(-1, keepdim=True) - pooled.eps * delta
-                score_grad -= rest / row_sum
                 factor = raised * gate / row_sum
-                flow = pooled.weigh(factor * score_grad * (scores > 0), clips)
+                flow = pooled.weigh(factor * (score_grad - delta) * (scores > 0), clips)
                 query_grad[:, rows] += matmul(flow, key, dtype)
                 key_grad += matmul(flow.mT, query[:, rows], dtype)
                 key_grad += matmul((scores * factor).mT, upstream[:, rows], dtype)
+                gate_grad += delta.sum((1, 2))
             gate_grads.append(gate_grad)
             feature_grads.append(pooled.spread(key_grad.div_(raised), clips) + gate * upstream)
         weight_grad, anchor_share, feature_shares = gates.backward(torch.stack(gate_grads, -1), clips)
