@@ -65,6 +65,15 @@ class WeightedSum(nn.Module):
         return torch.einsum("l,lbd->bd", self.weights.softmax(0).to(means.dtype), means)
 
 
+def mean_and_deviation_at_once(states: Tensor, lengths: Tensor | None) -> Tensor:
+    """As :func:`mean_and_deviation`, in memory for the whole batch."""
+    values = states.to(torch.promote_types(states.dtype, torch.float32))
+    values = nn.functional.layer_norm(values, values.shape[-1:])
+    mean = mean_over_time(values, lengths)
+    variance = mean_over_time((values - mean[:, None]).square(), lengths)
+    return torch.cat([mean, (variance + 1e-6).sqrt()], dim=-1)
+
+
 def mean_and_deviation(states: Tensor, lengths: Tensor | None) -> Tensor:
     """(B, T, D) -> (B, 2 D), mean and standard deviation over each clip's valid frames of the frames' values
     after a LayerNorm without parameters (whatever channel carries their energy), in at least float32."""
@@ -72,11 +81,7 @@ def mean_and_deviation(states: Tensor, lengths: Tensor | None) -> Tensor:
     parts = []
     for start in range(0, max(len(states), 1), size):
         part, valid = states[start : start + size], None if lengths is None else lengths[start : start + size]
-        values = part.to(torch.promote_types(part.dtype, torch.float32))
-        values = nn.functional.layer_norm(values, values.shape[-1:])
-        mean = mean_over_time(values, valid)
-        variance = mean_over_time((values - mean[:, None]).square(), valid)
-        parts.append(torch.cat([mean, (variance + 1e-6).sqrt()], dim=-1))
+        parts.append(mean_and_deviation_at_once(part, valid))
     return torch.cat(parts)
 
 

@@ -37,7 +37,7 @@ def check_mergeable(config: MeftConfig) -> None:
 def merged_classifier(model: nn.Module) -> WhisperForAudioClassification:
     """See :meth:`whisper_meft.MeftModel.merge_and_unload`."""
     _check(model, "classifier", "counts padding as sound")
-    tensors = _merged(model.encoder, "encoder.", torch.float32)
+    tensors = merged_tensors(model.encoder, "encoder.", torch.float32)
     for part in ("projector", "classifier"):
         tensors |= {f"{part}.{name}": t for name, t in getattr(model, part).state_dict().items()}
     if (temperature := model.config.calibration_temperature) is not None:  # which a plain Whisper has none of
@@ -54,8 +54,8 @@ def merged_recogniser(model: nn.Module) -> WhisperForConditionalGeneration:
     """See :meth:`whisper_meft.MeftForConditionalGeneration.merge_and_unload`."""
     _check(model, "recogniser", "hears the padding")
     dtype = torch.promote_types(model.decoder.dtype, torch.float32)
-    tensors = _merged(model.encoder, "model.encoder.", dtype)
-    tensors |= _merged(model.decoder, "model.decoder.", dtype)
+    tensors = merged_tensors(model.encoder, "model.encoder.", dtype)
+    tensors |= merged_tensors(model.decoder, "model.decoder.", dtype)
     head = tensors.pop("model.decoder.proj_out.weight", None)
     tied = model.decoder.proj_out.weight is model.decoder.embed_tokens.weight
     tensors["proj_out.weight"] = tensors["model.decoder.embed_tokens.weight"] if tied else head
@@ -81,7 +81,7 @@ def _check(model: nn.Module, kind: str, does: str) -> None:
 
 
 @torch.no_grad()
-def _merged(part: nn.Module, prefix: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def merged_tensors(part: nn.Module, prefix: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The tensors of an encoder or decoder with what was trained in them."""
     tensors = {prefix + name: t.detach().to(dtype) for name, t in part.backbone_state().items()}
     for name, module in part.named_modules():
