@@ -36,7 +36,7 @@ $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	  { echo "Python 3.11 or newer is needed; name one with: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) 'setuptools>=77' wheel ninja torch
-	PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation -e '.[whisper,peft,speech,quantization,streaming,lhotse,app,test,bench,docs,dev]'
+	PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation -e '.[whisper,peft,speech,quantization,streaming,lhotse,app,export,test,bench,docs,dev]'
 	touch $@
 
 clean:

@@ -32,11 +32,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 # Of the test environment; where one is missing, a test that fails for want of it is skipped.
 PACKAGES = (
     "accelerate",
+    "ctranslate2",
     "datasets",
     "espeakng_loader",
     "jiwer",
     "lhotse",
     "matplotlib",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
     "peft",
     "soundfile",
     "soxr",

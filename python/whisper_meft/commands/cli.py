@@ -26,6 +26,7 @@ COMMANDS = {
     "cache": ("cache", "run the frozen backbone once, for epochs of the side network alone"),
     "compare": ("compare", "train every method on the same data with the same budget"),
     "memory": ("memory", "count what training takes of a GPU, and what would fit, without one"),
+    "export": ("export", "write a trained model for ONNX or CTranslate2, to run without PyTorch"),
     "convert": ("convert", "convert checkpoints of the published code into ours, and back"),
     "demo": ("demo", "synthesise a small accent corpus, train LST on it and show the scores"),
 }

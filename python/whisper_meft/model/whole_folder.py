@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,12 +19,17 @@ _SHARD = re.compile(r"(pytorch_)?model-\d+-of-\d+\.(safetensors|bin)")
 _AT_WORKING_FOLDER, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 
 
+def is_of_a_model(name: str) -> bool:
+    """Whether a file or folder of this name belongs to a saved model."""
+    return name in _OF_A_MODEL or name in WEIGHT_FILES or _SHARD.fullmatch(name) is not None
+
+
 @contextmanager
-def whole_folder(folder: str | os.PathLike) -> Iterator[Path]:
+def whole_folder(folder: str | os.PathLike, goes: Callable[[str], bool] = is_of_a_model) -> Iterator[Path]:
     """Yields an empty folder beside ``folder`` that takes its place when all is written.
 
-    Of what ``folder`` holds, the files of a model are gone afterwards and all others are kept. On an
-    exception and when the process is killed ``folder`` stays as it was.
+    Of what ``folder`` holds, the files of a model are gone afterwards, or those of whose names ``goes`` says
+    so, and all others are kept. On an exception and when the process is killed ``folder`` stays as it was.
 
     Raises:
         UserError: the folder cannot be made or replaced.
@@ -41,7 +46,7 @@ def whole_folder(folder: str | os.PathLike) -> Iterator[Path]:
         os.umask(umask)
         os.chmod(beside, 0o777 & ~umask)
         if folder.exists():
-            _keep_the_rest(folder, beside)
+            _keep_the_rest(folder, beside, goes)
             _exchange(beside, folder)
         else:
             os.rename(beside, folder)
@@ -51,11 +56,10 @@ def whole_folder(folder: str | os.PathLike) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def _keep_the_rest(old: Path, new: Path) -> None:
-    """Puts what is no file of a model into ``new`` too, as links where the file system has them."""
+def _keep_the_rest(old: Path, new: Path, goes: Callable[[str], bool]) -> None:
+    """Puts what does not go into ``new`` too, as links where the file system has them."""
     for entry in old.iterdir():
-        of_a_model = entry.name in _OF_A_MODEL or entry.name in WEIGHT_FILES or _SHARD.fullmatch(entry.name)
-        if of_a_model or os.path.lexists(new / entry.name):
+        if goes(entry.name) or os.path.lexists(new / entry.name):
             continue
         if entry.is_dir() and not entry.is_symlink():
             shutil.copytree(entry, new / entry.name, symlinks=True, copy_function=_link)

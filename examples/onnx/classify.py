@@ -1,0 +1,32 @@
+"""Which class recordings are of, by an exported model: numpy, soundfile and onnxruntime, no PyTorch.
+
+whisper-meft export my_model exported
+python examples/onnx/classify.py exported recording.wav
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import soundfile
+
+
+def main(folder: str, *recordings: str) -> None:
+    about = json.loads(Path(folder, "model.json").read_text(encoding="utf-8"))
+    session = onnxruntime.InferenceSession(str(Path(folder, "model.onnx")))
+    for recording in recordings:
+        channels, rate = soundfile.read(recording, dtype="float32", always_2d=True)
+        if rate != about["sampling_rate"]:
+            sys.exit(f"{recording} has {rate} samples a second, resample it to {about['sampling_rate']}")
+        waveform = channels.mean(axis=1)[None]  # (1, samples): a batch of one clip
+        samples = np.array([waveform.shape[1]])  # what lies behind in a longer batch is not heard
+        probabilities, _ = session.run(None, {"waveform": waveform, "samples": samples})
+        named = zip(about["labels"], probabilities[0], strict=True)
+        ranked = sorted(named, key=lambda pair: -pair[1])
+        print(recording, *(f"{label} {probability:.6f}" for label, probability in ranked), sep="  ")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
