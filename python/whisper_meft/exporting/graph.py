@@ -21,6 +21,11 @@ from ..model.module import MeftModel
 from .log_mel import LogMel
 
 
+def first(x: Tensor, size: int, axis: int) -> Tensor:
+    """The first ``size`` along an axis, which are there: of a slice an exporter asks whether it cuts."""
+    return x.index_select(axis, torch.arange(size))
+
+
 class ExportedUniPT(reference.UniPT):
     """UniPT with keys that are means of frames, whose number is not known."""
 
@@ -35,7 +40,8 @@ class ExportedUniPT(reference.UniPT):
 
         def sums(x: Tensor) -> Tensor:
             """(B, T, r) -> (B, K, r), over groups of frames."""
-            x = F.pad(x.masked_fill((valid == 0)[..., None], 0), (0, 0, 0, pool))[:, : groups * pool]
+            x = F.pad(x.masked_fill((valid == 0)[..., None], 0), (0, 0, 0, pool))
+            x = first(x, groups * pool, 1)
             return x.reshape(batch, groups, pool, x.shape[-1]).sum(2)
 
         members = sums(torch.ones_like(anchor[..., :1]))
@@ -122,7 +128,7 @@ class ClassifierGraph(nn.Module):
         """
         features, lengths, mask = input_features, None, None
         if self.options.max_frames != "fidelity":
-            features = features[..., : 2 * self.max_frames]
+            features = first(features, torch.sym_min(features.shape[2], 2 * self.max_frames), 2)
             frames = torch.minimum(frames, torch.full_like(frames, features.shape[2])).clamp(min=1)
             lengths = (frames + 1) // 2
             past_end = torch.arange(features.shape[2]) >= frames[:, None]
@@ -153,7 +159,7 @@ class ClassifierGraph(nn.Module):
         states = F.gelu(encoder.conv2(F.gelu(encoder.conv1(features)))).mT
         if mask is not None:
             frames = mask.shape[-1]
-            states, positions = states[:, :frames], positions[:frames]
+            states, positions = first(states, frames, 1), first(positions, frames, 0)
         states = states + positions
         yield states
         for layer in encoder.layers:

@@ -52,20 +52,21 @@ class LogMel(nn.Module):
             (B, mel bins, 2 T) with T = ceil(S / (2 hop)), or the whole window; and (B,) int64, the frames of
             each clip.
         """
-        heard = waveform[:, : self.max_samples]
-        samples = torch.minimum(samples.clamp(min=0), torch.full_like(samples, heard.shape[1]))
+        # Not by slices: whether one cuts anything cannot be told of a size that is not known.
+        longest = torch.sym_min(waveform.shape[1], self.max_samples)
+        samples = torch.minimum(samples.clamp(min=0), torch.full_like(samples, longest))
         frames = (samples + self.hop - 1) // self.hop
-        heard = heard.masked_fill(torch.arange(heard.shape[1]) >= samples[:, None], 0)
         if self.whole_window:
             size = computed = self.window // self.hop
         else:
-            size = (heard.shape[1] + 2 * self.hop - 1) // (2 * self.hop) * 2
+            size = (longest + 2 * self.hop - 1) // (2 * self.hop) * 2
             computed = size + 2  # the last sound reaches two frames beyond its own
         place = torch.arange((computed - 1) * self.hop + self.size) - self.size // 2
         # The clip stands in a window of silence, which is reflected at both of its ends.
         place = torch.where(place >= self.window, 2 * self.window - 2 - place, place.abs())
         silence = self.window if self.whole_window else 2 * self.hop + self.size
-        heard = F.pad(heard, (0, silence)).index_select(1, place)
+        heard = F.pad(waveform, (0, silence)).index_select(1, place)
+        heard = heard.masked_fill(place >= samples[:, None], 0)
         power = F.conv1d(heard[:, None], self.waves, stride=self.hop).square()
         power = torch.add(*power.split(self.size // 2 + 1, dim=1))
         mel = (self.filters @ power).clamp(min=1e-10).log10()
