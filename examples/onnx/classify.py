@@ -4,6 +4,7 @@ whisper-meft export my_model exported
 python examples/onnx/classify.py exported recording.wav
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -13,10 +14,14 @@ import onnxruntime
 import soundfile
 
 
-def main(folder: str, *recordings: str) -> None:
-    about = json.loads(Path(folder, "model.json").read_text(encoding="utf-8"))
-    session = onnxruntime.InferenceSession(str(Path(folder, "model.onnx")))
-    for recording in recordings:
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="what `whisper-meft export` wrote")
+    parser.add_argument("recordings", nargs="+", help="WAV, FLAC and whatever else libsndfile reads")
+    given = parser.parse_args(arguments)
+    about = json.loads((given.folder / "model.json").read_text(encoding="utf-8"))
+    session = onnxruntime.InferenceSession(str(given.folder / "model.onnx"))
+    for recording in given.recordings:
         channels, rate = soundfile.read(recording, dtype="float32", always_2d=True)
         if rate != about["sampling_rate"]:
             sys.exit(f"{recording} has {rate} samples a second, resample it to {about['sampling_rate']}")
@@ -29,4 +34,4 @@ def main(folder: str, *recordings: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()
