@@ -51,7 +51,7 @@ class Classifying(LoadedModel):
         their probabilities.
 
         Args:
-            windows: by default :attr:`windows`.
+            windows: by default those that the models hear.
             done: called with the index of each recording that is longer than a window and what its windows
                 gave, the moment they are there, in any order.
 
