@@ -25,6 +25,10 @@ def main(arguments: list[str] | None = None) -> None:
         channels, rate = soundfile.read(recording, dtype="float32", always_2d=True)
         if rate != about["sampling_rate"]:
             sys.exit(f"{recording} has {rate} samples a second, resample it to {about['sampling_rate']}")
+        if len(channels) > about["max_samples"]:
+            print(
+                f"{recording}: heard are the first {about['max_samples'] / rate:g} seconds", file=sys.stderr
+            )
         waveform = channels.mean(axis=1)[None]  # (1, samples): a batch of one clip
         samples = np.array([waveform.shape[1]])  # what lies behind in a longer batch is not heard
         probabilities, _ = session.run(None, {"waveform": waveform, "samples": samples})
