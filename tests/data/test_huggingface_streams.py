@@ -123,6 +123,28 @@ def test_columns_that_mean_nothing(columns, match):
         load_shards(datasets.Dataset.from_list([columns]).to_iterable_dataset())
 
 
+@pytest.mark.parametrize("name", ["start", "end_time", "channel"])
+def test_parts_of_files_are_refused(tmp_path, name):
+    """Which are heard whole: the beginning of each file would be taken for any part of it."""
+    path = str(write(tmp_path / "2.wav", 2))
+    rows = datasets.Dataset.from_list([{"audio": path, "label": "a", name: 1}])
+    with pytest.raises(UserError, match=f"{name} says which part of a file is meant"):
+        load_shards(rows.to_iterable_dataset())
+    cast = rows.cast_column("audio", datasets.Audio())
+    with pytest.raises(UserError, match=f"{name} says which part of a file is meant"):
+        list(load_shards(cast.to_iterable_dataset()))
+    held = datasets.Dataset.from_list(
+        [{"audio": {"bytes": (tmp_path / "2.wav").read_bytes(), "path": None}, "label": "a", name: 1}]
+    )
+    assert len(list(load_shards(held.to_iterable_dataset()))) == 1  # a cut clip, whose column tells of it
+
+
+def test_labels_are_composed():
+    rows = datasets.Dataset.from_list([{"audio": "x.wav", "label": "ho\u0308ch"}])
+    shards = load_shards(rows.to_iterable_dataset())
+    assert [label for _, label in shards.labels(0)] == ["h\xf6ch"]
+
+
 def test_files_that_are_none(tmp_path):
     (tmp_path / "x.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(UserError, match="x.parquet"):

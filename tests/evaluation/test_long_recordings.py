@@ -14,8 +14,9 @@ from whisper_meft.data import Example, ExampleSet, check_audio, cut_into_windows
 from whisper_meft.data import windows as windows_module
 from whisper_meft.data.windows import WindowStream
 from whisper_meft.errors import UserError
+from whisper_meft.evaluation.calibration import _windows_and_clips, fit_temperature
 from whisper_meft.evaluation.classifier import Classifier, predict
-from whisper_meft.evaluation.timeline import pool, softmax
+from whisper_meft.evaluation.timeline import WindowLogits, pool, softmax
 from whisper_meft.model.backbone import load_backbone, set_labels
 
 soundfile = pytest.importorskip("soundfile")
@@ -172,6 +173,20 @@ def test_what_is_muted_does_not_count(backbone):
     # Of a recording without any sound the answer is that of its silence, as within a window.
     silent = classifier.segments(np.zeros(5 * RATE, np.float32), 2.0, 2.0)
     assert silent.label is not None and all(segment.label for segment in silent.segments)
+
+
+def test_windows_without_sound_do_not_count_in_the_temperature():
+    logits = np.array([[[9.0, 0], [0, 9.0]]], np.float32)  # the second window is muted, and wrong
+    parts = {0: WindowLogits(logits[0], np.array([False, True]), np.ones(2), np.arange(2), np.arange(1, 3))}
+    given, classes, weights = _windows_and_clips(logits[:, 0], np.array([0]), parts)
+    assert (given.tolist(), classes.tolist(), weights.tolist()) == ([[9, 0]], [0], [1])
+    with pytest.raises(UserError, match="all 1 examples are recognised"):
+        fit_temperature(given, classes, weights)
+
+
+def test_the_windows_of_a_classifier_are_kept_with_another_hop(backbone):
+    found = make_classifier(backbone, window=0.5).segments(sounds(1.2), hop=0.25)
+    assert {round(each.end - each.start, 6) for each in found.segments} == {0.5}
 
 
 def test_an_output_that_is_not_finite(backbone, tmp_path):

@@ -63,7 +63,7 @@ def test_a_run_is_the_same_whatever_reads_for_it(work, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_that_was_stopped_goes_on_with_the_same_clips(work, tmp_path):
+def test_a_run_that_was_stopped_goes_on_with_the_same_clips(work, tmp_path, capsys):
     """In the middle of its second epoch."""
     options = {"save_strategy": "steps", "save_steps": 4, "lr_scheduler_type": "constant"}
     whole, _ = run(work, tmp_path / "whole", **options)
@@ -72,6 +72,9 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_clips(work, tmp_path):
     assert main([*argv, "--num_train_epochs=2", "--max_steps=4"]) == 0
     assert main([*argv, "--num_train_epochs=2", "--resume_from_checkpoint=True"]) == 0
     assert apart(whole, load_file(tmp_path / "part" / "model.safetensors")) == 0
+    changed = [each.replace("speed,noise,gain,spec", "gain") for each in argv]
+    assert main([*changed, "--num_train_epochs=3", "--resume_from_checkpoint=True"]) == 1
+    assert "augmentation {'kinds': {'speed'" in capsys.readouterr().err
 
 
 @pytest.mark.slow

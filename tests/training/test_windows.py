@@ -126,14 +126,19 @@ def test_windows_that_cannot_be(work, tmp_path, capsys, options, message):
 
 
 def test_which_windows_belong_together():
+    rng = np.random.default_rng(0)
+    sounds = [tone(300, seconds, rng) for seconds in (2.5, 2.5, 0.5)]
     examples = ExampleSet(
-        [Example(f"{name}.wav", label="a", seconds=s) for name, s in (("x", 2.5), ("x", 2.5), ("y", 0.5))]
+        [
+            Example({"array": sound, "sampling_rate": RATE}, "a", name=f"{number}", seconds=len(sound) / RATE)
+            for number, sound in enumerate(sounds)
+        ]
     )
     parts = cut_into_windows(examples, Windows(1.0))
     assert recordings_of(parts) == [[0, 1, 2], [3, 4, 5], [6]]
     assert recordings_of(examples) == [[0], [1], [2]]
-    assert Recordings.of(examples) is None
-    found = Recordings.of(parts)
+    assert Recordings.of(examples, RATE) is None
+    found = Recordings.of(parts, RATE)
     assert found.seconds[0] == pytest.approx([1, 0.75, 0.75])
     # The first recording's last two windows have it, the second's first is sure; each counts its seconds.
     probabilities = np.array(
@@ -146,3 +151,27 @@ def test_which_windows_belong_together():
     with pytest.raises(UserError, match="NaN or infinite"):
         scores_of(broken, np.zeros(7, int), ["a", "b"], found)
     assert torch.tensor(found.seconds[2]).item() == 1
+    sounds[0][RATE:] = 0  # nothing to hear in the second window and the third
+    assert Recordings.of(parts, RATE).seconds[0] == pytest.approx([1, 0, 0])
+    sounds[0][:] = 0
+    assert Recordings.of(parts, RATE).seconds[0] == pytest.approx([1, 0.75, 0.75])
+
+
+@pytest.mark.parametrize("hop", [0.3, 0.9, 1 / 3])
+def test_the_same_place_is_the_same_window_with_any_hop(work, hop):
+    whole = ExampleSet([Example(str(work / "low01.wav"), seconds=2.5)])
+    tenths = {each.name: clip_fingerprint(each) for each in cut_into_windows(whole, Windows(1.0, 0.1))}
+    for each in cut_into_windows(whole, Windows(1.0, hop)):
+        assert tenths.get(each.name, clip_fingerprint(each)) == clip_fingerprint(each)
+        assert each.seconds <= 1.0  # a rounding above that is a clip too long for the model
+
+
+def test_batches_by_length_leave_windows_with_their_recordings(work, tmp_path):
+    """Transformers' own way to sort by length sorts the evaluation data too."""
+    scores = []
+    for name, options in (("plain", {}), ("by_length", {"train_sampling_strategy": "group_by_length"})):
+        assert trained(work, tmp_path / name, window=1, hop=0.5, num_train_epochs=1, **options) == 0
+        classifier = Classifier.load(tmp_path / name, InferenceArguments(window="1", hop=0.5), progress=False)
+        _, held = split_by_speaker(load_examples(str(work / "train.csv")), 0.3, 1)
+        scores.append(evaluate(classifier, held)[0].as_dict()["confusion_matrix"])
+        assert results_of(tmp_path / name, "eval")["confusion_matrix"] == scores[-1]

@@ -88,9 +88,10 @@ class Windows:
         if not self.needed(seconds):
             return [0.0]
         whole = int((seconds - self.length) / self.hop + 1e-9) + 1
-        starts = [number * self.hop for number in range(whole)]
+        # Whole microseconds, so that the same place is the same number with whatever hop it is reached.
+        starts = [round(number * self.hop, 6) for number in range(whole)]
         if seconds - (starts[-1] + self.length) > self.rest:
-            starts.append(seconds - self.length)
+            starts.append(round(seconds - self.length, 6))
         return starts
 
     def shares(self, seconds: float) -> np.ndarray:

@@ -163,9 +163,8 @@ def apart(
         unknown = sorted(there - set(known))
         if not unknown:
             raise UserError(f"unknown_labels: the model knows all classes of {examples.description}")
+    check_unknown(unknown, known)
     for label in unknown:
-        if label in known:
-            raise UserError(f"unknown_labels: {label} is a class of the model")
         if label not in there:
             raise UserError(
                 f"unknown_labels: {examples.description} has no examples of {label}, only of "
@@ -176,6 +175,13 @@ def apart(
     if not own:
         raise UserError(f"unknown_labels: {examples.description} has no examples of the model's classes")
     return examples.select(own), examples.select(others)
+
+
+def check_unknown(unknown: Sequence[str] | None, known: Sequence[str]) -> None:
+    """Raises UserError where a label that is to be unknown is a class of the model."""
+    for label in unknown or ():
+        if composed(label) in known:
+            raise UserError(f"unknown_labels: {label} is a class of the model")
 
 
 def check_has_card(model_dir: str) -> None:
@@ -200,6 +206,8 @@ def run(argv: Sequence[str]) -> int:
     folder = Path(arguments.output_dir or Path(where.model_dir) / "evaluation")
     if Path(where.model_dir, "config.json").is_file() or arguments.output_dir:
         check_writable(folder / "eval_results.json")
+    if arguments.output_dir is None and not Path(where.model_dir).is_dir():
+        raise UserError("--output_dir is needed for a model that is not in a local folder")
     progress, bad = sys.stderr.isatty(), []
     if arguments.streaming and transcribes:
         raise UserError(
@@ -208,6 +216,8 @@ def run(argv: Sequence[str]) -> int:
     if arguments.streaming:
         shards, labels = load_streamed(arguments)
         model = Classifier.load(where.model_dir, inference, progress)
+        threshold_of(arguments.reject_below, model.model.config, where.model_dir)  # what it says, it says now
+        check_unknown(arguments.unknown_labels, model.labels)
         others = arguments.unknown_labels is not None
         model, examples, bad = hear(model, shards, arguments.strict, labels, others)
     else:
@@ -221,8 +231,6 @@ def run(argv: Sequence[str]) -> int:
             model = Classifier.load(where.model_dir, inference, progress)
         threshold = threshold_of(arguments.reject_below, model.model.config, where.model_dir)
         examples, unknown = apart(examples, model.labels, arguments.unknown_labels)
-    if arguments.output_dir is None and not Path(where.model_dir).is_dir():
-        raise UserError("--output_dir is needed for a model that is not in a local folder")
     if not arguments.streaming:
         examples, bad = model.check(examples, arguments.strict)
     if transcribes:

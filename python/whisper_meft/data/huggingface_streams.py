@@ -11,8 +11,9 @@ from typing import Any
 
 from ..errors import UserError
 from . import columns
-from .examples import DatasetCell, Example
+from .examples import DatasetCell, Example, listing
 from .huggingface import _FEATURES, _NAMES, _audio_column, _is_nested_list, _reason, datasets, label_names
+from .names import composed
 from .options import Options
 from .streaming import ShardedExamples
 
@@ -59,7 +60,20 @@ class HuggingFaceShards(ShardedExamples):
         self.id = next((name for name in _NAMES if name in others), None)
         if self.label is not None:
             label_names([], self.label, dataset.features, description)  # its type
+        # Such columns of files that rows share say which part is meant, which a stream does not hear.
+        self.timed = [
+            name
+            for name in others
+            if columns.time_column(name)[0] in (*columns.START, *columns.STOP)
+            or columns.normal(name) in columns.CHANNEL
+        ]
         self._check_audio()
+
+    def _refuse_parts(self) -> None:
+        raise UserError(
+            f"{self.description}: {listing(self.timed)} says which part of a file is meant, and clips of a "
+            "stream are heard whole: leave streaming out, or remove such columns"
+        )
 
     def _check_audio(self) -> None:
         feature = self.dataset.features[self.audio]
@@ -73,6 +87,8 @@ class HuggingFaceShards(ShardedExamples):
                 f"{self.description}: the column {self.audio!r} is of type {feature}; audio, paths, {{bytes, "
                 "path}, {array, sampling_rate} or input_features are accepted"
             )
+        if text and self.timed:
+            self._refuse_parts()
 
     def _rows(self, shard: int, names: list[str | None]) -> Iterator[dict[str, Any]]:
         wanted = list(dict.fromkeys(name for name in names if name is not None))
@@ -92,6 +108,8 @@ class HuggingFaceShards(ShardedExamples):
         named = [self.audio, self.label, self.speaker, self.text, self.id]
         for number, row in enumerate(self._rows(shard, named)):
             value = row[self.audio]
+            if self.timed and _is_path_alone(value):
+                self._refuse_parts()
             told = value.get("path") if isinstance(value, dict) else None
             told = told or (row[self.id] if self.id is not None else None)
             name = self._name(shard, number) + (f", {told}" if told else "")
@@ -119,11 +137,18 @@ class HuggingFaceShards(ShardedExamples):
     def _label(self, row: dict[str, Any]) -> str | None:
         if self.label is None:
             return None
-        return label_names([row[self.label]], self.label, self.dataset.features, self.description)[0]
+        found = label_names([row[self.label]], self.label, self.dataset.features, self.description)[0]
+        return None if found is None else composed(found)
 
     def _text(self, row: dict[str, Any], column: str | None) -> str | None:
         value = None if column is None else row[column]
         return None if value is None or not str(value).strip() else str(value).strip()
+
+
+def _is_path_alone(value: Any) -> bool:
+    return (
+        isinstance(value, dict) and bool(value.get("path")) and value.get("bytes", value.get("array")) is None
+    )
 
 
 def stream_huggingface(source: Any, options: Options) -> dict[str | None, HuggingFaceShards]:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
@@ -29,9 +30,10 @@ def _parts(example: Example, windows: Windows) -> list[Example]:
     parts, before = [], 0.0 if example.window is None else example.window[0]
     for start in windows.starts(example.seconds):
         end = min(start + windows.length, example.seconds)
-        name = f"{example.name} [window {start:.7g} to {end:.7g} s]"
-        window = (before + start, windows.length)
-        parts.append(replace(example, name=name, window=window, seconds=end - start))
+        name = f"{example.name} [window {start:.10g} to {end:.10g} s]"
+        window = (round(before + start, 6), windows.length)
+        seconds = min(windows.length, example.seconds - start)
+        parts.append(replace(example, name=name, window=window, seconds=seconds))
     return parts
 
 
@@ -48,6 +50,11 @@ def recordings_of(examples: ExampleSet) -> list[list[int]]:
             groups.append([index])
         before = of
     return groups
+
+
+def is_muted(wave: np.ndarray) -> bool:
+    """Whether there is nothing to hear in a float32 wave (samples,): no sample above -80 dB of full scale."""
+    return max(float(wave.max()), -float(wave.min())) < _SILENCE
 
 
 def longest_window(feature_extractor: Any, max_frames: MaxFrames) -> float:
@@ -81,7 +88,7 @@ class WindowStream(IterableDataset):
             example = self.examples[index]
             starts = self.windows.starts(example.seconds)
             for number, wave in enumerate(example.read_windows(rate, starts, self.windows.length)):
-                muted = max(float(wave.max()), -float(wave.min())) < _SILENCE
+                muted = is_muted(wave)
                 place = {"index": index, "number": number, "muted": muted}
                 yield self.dataset.item_of_wave(wave) | place
 

@@ -199,7 +199,7 @@ def _windows_and_clips(
     logits: np.ndarray, reference: np.ndarray, parts: dict[int, WindowLogits]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """What softmax is taken of: logits, classes, and how much each counts; a recording counts as one clip,
-    shared among its ``parts``."""
+    shared among its ``parts`` in which there is something to hear."""
     if not parts:
         return logits, reference, None
     rows, classes, weights = [], [], []
@@ -208,4 +208,5 @@ def _windows_and_clips(
         rows.append(row[None] if index not in parts else parts[index].logits)
         classes.append(np.full(len(each), label))
         weights.append(each / each.sum())
-    return np.concatenate(rows), np.concatenate(classes), np.concatenate(weights)
+    heard = np.concatenate(weights) > 0
+    return tuple(np.concatenate(each)[heard] for each in (rows, classes, weights))

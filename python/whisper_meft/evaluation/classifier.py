@@ -182,6 +182,8 @@ class Classifier(Classifying):
         if example.seconds is None:
             examples, _ = self.check(examples, strict=True)
         given = window is not None or hop is not None or self.windows is None
+        if window is None and self.windows is not None:
+            window = self.windows.length
         windows = self.windows_of(window, hop) if given else self.windows
         parts: dict[int, WindowLogits] = {}
         logits = self.answers(examples, windows, parts.__setitem__)

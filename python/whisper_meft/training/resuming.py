@@ -13,7 +13,7 @@ from ..files import read_json
 from ..options.training import TrainArguments
 
 # What there was before it could be chosen, of checkpoints that do not say.
-_OLDER = {"sampling": "natural", "windows": None}
+_OLDER = {"sampling": "natural", "windows": None, "augmentation": None}
 
 
 @dataclass
@@ -26,6 +26,7 @@ class Batches:
         processes: how many train side by side.
         by_length: whether the batches are made by :class:`whisper_meft.data.batching.LengthBatches`.
         sampling: which clips an epoch has. windows: how longer clips are cut, in words.
+        augmentation: how clips are changed.
         others: the options of these names.
     """
 
@@ -41,6 +42,7 @@ class Batches:
     by_length: bool
     sampling: str = "natural"
     windows: str | None = None
+    augmentation: dict[str, Any] | None = None
 
     @classmethod
     def of(
@@ -50,6 +52,7 @@ class Batches:
         batches: int,
         by_length: bool,
         windows: str | None = None,
+        augmentation: dict[str, Any] | None = None,
     ) -> "Batches":
         """Of a run with these arguments, ``examples`` clips in ``batches`` batches an epoch and process."""
         accumulated = arguments.gradient_accumulation_steps
@@ -68,6 +71,7 @@ class Batches:
             by_length=by_length,
             sampling=getattr(arguments, "sampling", "natural"),
             windows=windows,
+            augmentation=augmentation,
         )
 
     def changes_since(self, before: dict[str, Any], step: int) -> list[str]:

@@ -131,7 +131,7 @@ def read_examples(data_arguments: TrainDataArguments, settings: Settings) -> Run
     arguments = settings.training
     if data_arguments.streaming:
         check_streaming(data_arguments, arguments)
-        return load_stream(data_arguments, settings.task, arguments, settings.extractor)
+        return load_stream(data_arguments, settings.task, arguments, settings.extractor, settings.augment)
     return load_data(
         data_arguments,
         settings.task,
@@ -278,8 +278,9 @@ def build_trainer(
 ) -> tuple[MeftTrainer, Watch]:
     """The Trainer of the run, and what watches over it."""
     arguments, streamed = settings.training, None
+    augmentation = None if settings.augment is None else settings.augment.settings.as_dict()
     if isinstance(training_set, StreamedBatches):
-        streamed = StreamedTraining(training_set, arguments)
+        streamed = StreamedTraining(training_set, arguments, augmentation)
     watch = Watch(
         FiniteGuard(
             model,
@@ -298,6 +299,7 @@ def build_trainer(
         args=arguments,
         length_batches=None if streamed is not None else _length_batches(settings, examples, training_set),
         windows=examples.windows and str(examples.windows),
+        augmentation=augmentation,
         streamed=streamed,
         throughput=watch.throughput,
         interrupts=interrupts,

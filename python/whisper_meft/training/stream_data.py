@@ -9,6 +9,7 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from .. import data
+from ..data.augmenter import Augmenter
 from ..data.examples import listing, sort_labels
 from ..data.names import composed
 from ..data.splits import canonical_split, split_kinds
@@ -52,7 +53,11 @@ def check_streaming(arguments: TrainDataArguments, training: TrainArguments) -> 
 
 
 def load_stream(
-    arguments: TrainDataArguments, task: Task, training: TrainArguments, extractor: Any
+    arguments: TrainDataArguments,
+    task: Task,
+    training: TrainArguments,
+    extractor: Any,
+    augment: Augmenter | None = None,
 ) -> RunData:
     """Finds out what has to be known of a stream before training, and reads and checks the evaluation data,
     which is held as anywhere.
@@ -67,12 +72,17 @@ def load_stream(
     splits = data.list_splits(source, streaming=True, **reading)
     split = arguments.train_split_name or ("train" if splits else None)
     shards = data.load_shards(source, split=split, **reading)
+    if augment is not None and augment.of_waves and getattr(shards, "features", False):
+        raise UserError(
+            f"augment {', '.join(augment.of_waves)} cannot be used with log-mel that was computed earlier "
+            f"({shards.description}); spec can"
+        )
+    evaluation, left_out, is_test = _evaluation(arguments, task, training, extractor, shards, splits, reading)
     listed = read_labels(arguments.labels) if task.labelled and arguments.labels else None
     counted = training.max_steps < 0 or task.counts_classes
     stream = Stream(shards, listed)
     if counted or (task.labelled and listed is None):
         stream = first_pass(shards, task.labelled, listed, training)
-    evaluation, left_out, is_test = _evaluation(arguments, task, training, extractor, shards, splits, reading)
     task.check(stream, evaluation)
     return RunData(stream, evaluation, left_out, note_on(training.load_best_model_at_end, is_test))
 

@@ -97,7 +97,7 @@ class StreamedTraining(TrainerCallback):
 
     Args:
         batches: of this process, with one reader for each of its workers.
-        arguments: of the run.
+        arguments: of the run. augmentation: how its clips are changed.
 
     Attributes:
         names: of the clips, by the "index" that batches carry.
@@ -105,8 +105,10 @@ class StreamedTraining(TrainerCallback):
         steps_per_pass: see :func:`steps_per_pass`.
     """
 
-    def __init__(self, batches: StreamedBatches, arguments: TrainArguments):
-        self.batches, self.arguments = batches, arguments
+    def __init__(
+        self, batches: StreamedBatches, arguments: TrainArguments, augmentation: dict[str, Any] | None = None
+    ):
+        self.batches, self.arguments, self.augmentation = batches, arguments, augmentation
         self.names, self.left_out = RecentNames(), {}
         self._taken, self._places = 0, {}
         self.steps_per_pass = steps_per_pass(arguments, batches.stream)
@@ -184,6 +186,7 @@ class StreamedTraining(TrainerCallback):
             "processes": dealing.processes,
             "seed": dealing.seed,
             "shuffle_buffer": dealing.shuffle_buffer,
+            "augmentation": self.augmentation,
         }
 
     def go_on_from(self, checkpoint: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import seed_worker
@@ -51,7 +51,7 @@ class MeftTrainer(Trainer):
             Where it is given, evaluation goes from the longest clip to the shortest, if the evaluation data
             has a property ``lengths``: predictions and labels then come in that order.
         evaluation_in_order: evaluation goes in the order of its data in any case.
-        windows: how clips were cut into examples, in words, for whoever resumes.
+        windows, augmentation: how clips were cut into examples, in words, and changed, for whoever resumes.
         throughput: measures the training steps; what it finds goes into the log beside the loss.
         interrupts: asks for a stop, which comes after a step, with a checkpoint, as ``Stopped``.
         streamed: what training batches are read from in the place of ``train_dataset``'s own loader.
@@ -68,6 +68,7 @@ class MeftTrainer(Trainer):
         length_batches: LengthBatches | None = None,
         evaluation_in_order: bool = False,
         windows: str | None = None,
+        augmentation: dict[str, Any] | None = None,
         throughput: Throughput | None = None,
         interrupts: Interrupts | None = None,
         streamed: StreamedTraining | None = None,
@@ -80,6 +81,7 @@ class MeftTrainer(Trainer):
         super().__init__(model=model, args=args, **kwargs)
         self.length_batches, self.throughput, self.streamed = length_batches, throughput, streamed
         self.evaluation_in_order, self.windows = evaluation_in_order, windows
+        self.augmentation = augmentation
         self.interrupts, self._before_first_save = interrupts, before_first_save
         self.record = RunRecord()
         self.add_callback(self.record)
@@ -167,8 +169,9 @@ class MeftTrainer(Trainer):
         return self.accelerator.reduce(values.to(self.args.device), reduction="sum").cpu()
 
     def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:
-        free = self.length_batches is not None and not self.evaluation_in_order
-        lengths = getattr(eval_dataset, "lengths", None) if free else None
+        if self.evaluation_in_order:  # which group_by_length would change
+            return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
+        lengths = None if self.length_batches is None else getattr(eval_dataset, "lengths", None)
         return super()._get_eval_sampler(eval_dataset) if lengths is None else LongestFirst(lengths)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
@@ -275,7 +278,9 @@ class MeftTrainer(Trainer):
         with torch.random.fork_rng(devices=[]):  # a loader draws a seed
             loader = self.get_train_dataloader()
         by_length = self.length_batches is not None
-        return Batches.of(self.args, len(self.train_dataset), len(loader), by_length, self.windows)
+        return Batches.of(
+            self.args, len(self.train_dataset), len(loader), by_length, self.windows, self.augmentation
+        )
 
     def total_steps(self) -> int:
         """How many the whole run has, if nothing stops it early."""

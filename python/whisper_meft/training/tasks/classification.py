@@ -19,7 +19,7 @@ from ... import data
 from ...audio.windows import Windows, shares
 from ...data.examples import Example, ExampleSet, check_known_labels, label_inventory, listing
 from ...data.streaming import Stream, check_label
-from ...data.windows import longest_window, recordings_of
+from ...data.windows import is_muted, longest_window, recordings_of
 from ...errors import UserError, printable
 from ...evaluation import plots
 from ...evaluation.metrics import Scores, score
@@ -63,6 +63,7 @@ class Classification(Task):
         self.max_frames, self.extractor = config.max_frames, extractor
         self.label2id: dict[str, int] = {}
         self.skew = SkewArguments() if arguments is None else arguments
+        self._recordings: Recordings | None = None  # of the evaluation data
         self.label_smoothing = getattr(arguments, "label_smoothing_factor", 0.0)
         # How much an example counts, by its class, in the order of the classes; None: all alike.
         self.weights: list[float] | None = None
@@ -166,7 +167,8 @@ class Classification(Task):
         return ClassLoss(self.weights, gamma, self.label_smoothing)
 
     def trainer_options(self, evaluation: ExampleSet | None) -> dict[str, Any]:
-        recordings = None if evaluation is None else Recordings.of(evaluation)
+        recordings = None if evaluation is None else Recordings.of(evaluation, self.extractor.sampling_rate)
+        self._recordings = recordings
         return {
             "compute_loss_func": self.criterion,
             "compute_metrics": make_compute_metrics(list(self.label2id), recordings),
@@ -179,10 +181,8 @@ class Classification(Task):
         self, trainer: MeftTrainer, evaluation: ExampleSet, load_base: Callable[[], PreTrainedModel]
     ) -> tuple[Scores, float | None]:
         found = trainer.predict(trainer.eval_dataset, metric_key_prefix="eval")
-        labels, recordings = list(self.label2id), Recordings.of(evaluation)
-        return scores_of(found.predictions, found.label_ids, labels, recordings), found.metrics.get(
-            "eval_loss"
-        )
+        scores = scores_of(found.predictions, found.label_ids, list(self.label2id), self._recordings)
+        return scores, found.metrics.get("eval_loss")
 
     def summary(self, training: ExampleSet | Stream) -> dict[str, Any]:
         weights = None if self.weights is None else dict(zip(self.label2id, self.weights))
@@ -217,15 +217,17 @@ class Recordings:
     """Which examples are windows of one recording.
 
     Attributes:
-        groups: the indices of each recording's windows. seconds: float64 of each, how many it answers for.
+        groups: the indices of each recording's windows. seconds: float64 of each, how many it answers for:
+            none where there is nothing to hear, unless that is so of all of them.
     """
 
     groups: list[list[int]]
     seconds: list[np.ndarray]
 
     @classmethod
-    def of(cls, examples: ExampleSet) -> "Recordings | None":
-        """Of examples as they are evaluated; None where none of them is one of several windows."""
+    def of(cls, examples: ExampleSet, sampling_rate: int) -> "Recordings | None":
+        """Of examples as they are evaluated; None where none of them is one of several windows, of which
+        each is read."""
         groups = recordings_of(examples)
         if len(groups) == len(examples):
             return None
@@ -233,7 +235,10 @@ class Recordings:
         for group in groups:
             starts = np.array([(examples[i].window or (0.0,))[0] for i in group])
             lengths = np.array([examples[i].seconds if len(group) > 1 else 1.0 for i in group])
-            seconds.append(shares(starts, starts + lengths))
+            muted = np.zeros(len(group), bool)
+            if len(group) > 1:
+                muted = np.array([is_muted(examples[i].read(sampling_rate)[0]) for i in group])
+            seconds.append(np.where(muted & ~muted.all(), 0.0, shares(starts, starts + lengths)))
         return cls(groups, seconds)
 
     def classes(self, logits: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
