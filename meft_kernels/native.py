@@ -50,8 +50,12 @@ def load_from(folder: Path) -> tuple[bool, str]:
         return False, _warned(
             f"the C++ kernels were built for torch {' and '.join(others)}, and this is torch {release}"
         )
-    sources = native_sources.digest(folder.parent)
-    if sources is not None and native_sources.of_library(path) != sources:
+    try:
+        sources = native_sources.digest(folder.parent)
+        stale = sources is not None and native_sources.of_library(path) != sources
+    except OSError as error:
+        return False, _warned(f"the C++ kernels cannot be loaded: {error}")
+    if stale:
         return False, _warned(
             "the C++ kernels were built from other sources than this checkout has: "
             "run python setup.py build_ext --inplace"

@@ -16,7 +16,7 @@ _MARK = "meft_kernels sources "
 def digest(root: Path) -> str | None:
     """The digest of the kernels' sources under a checkout: those of ``csrc/`` and the ops' schemas, which are
     Python's. None where ``root`` is no checkout, such as the folder of an installed wheel."""
-    files = sorted((root / "csrc").glob("*.cpp")) + sorted((root / "csrc").glob("*.h"))
+    files = sorted((root / "csrc").glob("[!.]*.cpp")) + sorted((root / "csrc").glob("[!.]*.h"))
     if not (root / "csrc" / "bindings.cpp").is_file() or not (root / SCHEMAS).is_file():
         return None
     found = hashlib.sha256()

@@ -166,6 +166,13 @@ def test_int8_of_features_in_files_of_their_own(work, tmp_path):
     assert np.abs(found - classifier.probabilities(clips)).max() == pytest.approx(rounded.largest)
 
 
+def test_int8_of_nothing_is_refused(work, tmp_path):
+    model = make(work / "backbone", "lst", layers=[1], reduction_factor=4, adapter_dim=8)
+    with pytest.raises(UserError, match="quantize: the graph holds no layer of the encoder but the first"):
+        export_onnx(classifier_of(work, model), tmp_path / "out", quantize=True)
+    assert not (tmp_path / "out").exists()
+
+
 def stubbed(monkeypatch, found):
     """Exporting without a graph: the file is empty, and onnxruntime's answer is ``found``."""
     program = SimpleNamespace(model=(), save=lambda path, external_data: path.write_bytes(b"new"))

@@ -330,6 +330,17 @@ def test_a_build_from_before_sources_were_told_is_left_alone(checkout):
         assert not native.load_from(checkout / "meft_kernels")[0]
 
 
+def test_a_link_to_nowhere_and_an_editors_lock_end_no_import(checkout):
+    (checkout / "csrc" / ".#bindings.cpp").symlink_to("nowhere")
+    with pytest.warns(RuntimeWarning, match="cannot be loaded"):
+        native.load_from(checkout / "meft_kernels")
+    (library,) = (checkout / "meft_kernels").glob("*.so")
+    library.unlink()
+    library.symlink_to("nowhere")
+    with pytest.warns(RuntimeWarning, match="cannot be loaded: .*No such file"):
+        assert not native.load_from(checkout / "meft_kernels")[0]
+
+
 @needs_build
 def test_the_library_says_its_sources():
     name = native.file_name(native._level(), torch.__version__.partition("+")[0])

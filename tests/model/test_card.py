@@ -88,7 +88,7 @@ def test_after_training_it_tells_data_scores_use_and_limits(work):
         assert text.count(f"\n## {part}\n") == 1
     assert f"{run['train_examples']} examples" in text and "| high | 5 |" in text
     assert f"| Accuracy | {scores['accuracy']:.4g} |" in text
-    assert "Labels: high, low, middle." in text and "its first 1 s;" in text
+    assert "Labels: high, low, middle." in text and "at most 1 s at a time" in text
     assert f"{run['trainable_parameters']:,} of" in text and "optimistic" in text
     assert str(work) not in text and "home" not in text and "Not recorded" not in text
 
@@ -110,7 +110,14 @@ def test_evaluating_adds_scores_and_takes_the_place_of_those_on_the_same_data(wo
     assert path.read_text() == first
     assert main([*arguments, "--card", "--max_eval_samples=4"]) == 0
     names = [each["dataset"]["name"] for each in check_header(path)["model-index"][0]["results"]]
-    assert len(names) == 2 and names[1] == "test, 4 examples"
+    assert names[1:] == ["test, 6 examples", "test, 4 examples"]  # other data: four of them
+    other = work / "elsewhere" / "test"
+    make_audio_folder(other, per_class=3, seed=2)
+    assert main(["evaluate", str(model), "--data", str(other), "--card"]) == 0
+    names = [each["dataset"]["name"] for each in check_header(path)["model-index"][0]["results"]]
+    assert names[1:] == ["test, 6 examples", "test, 4 examples", "test, 9 examples"]
+    path.write_bytes(b"\xef\xbb\xbf" + first.encode())  # as some editors save it
+    assert main([*arguments, "--card"]) == 0 and path.read_text() == first
     path.write_text(first)
     capsys.readouterr()
     for change, message in (
@@ -189,7 +196,10 @@ def test_a_recogniser_says_its_language(language, code, tmp_path):
     card.write_results_into_card(tmp_path, model.config, results, hub_data="user/corpus")
     header = check_header(tmp_path / "README.md")
     (result,) = header["model-index"][0]["results"]
-    named = {"name": "user/corpus (test), 3 examples", "config": "user/corpus (test)"}
+    named = {
+        "name": "user/corpus (test), 3 examples",
+        "config": f"user/corpus (test) {card.DataUsed.of(examples).digest}",
+    }
     assert result["dataset"] == {**named, "type": "user/corpus"}
     assert [(each["type"], each["value"]) for each in result["metrics"]] == [("wer", 12.345679)]
     assert header["datasets"] == ["user/corpus"] and header["metrics"] == ["wer"]
@@ -201,6 +211,23 @@ def test_calibration_and_rejection_are_told(tmp_path):
     model.config.calibration_temperature, model.config.rejection_threshold = 1.5, 0.25
     text = card.model_card(model.config)
     assert "divided by the temperature 1.5" in text and "`--reject_below saved` rejects below 0.25" in text
+
+
+def test_calibrating_and_training_on_leave_nothing_that_was_so(work, tmp_path):
+    model = shutil.copytree(work / "tones", tmp_path / "model")
+    config = MeftModelConfig.from_pretrained(model)
+    config.calibration_temperature, config.rejection_threshold = 1.5, 0.25
+    card.write_calibration_into_card(model, config)
+    text = (model / "README.md").read_text()
+    assert "divided by the temperature 1.5" in text and "not calibrated" not in text
+    check_header(model / "README.md")
+    card.write_results_into_card(model, config, [], "Trained on.", afresh=True)  # other weights, not scored
+    text = (model / "README.md").read_text()
+    assert "None yet." in text and "| Accuracy |" not in text and "Trained on." in text
+    assert "model-index" not in metadata_load(model / "README.md")
+    (model / "README.md").write_text("My own page.")
+    card.write_calibration_into_card(model, config)
+    assert (model / "README.md").read_text() == "My own page."
 
 
 @pytest.mark.parametrize(
@@ -231,7 +258,8 @@ def test_hostile_names_stay_text(name, tmp_path):
         ("/home/me/corpus/train", "train"),
         ("validation part of /home/me/my corpus/dev (validation)", "validation part of dev (validation)"),
         ("corpus/train", "corpus/train"),
-        ("../corpus", "../corpus"),
+        ("../me/corpus", "corpus"),
+        ("test part of ./data/corpus (test)", "test part of corpus (test)"),
         ("~/corpus/x", "x"),
         ("user/data (train)", "user/data (train)"),
         ("the given Dataset", "the given Dataset"),

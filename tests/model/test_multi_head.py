@@ -71,6 +71,21 @@ def test_each_head_says_what_it_says_alone(dtype, max_frames, pooling, passes):
     assert_same_bits(MultiHead(models[::-1])(features, mask), expected[::-1])
 
 
+@pytest.mark.parametrize(
+    "names",
+    [["sherl", "head"], ["lst early", "head"], ["lst early", "sherl"], ["sherl", "head", "lst early"]],
+)
+@pytest.mark.parametrize("order", [1, -1])
+def test_whoever_reads_the_most_states_may_end_first(names, order, passes):
+    base = tiny_whisper()
+    models = [made(name, base, seed) for seed, name in enumerate(names)][::order]
+    features, _ = batch(size=3)
+    expected = alone(models, features)
+    passes.clear()
+    assert_same_bits(MultiHead(models)(features), expected)
+    assert passes == list(range(LAYERS + 1 if "head" in names else LAYERS))
+
+
 @pytest.mark.parametrize("names", [["sherl", "sherl"], ["lst early", "lst early"], ["head"]])
 def test_layers_that_nobody_reads_are_not_run(names, passes):
     base = tiny_whisper()

@@ -67,7 +67,7 @@ def _card(place: Path, name: str) -> str | None:
     """The README.md of a folder, or that of the hub where it has been downloaded with the model."""
     found = place / "README.md" if place.is_dir() else try_to_load_from_cache(name, "README.md")
     try:
-        with open(found, encoding="utf-8", errors="replace") as file:
+        with open(found, encoding="utf-8-sig", errors="replace") as file:
             text = file.read(_LONGEST_CARD)
     except (OSError, TypeError, ValueError):
         return None

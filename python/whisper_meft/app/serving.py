@@ -8,7 +8,7 @@ import signal
 import socket
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,16 +37,18 @@ class Guard:
     machine alone, refuses requests that were made for another address or by another site's page.
 
     Args:
-        app: the application behind it. local: whether the page is for this machine alone.
+        app: the application behind it. local: whether the page is for this machine alone. own: the address
+            that it is served at.
     """
 
-    def __init__(self, app: Callable, local: bool):
+    def __init__(self, app: Callable, local: bool, own: str = "127.0.0.1"):
         self.app, self.local = app, local
+        self.names = {*_LOCAL, f"[{own}]" if ":" in own else own}
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        if self.local and not _is_own(dict(scope["headers"])):
+        if self.local and not _is_own(dict(scope["headers"]), self.names):
             await send({"type": "http.response.start", "status": 403, "headers": []})
             return await send({"type": "http.response.body", "body": b"This page is for its own machine.\n"})
 
@@ -58,11 +60,11 @@ class Guard:
         return await self.app(scope, receive, sent)
 
 
-def _is_own(headers: dict[bytes, bytes]) -> bool:
-    """Whether a request is for this machine by name, and no other site's page made it."""
+def _is_own(headers: dict[bytes, bytes], names: Collection[str]) -> bool:
+    """Whether a request is for this machine by one of its names, and no other site's page made it."""
     host = headers.get(b"host", b"").decode("latin-1")
     origin = headers.get(b"origin")
-    return re.sub(r":\d+$", "", host) in _LOCAL and origin in (None, f"http://{host}".encode("latin-1"))
+    return re.sub(r":\d+$", "", host) in names and origin in (None, f"http://{host}".encode("latin-1"))
 
 
 def free_address(host: str, port: int) -> tuple[str, int]:
@@ -155,7 +157,7 @@ def served(build: Callable[[], Any], host: str, port: int, max_bytes: int) -> It
                 "docs_url": None,
                 "redoc_url": None,
                 "openapi_url": None,
-                "middleware": [Middleware(Guard, local=local)],
+                "middleware": [Middleware(Guard, local=local, own=address)],
             },
         )
         try:

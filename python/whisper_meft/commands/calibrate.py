@@ -10,6 +10,7 @@ from ..errors import UserError, printable
 from ..evaluation.calibration import calibrate
 from ..evaluation.classifier import Classifier
 from ..files import check_writable, read_json, write_json
+from ..model.card import write_calibration_into_card
 from ..model.kinds import kind_of
 from ..options.common import DataFormatArguments
 from ..options.inference import InferenceArguments
@@ -84,6 +85,7 @@ def run(argv: Sequence[str]) -> int:
     values = read_json(folder / "config.json")
     values |= {"calibration_temperature": found.temperature, "rejection_threshold": found.reject_below}
     write_json(folder / "config.json", values)
+    write_calibration_into_card(folder, classifier.model.config)
     print(f"{printable(folder)} on {printable(examples.description)}\n{found.as_text()}")
     if bad:
         print(data.describe_bad(bad, total), file=sys.stderr)

@@ -116,7 +116,8 @@ def make_parser() -> Parser:
 def run(argv: Sequence[str]) -> int:
     """`whisper-meft export`; returns the exit status."""
     arguments, where = make_parser().parse(argv)
-    kind, out = kind_of(where.model_dir), Path(where.out)
+    # Whole, because the folder takes the place of an earlier one, which another way to it may lead through.
+    kind, out = kind_of(where.model_dir), Path(os.path.realpath(where.out))
     if kind == "whisper":
         raise UserError(
             f"MODEL_DIR: {where.model_dir} is a plain Whisper, which ct2-transformers-converter and optimum "
@@ -132,6 +133,8 @@ def run(argv: Sequence[str]) -> int:
             f"--format ctranslate2 is for models that transcribe, and {where.model_dir} classifies: --format "
             "onnx is for those"
         )
+    if Path.cwd().is_relative_to(out):
+        raise UserError(f"OUT: {out} is the folder that you are in, or above it; name another")
     if os.path.realpath(out) == os.path.realpath(resolve_backbone(where.model_dir)):
         raise UserError(f"OUT: {out} is the model itself; name another folder")
     held = [each.name for each in out.iterdir()] if out.is_dir() else []

@@ -121,8 +121,8 @@ class _Passed:
         """Those that are held, and None for each of the others before the last of them."""
         last = max(self._wanted)
         if last not in self._held:  # whoever took the others needed no more
-            for index, _ in self.live():
-                if index == last:
+            for _ in self.live():
+                if last in self._held:
                     break
         for index in range(last + 1):
             yield self._held.get(index)

@@ -103,6 +103,11 @@ def export_onnx(
     expected = beginning.probabilities(examples)
     program = _program(classifier, features)
     linears = _encoder_linears(program.model)
+    if quantize and not linears:
+        raise UserError(
+            "quantize: the graph holds no layer of the encoder but the first, which stays in float32: leave "
+            "it out"
+        )
     with whole_folder(folder, WRITTEN.__contains__) as beside:
         path, description = beside / MODEL, _description(classifier, features)
         _describe(program.model, description)

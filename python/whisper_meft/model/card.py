@@ -5,7 +5,9 @@ What is not known when a model is saved stands between comments and is filled in
 reader's to edit.
 """
 
+import hashlib
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -103,7 +105,7 @@ def model_card(config: PreTrainedConfig, language: str | None = None) -> str:
         "",
         "## Limits",
         "",
-        *(_LIMITS_OF_A_RECOGNISER if transcribes else _limits_of_a_classifier(config)),
+        *(_LIMITS_OF_A_RECOGNISER if transcribes else _section("calibration", _calibration(config))),
         "- The scores hold for speech like that which they were measured on; with other rooms, microphones, "
         "noise, ages and ways of speaking they can be worse.",
         "- The licence of these weights is for whoever publishes them to say; the backbone's and the data's "
@@ -144,16 +146,18 @@ def _use_of_a_recogniser(config: PreTrainedConfig, language: str | None) -> list
     return [f"Writes down what is said{said}; it hears at most {_window(config)} at a time.", ""]
 
 
-def _limits_of_a_classifier(config: PreTrainedConfig) -> list[str]:
+def _calibration(config: PreTrainedConfig) -> str:
+    """What a classifier's probabilities mean, as two items of a list."""
     temperature, threshold = config.calibration_temperature, config.rejection_threshold
     calibrated = f"are divided by the temperature {temperature:.4g}" if temperature else "are not calibrated"
     rejects = f"; `--reject_below saved` rejects below {threshold:.4g}" if threshold is not None else ""
-    return [
+    items = [
         "- Every recording gets one of the classes, also silence, music and speech of none of them"
         f"{rejects or ', unless `--reject_below` is given'}.",
         f"- Logits {calibrated}: a probability is how sure the model is, "
         f"{'as measured on the calibration data' if temperature else 'not how often it is right'}.",
     ]
+    return "\n".join(items)
 
 
 _LIMITS_OF_A_RECOGNISER = [
@@ -198,7 +202,7 @@ class DataUsed:
         name: where it is from, without folders above it. hub_name: of the data set on the hub, or None.
         count: examples, None where a stream was not counted. seconds: of all of them, or None. speakers:
             their number, 0 where not known.
-        classes: examples of each class.
+        classes: examples of each class. digest: of their files' names and classes; "" of a stream.
     """
 
     name: str
@@ -207,6 +211,7 @@ class DataUsed:
     seconds: float | None
     speakers: int
     classes: dict[str, int]
+    digest: str = ""
 
     @classmethod
     def of(cls, examples: ExampleSet | Stream) -> "DataUsed":
@@ -221,6 +226,7 @@ class DataUsed:
             None if None in seconds else sum(seconds),
             len(examples.speakers()),
             dict(sorted(examples.label_counts().items())),
+            _digest(examples),
         )
 
     def as_text(self) -> str:
@@ -234,8 +240,16 @@ class DataUsed:
         return f"{markdown(self.name)}: {', '.join(parts)}"
 
 
+def _digest(examples: ExampleSet) -> str:
+    """Eight digits that tell sets of examples apart, wherever they lie."""
+    told = sorted((os.path.basename(each.name), each.label or each.text or "") for each in examples)
+    return hashlib.sha256(repr(told).encode("utf-8", "backslashreplace")).hexdigest()[:8]
+
+
 def without_folders(description: str) -> str:
-    """A description of data in which an absolute path is cut down to its last part."""
+    """A description of data in which a path that is absolute, or begins with dots, is cut down to its last
+    part."""
+    description = re.sub(r"(?<![\w.~:/-])\.{1,2}/(?:[^/\n()]*/)*([^/\n()]+)", r"\1", description)
     return re.sub(r"(?<![\w.~:/-])~?/(?:[^/\n()]*/)*([^/\n()]+)", r"\1", description)
 
 
@@ -300,7 +314,8 @@ def results_of(config: PreTrainedConfig, examples: ExampleSet, scores: Mapping[s
                 task_name=name,
                 dataset_type=data.hub_name or "local",
                 dataset_name=f"{printable(data.name)}, {scores['count']} examples",
-                dataset_config=printable(data.name),  # the hub tells data apart by it, not by the name
+                # The hub tells data apart by this, not by the name; two sets may have the same.
+                dataset_config=f"{printable(data.name)} {data.digest}",
                 metric_type=metric,
                 metric_name=shown,
                 metric_value=round(factor * float(value), 6),
@@ -310,7 +325,12 @@ def results_of(config: PreTrainedConfig, examples: ExampleSet, scores: Mapping[s
 
 
 def with_results(
-    text: str, name: str, results: Sequence[EvalResult], data: str | None = None, hub_data: str | None = None
+    text: str,
+    name: str,
+    results: Sequence[EvalResult],
+    data: str | None = None,
+    hub_data: str | None = None,
+    afresh: bool = False,
 ) -> str:
     """A card's text with scores, which take the places of earlier ones on the same data, in its header and in
     the section between the comments, and with what is known of the data.
@@ -318,7 +338,8 @@ def with_results(
     Args:
         text: of a card that :func:`model_card` made and a person may have edited. name: of the model.
         results: of :func:`results_of`. data: of :func:`describe_data`; None leaves what is there.
-        hub_data: name of the training data on the hub.
+        hub_data: name of the training data on the hub. afresh: drop the scores that there are, which are of
+            other weights.
 
     Raises:
         UserError: the card has no such sections, or its header cannot be read.
@@ -329,9 +350,12 @@ def with_results(
     except Exception as error:  # whatever YAML's and the hub's own checks raise
         raise UserError(f"its header cannot be read: {one_line(error)}") from error
     replaced = {each.unique_identifier for each in results}
-    kept = [each for each in earlier if each.unique_identifier not in replaced]
+    kept = [] if afresh else [each for each in earlier if each.unique_identifier not in replaced]
     everything = [*kept, *results]
-    body = _filled(card.text, "scores", _scores_table(everything) if everything else None)
+    none = "None yet." if afresh else None
+    body = _filled(card.text, "scores", _scores_table(everything) if everything else none)
+    if afresh:
+        card.data.eval_results = None
     if everything:
         card.data.model_name = card.data.model_name or printable(name)
         card.data.eval_results = everything
@@ -370,13 +394,29 @@ def write_results_into_card(
     results: Sequence[EvalResult],
     data: str | None = None,
     hub_data: str | None = None,
+    afresh: bool = False,
 ) -> None:
     """:func:`with_results` of the README.md in a model's folder, which is made where there is none.
 
     Raises:
         UserError: it cannot be read, changed or written.
     """
-    write_text(folder / "README.md", _with_results(folder, config, results, data, hub_data))
+    write_text(folder / "README.md", _with_results(folder, config, results, data, hub_data, afresh))
+
+
+def write_calibration_into_card(folder: Path, config: PreTrainedConfig) -> None:
+    """Says in the README.md of a model's folder what its probabilities mean now, if it has a place for it.
+
+    Raises:
+        UserError: it cannot be read or written.
+    """
+    path = folder / "README.md"
+    try:
+        text = path.read_text(encoding="utf-8-sig") if path.exists() else ""
+        if "<!-- calibration -->" in text:
+            write_text(path, _filled(text, "calibration", _calibration(config)))
+    except (OSError, ValueError) as error:
+        raise UserError(f"the calibration cannot be written into {path}: {one_line(error)}") from error
 
 
 def check_card(folder: Path, config: PreTrainedConfig) -> None:
@@ -388,7 +428,7 @@ def check_card(folder: Path, config: PreTrainedConfig) -> None:
 def _with_results(folder: Path, config: PreTrainedConfig, *given: Any) -> str:
     path = folder / "README.md"
     try:
-        text = path.read_text(encoding="utf-8") if path.exists() else model_card(config)
+        text = path.read_text(encoding="utf-8-sig") if path.exists() else model_card(config)
         return with_results(text, folder.resolve().name, *given)
     except (OSError, ValueError) as error:
         raise UserError(f"scores cannot be written into {path}: {one_line(error)}") from error

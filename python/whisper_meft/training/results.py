@@ -113,7 +113,8 @@ def write_results(
         examples.training, examples.evaluation, len(examples.left_out), examples.note, summary
     )
     try:
-        write_results_into_card(folder, config, results, told, DataUsed.of(examples.training).hub_name)
+        hub_data = DataUsed.of(examples.training).hub_name
+        write_results_into_card(folder, config, results, told, hub_data, afresh=True)
     except UserError as error:  # the user's own page, which may say what it likes
         say(str(error))
     write_json(folder / "train_results.json", summary)

@@ -185,10 +185,11 @@ def build_datasets(
     settings: Settings,
     examples: RunData,
     make_dataset: Callable[..., Dataset],
-    data_arguments: TrainDataArguments,
+    data_arguments: TrainDataArguments | None = None,
 ) -> tuple[Any, Dataset, Dataset | None]:
     """(collator, training set, evaluation set or None): of log-mel features, or of the states in a feature
-    cache, which is filled as needed. The training set of a stream gives whole batches."""
+    cache, which is filled as needed. The training set of a stream gives whole batches, as ``data_arguments``
+    say."""
     augmented = {} if settings.augment is None else {"augment": settings.augment}
     if settings.training.cache_features:
         cache, collator = _fill_cache(model, settings, examples), settings.task.cached_collator()
