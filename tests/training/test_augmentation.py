@@ -74,7 +74,9 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_clips(work, tmp_path, caps
     assert apart(whole, load_file(tmp_path / "part" / "model.safetensors")) == 0
     changed = [each.replace("speed,noise,gain,spec", "gain") for each in argv]
     assert main([*changed, "--num_train_epochs=3", "--resume_from_checkpoint=True"]) == 1
-    assert "augmentation {'kinds': {'speed'" in capsys.readouterr().err
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "trained with augmentation {" in error and "'speed': 1.0" in error
+    assert "(now {'kinds': {'gain': 1.0}, 'gain_db': [-10.0, 10.0]})" in error
 
 
 @pytest.mark.slow

@@ -177,6 +177,12 @@ def apart(
     return examples.select(own), examples.select(others)
 
 
+def check_has_folder(arguments: EvaluateArguments, model_dir: str) -> None:
+    """Raises UserError where it is not known which folder the scores go to."""
+    if arguments.output_dir is None and not Path(model_dir).is_dir():
+        raise UserError("--output_dir is needed for a model that is not in a local folder")
+
+
 def check_unknown(unknown: Sequence[str] | None, known: Sequence[str]) -> None:
     """Raises UserError where a label that is to be unknown is a class of the model."""
     for label in unknown or ():
@@ -206,8 +212,6 @@ def run(argv: Sequence[str]) -> int:
     folder = Path(arguments.output_dir or Path(where.model_dir) / "evaluation")
     if Path(where.model_dir, "config.json").is_file() or arguments.output_dir:
         check_writable(folder / "eval_results.json")
-    if arguments.output_dir is None and not Path(where.model_dir).is_dir():
-        raise UserError("--output_dir is needed for a model that is not in a local folder")
     progress, bad = sys.stderr.isatty(), []
     if arguments.streaming and transcribes:
         raise UserError(
@@ -218,6 +222,7 @@ def run(argv: Sequence[str]) -> int:
         model = Classifier.load(where.model_dir, inference, progress)
         threshold_of(arguments.reject_below, model.model.config, where.model_dir)  # what it says, it says now
         check_unknown(arguments.unknown_labels, model.labels)
+        check_has_folder(arguments, where.model_dir)
         others = arguments.unknown_labels is not None
         model, examples, bad = hear(model, shards, arguments.strict, labels, others)
     else:
@@ -231,6 +236,7 @@ def run(argv: Sequence[str]) -> int:
             model = Classifier.load(where.model_dir, inference, progress)
         threshold = threshold_of(arguments.reject_below, model.model.config, where.model_dir)
         examples, unknown = apart(examples, model.labels, arguments.unknown_labels)
+    check_has_folder(arguments, where.model_dir)
     if not arguments.streaming:
         examples, bad = model.check(examples, arguments.strict)
     if transcribes:
