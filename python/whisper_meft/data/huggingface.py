@@ -5,6 +5,7 @@ Audio columns are never decoded by ``datasets``, which needs torchcodec for it: 
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,21 +37,29 @@ _NAMES = (
 )
 
 
+def opened(source: Any, load: Callable[[str, Options], Any], options: Options) -> tuple[str, Any]:
+    """What a source is called, and the data that ``load`` makes of a path or a name; other sources are data.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    if not isinstance(source, str):
+        return f"the given {type(source).__name__}", source
+    try:
+        return source, load(source, options)
+    except UserError:
+        raise
+    except Exception as error:  # a library of many exceptions; all mean that this source cannot be loaded
+        raise UserError(f"{source} cannot be loaded as a data set: {_reason(source, error)}") from error
+
+
 def read_huggingface(source: Any, options: Options) -> Splits:
     """The splits of a data set; its audio stays on disk.
 
     Raises:
         UserError: it cannot be loaded.
     """
-    shown = source if isinstance(source, str) else f"the given {type(source).__name__}"
-    loaded = source
-    if isinstance(source, str):
-        try:
-            loaded = _load(source, options)
-        except UserError:
-            raise
-        except Exception as error:  # a library of many exceptions; all mean that this source cannot be loaded
-            raise UserError(f"{shown} cannot be loaded as a data set: {_reason(source, error)}") from error
+    shown, loaded = opened(source, _load, options)
     if isinstance(loaded, datasets.IterableDataset | datasets.IterableDatasetDict):
         raise UserError(f"{shown} is streamed; here its length is needed: load it without streaming=True")
     if isinstance(loaded, datasets.DatasetDict):

@@ -12,7 +12,16 @@ from typing import Any
 from ..errors import UserError
 from . import columns
 from .examples import DatasetCell, Example, listing
-from .huggingface import _FEATURES, _NAMES, _audio_column, _is_nested_list, _reason, datasets, label_names
+from .huggingface import (
+    _FEATURES,
+    _NAMES,
+    _audio_column,
+    _is_nested_list,
+    _reason,
+    datasets,
+    label_names,
+    opened,
+)
 from .names import composed
 from .options import Options
 from .streaming import ShardedExamples
@@ -160,15 +169,7 @@ def stream_huggingface(source: Any, options: Options) -> dict[str | None, Huggin
     Raises:
         UserError: it cannot be loaded.
     """
-    shown = source if isinstance(source, str) else f"the given {type(source).__name__}"
-    loaded = source
-    if isinstance(source, str):
-        try:
-            loaded = _load(source, options)
-        except UserError:
-            raise
-        except Exception as error:  # a library of many exceptions; all mean that this source cannot be loaded
-            raise UserError(f"{shown} cannot be loaded as a data set: {_reason(source, error)}") from error
+    shown, loaded = opened(source, _load, options)
     if not isinstance(loaded, dict):
         return {None: HuggingFaceShards(_iterable(loaded), options, shown)}
     chosen = dict(loaded)

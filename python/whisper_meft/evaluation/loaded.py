@@ -16,7 +16,6 @@ from ..data.examples import ExampleSet
 from ..data.windows import WindowCollator, WindowStream
 from ..errors import UserError
 from ..model.backbone import quiet_transformers
-from ..model.base import MeftBase
 from ..model.pretrained import load_feature_extractor
 from ..options.inference import InferenceArguments
 
@@ -54,10 +53,9 @@ def extractor_of(model_dir: str | Path, named: str | None, config: Any, max_fram
     return extractor
 
 
-def load_trained(
-    kind: type[MeftBase], model_dir: str | Path, arguments: InferenceArguments, device: torch.device
-) -> MeftBase:
-    """The trained model in ``model_dir``, a folder or a name on the hub.
+def load_trained(kind: type[Any], model_dir: Any, arguments: InferenceArguments, device: torch.device) -> Any:
+    """The trained model, of class ``kind``, in ``model_dir``, a folder or a name on the hub; several on one
+    pass are in several.
 
     Raises:
         UserError: model or backbone cannot be loaded or do not fit each other.

@@ -8,11 +8,10 @@ import numpy as np
 
 from ..data.examples import Example, ExampleSet
 from ..errors import UserError
-from ..model.backbone import quiet_transformers
 from ..model.multi_head import MultiHead
 from ..options.inference import InferenceArguments
 from .classifier import NOT_FINITE, Classifying
-from .loaded import extractor_of, usable_device
+from .loaded import extractor_of, load_trained, usable_device
 from .timeline import answer_of, softmax
 
 # What decides about the log-mel that a feature extractor makes.
@@ -62,17 +61,7 @@ class SeveralClassifiers(Classifying):
         """
         names = names_of(model_dirs)
         device = usable_device(arguments.device)
-        with quiet_transformers():
-            model = MultiHead.from_pretrained(
-                model_dirs,
-                backbone=arguments.backbone,
-                dtype=arguments.backbone_dtype,
-                quantization=arguments.backbone_quantization,
-                device=device,
-                attention=arguments.attention,
-            )
-        if arguments.backbone_compile:
-            model.encoder.compile_layers()
+        model = load_trained(MultiHead, model_dirs, arguments, device)
         max_frames, named = model.models[0].meft_config.max_frames, arguments.feature_extractor_name
         extractors = []
         for where, each in zip(model_dirs, model.models):
