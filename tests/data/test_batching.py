@@ -2,10 +2,7 @@
 result beside any neighbours."""
 
 import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 from modelling_fixtures import CONFIGS, randomise, tiny_whisper
+from process_fixtures import two_processes
 from training_fixtures import make_audio_folder, make_backbone, train_command
 from whisper_meft import HeadConfig, WeightedSumConfig, data, get_meft_model
 from whisper_meft.commands import cli
@@ -354,16 +352,7 @@ def test_two_processes_equal_one_on_the_joined_batches(work, tmp_path, monkeypat
         "    assert main(command) == 0",
     ]
     (tmp_path / "run.py").write_text("\n".join(lines))
-    root = Path(__file__).parents[2]
-    run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        + [str(tmp_path / "run.py")],
-        env=os.environ | {"PYTHONPATH": f"{root}:{root / 'python'}", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
+    two_processes(tmp_path / "run.py")
 
     def for_two(lengths, max_frames, arguments, clips, classes):
         pretended = SimpleNamespace(**vars(arguments))

@@ -4,8 +4,6 @@ from it."""
 import json
 import os
 import pickle
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from process_fixtures import Running
 from safetensors import safe_open
 from training_fixtures import make_audio_folder, make_backbone, train_command
 from transformers import WhisperFeatureExtractor
@@ -719,17 +718,10 @@ def test_methods_that_train_the_encoder_are_refused_before_the_data_is_read(work
 
 
 def test_two_processes_fill_one_cache(work, tmp_path):
-    command = [sys.executable, "-m", "whisper_meft", "cache", f"--model_name_or_path={work[0]}"]
+    command = ["-m", "whisper_meft", "cache", f"--model_name_or_path={work[0]}"]
     command += [f"--train_data={work[1]}", f"--output_dir={tmp_path / 'c'}", "--disable_tqdm=True"]
-    root = Path(__file__).parents[2]
-    environment = os.environ | {"PYTHONPATH": f"{root}:{root / 'python'}", "OMP_NUM_THREADS": "1"}
-    running = [
-        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        for _ in "ab"
-    ]
-    for process in running:
-        output = process.communicate(timeout=300)[0].decode()
-        assert process.returncode == 0, output
+    for each in [Running(*command) for _ in "ab"]:
+        assert each.wait() == 0, each.stderr
     cache = FeatureCache(tmp_path / "c")
     assert len(cache) == 12 and not cache.damaged()
     assert {path.name[:6] for path in (tmp_path / "c").iterdir()} == {"cache.", "shard-"}

@@ -3,8 +3,6 @@
 import copy
 import dataclasses
 import json
-import os
-import subprocess
 import sys
 import typing
 import warnings
@@ -15,6 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 from modelling_fixtures import LAYERS, WIDTH, ToyClips, batch, mel_mask, randomise, tiny_whisper
+from process_fixtures import two_processes
 from torch._subclasses.fake_tensor import FakeTensorMode
 from training_fixtures import make_audio_folder, make_backbone, train_command
 from transformers import TrainerCallback, TrainingArguments, WhisperConfig, WhisperForAudioClassification
@@ -243,29 +242,21 @@ DDP_OPTIONS = {"max_steps": 3, "optim": "sgd", "learning_rate": 0.01, "max_grad_
 DDP_SCRIPT = """
 import sys
 import torch
+
+tests, folder = sys.argv[1:]
+sys.path.insert(0, tests)
 from test_methods import DDP_CONFIGS, DDP_METHODS, DDP_OPTIONS, model_of, trained, trainer_of
 
 for method, more in DDP_METHODS.items():
     model = model_of(method, max_frames="longest", **DDP_CONFIGS.get(method, {}))
-    trainer_of(model, sys.argv[1], per_device_train_batch_size=4, **DDP_OPTIONS, **more).train()
-    torch.save(trained(model), f"{sys.argv[1]}/{method}-{torch.distributed.get_rank()}.pt")
+    trainer_of(model, folder, per_device_train_batch_size=4, **DDP_OPTIONS, **more).train()
+    torch.save(trained(model), f"{folder}/{method}-{torch.distributed.get_rank()}.pt")
 """
 
 
 def test_two_processes_equal_one_on_the_joined_batch(tmp_path):
     (tmp_path / "run.py").write_text(DDP_SCRIPT)
-    here = Path(__file__).parent
-    root = here.parents[1]
-    paths = [here, here.parent, root, root / "python", os.environ.get("PYTHONPATH", "")]
-    run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        + [str(tmp_path / "run.py"), str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
+    two_processes(tmp_path / "run.py", Path(__file__).parent, tmp_path)
     for method, more in DDP_METHODS.items():
         single = model_of(method, max_frames="longest", **DDP_CONFIGS.get(method, {}))
         start = trained(single)

@@ -2,9 +2,6 @@
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +10,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from modelling_fixtures import LAYERS, randomise, tiny_whisper
+from process_fixtures import two_processes
 from recognition_fixtures import TOKENS, VOCABULARY, clips, ids_of, logits, recogniser
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
@@ -882,11 +880,14 @@ DDP_OPTIONS = {"max_steps": 3, "optim": "sgd", "learning_rate": 1e-3, "max_grad_
 DDP_SCRIPT = """
 import sys
 import torch
+
+tests, folder = sys.argv[1:]
+sys.path.insert(0, tests)
 from test_transcription_methods import DDP_METHODS, ddp_run, trained
 
 for method, target in DDP_METHODS.items():
-    model = ddp_run(method, target, sys.argv[1], 2)
-    torch.save(trained(model), f"{sys.argv[1]}/{method}-{torch.distributed.get_rank()}.pt")
+    model = ddp_run(method, target, folder, 2)
+    torch.save(trained(model), f"{folder}/{method}-{torch.distributed.get_rank()}.pt")
 """
 
 
@@ -899,18 +900,7 @@ def ddp_run(method, target, folder, size):
 
 def test_two_processes_equal_one_on_the_joined_batch(tmp_path):
     (tmp_path / "run.py").write_text(DDP_SCRIPT)
-    here = Path(__file__).parent
-    root = here.parents[1]
-    paths = [here, here.parent, root, root / "python", os.environ.get("PYTHONPATH", "")]
-    run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        + [str(tmp_path / "run.py"), str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
+    two_processes(tmp_path / "run.py", Path(__file__).parent, tmp_path)
     for method, target in DDP_METHODS.items():
         start = trained(model_of(method, target, trained=False))
         single = trained(ddp_run(method, target, tmp_path, 4))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from process_fixtures import Running
 from safetensors.torch import load_file
 from training_fixtures import make_audio_folder, make_backbone, train_command
 from whisper_meft.commands.cli import main
@@ -329,21 +330,12 @@ def test_killed_runs_resume_to_the_same_bits(work, tmp_path):
     out = tmp_path / "out"
     options = {"num_train_epochs": 12, "dataloader_num_workers": 2}
     assert main(command(work, tmp_path / "whole", **options)) == 0
-    arguments = [
-        sys.executable,
-        "-m",
-        "whisper_meft",
-        *command(work, out, **options, resume_from_checkpoint=True),
-    ]
+    arguments = command(work, out, **options, resume_from_checkpoint=True)
     for step in (6, 18):
-        process = subprocess.Popen(
-            arguments, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        deadline = time.time() + 240
-        while not (out / f"checkpoint-{step}").exists():
-            assert process.poll() is None and time.time() < deadline
-            time.sleep(0.001)
-        process.kill()
-        process.wait()
-    assert main([*arguments[3:]]) == 0
+        with Running("-m", "whisper_meft", *arguments) as process:
+            deadline = time.time() + 240
+            while not (out / f"checkpoint-{step}").exists():
+                assert process.runs and time.time() < deadline, process.stderr[-3000:]
+                time.sleep(0.001)
+    assert main(arguments) == 0
     assert contents(out)["model.safetensors"] == contents(tmp_path / "whole")["model.safetensors"]

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from modelling_fixtures import CLASSES, ToyClips, randomise, tiny_whisper
+from process_fixtures import two_processes
 from safetensors.torch import load_file
 from sklearn.utils.class_weight import compute_class_weight
 from torch.nn import functional as F
@@ -387,13 +386,6 @@ def test_from_the_cache_it_is_the_same_run(work, tmp_path):
         torch.testing.assert_close(tensor, weights_of(tmp_path / "cache")[name], rtol=1e-3, atol=1e-4)
 
 
-_SPAWN = """
-import sys
-from whisper_meft.commands.cli import main
-sys.exit(main(sys.argv[1:]))
-"""
-
-
 @pytest.mark.slow
 def test_two_processes_draw_as_one(work, tmp_path):
     options = {
@@ -406,11 +398,7 @@ def test_two_processes_draw_as_one(work, tmp_path):
     one = command(work, tmp_path / "one", **options, per_device_train_batch_size=4)
     two = command(work, tmp_path / "two", **options, per_device_train_batch_size=2)
     assert main(one) == 0
-    script = tmp_path / "spawn.py"
-    script.write_text(_SPAWN)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run([*launcher, script, *two], env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    two_processes("-m", "whisper_meft", *two)
     for name, tensor in weights_of(tmp_path / "one").items():
         torch.testing.assert_close(tensor, weights_of(tmp_path / "two")[name], rtol=1e-4, atol=1e-5)
 

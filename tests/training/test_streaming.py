@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from process_fixtures import two_processes
 from recogniser_fixtures import make_recogniser
 from safetensors.torch import load_file
 from streaming_fixtures import make_shards, shards_of_folder, sound, tar
@@ -398,15 +399,7 @@ def test_two_processes_share_the_clips_and_go_on(work, tmp_path):
     def run(name, out, **options) -> list[list[list[str]]]:
         options = {"eval_strategy": "no", "save_strategy": "steps", "save_steps": 3, **options}
         options |= {"dataloader_num_workers": 2, "eval_data": None}
-        done = subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-            + [str(tmp_path / name), *command(work, out, shards, **options)],
-            env=ENVIRONMENT,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+        two_processes(script, tmp_path / name, *command(work, out, shards, **options))
         return [json.loads((tmp_path / f"{name}-{rank}.json").read_text()) for rank in range(2)]
 
     whole = run("whole", tmp_path / "out", num_train_epochs=2)

@@ -2,15 +2,13 @@
 
 import json
 import logging
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 from modelling_fixtures import CONFIGS, ToyClips, randomise, tiny_whisper
+from process_fixtures import two_processes
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from whisper_meft import MeftModel, get_meft_model
 
@@ -211,9 +209,11 @@ DDP_OPTIONS = {"max_steps": 3, "optim": "sgd", "learning_rate": 0.1, "max_grad_n
 DDP_SCRIPT = """
 import sys
 import torch
+
+tests, folder = sys.argv[1:]
+sys.path.insert(0, tests)
 from test_trainer import DDP_OPTIONS, METHODS, model_of, trained, trainer_of
 
-folder = sys.argv[1]
 for method in METHODS:
     model = model_of(method, "longest")
     trainer = trainer_of(
@@ -231,28 +231,17 @@ for method in METHODS:
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
-    """The folder and the messages of one torchrun that trains every method on two processes."""
+def trained_by_two(tmp_path_factory):
+    """The folder and the messages of one run that trains every method on two processes."""
     folder = tmp_path_factory.mktemp("ddp")
     (folder / "run.py").write_text(DDP_SCRIPT)
-    here = Path(__file__).parent
-    root = here.parents[1]
-    paths = [here, here.parent, root, root / "python", os.environ.get("PYTHONPATH", "")]
-    run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        + [str(folder / "run.py"), str(folder)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    return folder, run.stderr
+    ranks = two_processes(folder / "run.py", Path(__file__).parent, folder)
+    return folder, "".join(each.stderr for each in ranks)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_two_processes_equal_one_on_the_joined_batch(method, two_processes, tmp_path):
-    folder, messages = two_processes
+def test_two_processes_equal_one_on_the_joined_batch(method, trained_by_two, tmp_path):
+    folder, messages = trained_by_two
     assert "find_unused_parameters" not in messages and "missing keys" not in messages
     single = model_of(method, "longest")
     trainer_of(single, tmp_path, per_device_train_batch_size=8, **DDP_OPTIONS).train()

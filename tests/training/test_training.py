@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from process_fixtures import Running
 from safetensors.torch import load_file
 from training_fixtures import TONES, make_audio_folder, make_backbone, make_manifest, train_command
 from transformers import TrainerControl, TrainerState
@@ -342,21 +342,12 @@ def test_kill_9_loses_at_most_one_checkpoint_interval(work, tmp_path, capsys):
     out, interval = tmp_path / "out", 5
     options = {**RESUMABLE, "save_steps": interval, "save_total_limit": 3}
     arguments = train_command(work / "backbone", work / "train.csv", out, **options, max_steps=100_000)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "whisper_meft", *arguments],
-        env=ENVIRONMENT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
+    with Running("-m", "whisper_meft", *arguments) as process:
         deadline = time.time() + 120
         # Killed as the folder of step 40 appears: most likely in the middle of writing it.
         while not (out / "checkpoint-40").exists():
-            assert process.poll() is None and time.time() < deadline, "training did not get to step 40"
+            assert process.runs and time.time() < deadline, "training did not get to step 40"
             time.sleep(0.0005)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
     reached = checkpoints.checkpoint_step(checkpoints.list_checkpoints(out)[0])
     goal = reached + 2 * interval
     assert run(work, out, **{**options, "max_steps": goal}, resume_from_checkpoint=True) == 0
