@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from . import native_sources
+from ._ops import ops
 from .reference.stand_in import device_type
 
 _FOLDER = Path(__file__).parent
-NAMESPACE = "meft_csrc"
+NAMESPACE = f"{ops.name}_csrc"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

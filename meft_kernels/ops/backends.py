@@ -15,15 +15,16 @@ from contextlib import contextmanager
 import torch
 
 from .. import native
+from .._ops import add_op_namespace_prefix, ops
 from ..reference import stand_in
 from ..tune.row import FAMILIES, architecture, architecture_of
 from .schemas import OP_NAMES
 
 NAMESPACES = {  # under ``torch.ops``
-    "auto": "meft",
-    "reference": "meft_reference",
-    "native": "meft_native",
-    "triton": "meft_triton",
+    "auto": ops.name,
+    "reference": f"{ops.name}_reference",
+    "native": f"{ops.name}_native",
+    "triton": f"{ops.name}_triton",
 }
 BACKENDS = tuple(NAMESPACES)
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -121,7 +122,8 @@ def backend_status() -> dict[str, tuple[str, str]]:
     status = {}
     for name in (*OP_NAMES, "eight_bit"):
         registered = "encode" if name == "eight_bit" else name
-        has = functools.partial(torch._C._dispatch_has_kernel_for_dispatch_key, f"meft::{registered}")
+        full_name = add_op_namespace_prefix(registered)
+        has = functools.partial(torch._C._dispatch_has_kernel_for_dispatch_key, full_name)
         if torch.cuda.is_available() and has("CUDA"):
             why = "each kernel is checked against the reference at its first use"
             width = FASTER_BY_LIBRARY.get(name, {}).get(_family(torch.device("cuda")))
