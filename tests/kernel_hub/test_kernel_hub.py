@@ -1,0 +1,198 @@
+"""The folder for the Kernel Hub: its layout, its syntax, and its ops, loaded by path beside the package."""
+
+import ast
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import meft_kernels
+from kernel_hub import python39, tree
+from kernel_hub.__main__ import main
+
+REPO = "someone/meft-kernels"
+
+
+@pytest.fixture(scope="module")
+def kernel(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("hub") / "meft-kernels"
+    tree.write(out, REPO)
+    return out
+
+
+def by_path(folder: Path, name: str):
+    """A module from its folder, as an import system without ``kernels`` takes it."""
+    spec = importlib.util.spec_from_file_location(name, folder / "__init__.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def has_gradients_of_the_reference(module, network: str) -> None:
+    """Compares a network of a loaded kernel, its kernels chosen by the caller, with its float64 reference."""
+    torch.manual_seed(0)
+    fused = getattr(module, network)(32, 2, 4)
+    with torch.no_grad():
+        for parameter in fused.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    exact = getattr(module.reference, network)(32, 2, 4, dtype=torch.float64)
+    exact.load_state_dict(fused.state_dict())
+    states = [0.5 + torch.randn(2, 13, 32) for _ in range(3)]
+    results = []
+    for side, given in ((fused, states), (exact, [state.double() for state in states])):
+        out = side(given) if network == "SHERL" else side.pooled(given)
+        upstream = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).reshape(out.shape)
+        results.append((out, *torch.autograd.grad(out, list(side.parameters()), upstream)))
+    names = ["out", *(name for name, _ in fused.named_parameters())]
+    for name, got, truth in zip(names, *results, strict=True):
+        if name != "gate.bias":  # zero in exact arithmetic
+            torch.testing.assert_close(got.double(), truth, rtol=2e-3, atol=2e-4, msg=name)
+
+
+def test_loads_with_kernels(kernel, monkeypatch):
+    kernels = pytest.importorskip("kernels", reason="needs the kernels library")
+    loaded = kernels.get_local_kernel(kernel)
+    variant = Path(loaded.__file__).parent
+    about = kernels.Metadata.read_from_file(variant / "metadata.json")
+    assert loaded.__name__ == about.id != "meft_kernels"
+    # What the hub's own run of the tests does, with the kernel found by its name.
+    monkeypatch.setenv("LOCAL_KERNELS", f"{REPO}={kernel}")
+    spec = importlib.util.spec_from_file_location("own_tests", kernel / "tests" / "test_meft_kernels.py")
+    own = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(own)
+    assert own.kernel is loaded
+    own.test_network_equals_its_reference("LST")
+
+
+def test_settings_and_digests_are_those_that_kernels_reads(kernel):
+    rust = pytest.importorskip("kernels._rust", reason="needs the kernels library")
+    general = rust.Build.open(kernel).general
+    assert len(general.backends) == 3
+    for backend in general.backends:
+        variant = kernel / "build" / f"torch-{str(backend).lower()}"
+        about = rust.Metadata.read_from_file(variant / "metadata.json")
+        assert (str(about.name), about.version, about.backend.backend_type) == ("meft-kernels", 0, backend)
+        about.digest.validate(rust.Digest.hash_variant(rust.DigestAlgorithm.SHA256, variant))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="interprets kernels on the CPU")
+@pytest.mark.parametrize(("network", "op"), [("LST", "ladder"), ("UniPT", "adapter"), ("SHERL", "gated_up")])
+def test_triton_kernels_run_beside_the_package_and_another_build(kernel, network, op):
+    pytest.importorskip("triton")
+    builds = []
+    for backend in ("cuda", "rocm"):
+        variant = kernel / "build" / f"torch-{backend}"
+        name = json.loads((variant / "metadata.json").read_text())["id"]
+        builds.append(sys.modules.get(name) or by_path(variant, name))
+    namespaces = [each.ops.backends.NAMESPACES["auto"] for each in (meft_kernels, *builds)]
+    assert namespaces == ["meft", *(each.__name__ for each in builds)]
+    x = torch.randn(3, 8)
+    for namespace in namespaces:
+        mean, _ = getattr(torch.ops, namespace).row_statistics(x)
+        torch.testing.assert_close(mean, x.mean(1))
+    with builds[0].use_backend("triton"):
+        assert meft_kernels.ops.backends.current() == builds[1].ops.backends.current() == "auto"
+        has_gradients_of_the_reference(builds[0], network)
+    # Imported when they first run.
+    assert f"{builds[0].__name__}.triton_kernels.{op}" in sys.modules
+    assert f"{builds[1].__name__}.triton_kernels.{op}" not in sys.modules
+
+
+def test_versions_have_namespaces_of_their_own(kernel):
+    files = tree.sources()
+    changed = files | {"modules.py": files["modules.py"] + "# changed\n"}
+    assert tree.digest(files) != tree.digest(changed)
+    assert (kernel / "build" / "torch-cpu" / tree.NAMESPACE).read_text() == tree.namespace(
+        f"_meft_kernels_cpu_{tree.digest(files)}"
+    )
+    # kernel-builder writes it into the sources itself.
+    assert not (kernel / "torch-ext" / "meft_kernels" / tree.NAMESPACE).exists()
+
+
+def test_sources_import_nothing_but_torch_and_themselves(kernel):
+    roots = set()
+    package = kernel / "torch-ext" / "meft_kernels"
+    for path in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(), feature_version=(3, 9))):
+            if isinstance(node, ast.Import):
+                roots |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                roots.add(node.module.split(".")[0])
+    assert roots <= {"torch", "triton"} | set(sys.stdlib_module_names)
+
+
+def test_syntax_and_library_are_those_of_python_3_9(kernel):
+    pytest.importorskip("vermin", reason="needs vermin, which knows what each Python brought")
+    asked = ["-t=3.9-", "--eval-annotations", "--features", "union-types", "--no-tips", "--violations"]
+    found = subprocess.run(
+        [sys.executable, "-c", "import vermin; vermin.main()", *asked, str(kernel / "torch-ext")],
+        capture_output=True,
+        text=True,
+    )
+    assert found.returncode == 0, found.stdout
+
+
+def test_strict_zip_is_zip():
+    # The other branch of the file, which this Python does not take.
+    from kernel_hub._python39 import _zip
+
+    assert list(_zip("ab", [1, 2], strict=True)) == [("a", 1), ("b", 2)]
+    for unequal in (("ab", [1]), ("a", [1, 2])):
+        with pytest.raises(ValueError, match="different lengths"):
+            list(_zip(*unequal, strict=True))
+
+
+def test_lowering_leaves_everything_else_alone():
+    source = '''"""What it is."""
+
+import x
+
+A = int | str
+FLAGS = 1 << 3 | 1
+
+
+class C:
+    b: dict[str, int | None] = {}
+
+    def f(self, é: "int", *g: "Literal['a']" | None) -> int | None:
+        self.h: int | None = 1 | 2
+        return [*zip(self.b, é, strict=True), *zip(g)], {} | {}
+'''
+    expected = (
+        source.replace("A = int | str", 'A = "int | str"')
+        .replace("b: dict[str, int | None]", 'b: "dict[str, int | None]"')
+        .replace("\"Literal['a']\" | None", repr("\"Literal['a']\" | None"))
+        .replace("-> int | None", '-> "int | None"')
+        .replace("self.h: int | None", 'self.h: "int | None"')
+        .replace("*zip(self", "*strict_zip(self")
+        .replace('is."""\n', 'is."""\n\nfrom .._python39 import strict_zip\n')
+    )
+    assert python39.lowered(source, depth=1) == expected
+    with pytest.raises(ValueError, match="'re.A . X' is a union of types or a number"):
+        python39.lowered("import re\n\nBOTH = re.A | X\n", depth=0)
+
+
+@pytest.mark.parametrize("repo", ["meft-kernels", "a/b/c", "../x", "a/", "-a/b", "a b/c"])
+def test_refuses_another_name(tmp_path, repo, capsys):
+    assert main([str(tmp_path / "out"), f"--repo_id={repo}"]) == 2
+    assert capsys.readouterr().err == f"kernel_hub: repo_id must be OWNER/NAME, got {repo!r}\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_refuses_a_folder_that_holds_something(kernel, tmp_path, capsys):
+    before = sorted(kernel.rglob("*"))
+    assert main([str(kernel), "--repo_id", REPO]) == 2
+    assert capsys.readouterr().err == f"kernel_hub: the output folder must be new or empty, got {kernel}\n"
+    assert sorted(kernel.rglob("*")) == before
+    (tmp_path / "file").write_text("")
+    assert main([str(tmp_path / "file" / "out"), "--repo_id", REPO]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    (tmp_path / "empty").mkdir()
+    assert main([str(tmp_path / "empty"), "--repo_id", REPO]) == 0
+    assert "get_local_kernel" in capsys.readouterr().out
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["empty", "file"]
