@@ -8,15 +8,16 @@ import os
 
 
 def _mend_interpreter() -> None:
-    """Triton 3.6's interpreter makes an int of an array of shape (1,), which NumPy refuses from 2.5 on; later
-    ones do not."""
+    """Triton 3.6's interpreter, as those before it, makes an int of an array of shape (1,), which NumPy
+    refuses from 2.5 on; later ones do not. Before 3.6 there is no scope that undoes what it changes."""
     from triton.runtime import interpreter
 
     patch = interpreter._patch_lang_tensor
 
-    def patch_and_mend(tensor, scope) -> None:
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+    def patch_and_mend(tensor, *scope) -> None:
+        patch(tensor, *scope)
+        change = scope[0].set_attr if scope else setattr
+        change(tensor, "__index__", lambda self: self.handle.data.item())
 
     interpreter._patch_lang_tensor = patch_and_mend
 
