@@ -1,8 +1,10 @@
 """``python -m benchmarks.heads``: what several trained heads cost on one pass of the encoder.
 
-All ways take turns in one process, by process-CPU time on one thread, log-mel not included: one model by
-itself, ``MultiHead`` of that model and others, and the models one after the other. Side networks are new
-ones: what they cost does not depend on what they have learnt.
+All ways take turns in one process, by process-CPU time on one thread, log-mel not included: each model by
+itself, ``MultiHead`` of several, and the models of the first set one after the other. A pass of several is
+compared with the one of its models that takes longest by itself. Side networks are new ones: what they cost
+does not depend on what they have learnt. ``--seconds`` trims: clips of that length, nothing but their sound
+computed.
 """
 
 import argparse
@@ -23,33 +25,39 @@ from . import record
 from .steps import TOY
 from .timing import summary
 
-SETS = ("lst+unipt", "lst+lst+unipt", "lst+weighted_sum+head", "lst+sherl")
+SETS = ("lst+unipt", "lst+lst+unipt", "lst+weighted_sum+head", "lst+sherl", "sherl+sherl")
+APART = ", one after the other"
 
 
 def measured(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row for each way: its name and ``seconds`` of a forward (median, p20, p80)."""
+    """A row for each way: its name, ``seconds`` of a forward (median, p20, p80), and for several models the
+    one that is ``dearest`` by itself and the ``ratio`` to that one's time."""
     if options.model_name_or_path:
         base = load_backbone(options.model_name_or_path, dtype=torch.float32)
     else:
         toy = WhisperConfig(**TOY) if options.model == "toy" else options.model
         base = WhisperForAudioClassification._from_config(whisper_config(toy, num_labels=6))
     sizes = base.config
-    features = torch.randn(options.batch, sizes.num_mel_bins, 2 * sizes.max_source_positions)
+    window = 2 * sizes.max_source_positions
+    frames = window if options.seconds is None else round(100 * options.seconds)
+    if not 1 <= frames <= window:
+        raise UserError(f"--seconds must be above 0 and at most {window / 100:g}, got {options.seconds:g}")
+    features = torch.randn(options.batch, sizes.num_mel_bins, frames)
+    kept = {} if options.seconds is None else {"max_frames": "longest"}
 
     def made(name: str) -> MeftModel:
-        return get_meft_model(base, MeftConfig.from_dict({"method": name})).eval()
+        return get_meft_model(base, MeftConfig.from_dict({"method": name, **kept})).eval()
 
     def calls(*models: Callable[[torch.Tensor], Any]) -> Callable[[], Any]:
         return lambda: [model(features) for model in models]
 
-    ways: dict[str, Callable[[], Any]] = {}
-    for names in options.sets:
-        models = [made(name) for name in names.split("+")]
-        first = names.partition("+")[0]
-        ways.setdefault(first, calls(models[0]))
+    members = {names: names.split("+") for names in options.sets}
+    ways = {name: calls(made(name)) for name in dict.fromkeys(sum(members.values(), []))}
+    for names, each in members.items():
+        models = [made(name) for name in each]
         ways[names] = calls(MultiHead(models))
         if names == options.sets[0]:
-            ways[f"{names}, one after the other"] = calls(*models)
+            ways[f"{names}{APART}"] = calls(*models)
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     with torch.inference_mode():
         for number in range(options.rounds + 1):
@@ -58,7 +66,15 @@ def measured(options: argparse.Namespace) -> list[dict[str, Any]]:
                 run()
                 if number:  # the first warms up
                     seconds[way].append(time.process_time() - start)
-    return [{"way": way, "seconds": summary(taken)} for way, taken in seconds.items()]
+    taken = {way: summary(times) for way, times in seconds.items()}
+    rows = []
+    for way, found in taken.items():
+        row: dict[str, Any] = {"way": way, "seconds": found}
+        if (names := way.removesuffix(APART)) in members:
+            row["dearest"] = max(members[names], key=lambda name: taken[name]["median"])
+            row["ratio"] = found["median"] / taken[row["dearest"]]["median"]
+        rows.append(row)
+    return rows
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -68,7 +84,10 @@ def _parser() -> argparse.ArgumentParser:
         "--model_name_or_path", help="folder or hub name of a Whisper, in the place of --model"
     )
     parser.add_argument("--sets", nargs="+", default=SETS, help="methods, joined by a +")
-    parser.add_argument("--batch", type=int, default=2, help="clips, of the whole window")
+    parser.add_argument("--batch", type=int, default=2, help="clips")
+    parser.add_argument(
+        "--seconds", type=float, help="of sound in each clip, trimmed (default: the window, padding heard)"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", help="folder for the record (default: benchmarks/results)")
     return parser
@@ -83,11 +102,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.manual_seed(0)
         rows = measured(options)
         for row in rows:
-            ratio = row["seconds"]["median"] / rows[0]["seconds"]["median"]
-            print(f"{row['way']:<40} {row['seconds']['median']:8.3f} s  {ratio:.3f}")
+            over = f"  {row['ratio']:.3f} x {row['dearest']}" if "ratio" in row else ""
+            print(f"{row['way']:<40} {row['seconds']['median']:8.3f} s{over}")
         command = " ".join(["python -m benchmarks.heads", *argv])
         shapes = {"model": options.model_name_or_path or options.model, "batch": options.batch}
         shapes["model"] = str(shapes["model"]).rstrip("/").rpartition("/")[2]
+        if options.seconds is not None:
+            shapes["seconds"] = options.seconds
         written = record.write(
             "heads", {"rows": rows}, command=command, shapes=shapes, directory=options.output, device="cpu"
         )

@@ -10,9 +10,23 @@ def test_all_ways_are_measured(tmp_path, capsys):
     printed = capsys.readouterr().out
     found = json.loads(next(tmp_path.glob("*.json")).read_text())
     rows = found["figures"]["rows"]
-    ways = ["lst", heads.SETS[0], f"{heads.SETS[0]}, one after the other", *heads.SETS[1:]]
+    alone = ["lst", "unipt", "weighted_sum", "head", "sherl"]
+    ways = [*alone, heads.SETS[0], f"{heads.SETS[0]}, one after the other", *heads.SETS[1:]]
     assert [row["way"] for row in rows] == ways and all(row["seconds"]["median"] > 0 for row in rows)
     assert all(way in printed for way in ways) and found["shapes"] == {"model": "toy", "batch": 2}
+    medians = {row["way"]: row["seconds"]["median"] for row in rows}
+    for row in rows[len(alone) :]:
+        members = row["way"].partition(",")[0].split("+")
+        assert row["dearest"] == max(members, key=medians.get)
+        assert row["ratio"] == medians[row["way"]] / medians[row["dearest"]]
+
+
+def test_trimmed_clips(tmp_path, capsys):
+    asked = ["--model", "toy", "--rounds", "1", "--output", str(tmp_path), "--sets", "lst+sherl"]
+    assert heads.main([*asked, "--seconds", "0.5"]) == 0
+    assert json.loads(next(tmp_path.glob("*.json")).read_text())["shapes"]["seconds"] == 0.5
+    assert heads.main([*asked, "--seconds", "31"]) == 1
+    assert "--seconds must be above 0 and at most" in capsys.readouterr().err
 
 
 def test_a_folder_without_a_model(tmp_path, capsys):
