@@ -142,13 +142,16 @@ def test_log_mel_is_the_extractors(whole):
         assert np.abs(found - expected).mean() < 2e-5
 
 
-def test_nothing_is_heard_of_a_clip_without_samples():
-    model = make("lst", max_frames="longest")
-    batch = torch.full((2, 4000), torch.nan)
+@pytest.mark.parametrize("max_frames", ["longest", "fidelity"])
+def test_a_clip_without_samples_has_no_answer(max_frames):
+    module = WaveformGraph(ClassifierGraph(make("lst", max_frames=max_frames)), extractor())
+    batch = torch.full((3, 4000), torch.nan)
     batch[1] = 0.1
     with torch.no_grad():
-        found = WaveformGraph(ClassifierGraph(model), extractor())(batch, torch.tensor([0, 9_999]))[0]
-    assert found.isfinite().all()
+        for found in module(batch, torch.tensor([0, 9_999, -1])):
+            assert found[1].isfinite().all() and found[[0, 2]].isnan().all()
+        alone = module(batch[1:2], torch.tensor([4000]))[0]
+    torch.testing.assert_close(module(batch, torch.tensor([0, 9_999, -1]))[0][1:2], alone)
 
 
 def test_an_extractor_that_adds_noise_is_refused():

@@ -116,6 +116,8 @@ def test_probabilities_are_those_of_predict(work, tmp_path):
         np.testing.assert_allclose(together[index], wanted, atol=1e-5)
         np.testing.assert_allclose(alone, wanted, atol=1e-5)
     assert together.std(0).max() > 1e-3
+    nothing = {"waveform": np.zeros((1, 0), np.float32), "samples": np.array([0])}
+    assert all(np.isnan(found).all() for found in session.run(None, nothing))
 
 
 def test_the_example_needs_no_torch(work, tmp_path):
@@ -141,6 +143,11 @@ def test_the_example_needs_no_torch(work, tmp_path):
     assert (
         said.returncode == 1 and said.stderr == "other.wav has 8000 samples a second, resample it to 16000\n"
     )
+    soundfile.write(tmp_path / "none.wav", np.zeros(0), RATE)
+    said = subprocess.run(
+        [*command[:4], "none.wav"], capture_output=True, text=True, cwd=tmp_path, timeout=300
+    )
+    assert (said.returncode, said.stdout, said.stderr) == (1, "", "none.wav holds no samples\n")
 
 
 def test_int8_of_features_in_files_of_their_own(work, tmp_path):

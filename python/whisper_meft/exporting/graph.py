@@ -124,9 +124,11 @@ class ClassifierGraph(nn.Module):
 
         Args:
             input_features: (B, mel bins, F) float32; with max_frames "fidelity" F is the whole window's.
-            frames: (B,) int64, the mel frames of each clip that hold sound, or None with "fidelity".
+            frames: (B,) int64, the mel frames of each clip that hold sound, or None with "fidelity". A clip
+                of none has no answer: NaN, since a graph cannot refuse it.
         """
         features, lengths, mask = input_features, None, None
+        unheard = None if frames is None else frames < 1
         if self.options.max_frames != "fidelity":
             features = first(features, torch.sym_min(features.shape[2], 2 * self.max_frames), 2)
             frames = torch.minimum(frames, torch.full_like(frames, features.shape[2])).clamp(min=1)
@@ -149,6 +151,7 @@ class ClassifierGraph(nn.Module):
             pooled = self.standardisation(torch.cat([*([] if alone else [pooled]), *statistics], -1))
         logits = self.classifier(self.projector(pooled))
         logits = logits if self.temperature is None else logits / self.temperature
+        logits = logits if unheard is None else logits.masked_fill(unheard[:, None], torch.nan)
         return logits.softmax(-1), logits
 
     def _states(self, features: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
