@@ -38,6 +38,19 @@ def test_labels_and_speakers(shards, tmp_path):
     assert found(shards(str(tmp_path / "x.tar"))) == [(0, "nl", "ann"), (1, "de", "7"), (2, "3", "cid")]
 
 
+@pytest.mark.parametrize("shards", [load_examples, load_shards])
+def test_times_are_said_not_to_cut(shards, tmp_path, caplog):
+    # The sound was cut out of a longer recording when it was packed: the times are of that.
+    told = as_json(dialect="de", start=31.5, end_time_ms=32500, duration=1.0, offset_of="x")
+    tar(tmp_path / "x.tar", [m for i in range(3) for m in ((f"{i}.wav", sound(i)), (f"{i}.json", told))])
+    examples = list(shards(str(tmp_path)))
+    assert [index_of(example) for example in examples] == [0, 1, 2]
+    assert {(example.start, example.stop) for example in examples} == {(None, None)}
+    said = [record.message for record in caplog.records]
+    sentence = "what its examples say of start, end_time_ms is not used, sounds in shards are heard whole"
+    assert len(said) == 1 and said[0].endswith(sentence) and str(tmp_path) in said[0]
+
+
 def test_several_formats_of_sound(tmp_path):
     kinds = {"wav": "WAV", "flac": "FLAC", "mp3": "MP3", "ogg": "OGG"}
     members = []

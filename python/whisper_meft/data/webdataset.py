@@ -12,10 +12,12 @@ import re
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..errors import LazyPackage, UserError, one_line
+from ..once import warn_once
 from . import columns
 from .examples import DatasetCell, Example, listing
 from .folders import AUDIO_SUFFIXES, subfolders
@@ -94,6 +96,12 @@ class TarShards(ShardedExamples):
         fields = {suffix: value for suffix, value in members.items() if not _is_audio(suffix)}
         if "json" in fields:
             fields = {**_object(fields.pop("json"), name), **fields}
+        if times := _times(tuple(fields)):
+            # Most are those of a longer recording, out of which the sound was cut before it was packed.
+            warn_once(
+                f"{self.description}: what its examples say of {listing(times)} is not used, sounds in "
+                "shards are heard whole"
+            )
         label = columns.field_of(fields, options.label_column, LABEL, name)
         if label is None and options.require_labels:
             raise UserError(
@@ -116,6 +124,12 @@ class TarShards(ShardedExamples):
         # Without any it is as a row whose file is missing: it is left out by its name.
         sound = members[found[0]] if found else b""
         return DatasetCell(sound, 0, "audio") if isinstance(sound, Member) else sound
+
+
+@lru_cache(maxsize=256)  # examples of a source mostly have the same
+def _times(names: tuple[str, ...]) -> list[str]:
+    """Those among the names of fields that would cut the rows of a table out of files."""
+    return [name for name in names if columns.time_column(name)[0] in (*columns.START, *columns.STOP)]
 
 
 def _is_audio(suffix: str) -> bool:
