@@ -370,6 +370,17 @@ def test_scores_of_a_stream_are_those_of_the_list(work, tmp_path, capsys):
     assert json.loads((tmp_path / "some" / "eval_results.json").read_text())["count"] == 4
 
 
+def test_cut_clips_of_a_scored_stream_are_told_once(work, tmp_path, capsys):
+    clips = [(f"{i}.wav", sound(i, 1.5 if i % 3 else 0.4)) for i in range(20)]
+    labels = [(f"{i}.cls", b"high") for i in range(20)]
+    tar(tmp_path / "x.tar", [each for pair in zip(clips, labels) for each in pair])
+    scored = ["evaluate", str(work / "finished"), "--data", str(tmp_path / "x.tar"), "--streaming"]
+    assert main([*scored, "--window", "first", "--batch_size", "1", "--output_dir", str(tmp_path)]) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "longer than" in line]
+    sentence = "13 of 20 clips of {} are longer than 1.0 s; only their first 1.0 s are used"
+    assert said == [f"whisper-meft: warning: {sentence.format(tmp_path / 'x.tar')}"]
+
+
 # --- several processes, and memory ------------------------------------------------------------------------
 
 RECORDED = """

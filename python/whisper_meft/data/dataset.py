@@ -28,7 +28,7 @@ class SpeechDataset(torch.utils.data.Dataset):
         label2id: class ids by name; ``None`` gives items without ``labels``.
         max_frames: "fidelity" gives every item the full window, padded as Whisper does; "longest" the frames
             of the clip; an integer the same, of at most that many encoder frames (20 ms each). Longer clips
-            are cut to the window, and a warning says so once.
+            are cut to the window, and a warning says so once, unless ``say_cut`` is False.
         tokens: makes items of their transcripts; with ``label2id`` ``None``. With an integer every item then
             has that window, since Whisper hears padding; a longer clip is an error, for its transcript tells
             of what would not be heard.
@@ -54,6 +54,7 @@ class SpeechDataset(torch.utils.data.Dataset):
         max_frames: MaxFrames = "fidelity",
         tokens: TranscriptTokens | None = None,
         augment: Augmenter | None = None,
+        say_cut: bool = True,
     ):
         if label2id is not None and tokens is not None:
             raise UserError("label2id is for classes and tokens for transcripts: give one of them")
@@ -77,16 +78,9 @@ class SpeechDataset(torch.utils.data.Dataset):
         self._seconds = self._window * feature_extractor.hop_length / feature_extractor.sampling_rate
         known = [example.seconds for example in examples if example.seconds is not None]
         long = sum(seconds > self._seconds for seconds in known)
-        self._warned = len(known) == len(examples)
-        if long and tokens is None:
-            logger.warning(
-                "%d of %d clips of %s are longer than %.1f s; only their first %.1f s are used",
-                long,
-                len(examples),
-                examples.description,
-                self._seconds,
-                self._seconds,
-            )
+        self._warned = len(known) == len(examples) or not say_cut
+        if long and tokens is None and say_cut:
+            warn_of_cut(long, len(examples), examples.description, self._seconds)
             self._warned = True
 
     def __len__(self) -> int:
@@ -192,6 +186,18 @@ class SpeechDataset(torch.utils.data.Dataset):
                 self._seconds,
                 self._seconds,
             )
+
+
+def warn_of_cut(long: int, clips: int, description: str, seconds: float) -> None:
+    """Says of how many of so many clips only the first ``seconds`` are used."""
+    logger.warning(
+        "%d of %d clips of %s are longer than %.1f s; only their first %.1f s are used",
+        long,
+        clips,
+        description,
+        seconds,
+        seconds,
+    )
 
 
 def _check_augment(augment: Augmenter, examples: ExampleSet, extractor: Any) -> None:

@@ -84,7 +84,12 @@ class LoadedModel:
         batch_size: clips per batch.
         num_workers: processes that read audio; 0 reads in this one.
         progress: show progress bars.
+
+    Attributes:
+        say_cut: whether a warning says of clips that only their beginning is heard.
     """
+
+    say_cut = True
 
     def __init__(
         self,
@@ -114,7 +119,7 @@ class LoadedModel:
             max_frames: as in :class:`whisper_meft.data.SpeechDataset`.
             longest_first: put clips of like length together, where all lengths are known.
         """
-        dataset = data.SpeechDataset(examples, self.feature_extractor, None, max_frames)
+        dataset = data.SpeechDataset(examples, self.feature_extractor, None, max_frames, say_cut=self.say_cut)
         collator = data.Collator(self.feature_extractor, max_frames)
         lengths = dataset.lengths if longest_first else None
         order = list(range(len(dataset)) if lengths is None else LongestFirst(lengths))

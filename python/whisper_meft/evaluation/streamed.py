@@ -8,8 +8,10 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from ..data.checking import check_audio
+from ..data.dataset import warn_of_cut
 from ..data.examples import Example, ExampleSet
 from ..data.streaming import ShardedExamples, check_label
+from ..data.windows import longest_window
 from ..errors import UserError
 from .classifier import Classifier
 
@@ -54,6 +56,7 @@ def hear(
     """
     quiet, classifier.progress = classifier.progress, False
     rows, kept, bad = [], [], []
+    heard = longest_window(classifier.feature_extractor, classifier.max_frames)
     try:
         for part in tqdm(_parts(shards, classifier, labels), desc="classifying", disable=not quiet):
             if not others:
@@ -62,14 +65,19 @@ def hear(
             good, more = _usable(part, strict, classifier)
             bad += more
             if good:
+                # Said at the end; of features, whose length is not known, of the first part.
+                classifier.say_cut = not kept and good[0].has_features
                 rows.append(classifier.logits(ExampleSet(good, shards.description)))
                 kept += [replace(each, audio=len(kept) + place) for place, each in enumerate(good)]
     finally:
-        classifier.progress = quiet
+        classifier.progress, classifier.say_cut = quiet, True
     if not kept:
         raise UserError(
             f"no example of {shards.description} can be used" + (f"; {bad[0][0]}: {bad[0][1]}" if bad else "")
         )
+    long = sum(each.seconds is not None and each.seconds > heard for each in kept)
+    if long and classifier.windows is None:
+        warn_of_cut(long, len(kept), shards.description, heard)
     return HeardClassifier(classifier, np.concatenate(rows)), ExampleSet(kept, shards.description), bad
 
 
