@@ -9,6 +9,7 @@ from recogniser_fixtures import make_recogniser, noise
 from transformers import WhisperForConditionalGeneration, WhisperProcessor
 from whisper_meft import MeftConfig, get_meft_model
 from whisper_meft.commands.cli import main
+from whisper_meft.exporting.earlier import COPIED
 
 ctranslate2 = pytest.importorskip("ctranslate2", reason="the extra `ctranslate2` is not installed")
 
@@ -44,7 +45,13 @@ def test_what_it_says_is_what_the_model_says(method, options, work, tmp_path, ca
         pytest.importorskip("peft")
     model = save(work, tmp_path / "model", method, **options)
     command = ["export", str(tmp_path / "model"), str(tmp_path / "out"), "--format", "ctranslate2"]
-    assert main(command) == 0
+    earlier = ("model.onnx", "model.onnx.data", "model.json", "model.bin", "vocabulary.txt")
+    (tmp_path / "out").mkdir()
+    for name in (*earlier, "notes.txt"):
+        (tmp_path / "out" / name).write_text("old")
+    assert main([*command, "--overwrite"]) == 0
+    held = {path.name for path in (tmp_path / "out").iterdir()}
+    assert held == {"model.bin", "config.json", "vocabulary.json", "notes.txt", *COPIED}
     assert "for CTranslate2: the encoder's output differs from PyTorch's by" in capsys.readouterr().out
     processor = WhisperProcessor.from_pretrained(tmp_path / "out")
     wave, rate = soundfile.read(work / "clip.wav", dtype="float32")

@@ -215,6 +215,21 @@ def test_an_earlier_export_goes_and_the_rest_stays(work, tmp_path, monkeypatch, 
     assert "on 3 made-up sounds" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_an_export_for_the_other_runtime_goes_whole(whole, work, tmp_path, monkeypatch):
+    """Its small files have names that many folders have: they go with its weights, and stay without."""
+    out = tmp_path / "out"
+    out.mkdir()
+    small = ["config.json", "vocabulary.json", "tokenizer.json", "tokenizer_config.json"]
+    small += ["preprocessor_config.json"]
+    for name in (*small, *(["model.bin"] if whole else []), "notes.txt"):
+        (out / name).write_text("old")
+    stubbed(monkeypatch, lambda c: c.probabilities(onnx_folder.made_up(c)))
+    assert main(["export", str(work / "model"), str(out), "--overwrite"]) == 0
+    left = {path.name for path in out.iterdir()}
+    assert left == {"model.onnx", "model.json", "notes.txt", *([] if whole else small)}
+
+
 def test_one_difference_tells_labels_too(work, monkeypatch):
     expected = np.array([[0.5, 0.3, 0.2], [0.4, 0.4, 0.2]], np.float32)
     moved = expected + np.array([[0, 0, 0], [0, 0.01, -0.01]], np.float32)

@@ -11,7 +11,7 @@ from ..data.examples import Example, ExampleSet
 from ..errors import UserError, printable
 from ..evaluation.classifier import Classifier
 from ..evaluation.loaded import load_trained
-from ..exporting import ctranslate2_folder, onnx_folder
+from ..exporting import ctranslate2_folder, earlier, onnx_folder
 from ..files import check_writable
 from ..model.backbone import resolve_backbone
 from ..model.kinds import kind_of
@@ -142,7 +142,7 @@ def run(argv: Sequence[str]) -> int:
         raise UserError(f"OUT: {out} holds a model ({weights}), which would go; name another folder")
     if held and not arguments.overwrite:
         raise UserError(f"OUT: {out} is not empty; name another folder, or add --overwrite")
-    check_writable(out / onnx_folder.DESCRIPTION)
+    check_writable(out / earlier.DESCRIPTION)
     if arguments.format == "onnx":
         _onnx(where.model_dir, out, arguments)
     else:
@@ -169,7 +169,7 @@ def _onnx(model_dir: str, out: Path, arguments: ExportArguments) -> None:
     line = f"probabilities within {plain.largest:.1g} of PyTorch's on {clips}"
     if rounded is not None:
         line += f"; in int8 within {rounded.largest:.2g}, {rounded.labels} of {rounded.clips} labels change"
-    print(f"wrote {printable(out / onnx_folder.MODEL)}, {_mebibytes(out)}: {line}")
+    print(f"wrote {printable(out / earlier.MODEL)}, {_mebibytes(out)}: {line}")
 
 
 def _ctranslate2(model_dir: str, out: Path, arguments: ExportArguments) -> None:
@@ -194,5 +194,6 @@ def _beside(load: Callable[..., Any], named: str | None, model_dir: str) -> Any:
 
 def _mebibytes(folder: Path) -> str:
     """What the files of an export take."""
-    size = sum((folder / n).stat().st_size for n in onnx_folder.WRITTEN if (folder / n).is_file())
+    written = (folder / name for name in (*earlier.OF_ONNX, earlier.WEIGHTS))
+    size = sum(path.stat().st_size for path in written if path.is_file())
     return f"{size / 2**20:.1f} MiB"

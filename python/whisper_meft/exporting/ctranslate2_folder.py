@@ -14,7 +14,8 @@ from ..model.backbone import quiet_transformers
 from ..model.merging import check_mergeable
 from ..model.transcription import MeftForConditionalGeneration
 from ..model.whole_folder import whole_folder
-from .onnx_folder import WRITTEN, require
+from .earlier import COPIED, of_earlier_export
+from .onnx_folder import require
 
 # Of the encoder's output, in its norm. What is rounded is reported, and may be further.
 LARGEST_ERROR = 1e-3
@@ -42,7 +43,7 @@ def export_ctranslate2(
 
     Args:
         model: on the CPU. feature_extractor, tokenizer: its own.
-        folder: what is written; the files of an earlier export in it are replaced.
+        folder: what is written; the files of an earlier export in it, of either format, go.
         quantize: in int8.
 
     Returns:
@@ -57,14 +58,13 @@ def export_ctranslate2(
 
     check_runs(model)
     plain = model.merge_and_unload()
-    with tempfile.TemporaryDirectory() as merged, whole_folder(folder, WRITTEN.__contains__) as beside:
+    goes = of_earlier_export(Path(folder))
+    with tempfile.TemporaryDirectory() as merged, whole_folder(folder, goes) as beside:
         plain.save_pretrained(merged)
         tokenizer.save_pretrained(merged)
         feature_extractor.save_pretrained(merged)
         try:
-            converter = TransformersConverter(
-                merged, copy_files=["tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"]
-            )
+            converter = TransformersConverter(merged, copy_files=list(COPIED))
             with quiet_transformers():
                 converter.convert(os.fspath(beside), "int8" if quantize else None, force=True)
         except (ValueError, RuntimeError, OSError) as error:

@@ -23,14 +23,10 @@ from ..errors import UserError
 from ..evaluation.classifier import Classifier
 from ..files import write_json
 from ..model.whole_folder import whole_folder
+from .earlier import DESCRIPTION, MODEL, of_earlier_export
 from .graph import ClassifierGraph, WaveformGraph
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-
-MODEL, DESCRIPTION = "model.onnx", "model.json"
-
-# What an export leaves behind, of either kind, that the next one replaces.
-WRITTEN = {MODEL, f"{MODEL}.data", DESCRIPTION, "model.bin"}
 
 # Between the graph's probabilities and PyTorch's.
 LARGEST_DIFFERENCE = 1e-4
@@ -76,7 +72,7 @@ def export_onnx(
 
     Args:
         classifier: on the CPU, weights in float32 and not quantised.
-        folder: what is written; the files of an earlier export in it are replaced.
+        folder: what is written; the files of an earlier export in it, of either format, go.
         examples: recordings on which the graph is compared with PyTorch; None makes some up.
         features: the graph takes log-mel in place of waveforms.
         quantize: the encoder's linear layers, but for the first layer's, multiply in int8 with scales that
@@ -108,7 +104,7 @@ def export_onnx(
             "quantize: the graph holds no layer of the encoder but the first, which stays in float32: leave "
             "it out"
         )
-    with whole_folder(folder, WRITTEN.__contains__) as beside:
+    with whole_folder(folder, of_earlier_export(Path(folder))) as beside:
         path, description = beside / MODEL, _description(classifier, features)
         _describe(program.model, description)
         program.save(path, external_data=external_data)
