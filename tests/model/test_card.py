@@ -16,10 +16,11 @@ from huggingface_hub.utils import validate_repo_id
 from modelling_fixtures import tiny_whisper
 from recognition_fixtures import recogniser
 from training_fixtures import make_audio_folder, make_backbone, train_command
-from whisper_meft import MeftConfig, UserError, get_meft_model
+from whisper_meft import LSTConfig, MeftConfig, UserError, get_meft_model
 from whisper_meft.commands.cli import main
 from whisper_meft.data.examples import Example, ExampleSet
 from whisper_meft.model import card
+from whisper_meft.model.backbone import load_backbone
 from whisper_meft.model.config import MeftModelConfig
 
 # huggingface.co/tasks, /metrics and the relations of /docs/hub/model-cards.
@@ -250,6 +251,17 @@ def test_hostile_names_stay_text(name, tmp_path):
     assert body.count("<!-- end of data -->") == 1 and "<b>" not in body and "\u202e" not in body
     again = card.with_results((tmp_path / "README.md").read_text(), "x", results)
     assert again == (tmp_path / "README.md").read_text()
+
+
+def test_a_backbone_in_the_models_folder_is_not_one_of_the_hub(work, tmp_path):
+    shutil.copytree(work / "backbone", tmp_path / "model" / "backbones" / "tiny")
+    model = get_meft_model(
+        load_backbone(tmp_path / "model" / "backbones" / "tiny"), LSTConfig(reduction_factor=4)
+    )
+    model.save_pretrained(tmp_path / "model")
+    saved = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert saved["base_model_name_or_path"] == "backbones/tiny"  # from the model's folder
+    assert "base_model" not in check_header(tmp_path / "model" / "README.md")
 
 
 @pytest.mark.parametrize(

@@ -44,12 +44,12 @@ _MOST_CLASSES = 30
 _FRAME = 0.02  # seconds
 
 
-def model_card(config: PreTrainedConfig, language: str | None = None) -> str:
+def model_card(config: PreTrainedConfig, language: str | None = None, folder: Path | None = None) -> str:
     """The text of a ``README.md`` for a saved model.
 
     Args:
         config: a ``MeftModelConfig``. language: of a recogniser, by its name or code; None where it is not
-            known.
+            known. folder: the model's, in which its backbone may lie.
     """
     base, method = config.base_model_name_or_path, config.meft["method"]
     transcribes = config.task == "transcription"
@@ -70,7 +70,7 @@ def model_card(config: PreTrainedConfig, language: str | None = None) -> str:
         of = f"Whisper{part}{where}" if transcribes else f"Whisper encoder{where}, and a classifier"
         title = f"Whisper {'recogniser' if transcribes else 'classifier'} trained by {method}"
         what = f"What method {method} trains of a {of}."
-    hub_base = hub_name(base)
+    hub_base = None if folder is not None and base and (folder / base).exists() else hub_name(base)
     known = {
         "language": _code(language) if transcribes else None,
         "base_model": hub_base,

@@ -60,7 +60,7 @@ def save(
         safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt"})
     if not (folder / "README.md").exists():
         language = getattr(getattr(model, "generation_config", None), "language", None)
-        write_text(folder / "README.md", model_card(config, language))
+        write_text(folder / "README.md", model_card(config, language, folder))
     if getattr(model, "generation_config", None) is not None:
         write_text(folder / "generation_config.json", model.generation_config.to_json_string())
     write_text(folder / "config.json", config.to_json_string())
