@@ -8,6 +8,7 @@ from training_fixtures import make_audio_folder, make_backbone
 from whisper_meft import MeftConfig, UserError
 from whisper_meft.commands.cli import main
 from whisper_meft.commands.compare import make_parser
+from whisper_meft.commands.train import make_parser as train_parser
 from whisper_meft.comparison import costs as compare_costs
 from whisper_meft.comparison import runs as compare
 from whisper_meft.comparison.arguments import options_of
@@ -197,6 +198,19 @@ def test_mistakes_give_one_line(options, status, message, work, tmp_path, capsys
     assert main(command(work, tmp_path / "out", **options)) == status
     error = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     assert len(error) == 1 and message in error[0]
+
+
+@pytest.mark.parametrize("option", ["window", "hop", "cache_features", "cache_storage", "cache_copies"])
+def test_what_training_has_and_a_comparison_has_not(option, tmp_path, capsys):
+    told = f"--{option} is no option of this command: it t"
+    assert main(["compare", f"--output_dir={tmp_path / 'out'}", f"--{option.replace('_', '-')}", "4"]) == 2
+    assert told in capsys.readouterr().err
+    (tmp_path / "options.json").write_text(json.dumps({"output_dir": "out", option: 4}))
+    assert main(["compare", str(tmp_path / "options.json")]) == 2
+    error = capsys.readouterr().err
+    assert told.removeprefix("--") in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+    known = {action.dest for action in train_parser()._actions}
+    assert option in known and option not in {action.dest for action in make_parser()._actions}
 
 
 def test_several_processes_are_refused(work, tmp_path, capsys, monkeypatch):

@@ -15,10 +15,19 @@ from ..comparison.runs import Comparison
 from ..errors import one_line
 from ..options.parser import Parser
 
+_BEGINNING = "it trains and scores on the beginning of longer clips, which train --window cuts into examples"
+_NO_CACHE = "it times each method with its pass of the backbone; train --cache_features keeps what that gives"
+
+# What train has and a comparison has not.
+ABSENT = {
+    **dict.fromkeys(("window", "hop"), _BEGINNING),
+    **dict.fromkeys(("cache_features", "cache_storage", "cache_copies"), _NO_CACHE),
+}
+
 
 def make_parser() -> Parser:
     """The parser of `whisper-meft compare`."""
-    return Parser(
+    parser = Parser(
         "compare",
         (CompareArguments,),
         usage="--output_dir DIR [--methods all|a,b,c] [--quick] [--seeds 3] [options]",
@@ -27,6 +36,8 @@ def make_parser() -> Parser:
         "words and characters, beside those of the backbone alone) with its spread over seeds, step time, "
         "memory and trained parameters as JSON, Markdown and figures. Run again to go on.",
     )
+    parser.absent = ABSENT
+    return parser
 
 
 def run(argv: Sequence[str]) -> int:

@@ -84,6 +84,8 @@ class Parser(HfArgumentParser):
         )
         # Options by the name of a preset, the value of --preset; options that are given win over them.
         self.presets: Mapping[str, Mapping[str, Any]] = {}
+        # Options of other commands that one may look for here, by their names without dashes: why not.
+        self.absent: Mapping[str, str] = {}
         if any(map(is_plain, self._actions)):
             self.epilog = SWITCHES
 
@@ -186,6 +188,8 @@ class Parser(HfArgumentParser):
         if not unknown.startswith("-"):
             self.error(f"unexpected argument {unknown!r}")
         name = unknown.split("=")[0].replace("-", "_").replace("__", "--", 1)
+        if reason := self.absent.get(name.removeprefix("--")):
+            self.error(f"{name} is no option of this command: {reason}")
         known = [option for action in self._actions for option in action.option_strings[:1]]
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
         self.error(
@@ -207,6 +211,8 @@ class Parser(HfArgumentParser):
             given, name = name, name.replace("-", "_")
             if name not in dests and name.removeprefix("no_") in switches and isinstance(value, bool):
                 name, value = name.removeprefix("no_"), not value
+            if reason := self.absent.get(name):
+                raise UsageError(f"{path}: {given} is no option of this command: {reason}")
             if name not in dests or name == "help":
                 close = difflib.get_close_matches(name, dests, n=1, cutoff=0.7)
                 hint = f", did you mean {close[0]!r}?" if close else ""
