@@ -103,8 +103,8 @@ def write(out: Path, repo_id: str, package: Path = PACKAGE) -> list[Path]:
         raise ValueError(f"repo_id must be OWNER/NAME, got {repo_id!r}")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"the output folder must be new or empty, got {out}")
-    files = sources(package)
     out.parent.mkdir(parents=True, exist_ok=True)
+    files = sources(package)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as folder:
         made = Path(folder, "kernel")
         backends = _fill(made, repo_id, files)

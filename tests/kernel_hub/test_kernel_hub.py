@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,13 +25,14 @@ def kernel(tmp_path_factory) -> Path:
     return out
 
 
-def by_path(folder: Path, name: str):
-    """A module from its folder, as an import system without ``kernels`` takes it."""
-    spec = importlib.util.spec_from_file_location(name, folder / "__init__.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+def by_path(variant: Path):
+    """A build as an import system without ``kernels`` takes it, by its metadata's id, once."""
+    name = json.loads((variant / "metadata.json").read_text())["id"]
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, variant / "__init__.py")
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
 
 
 def has_gradients_of_the_reference(module, network: str) -> None:
@@ -87,11 +89,7 @@ def test_settings_and_digests_are_those_that_kernels_reads(kernel):
 @pytest.mark.parametrize(("network", "op"), [("LST", "ladder"), ("UniPT", "adapter"), ("SHERL", "gated_up")])
 def test_triton_kernels_run_beside_the_package_and_another_build(kernel, network, op):
     pytest.importorskip("triton")
-    builds = []
-    for backend in ("cuda", "rocm"):
-        variant = kernel / "build" / f"torch-{backend}"
-        name = json.loads((variant / "metadata.json").read_text())["id"]
-        builds.append(sys.modules.get(name) or by_path(variant, name))
+    builds = [by_path(kernel / "build" / f"torch-{backend}") for backend in ("cuda", "rocm")]
     namespaces = [each.ops.backends.NAMESPACES["auto"] for each in (meft_kernels, *builds)]
     assert namespaces == ["meft", *(each.__name__ for each in builds)]
     x = torch.randn(3, 8)
@@ -106,13 +104,30 @@ def test_triton_kernels_run_beside_the_package_and_another_build(kernel, network
     assert f"{builds[1].__name__}.triton_kernels.{op}" not in sys.modules
 
 
-def test_versions_have_namespaces_of_their_own(kernel):
-    files = tree.sources()
-    changed = files | {"modules.py": files["modules.py"] + "# changed\n"}
-    assert tree.digest(files) != tree.digest(changed)
-    assert (kernel / "build" / "torch-cpu" / tree.NAMESPACE).read_text() == tree.namespace(
-        f"_meft_kernels_cpu_{tree.digest(files)}"
-    )
+def test_card_is_a_template_of_kernel_builders(kernel):
+    jinja2 = pytest.importorskip("jinja2", reason="comes with torch")
+    yaml = pytest.importorskip("yaml", reason="comes with huggingface_hub")
+    template = jinja2.Environment(trim_blocks=True, undefined=jinja2.StrictUndefined)
+    text = (kernel / "CARD.md").read_text()
+    # The names that kernel-builder finds in the kernel's __all__, and what it tells beside them.
+    told = {"repo_id": REPO, "version": 0, "license": "apache-2.0", "functions": meft_kernels.__all__}
+    _, header, body = template.from_string(text).render(told).split("---\n", 2)
+    assert yaml.safe_load(header)["library_name"] == "kernels" and f'get_kernel("{REPO}"' in body
+    assert all(f"- `{name}`\n" in body for name in meft_kernels.__all__)
+
+
+def test_two_versions_stand_side_by_side(kernel, tmp_path):
+    shutil.copytree(tree.PACKAGE, tmp_path / "changed", ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    with (tmp_path / "changed" / "reference" / "common.py").open("a") as file:
+        file.write("\n\nNEW = True\n")
+    tree.write(tmp_path / "next", REPO, package=tmp_path / "changed")
+    one, other = (by_path(each / "build" / "torch-cuda") for each in (kernel, tmp_path / "next"))
+    assert other.reference.common.NEW and not hasattr(one.reference.common, "NEW")
+    x = torch.randn(3, 8)
+    for version in (one, other):
+        assert version.ops.backends.NAMESPACES["auto"] == version.__name__
+        torch.testing.assert_close(version.ops.row_statistics(x)[0], x.mean(1))
+    assert one.__name__ != other.__name__
     # kernel-builder writes it into the sources itself.
     assert not (kernel / "torch-ext" / "meft_kernels" / tree.NAMESPACE).exists()
 
