@@ -20,7 +20,10 @@ they are pooled (X times m; a frame's gradient is its group's, dK, over m, and C
 
 b has an identically zero gradient, since softmax does not see a shift. A row without a positive score attends
 to nothing and passes no gradient. X and k relu(S) are multiplied by ``boost`` before they are rounded, or
-they would underflow in fp16.
+they would underflow in fp16. Where E hardly varies over the keys that count, as where there is but one,
+E - delta cancels; it is taken in two steps, of e = E - delta as it was rounded:
+
+    E - delta = e - (rowsum(relu(S) * e) - 1e-7 delta) / R
 """
 
 import torch
@@ -228,12 +231,14 @@ def backward(
                 row_sum = scores.sum(-1, keepdim=True) + pooled.eps
                 score_grad = matmul(upstream[:, rows], key.mT, dtype)
                 delta = (scores * score_grad).sum(-1, keepdim=True) / row_sum
+                gate_grad += delta.sum((1, 2))
+                score_grad -= delta
+                score_grad -= ((scores * score_grad).sum(-1, keepdim=True) - pooled.eps * delta) / row_sum
                 factor = raised * gate / row_sum
-                flow = pooled.weigh(factor * (score_grad - delta) * (scores > 0), clips)
+                flow = pooled.weigh(factor * score_grad * (scores > 0), clips)
                 query_grad[:, rows] += matmul(flow, key, dtype)
                 key_grad += matmul(flow.mT, query[:, rows], dtype)
                 key_grad += matmul((scores * factor).mT, upstream[:, rows], dtype)
-                gate_grad += delta.sum((1, 2))
             gate_grads.append(gate_grad)
             feature_grads.append(pooled.spread(key_grad.div_(raised), clips) + gate * upstream)
         weight_grad, anchor_share, feature_shares = gates.backward(torch.stack(gate_grads, -1), clips)

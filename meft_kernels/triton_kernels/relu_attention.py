@@ -231,6 +231,9 @@ def relu_attention_bwd_anchor_kernel(
     # dA = sum_l (k m 1[S > 0] * (E - delta)) K_l,  k = C_l / R_l,  E = dM K_l^T,
     # delta = rowsum(m relu(S) * E) / R_l;
     # delta comes from a sweep of its own: E - delta cancels and must be rounded after the difference.
+    # Where E hardly varies over the keys that count, as where there is but one, delta's own rounding would
+    # be much of that. So delta is centre + rest: E's mean over the last tile that outweighed those before it,
+    # and the mean of E - centre.
     tiles = tl.cdiv(frames, BLOCK_M)
     clip = tl.program_id(0) // tiles
     row = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -245,26 +248,35 @@ def relu_attention_bwd_anchor_kernel(
     pair = clip
     for layer in tl.range(0, layers):
         total = tl.zeros([BLOCK_M], tl.float32)
-        delta = tl.zeros([BLOCK_M], tl.float32)
+        centre = tl.zeros([BLOCK_M], tl.float32)
+        rest = tl.zeros([BLOCK_M], tl.float32)
         for start in tl.range(0, keys, BLOCK_N):
             f = _block(keys0, keys1, key_ptr, pair, start, keys, R, SIZES, BLOCK_N)
             p = relu(contract(q, f))
             if POOL > 1:
                 p *= _weights(start + tl.arange(0, BLOCK_N), valid, POOL)[None, :]
-            total += tl.sum(p, 1)
-            delta += tl.sum(p * contract(g, f), 1)
-        delta = delta / (total + EPS / POOL)
-        k = boost * tl.load(gates_ptr + clip * layers + layer) / (total + EPS / POOL)
+            e = contract(g, f)
+            weight = tl.sum(p, 1)
+            if tl.max(weight - total, 0) > 0:
+                mean = tl.where(weight > total, tl.sum(p * e, 1) / weight, centre)
+                rest += total * (centre - mean)
+                centre = mean
+            rest += tl.sum(p * (e - centre[:, None]), 1)
+            total += weight
+        total += EPS / POOL
+        rest = (rest - EPS / POOL * centre) / total
+        k = boost * tl.load(gates_ptr + clip * layers + layer) / total
+        tl.store(delta_ptr + statistic, centre + rest, mask=row < frames)
+        tl.store(scale_ptr + statistic, k, mask=row < frames)
+        rest *= -k
         for start in tl.range(0, keys, BLOCK_N):
             f = _block(keys0, keys1, key_ptr, pair, start, keys, R, SIZES, BLOCK_N)
             s = contract(q, f)
             e = contract(g, f)
-            x = tl.where(s > 0, k[:, None] * (e - delta[:, None]), 0.0)
+            x = tl.where(s > 0, tl.fma(k[:, None], e - centre[:, None], rest[:, None]), 0.0)
             if POOL > 1:
                 x *= _weights(start + tl.arange(0, BLOCK_N), valid, POOL)[None, :]
             out = accumulate(x.to(f[0].dtype), f, out)
-        tl.store(delta_ptr + statistic, delta, mask=row < frames)
-        tl.store(scale_ptr + statistic, k, mask=row < frames)
         key_ptr += batch.to(tl.int64) * groups * R
         pair += batch
         statistic += batch.to(tl.int64) * frames

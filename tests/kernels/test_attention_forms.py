@@ -137,12 +137,14 @@ def one_key_alone(frames=24, pool=1):
     return {**inputs, "features": list(features)}, eighths(2, frames, 6)
 
 
-@pytest.mark.skipif(not native.LOADED, reason=native.REASON)
+@pytest.mark.parametrize("backend", ["native", "reference"])
 @pytest.mark.parametrize("pool", [1, 5])
-def test_gradients_of_a_query_with_one_key_do_not_cancel(pool):
+def test_gradients_of_a_query_with_one_key_do_not_cancel(pool, backend):
+    if backend == "native" and not native.LOADED:
+        pytest.skip(native.REASON)
     inputs, upstream = one_key_alone(pool=pool)
     exact = outputs_and_gradients(ops.relu_attention, {**inputs, "pool": pool}, upstream, torch.float64)
-    with use_backend("native"):
+    with use_backend(backend):
         found = outputs_and_gradients(ops.relu_attention, {**inputs, "pool": pool}, upstream)
     for name in ("anchor", "features[0]", "features[1]"):
         size = exact[name].norm(dim=-1)

@@ -104,6 +104,26 @@ def test_pooled_keys_of_clips_of_any_length(monkeypatch):
     assert_as_good_as_reference(kernel, reference, [(inputs, grad)], names(case))
 
 
+@pytest.mark.parametrize("pool", [1, 5])
+def test_gradients_of_a_query_with_one_key_do_not_cancel(pool):
+    """Products are exact in fp32, and one key behind the first has all of each query's weight."""
+    generator = torch.Generator().manual_seed(0)
+    anchor, feature = torch.zeros(1, 40, 8), torch.randint(-15, 16, (1, 40, 8), generator=generator) / 8
+    anchor[..., 0] = 0.5 ** torch.randint(0, 16, (1, 40), generator=generator)
+    feature = feature[:, ::pool].repeat_interleave(pool, 1)
+    feature[..., 0] = -1
+    feature[:, 20 : 20 + pool, 0] = 1
+    grad = torch.randint(-15, 16, (1, 40, 8), generator=generator) / 8
+    gate, given = (torch.zeros(1, 8), torch.zeros(1), None), (grad, anchor, feature)
+    exact = [tensor.double() for tensor in given]
+    truth = reference.backward(*exact[:2], *gate, [exact[2]], pool)  # in float64
+    first = [tensor.to(DEVICE) for tensor in (grad, anchor, *gate[:2])]
+    found = kernel.backward(*first, None, [feature.to(DEVICE)], pool)
+    for index in (0, 3):
+        error = (found[index].cpu().double() - truth[index]).norm(dim=-1)
+        assert (error <= 1e-5 * truth[index].norm(dim=-1)).all(), index
+
+
 def test_blocks_of_the_table():
     """The table's own block sizes, with tails behind them."""
     small = {name: choice.choose(name, 24).blocks for name in KERNELS}
