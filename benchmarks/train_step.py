@@ -2,10 +2,10 @@
 
 Each step is timed in turn with the frozen encoder's inference forward at the same precision, in one process,
 and with that of Hugging Face's code: the figures that count are their ratios, which other load and clocks
-hardly move. A CPU is timed by process-CPU
-time, a GPU by its own events. Peak memory is everything of the step: model, batch, gradients, optimizer,
-activations. On a GPU it is the allocator's; on a CPU the growth of the resident set of a fresh process whose
-large blocks are mapped (glibc keeps freed blocks otherwise).
+hardly move. A CPU is timed by process-CPU time, with freed memory kept for the next step as in training; a
+GPU by its own events. Peak memory is everything of the step: model, batch, gradients, optimizer, activations.
+On a GPU it is the allocator's; on a CPU the growth of the resident set of a fresh process whose large blocks
+are mapped (glibc keeps freed blocks otherwise).
 """
 
 import argparse
@@ -25,6 +25,7 @@ from whisper_meft.encoder.dtypes import parse_dtype
 from whisper_meft.errors import UserError, one_line
 from whisper_meft.files import check_writable
 from whisper_meft.memory.counting import count_step
+from whisper_meft.training.heap import keep_freed_memory
 
 from meft_kernels.ops import self_check
 
@@ -194,6 +195,8 @@ def clock(
         step's medians over the others': ``ratio`` and ``ratio_to_hugging_face``.
     """
     turns = hugging_face, forward, step
+    if torch.device(device).type == "cpu":
+        keep_freed_memory()  # as training does
     for _ in range(1 if torch.device(device).type == "cpu" else 2):
         for run in turns:
             run()

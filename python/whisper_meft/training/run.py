@@ -34,6 +34,7 @@ from .data import RunData, load_data
 from .fitting import fit_batch, out_of_memory
 from .gradients import GradientReport
 from .guard import FiniteGuard, Indexed, IndexedCollator, NonFiniteError
+from .heap import keep_freed_memory
 from .interrupts import Interrupts, Stopped
 from .lock import locked
 from .log_lines import LogLines, ProgressBar
@@ -102,6 +103,8 @@ def train(
         check_resumed(trainer, settings, resume_from)
         result = earlier_result(trainer, settings, examples, resume_from)
         if result is None:
+            if training_arguments.device.type == "cpu":
+                keep_freed_memory()
             outcome = run_training(trainer, watch, settings, examples, resume_from)
             result = conclude(trainer, watch, settings, examples, outcome)
         watch.guard.close()
