@@ -74,6 +74,29 @@ def transcribe(options: argparse.Namespace) -> int:
     return _go_through(options, study, plan(), name, name, work)
 
 
+def noise(options: argparse.Namespace) -> int:
+    from .noise_cells import NoiseStudy
+    from .noise_plan import plan
+
+    study = NoiseStudy(options.model, options.speech, options.work)
+
+    def name(cell: Any) -> str:
+        return f"{cell.row.entry} augment {cell.row.how} fold {cell.fold}"
+
+    def work(cell: Any) -> str:
+        found = study.run(cell)
+        if found["status"] != "ok":
+            return f"{name(cell)}: {found['status']}"
+        right = [
+            sum(a == b for a, b in zip(answers, found["validation_reference"])) / len(answers)
+            for answers in found["validation"].values()
+        ]
+        shares = ", ".join(f"{what} {share:.1%}" for what, share in zip(found["validation"], right))
+        return f"{name(cell)}: validation {shares}, {found['cpu_seconds']} s of CPU time"
+
+    return _go_through(options, study, plan(), lambda cell: cell.row.entry, name, work)
+
+
 def _go_through(
     options: argparse.Namespace,
     study: Any,
@@ -136,10 +159,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(dest="command", required=True)
-    named = {"run": "entry begins", "transcribe": "language and entry begin"}
+    chosen = parser.add_subparsers(dest="command", required=True)
+    named = {"run": "entry begins", "noise": "entry begins", "transcribe": "language and entry begin"}
     for name, begins in named.items():
-        runs = commands.add_parser(name, help="go through the plan")
+        runs = chosen.add_parser(name, help="go through the plan")
         runs.add_argument(
             "--model", default="openai/whisper-base", help="Whisper, a folder or a name on the hub"
         )
@@ -148,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         runs.add_argument("--rows", help=f"only rows whose {begins} with one of these, with commas between")
         runs.add_argument("--minutes", type=float, help="begin nothing after so many")
         runs.add_argument("--list", action="store_true", help="show the plan, run nothing")
-    pages = commands.add_parser("report", help="write the results, the page's tables and the figures")
+    pages = chosen.add_parser("report", help="write the results, the page's tables and the figures")
     pages.add_argument("--work", type=Path, help="take over the rows that ended there")
     pages.add_argument("--results", type=Path, default=HERE / "results", help="folder of the records")
     pages.add_argument("--page", type=Path, help="the page (default: the one beside this)")
@@ -157,7 +180,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     which.add_argument("--attention", action="store_true", help="those of UniPT's attention, from results/")
     options = parser.parse_args(argv)
     try:
-        return {"run": run, "transcribe": transcribe, "report": report}[options.command](options)
+        return {"run": run, "noise": noise, "transcribe": transcribe, "report": report}[options.command](
+            options
+        )
     except UserError as error:
         print(f"examples.real_speech: {one_line(error)}", file=sys.stderr)
         return 1

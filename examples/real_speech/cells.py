@@ -14,6 +14,7 @@ from whisper_meft import MeftConfig, data, get_meft_model
 from whisper_meft.commands.compare import make_parser
 from whisper_meft.comparison.arguments import options_of
 from whisper_meft.comparison.runs import Comparison
+from whisper_meft.data.augmenter import Augmenter
 from whisper_meft.errors import UserError
 from whisper_meft.evaluation.classifier import Classifier
 from whisper_meft.feature_cache.dataset import CachedCollator, CachedDataset
@@ -44,6 +45,7 @@ class Fold(Comparison):
         argv = [f"--{split}_data={manifests / file}.csv" for split, file in _SOURCES]
         argv += [f"--model_name_or_path={study.model}", f"--output_dir={runs}", "--use_cpu=True"]
         argv += [f"--num_train_epochs={row.epochs}", f"--batch_size={BATCH}", f"--bf16={row.bf16}"]
+        argv += study.options(row)
         (arguments,) = make_parser().parse(argv)
         super().__init__(arguments)
         self.study, self.row = study, row
@@ -62,12 +64,23 @@ class Fold(Comparison):
         Args:
             attention: of UniPT, where it is to be another one than it was trained with.
         """
-        options = InferenceArguments(batch_size=BATCH, device="cpu", window="first", attention=attention)
-        classifier = Classifier.load(folder, options, progress=False)
+        classifier = self.classifier(folder, attention)
         if not self.row.frozen:
             return classifier.probabilities(self.test).argmax(1).tolist()
+        return self.cached_answers(classifier, self.test)
+
+    def classifier(self, folder: Path, attention: str | None = None) -> Classifier:
+        """A finished run's model."""
+        options = InferenceArguments(batch_size=BATCH, device="cpu", window="first", attention=attention)
+        return Classifier.load(folder, options, progress=False)
+
+    def cached_answers(
+        self, classifier: Classifier, examples: data.ExampleSet, augment: Augmenter | None = None
+    ) -> list[int]:
+        """The class that a model gives each clip, of states in the cache: of the clips as they are, or of
+        what ``augment`` makes of them."""
         cache = FeatureCache(self.study.cache_folder(self.row))
-        dataset = CachedDataset(self.test, cache, classifier.model)
+        dataset = CachedDataset(examples, cache, classifier.model, augment=augment)
         with torch.inference_mode():
             batches = DataLoader(dataset, BATCH, collate_fn=CachedCollator())
             logits = torch.cat([classifier.model(**batch).logits for batch in batches])
@@ -101,6 +114,8 @@ class Study:
         work: gets ``rows/`` (a file for each run), features and unfinished runs.
     """
 
+    fold_class: type[Fold] = Fold
+
     def __init__(self, model: str, speech: Path, work: Path):
         self.model, self.speech, self.work = model, speech, work
         self._fold: tuple[Any, Fold] | None = None
@@ -116,6 +131,10 @@ class Study:
             for number, fold in enumerate(self._tasks[name]):
                 write_manifests(fold, self.work / "folds" / name / str(number))
         return self._tasks[name]
+
+    def options(self, row: Row) -> list[str]:
+        """Further options of `whisper-meft compare` for a row."""
+        return []
 
     def cache_folder(self, row: Row) -> Path:
         options = options_of(row.compared, 1, 1)
@@ -161,7 +180,7 @@ class Study:
         self.task(row.task)
         key = row.task, fold, row.budget, row.bf16
         if self._fold is None or self._fold[0] != key:
-            self._fold = key, Fold(self, row, fold)
+            self._fold = key, self.fold_class(self, row, fold)
         found = self._fold[1]
         found.row = row
         return found
@@ -210,10 +229,7 @@ class Study:
         try:
             result = fold.run(row.compared, rate, cell.seed)
             seconds, peak = time.process_time() - started, _peak()
-            predicted = fold.answers(fold.output / result["folder"])
-            # What a model costs in accuracy that is run with a cheaper attention than it learned with.
-            reads = ATTENTIONS if row.method == "unipt" and "attention=" not in row.entry else ()
-            read_as = {form: digits(fold.answers(fold.output / result["folder"], form)) for form in reads}
+            answers = self._answers(fold, fold.output / result["folder"])
         except (UserError, RuntimeError, ValueError) as error:
             found = {**about, **budget, "status": f"failed: {error}".splitlines()[0], "origin": origin}
         else:
@@ -222,8 +238,7 @@ class Study:
                 **about,
                 **budget,
                 "status": "ok",
-                "predicted": digits(predicted),
-                **({"read_as": read_as} if read_as else {}),
+                **answers,
                 "validation_accuracy": result["validation_accuracy"],
                 "validation_loss": result["validation_loss"],
                 "train_loss": result["train_loss"],
@@ -240,6 +255,14 @@ class Study:
             (fold.output / result["folder"] / "model.safetensors").unlink(missing_ok=True)
         write_json(self.path(row, cell.fold, rate, cell.seed), found)
         return found
+
+    def _answers(self, fold: Fold, folder: Path) -> dict[str, Any]:
+        """What a run's record holds of its model's answers, ``predicted`` being those to the test clips."""
+        predicted = {"predicted": digits(fold.answers(folder))}
+        if fold.row.method != "unipt" or "attention=" in fold.row.entry:
+            return predicted
+        # What a model costs in accuracy that is run with a cheaper attention than it learned with.
+        return {**predicted, "read_as": {form: digits(fold.answers(folder, form)) for form in ATTENTIONS}}
 
     def _trainable(self, row: Row, classes: int) -> int:
         sizes = load_config(ModelArguments(self.model))
