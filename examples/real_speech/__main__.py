@@ -2,14 +2,16 @@
 
     python -m examples.real_speech run --model openai/whisper-base --speech DIR --work DIR
     python -m examples.real_speech report --work DIR      # results/, this folder's README.md and its figures
+    python -m examples.real_speech noise --model openai/whisper-base --speech DIR --work DIR
+    python -m examples.real_speech report --noise --work DIR      # results/ and NOISE.md
     python -m examples.real_speech transcribe --model openai/whisper-base --speech DIR --work DIR
     python -m examples.real_speech report --transcription --work DIR      # results/ and TRANSCRIPTION.md
     python -m examples.real_speech report --attention      # ATTENTION.md, of this study and examples/study
 
-``run`` (of classification) and ``transcribe`` go through their plan (``--list`` shows it) and write a file
-into ``--work`` for every run that ends; whatever stops them, the same command goes on where it was, a run of
-classification that was cut off from its last epoch. A file called ``stop`` in ``--work`` ends them before
-the next run.
+``run`` (of classification), ``noise`` and ``transcribe`` go through their plan (``--list`` shows it) and
+write a file into ``--work`` for every run that ends; whatever stops them, the same command goes on where it
+was, a run of classification that was cut off from its last epoch. A file called ``stop`` in ``--work`` ends
+them before the next run.
 """
 
 import argparse
@@ -139,6 +141,10 @@ def report(options: argparse.Namespace) -> int:
         from . import transcription_report as pages
 
         name = "TRANSCRIPTION.md"
+    elif options.noise:
+        from . import noise_report as pages
+
+        name = "NOISE.md"
     elif options.attention:
         from . import attention_report as pages
 
@@ -177,6 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     pages.add_argument("--page", type=Path, help="the page (default: the one beside this)")
     which = pages.add_mutually_exclusive_group()
     which.add_argument("--transcription", action="store_true", help="those of transcription")
+    which.add_argument("--noise", action="store_true", help="those of training for noise")
     which.add_argument("--attention", action="store_true", help="those of UniPT's attention, from results/")
     options = parser.parse_args(argv)
     try:

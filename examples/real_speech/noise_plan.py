@@ -64,23 +64,17 @@ def plan() -> Iterator[Cell]:
     def cells(entry: str, how: str, folds: range) -> Iterator[Cell]:
         return (Cell(row(entry, how), fold, RATE, 0) for fold in folds)
 
-    head, lst, _ = METHODS
+    head, lst, unipt = METHODS
     every = folds_of("accents")
-    for entry in (head, lst):
-        yield from cells(entry, "none", every[:1])
-    for how in ("louder", "babble"):
-        yield from cells(head, how, every[:1])
-    for fold in every:
-        for entry in (head, lst):
+    for entry, how in ((head, "none"), (lst, "none"), (head, "louder"), (head, "babble"), (lst, CHOSEN)):
+        yield from cells(entry, how, every[:1])
+    for entry in (head, lst, unipt):
+        for fold in every:
             for how in ("none", CHOSEN):
                 yield from cells(entry, how, every[fold : fold + 1])
     for how in TRAININGS:
         for entry in (head, lst):
             yield from cells(entry, how, every[:1])
-    for entry in METHODS:
-        for fold in every:
-            for how in ("none", CHOSEN):
-                yield from cells(entry, how, every[fold : fold + 1])
     for how in (OTHER, TOLD):
         for entry in (head, lst):
             yield from cells(entry, how, every)

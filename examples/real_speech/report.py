@@ -32,30 +32,45 @@ def collect(work: Path, results: Path) -> list[Path]:
     Raises:
         UserError: there are no rows, or a record is of other folds.
     """
+    if not (work / "rows").is_dir():
+        raise UserError(f"--work: there are no rows in {work}")
     written = []
     for folder in sorted((work / "rows").glob("*")):
         path = results / f"{folder.name}.json"
-        shapes = _shapes(work / "folds" / folder.name)
-        cells: dict[tuple, dict] = {}
-        if path.is_file():
-            before = record.read(path)
-            if before["shapes"] != shapes:
-                raise UserError(f"{path} is of other folds than {work}: move it away first")
-            cells = {_key(cell): cell for cell in before["figures"]}
-        for file in sorted(folder.glob("*/*.json")):
-            cells |= {_key(cell): cell for cell in _cells_of(read_json(file))}
-        figures = [cells[key] for key in sorted(cells)]
-        if path.is_file() and figures == before["figures"]:
-            continue
-        record.write(folder.name, figures, command=COMMAND, shapes=shapes, device="cpu", path=path)
-        written.append(path)
-    if not (work / "rows").is_dir():
-        raise UserError(f"--work: there are no rows in {work}")
+        if take_over(work, folder.name, path, COMMAND):
+            written.append(path)
     return written
 
 
+def take_over(work: Path, task: str, path: Path, command: str) -> bool:
+    """Brings a record up to date with the rows of a task in ``work``; whether anything was new.
+
+    Args:
+        path: of the record. command: that makes such rows.
+
+    Raises:
+        UserError: the record is of other folds.
+    """
+    shapes = _shapes(work / "folds" / task)
+    cells: dict[tuple, dict] = {}
+    before = None
+    if path.is_file():
+        before = record.read(path)
+        if before["shapes"] != shapes:
+            raise UserError(f"{path} is of other folds than {work}: move it away first")
+        cells = {_key(cell): cell for cell in before["figures"]}
+    for file in sorted((work / "rows" / task).glob("*/*.json")):
+        cells |= {_key(cell): cell for cell in _cells_of(read_json(file))}
+    figures = [cells[key] for key in sorted(cells)]
+    if before is not None and figures == before["figures"]:
+        return False
+    record.write(path.stem, figures, command=command, shapes=shapes, device="cpu", path=path)
+    return True
+
+
 def _key(cell: dict[str, Any]) -> tuple:
-    return cell["entry"], cell["fold"], cell.get("rate") or 0.0, cell.get("seed", 0)
+    how = cell["entry"], cell.get("augment", "")
+    return *how, cell["fold"], cell.get("rate") or 0.0, cell.get("seed", 0)
 
 
 def _cells_of(found: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -186,7 +201,7 @@ def _accuracy(found: dict[str, Any], row: Found) -> str:
     return text
 
 
-def _interval(difference: dict[str, float] | None, all_folds: int | None = None) -> str:
+def interval(difference: dict[str, float] | None, all_folds: int | None = None) -> str:
     """A difference with its interval, and on how many folds where that are not ``all_folds``."""
     if difference is None:
         return ""
@@ -265,7 +280,7 @@ def _comparison(found: dict[str, Any], rows: Sequence[Found], everything: dict[s
                 f"{trained:,}" if trained else "",
                 f"{row.rate:g}" if row.rate else "",
                 _accuracy(found, row),
-                *(_interval(each, len(found["shapes"]["folds"])) for each in gaps),
+                *(interval(each, len(found["shapes"]["folds"])) for each in gaps),
                 *_costs(row),
                 _done(found, row, planned),
             ]
@@ -309,7 +324,7 @@ def varied(records: Records) -> str:
             label(entry),
             f"{row.cells[0]['trainable_parameters']:,}",
             _accuracy(found, row),
-            _interval(gaps, len(found["shapes"]["folds"])),
+            interval(gaps, len(found["shapes"]["folds"])),
         ]
         lines.append([*cells, *_costs(row), _done(found, row, _planned(_MAIN))])
     header = ["row", "trained", "accuracy, %", "− the method as it is", "CPU s a run", "h of audio per CPU h"]
@@ -329,9 +344,9 @@ def layers(records: Records) -> str:
             gap(found, row, other) for row in each if row for other in [_reference(rows, "full")] if other
         ]
         cells = [_accuracy(found, row) if row else "" for row in each]
-        between = _interval(gap(found, each[1], each[0])) if all(each) else ""
+        between = interval(gap(found, each[1], each[0])) if all(each) else ""
         lines.append(
-            [str(layer), *cells, between, _interval(gaps[-1], len(found["shapes"]["folds"])) if gaps else ""]
+            [str(layer), *cells, between, interval(gaps[-1], len(found["shapes"]["folds"])) if gaps else ""]
         )
     header = ["layer", "mean", "mean and deviation", "gain, points", "second − full, points"]
     return markdown(header, lines) if lines else NOTHING
@@ -392,7 +407,7 @@ def claims(records: Records) -> str:
         if between and any(len(r.tried) < len(planned[r.entry].rates) for r in each if r.entry in planned):
             said += ", as far as rates were tried"
         folds = f"{between['folds']}/{len(found['shapes']['folds'])}" if between else ""
-        lines.append([text, _interval(between), folds, said])
+        lines.append([text, interval(between), folds, said])
     return markdown(["claim", "difference, points", "folds", "on these recordings"], lines)
 
 
@@ -418,7 +433,7 @@ def pairs(records: Records) -> str:
     for one, other in PAIRS:
         each = [_reference(rows, method) for method in (one, other)]
         if all(each) and (between := gap(found, *each)):
-            lines.append([f"{one} − {other}", _interval(between), f"{between['folds']}"])
+            lines.append([f"{one} − {other}", interval(between), f"{between['folds']}"])
     return markdown(["points", "difference", "folds"], lines) if lines else NOTHING
 
 

@@ -43,6 +43,7 @@ PAGES = [
     ROOT / "examples" / "real_speech" / "README.md",
     ROOT / "examples" / "real_speech" / "TRANSCRIPTION.md",
     ROOT / "examples" / "real_speech" / "ATTENTION.md",
+    ROOT / "examples" / "real_speech" / "NOISE.md",
     *sorted(path for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts),
 ]
 MARKS = {"file", "given", "output", "fails", "not run"}
