@@ -68,10 +68,11 @@ def plan() -> Iterator[Cell]:
     every = folds_of("accents")
     for entry, how in ((head, "none"), (lst, "none"), (head, "louder"), (head, "babble"), (lst, CHOSEN)):
         yield from cells(entry, how, every[:1])
-    for entry in (head, lst, unipt):
-        for fold in every:
-            for how in ("none", CHOSEN):
-                yield from cells(entry, how, every[fold : fold + 1])
+    for entries, folds in (((head, lst), every[:2]), ((head, lst, unipt), every)):
+        for entry in entries:
+            for fold in folds:
+                for how in ("none", CHOSEN):
+                    yield from cells(entry, how, every[fold : fold + 1])
     for how in TRAININGS:
         for entry in (head, lst):
             yield from cells(entry, how, every[:1])
