@@ -47,9 +47,17 @@ def on_folds(rows: dict[str, Found], folds: set[int]) -> dict[str, Found]:
 
 
 def kept_loss(
-    found: dict[str, Any], plain: dict[str, Found], augmented: dict[str, Found], noise: str
+    found: dict[str, Any],
+    plain: dict[str, Found],
+    augmented: dict[str, Found],
+    noise: str,
+    from_plain: bool = False,
 ) -> dict[str, float]:
     """How much of the loss through a noise is left with augmentation, on the folds that both were run on.
+
+    Args:
+        from_plain: what is left counts from what the model without augmentation gets right of clean clips,
+            not from what the augmented one does: what clean clips pay is a loss too.
 
     Returns:
         ``share`` that is left; ``mean``, ``low`` and ``high`` of what is left beyond half of it, in points,
@@ -57,18 +65,19 @@ def kept_loss(
     """
     folds = plain["clean"].folds & augmented["clean"].folds
     clips = clips_of(found, folds)
-    lost, counts = [], None
-    for rows in (plain, augmented):
-        (clean, counts), (noisy, _) = (
-            right_answers(clips, rows[name].as_row(folds)) for name in ("clean", noise)
-        )
-        lost.append(clean.mean(axis=0) - noisy.mean(axis=0))
-    beyond = lost[1] - HALF * lost[0]
+
+    def right(rows: dict[str, Found], name: str) -> np.ndarray:
+        return right_answers(clips, rows[name].as_row(folds))[0].mean(axis=0)
+
+    _, counts = right_answers(clips, plain["clean"].as_row(folds))
+    before = right(plain, "clean") - right(plain, noise)
+    after = right(plain if from_plain else augmented, "clean") - right(augmented, noise)
+    beyond = after - HALF * before
     speakers = np.random.default_rng(0).integers(len(counts), size=(RESAMPLES, len(counts)))
     draws = 100 * beyond[speakers].sum(axis=1) / counts[speakers].sum(axis=1)
     low, high = np.quantile(draws, [0.025, 0.975])
     return {
-        "share": float(lost[1].sum() / lost[0].sum()) if lost[0].sum() else float("nan"),
+        "share": float(after.sum() / before.sum()) if before.sum() else float("nan"),
         "mean": float(100 * beyond.sum() / counts.sum()),
         "low": float(low),
         "high": float(high),
@@ -139,13 +148,14 @@ def losses(records: Records) -> str:
     found, lines = records[NAME], []
     for method, how, plain, augmented in _common(found):
         for name in (f"{kind} {min(LEVELS):g} dB" for kind in KINDS):
-            lost = [interval(gap(found, rows["clean"], rows[name])) for rows in (plain, augmented)]
-            left = kept_loss(found, plain, augmented, name)
+            own = [interval(gap(found, rows["clean"], rows[name])) for rows in (plain, augmented)]
+            of_plain = interval(gap(found, plain["clean"], augmented[name]))
+            left = [kept_loss(found, plain, augmented, name, from_plain) for from_plain in (False, True)]
+            told = [(f"{100 * each['share']:.0f} %", verdict(each)) for each in left]
             folds = str(len(plain["clean"].folds))
-            lines.append(
-                [_method(method), how, name, *lost, f"{100 * left['share']:.0f} %", verdict(left), folds]
-            )
-    header = ["method", "augmented", "noise", "lost without", "lost with", "left", "halved?", "folds"]
+            lines.append([_method(method), how, name, *own, *told[0], of_plain, *told[1], folds])
+    header = ["method", "augmented", "noise", "lost without", "lost with", "left", "halved?"]
+    header += ["lost with, from clean without", "left", "halved?", "folds"]
     return markdown(header, lines, text=3)
 
 

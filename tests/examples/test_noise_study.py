@@ -129,6 +129,11 @@ def test_a_loss_is_halved_where_its_interval_says_so():
         assert left["share"] == pytest.approx(share) and report.verdict(left) == said
         assert left["mean"] == pytest.approx(100 * (1 - noisy) - 25)
         assert left["low"] <= left["mean"] <= left["high"]
+    # What clean clips pay is a loss too, counted from the model without augmentation.
+    dearer = rows(right(0.8), right(0.7))
+    assert report.kept_loss(found, plain, dearer, "coloured 0 dB")["share"] == pytest.approx(0.2)
+    paid = report.kept_loss(found, plain, dearer, "coloured 0 dB", from_plain=True)
+    assert paid["share"] == pytest.approx(0.6) and paid["mean"] == pytest.approx(5)
 
 
 # --- the driver ---------------------------------------------------------------------------------------------
