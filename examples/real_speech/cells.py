@@ -228,7 +228,7 @@ class Study:
         origin = {key: value for key, value in record.environment("cpu").items() if key in ORIGIN}
         try:
             result = fold.run(row.compared, rate, cell.seed)
-            seconds, peak = time.process_time() - started, _peak()
+            seconds, peak = time.process_time() - started, _peak(base)
             answers = self._answers(fold, fold.output / result["folder"])
         except (UserError, RuntimeError, ValueError) as error:
             found = {**about, **budget, "status": f"failed: {error}".splitlines()[0], "origin": origin}
@@ -287,9 +287,10 @@ def _reset_peak() -> int | None:
     return None
 
 
-def _peak() -> int | None:
-    """The peak resident bytes since ``_reset_peak``."""
-    return _status("VmHWM")
+def _peak(base: int | None) -> int | None:
+    """The peak resident bytes since ``_reset_peak``, which gave ``base``: Linux counts pages for each processor
+    by itself, and its peak may be a few below what it said before."""
+    return None if base is None else max(base, _status("VmHWM"))
 
 
 def _status(key: str) -> int | None:
