@@ -288,8 +288,8 @@ def _reset_peak() -> int | None:
 
 
 def _peak(base: int | None) -> int | None:
-    """The peak resident bytes since ``_reset_peak``, which gave ``base``: Linux counts pages for each processor
-    by itself, and its peak may be a few below what it said before."""
+    """The peak resident bytes since ``_reset_peak``, which gave ``base``: Linux counts pages for each
+    processor by itself, and its peak may be a few below what it said before."""
     return None if base is None else max(base, _status("VmHWM"))
 
 
