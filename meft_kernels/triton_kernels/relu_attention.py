@@ -258,7 +258,8 @@ def relu_attention_bwd_anchor_kernel(
             e = contract(g, f)
             weight = tl.sum(p, 1)
             if tl.max(weight - total, 0) > 0:
-                mean = tl.where(weight > total, tl.sum(p * e, 1) / weight, centre)
+                outweighs = weight > total
+                mean = tl.where(outweighs, tl.sum(p * e, 1), centre) / tl.where(outweighs, weight, 1.0)
                 rest += total * (centre - mean)
                 centre = mean
             rest += tl.sum(p * (e - centre[:, None]), 1)
