@@ -233,7 +233,7 @@ def relu_attention_bwd_anchor_kernel(
     # delta comes from a sweep of its own: E - delta cancels and must be rounded after the difference.
     # Where E hardly varies over the keys that count, as where there is but one, delta's own rounding would
     # be much of that. So delta is centre + rest: E's mean over the last tile that outweighed those before it,
-    # and the mean of E - centre.
+    # and the mean of E - centre. What is added to the row sum is a key like the others, with E = 0.
     tiles = tl.cdiv(frames, BLOCK_M)
     clip = tl.program_id(0) // tiles
     row = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -247,7 +247,7 @@ def relu_attention_bwd_anchor_kernel(
     statistic = clip.to(tl.int64) * frames + row
     pair = clip
     for layer in tl.range(0, layers):
-        total = tl.zeros([BLOCK_M], tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32) + EPS / POOL
         centre = tl.zeros([BLOCK_M], tl.float32)
         rest = tl.zeros([BLOCK_M], tl.float32)
         for start in tl.range(0, keys, BLOCK_N):
@@ -264,8 +264,7 @@ def relu_attention_bwd_anchor_kernel(
                 centre = mean
             rest += tl.sum(p * (e - centre[:, None]), 1)
             total += weight
-        total += EPS / POOL
-        rest = (rest - EPS / POOL * centre) / total
+        rest /= total
         k = boost * tl.load(gates_ptr + clip * layers + layer) / total
         tl.store(delta_ptr + statistic, centre + rest, mask=row < frames)
         tl.store(scale_ptr + statistic, k, mask=row < frames)

@@ -124,6 +124,21 @@ def test_gradients_of_a_query_with_one_key_do_not_cancel(pool):
         assert (error <= 1e-5 * truth[index].norm(dim=-1)).all(), index
 
 
+def test_weights_far_below_the_epsilon_round_no_delta():
+    """One key's E is large and its weight next to nothing beside the epsilon: delta is as small as that."""
+    generator = torch.Generator().manual_seed(0)
+    anchor, feature, grad = torch.randn(3, 2, 40, 8, generator=generator)
+    anchor, feature = 1e-6 * anchor, 1e-6 * feature
+    anchor[..., -1], feature[:, 0, -1] = 0, 1e6
+    gate = torch.zeros(1, 8), torch.zeros(1), None
+    truth = reference.backward(grad.double(), anchor.double(), *gate, [feature.double()], 1)  # in float64
+    first = [tensor.to(DEVICE) for tensor in (grad, anchor, *gate[:2])]
+    found = kernel.backward(*first, None, [feature.to(DEVICE)], 1)
+    for index in (0, 3):
+        error = (found[index].cpu().double() - truth[index]).norm(dim=-1)
+        assert (error <= 1e-5 * truth[index].norm(dim=-1)).all(), index
+
+
 def test_blocks_of_the_table():
     """The table's own block sizes, with tails behind them."""
     small = {name: choice.choose(name, 24).blocks for name in KERNELS}
