@@ -51,7 +51,7 @@ def test_what_it_says_is_what_the_model_says(method, options, work, tmp_path, ca
         (tmp_path / "out" / name).write_text("old")
     assert main([*command, "--overwrite"]) == 0
     held = {path.name for path in (tmp_path / "out").iterdir()}
-    assert held == {"model.bin", "config.json", "vocabulary.json", "notes.txt", *COPIED}
+    assert held == {"model.bin", "config.json", "vocabulary.json", "vocabulary.txt", "notes.txt", *COPIED}
     assert "for CTranslate2: the encoder's output differs from PyTorch's by" in capsys.readouterr().out
     processor = WhisperProcessor.from_pretrained(tmp_path / "out")
     wave, rate = soundfile.read(work / "clip.wav", dtype="float32")

@@ -19,7 +19,7 @@ from whisper_meft import LSTConfig, MeftConfig, UserError, get_meft_model
 from whisper_meft.commands.cli import main
 from whisper_meft.data import load_examples
 from whisper_meft.evaluation.classifier import Classifier
-from whisper_meft.exporting import onnx_folder
+from whisper_meft.exporting import earlier, onnx_folder
 from whisper_meft.exporting.onnx_folder import Difference, export_onnx, run_onnx
 from whisper_meft.model.backbone import load_backbone, set_labels
 
@@ -200,7 +200,7 @@ def test_a_graph_that_differs_is_not_written(wrong, work, tmp_path, monkeypatch)
 def test_an_earlier_export_goes_and_the_rest_stays(work, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     out.mkdir()
-    for name in ("model.onnx", "model.onnx.data", "model.bin", "model.json", "notes.txt"):
+    for name in ("model.onnx", "model.onnx.data", "model.json", "model.bin", "notes.txt"):
         (out / name).write_text("old")
     stubbed(monkeypatch, lambda c: c.probabilities(onnx_folder.made_up(c)))
     command = ["export", str(work / "model"), str(out)]
@@ -211,23 +211,28 @@ def test_an_earlier_export_goes_and_the_rest_stays(work, tmp_path, monkeypatch, 
     assert main([*command, "--overwrite"]) == 0
     held = {path.name: path.read_bytes() for path in out.iterdir()}
     assert json.loads(held.pop("model.json"))["method"] == "lst"
-    assert held == {"model.onnx": b"new", "notes.txt": b"old"}
+    # A model.bin alone is anybody's.
+    assert held == {"model.onnx": b"new", "model.bin": b"old", "notes.txt": b"old"}
     assert "on 3 made-up sounds" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("whole", [True, False])
-def test_an_export_for_the_other_runtime_goes_whole(whole, work, tmp_path, monkeypatch):
-    """Its small files have names that many folders have: they go with its weights, and stay without."""
+@pytest.mark.parametrize("vocabulary", ["vocabulary.json", "vocabulary.txt"])
+def test_a_model_for_the_other_runtime_stays(vocabulary, work, tmp_path, capsys):
+    """Whoever converted it: nothing in its folder says."""
     out = tmp_path / "out"
     out.mkdir()
-    small = ["config.json", "vocabulary.json", "tokenizer.json", "tokenizer_config.json"]
-    small += ["preprocessor_config.json"]
-    for name in (*small, *(["model.bin"] if whole else []), "notes.txt"):
+    for name in ("model.bin", vocabulary, "config.json"):
         (out / name).write_text("old")
-    stubbed(monkeypatch, lambda c: c.probabilities(onnx_folder.made_up(c)))
-    assert main(["export", str(work / "model"), str(out), "--overwrite"]) == 0
-    left = {path.name for path in out.iterdir()}
-    assert left == {"model.onnx", "model.json", "notes.txt", *([] if whole else small)}
+    assert main(["export", str(work / "model"), str(out), "--overwrite"]) == 1
+    said = f"OUT: {out} holds a model for CTranslate2 (model.bin); name another folder"
+    assert capsys.readouterr().err == f"whisper-meft: error: {said}\n"
+    assert {path.read_text() for path in out.iterdir()} == {"old"} and len(list(out.iterdir())) == 3
+
+
+@pytest.mark.parametrize("name", ["model.json", "model.onnx"])
+def test_files_of_half_an_export_stay(name, tmp_path):
+    (tmp_path / name).write_text("old")
+    assert not earlier.of_earlier_export(tmp_path)(name)
 
 
 def test_one_difference_tells_labels_too(work, monkeypatch):

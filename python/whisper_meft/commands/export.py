@@ -142,6 +142,8 @@ def run(argv: Sequence[str]) -> int:
         raise UserError(f"OUT: {out} holds a model ({weights}), which would go; name another folder")
     if held and not arguments.overwrite:
         raise UserError(f"OUT: {out} is not empty; name another folder, or add --overwrite")
+    if arguments.format == "onnx" and earlier.holds_converted(out):
+        raise UserError(f"OUT: {out} holds a model for CTranslate2 ({earlier.WEIGHTS}); name another folder")
     check_writable(out / earlier.DESCRIPTION)
     if arguments.format == "onnx":
         _onnx(where.model_dir, out, arguments)

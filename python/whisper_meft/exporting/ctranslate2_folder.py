@@ -43,7 +43,7 @@ def export_ctranslate2(
 
     Args:
         model: on the CPU. feature_extractor, tokenizer: its own.
-        folder: what is written; the files of an earlier export in it, of either format, go.
+        folder: what is written; the files of an earlier export in it go.
         quantize: in int8.
 
     Returns:

@@ -72,7 +72,7 @@ def export_onnx(
 
     Args:
         classifier: on the CPU, weights in float32 and not quantised.
-        folder: what is written; the files of an earlier export in it, of either format, go.
+        folder: what is written; the files of an earlier export as ONNX in it go.
         examples: recordings on which the graph is compared with PyTorch; None makes some up.
         features: the graph takes log-mel in place of waveforms.
         quantize: the encoder's linear layers, but for the first layer's, multiply in int8 with scales that
