@@ -25,7 +25,7 @@ from whisper_meft.encoder.dtypes import parse_dtype
 from whisper_meft.errors import UserError, one_line
 from whisper_meft.files import check_writable
 from whisper_meft.memory.counting import count_step
-from whisper_meft.training.heap import keep_freed_memory
+from whisper_meft.training.heap import freed_memory_kept
 
 from meft_kernels.ops import self_check
 
@@ -195,12 +195,12 @@ def clock(
         step's medians over the others': ``ratio`` and ``ratio_to_hugging_face``.
     """
     turns = hugging_face, forward, step
-    if torch.device(device).type == "cpu":
-        keep_freed_memory()  # as training does
-    for _ in range(1 if torch.device(device).type == "cpu" else 2):
-        for run in turns:
-            run()
-    rounds = [[1e3 * _seconds(run, device) for run in turns] for _ in range(repeats)]
+    on_cpu = torch.device(device).type == "cpu"
+    with freed_memory_kept() if on_cpu else contextlib.nullcontext():  # as training does
+        for _ in range(1 if on_cpu else 2):
+            for run in turns:
+                run()
+        rounds = [[1e3 * _seconds(run, device) for run in turns] for _ in range(repeats)]
     theirs, ours, steps = (summary(column) for column in zip(*rounds))
     return {
         "step_ms": steps,

@@ -6,6 +6,7 @@ through it.
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -34,7 +35,7 @@ from .data import RunData, load_data
 from .fitting import fit_batch, out_of_memory
 from .gradients import GradientReport
 from .guard import FiniteGuard, Indexed, IndexedCollator, NonFiniteError
-from .heap import keep_freed_memory
+from .heap import freed_memory_kept
 from .interrupts import Interrupts, Stopped
 from .lock import locked
 from .log_lines import LogLines, ProgressBar
@@ -103,9 +104,8 @@ def train(
         check_resumed(trainer, settings, resume_from)
         result = earlier_result(trainer, settings, examples, resume_from)
         if result is None:
-            if training_arguments.device.type == "cpu":
-                keep_freed_memory()
-            outcome = run_training(trainer, watch, settings, examples, resume_from)
+            with freed_memory_kept() if training_arguments.device.type == "cpu" else nullcontext():
+                outcome = run_training(trainer, watch, settings, examples, resume_from)
             result = conclude(trainer, watch, settings, examples, outcome)
         watch.guard.close()
         if interrupts.asked is not None:  # with the last step: the run is whole, what comes behind it is not
