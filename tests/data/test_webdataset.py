@@ -39,15 +39,16 @@ def test_labels_and_speakers(shards, tmp_path):
 
 
 @pytest.mark.parametrize("shards", [load_examples, load_shards])
-def test_times_are_said_not_to_cut(shards, tmp_path, caplog):
+def test_times_and_channels_are_said_not_to_cut(shards, tmp_path, caplog):
     # The sound was cut out of a longer recording when it was packed: the times are of that.
-    told = as_json(dialect="de", start=31.5, end_time_ms=32500, duration=1.0, offset_of="x")
+    told = as_json(dialect="de", start=31.5, end_time_ms=32500, duration=1.0, offset_of="x", channel=1)
     tar(tmp_path / "x.tar", [m for i in range(3) for m in ((f"{i}.wav", sound(i)), (f"{i}.json", told))])
     examples = list(shards(str(tmp_path)))
     assert [index_of(example) for example in examples] == [0, 1, 2]
     assert {(example.start, example.stop) for example in examples} == {(None, None)}
     said = [record.message for record in caplog.records]
-    sentence = "what its examples say of start, end_time_ms is not used, sounds in shards are heard whole"
+    said_of = "start, end_time_ms, channel"
+    sentence = f"what its examples say of {said_of} is not used, sounds in shards are heard whole"
     assert len(said) == 1 and said[0].endswith(sentence) and str(tmp_path) in said[0]
 
 

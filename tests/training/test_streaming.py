@@ -8,6 +8,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from process_fixtures import two_processes
@@ -379,6 +380,20 @@ def test_cut_clips_of_a_scored_stream_are_told_once(work, tmp_path, capsys):
     said = [line for line in capsys.readouterr().err.splitlines() if "longer than" in line]
     sentence = "13 of 20 clips of {} are longer than 1.0 s; only their first 1.0 s are used"
     assert said == [f"whisper-meft: warning: {sentence.format(tmp_path / 'x.tar')}"]
+
+
+def test_cut_features_of_a_scored_stream_are_told_wherever_they_are(work, tmp_path, capsys):
+    """How long they are only reading them tells, so it is said of each part of the stream."""
+    datasets = pytest.importorskip("datasets")
+    made = np.random.default_rng(0).standard_normal((18, 80, 200), dtype=np.float32)
+    features = [each[:, : 60 if i < 9 else 200].tolist() for i, each in enumerate(made)]
+    rows = datasets.Dataset.from_dict({"input_features": features, "label": ["high"] * 18})
+    (tmp_path / "rows").mkdir()
+    rows.to_parquet(tmp_path / "rows" / "train-00000-of-00001.parquet")
+    scored = ["evaluate", str(work / "finished"), "--data", str(tmp_path / "rows"), "--streaming"]
+    assert main([*scored, "--window", "first", "--batch_size", "1", "--output_dir", str(tmp_path)]) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "longer than" in line]
+    assert said and all("only the first 1.0 s are used" in line for line in said)
 
 
 # --- several processes, and memory ------------------------------------------------------------------------

@@ -77,6 +77,11 @@ def time_column(name: str) -> tuple[str, float | str | None]:
     return plain, None
 
 
+def names_a_part(name: str) -> bool:
+    """Whether a column of this name says which part of a file is meant: from or until when, which channel."""
+    return normal(name) in CHANNEL or time_column(name)[0] in (*START, *STOP)
+
+
 def is_known(name: str) -> bool:
     """Whether a column is known by its name."""
     return normal(name) in _NAMED or time_column(name)[0] in (*START, *STOP, *DURATION)

@@ -70,12 +70,7 @@ class HuggingFaceShards(ShardedExamples):
         if self.label is not None:
             label_names([], self.label, dataset.features, description)  # its type
         # Such columns of files that rows share say which part is meant, which a stream does not hear.
-        self.timed = [
-            name
-            for name in others
-            if columns.time_column(name)[0] in (*columns.START, *columns.STOP)
-            or columns.normal(name) in columns.CHANNEL
-        ]
+        self.timed = [name for name in others if columns.names_a_part(name)]
         self._check_audio()
 
     def _refuse_parts(self) -> None:

@@ -96,10 +96,10 @@ class TarShards(ShardedExamples):
         fields = {suffix: value for suffix, value in members.items() if not _is_audio(suffix)}
         if "json" in fields:
             fields = {**_object(fields.pop("json"), name), **fields}
-        if times := _times(tuple(fields)):
-            # Most are those of a longer recording, out of which the sound was cut before it was packed.
+        if parts := _parts_of_files(tuple(fields)):
+            # Most times are those of a longer recording, out of which the sound was cut before it was packed.
             warn_once(
-                f"{self.description}: what its examples say of {listing(times)} is not used, sounds in "
+                f"{self.description}: what its examples say of {listing(parts)} is not used, sounds in "
                 "shards are heard whole"
             )
         label = columns.field_of(fields, options.label_column, LABEL, name)
@@ -127,9 +127,9 @@ class TarShards(ShardedExamples):
 
 
 @lru_cache(maxsize=256)  # examples of a source mostly have the same
-def _times(names: tuple[str, ...]) -> list[str]:
-    """Those among the names of fields that would cut the rows of a table out of files."""
-    return [name for name in names if columns.time_column(name)[0] in (*columns.START, *columns.STOP)]
+def _parts_of_files(names: tuple[str, ...]) -> list[str]:
+    """Those among the names of fields that would say which part of a file a row of a table is."""
+    return [name for name in names if columns.names_a_part(name)]
 
 
 def _is_audio(suffix: str) -> bool:

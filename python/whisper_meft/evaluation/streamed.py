@@ -65,8 +65,8 @@ def hear(
             good, more = _usable(part, strict, classifier)
             bad += more
             if good:
-                # Said at the end; of features, whose length is not known, of the first part.
-                classifier.say_cut = not kept and good[0].has_features
+                # Said at the end, of all; of features, whose length only reading them tells, in each part.
+                classifier.say_cut = good[0].has_features
                 rows.append(classifier.logits(ExampleSet(good, shards.description)))
                 kept += [replace(each, audio=len(kept) + place) for place, each in enumerate(good)]
     finally:
