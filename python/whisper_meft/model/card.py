@@ -428,7 +428,7 @@ def check_card(folder: Path, config: PreTrainedConfig) -> None:
 def _with_results(folder: Path, config: PreTrainedConfig, *given: Any) -> str:
     path = folder / "README.md"
     try:
-        text = path.read_text(encoding="utf-8-sig") if path.exists() else model_card(config)
+        text = path.read_text(encoding="utf-8-sig") if path.exists() else model_card(config, folder=folder)
         return with_results(text, folder.resolve().name, *given)
     except (OSError, ValueError) as error:
         raise UserError(f"scores cannot be written into {path}: {one_line(error)}") from error
