@@ -29,13 +29,14 @@ class Running:
     """A process that does what ``python`` does with these arguments: a file or ``-m`` and a module, and more.
 
     Args:
-        environment: added to that of the tests. What a package reads at its import has been read already.
+        environment: added to that of the tests. What a package reads of it at its import has been read.
     """
 
     def __init__(self, *arguments: object, **environment: str):
         self._folder = tempfile.TemporaryDirectory(prefix="process-")
         self._output = [Path(self._folder.name, name) for name in ("stdout", "stderr")]
-        started = (list(map(str, arguments)), environment, self._output)
+        # The server's own is of the moment when it was started.
+        started = (list(map(str, arguments)), {**os.environ, **environment}, self._output)
         self._process = _CONTEXT.Process(target=_become, args=started)
         self._process.start()
         self.sentinel = self._process.sentinel  # ready as soon as it has ended
@@ -72,6 +73,7 @@ class Running:
 
 
 def _become(arguments: Sequence[str], environment: dict[str, str], output: Sequence[Path]) -> None:
+    os.environ.clear()
     os.environ.update(environment)
     for stream, path in ((sys.stdout, output[0]), (sys.stderr, output[1])):
         with open(path, "w") as file:
@@ -99,18 +101,18 @@ def two_processes(*arguments: object, timeout: float = 300) -> list[Running]:
         AssertionError: one failed; the other is killed then, for it may wait for the first forever.
     """
     world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _port()}
-    ranks = [Running(*arguments, RANK=rank, LOCAL_RANK=rank, **world) for rank in "01"]
-    left = {each.sentinel: each for each in ranks}
-    try:
+    with contextlib.ExitStack() as killed_at_the_end:
+        ranks = [
+            killed_at_the_end.enter_context(Running(*arguments, RANK=rank, LOCAL_RANK=rank, **world))
+            for rank in "01"
+        ]
+        left = {each.sentinel: each for each in ranks}
         while left:
             ended = wait(left, timeout)
             assert ended, f"still running after {timeout} s:\n" + ranks[0].stderr[-3000:]
             for sentinel in ended:
                 one = left.pop(sentinel)
                 assert one.wait() == 0, one.stderr[-3000:]
-    finally:
-        for each in left.values():
-            each.kill()
     return ranks
 
 

@@ -720,8 +720,9 @@ def test_methods_that_train_the_encoder_are_refused_before_the_data_is_read(work
 def test_two_processes_fill_one_cache(work, tmp_path):
     command = ["-m", "whisper_meft", "cache", f"--model_name_or_path={work[0]}"]
     command += [f"--train_data={work[1]}", f"--output_dir={tmp_path / 'c'}", "--disable_tqdm=True"]
-    for each in [Running(*command) for _ in "ab"]:
-        assert each.wait() == 0, each.stderr
+    with Running(*command) as one, Running(*command) as other:
+        for each in (one, other):
+            assert each.wait() == 0, each.stderr
     cache = FeatureCache(tmp_path / "c")
     assert len(cache) == 12 and not cache.damaged()
     assert {path.name[:6] for path in (tmp_path / "c").iterdir()} == {"cache.", "shard-"}
