@@ -89,7 +89,7 @@ def write(out: Path, repo_id: str, package: Path = PACKAGE) -> list[Path]:
     """Writes the kernel's folder, in one step.
 
     Args:
-        out: a folder that does not exist yet or is empty.
+        out: a folder that does not exist yet or is empty, or a link to one; not the current folder.
         repo_id: the kernel's name on the hub, such as ``"owner/meft-kernels"``.
         package: the sources of ``meft_kernels``.
 
@@ -97,26 +97,56 @@ def write(out: Path, repo_id: str, package: Path = PACKAGE) -> list[Path]:
         The built variants' folders.
 
     Raises:
-        ValueError: ``repo_id`` has another form, or ``out`` holds something. OSError: it cannot be written.
+        ValueError: ``repo_id`` has another form, ``out`` holds something or is the current folder, or the
+            sources cannot be written for Python 3.9. OSError: it cannot be written.
     """
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", repo_id, re.ASCII):
-        raise ValueError(f"repo_id must be OWNER/NAME, got {repo_id!r}")
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    _check_repo_id(repo_id)
+    # A link stays, and what it points to is written.
+    place = Path(os.path.realpath(out))
+    if place.is_dir() and place.samefile(os.curdir):  # replaced, the shell would stand in a deleted one
+        raise ValueError(f"the output folder must not be the current one, got {out}")
+    if place.exists() and not (place.is_dir() and not any(place.iterdir())):
         raise ValueError(f"the output folder must be new or empty, got {out}")
-    out.parent.mkdir(parents=True, exist_ok=True)
     files = sources(package)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as folder:
-        made = Path(folder, "kernel")
-        backends = _fill(made, repo_id, files)
-        os.replace(made, out)
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".kernel-hub-", dir=place.parent) as folder:
+            made = Path(folder, "kernel")
+            backends = _fill(made, repo_id, files)
+            os.replace(made, place)
+    except OSError as error:  # of a temporary folder, of which nobody knows
+        raise OSError(f"cannot write the output folder {out}: {error.strerror or error}") from error
     return [out / "build" / f"torch-{backend}" for backend in backends]
+
+
+def _check_repo_id(repo_id: str) -> None:
+    """Raises ValueError where the hub has no such name: by its own function if it is installed, whose rules
+    of today stand here too."""
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo_id, re.ASCII):
+        raise ValueError(f"repo_id must be OWNER/NAME, got {repo_id!r}")
+    ends_well = re.fullmatch(r"([\w.-]{0,95}\w)/([\w.-]{0,95}\w)", repo_id, re.ASCII)
+    taken = ends_well and not re.search(r"--|\.\.|\.git$", repo_id)
+    if taken:
+        try:
+            from huggingface_hub.utils import validate_repo_id
+        except ImportError:
+            return
+        try:
+            validate_repo_id(repo_id)
+        except ValueError:
+            taken = False
+    if not taken:
+        raise ValueError(
+            "OWNER and NAME of repo_id must have at most 96 characters each, end in neither '-' nor '.', and "
+            f"hold no '--' or '..' and no '.git' at the end, got {repo_id!r}"
+        )
 
 
 def _fill(made: Path, repo_id: str, files: dict[str, str]) -> list[str]:
     """Writes everything into a new folder; the backends that it was built for."""
-    shutil.copytree(PROJECT, made, ignore=shutil.ignore_patterns("__pycache__"))
-    for path in (path for path in made.rglob("*") if path.is_file()):
-        path.write_text(path.read_text(encoding="utf-8").replace(SAMPLE_REPO, repo_id), encoding="utf-8")
+    own = [path for path in PROJECT.rglob("*") if path.is_file() and path.parent.name != "__pycache__"]
+    texts = {str(path.relative_to(PROJECT)): path.read_text(encoding="utf-8") for path in own}
+    _write_files(made, {name: text.replace(SAMPLE_REPO, repo_id) for name, text in texts.items()})
     general = tomllib.loads((made / "build.toml").read_text(encoding="utf-8"))["general"]
     shutil.copy(LICENSE, made)
     module = general["name"].replace("-", "_")

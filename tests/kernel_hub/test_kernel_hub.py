@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -200,6 +201,72 @@ def test_refuses_another_name(tmp_path, repo, capsys):
     assert main([str(tmp_path / "out"), f"--repo_id={repo}"]) == 2
     assert capsys.readouterr().err == f"kernel_hub: repo_id must be OWNER/NAME, got {repo!r}\n"
     assert not (tmp_path / "out").exists()
+
+
+LONG = "n" * 96
+NAMES = ["a/b--c", "a--b/c", "a/b..c", "a/b-", "a/b.", "a-/b", "a/b.git", f"a/{LONG}n", f"{LONG}n/a"]
+
+
+@pytest.mark.parametrize("installed", [True, False])
+@pytest.mark.parametrize("repo", NAMES)
+def test_refuses_what_the_hub_does(tmp_path, repo, installed, capsys, monkeypatch):
+    if not installed:
+        monkeypatch.setitem(sys.modules, "huggingface_hub.utils", None)
+    assert main([str(tmp_path / "out"), "--repo_id", repo]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("kernel_hub: OWNER and NAME of repo_id must have at most 96 characters each")
+    assert error.endswith(f", got {repo!r}\n") and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("repo", [f"{LONG}/{LONG}", "a/b", "_a/b_", "A.b-c_d/e.git.f"])
+def test_takes_what_the_hub_does(repo):
+    pytest.importorskip("huggingface_hub.utils").validate_repo_id(repo)
+    tree._check_repo_id(repo)
+
+
+def test_asks_the_hubs_own_function(monkeypatch):
+    hub = pytest.importorskip("huggingface_hub.utils")
+
+    def refuse(repo_id):
+        raise ValueError("A rule of tomorrow. In two sentences.")
+
+    monkeypatch.setattr(hub, "validate_repo_id", refuse)
+    with pytest.raises(ValueError, match=r"^OWNER and NAME of repo_id .*, got 'a/b'$"):
+        tree._check_repo_id("a/b")
+
+
+def test_refuses_the_current_folder(tmp_path, capsys, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "link").symlink_to("here")
+    monkeypatch.chdir(tmp_path / "here")
+    for out in (".", "../here", str(tmp_path / "link"), "missing/.."):
+        assert main([out, "--repo_id", REPO]) == 2
+        told = f"kernel_hub: the output folder must not be the current one, got {Path(out)}\n"
+        assert capsys.readouterr().err == told
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["here", "link"] and not os.listdir(".")
+
+
+def test_writes_to_where_a_link_points(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for target in ("empty", "missing/below"):
+        link = tmp_path / "link"
+        link.symlink_to(target)
+        assert tree.write(link, REPO)[0].is_dir() and link.is_symlink()
+        assert (tmp_path / target / "build.toml").is_file()
+        link.unlink()
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["empty", "missing"]
+
+
+def test_names_the_output_folder_and_not_a_temporary_one(tmp_path, capsys, monkeypatch):
+    def refuse(source, target):
+        raise OSError(16, "Device or resource busy", source, None, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    assert main([str(tmp_path / "out"), "--repo_id", REPO]) == 2
+    told = f"kernel_hub: cannot write the output folder {tmp_path / 'out'}: Device or resource busy\n"
+    assert capsys.readouterr().err == told
+    assert not list(tmp_path.iterdir())
 
 
 def test_refuses_a_folder_that_holds_something(kernel, tmp_path, capsys):
