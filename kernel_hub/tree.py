@@ -33,15 +33,24 @@ SAMPLE_REPO = "OWNER/NAME"  # in project/
 
 def sources(package: Path = PACKAGE) -> dict[str, str]:
     """The kernel's Python files by their place in it: what its ``__init__`` imports, directly or not, and the
-    Triton kernels, which the ops import by name when they first run."""
+    Triton kernels, which the ops import by name when they first run.
+
+    Raises:
+        ValueError: one of them cannot be written for Python 3.9; it names the file and the line.
+    """
     wanted = ["__init__.py", *(f"triton_kernels/{path.name}" for path in package.glob("triton_kernels/*.py"))]
     found: dict[str, str] = {}
     while wanted:
         name = wanted.pop()
         if name in found or name == NAMESPACE:
             continue
-        source = (package / name).read_text(encoding="utf-8")
-        found[name] = lowered(source, depth=name.count("/"))
+        try:
+            source = (package / name).read_text(encoding="utf-8")
+            found[name] = lowered(source, depth=name.count("/"))
+        except SyntaxError as error:
+            raise ValueError(f"{name}, line {error.lineno}: {error.msg}") from None
+        except ValueError as error:
+            raise ValueError(f"{name}, {error}") from None
         wanted += _imported(source, name, package)
     found[STRICT_ZIP] = (HERE / STRICT_ZIP).read_text(encoding="utf-8")
     return dict(sorted(found.items()))

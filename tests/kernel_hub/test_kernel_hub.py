@@ -194,6 +194,114 @@ class C:
     assert python39.lowered(source, depth=1) == expected
     with pytest.raises(ValueError, match="'re.A . X' is a union of types or a number"):
         python39.lowered("import re\n\nBOTH = re.A | X\n", depth=0)
+    with pytest.raises(ValueError, match=r"^line 1: .*'masks\[0\] . 4' is a union of types or a number"):
+        python39.lowered("BOTH = masks[0] | 4\n", depth=0)
+
+
+def test_nothing_is_left_to_lower(kernel):
+    package = kernel / "torch-ext" / "meft_kernels"
+    for path in package.rglob("*.py"):
+        assert python39.lowered(path.read_text(), depth=0) == path.read_text(), path
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "isinstance(x, int | str)",
+        "isinstance(x, (A, LSTM | GRU))",
+        "issubclass(x, a | b)",
+        "H = Callable[[Tensor | None], int]",
+        "def f(x):\n    T = Tensor | None",
+        "cast(Tensor | None, x)",
+        "if x:\n    A = int | str",
+        "A: TypeAlias = int | str",
+        "def f(x):\n    T = torch.Tensor | Size",
+        "def f(x):\n    T = x | dict[str, int]",
+        "def f(x):\n    T = x | Optional[int]",
+        "from .modules import LST, SHERL\ndef f(x):\n    T = LST | SHERL",
+        "class LST: pass\nclass SHERL: pass\ndef f(x=LST | SHERL): pass",
+        "def f(T):\n    T |= None",
+        "A = int | str\nisinstance(x, A)",
+    ],
+)
+def test_refuses_a_union_that_is_not_lowered(statement):
+    with pytest.raises(ValueError, match=rf"^line {2 + statement.count(chr(10))}: .*union") as refusal:
+        python39.lowered(f"import x\n{statement}\n", depth=0)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("call", ["partial(zip, strict=True)", "builtins.zip(x, strict=True)", "zip(x, **y)"])
+def test_refuses_a_strict_that_is_not_lowered(call):
+    with pytest.raises(ValueError, match="^line 2: .*'strict'"):
+        python39.lowered(f"import x\n{call}\n", depth=0)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "y = re.compile(x, re.A | re.B)",
+        "def f(x):\n    return code | SIGN_BIT | x.T | MASKS[0] | ~valid[:, None] | (1 << D)",
+        "from .codes import SIGN\ndef f(code):\n    code |= SIGN\n    return code | SIGN",
+        "def f(x):\n    x |= {Key: None}\n    return x | dict.fromkeys('ab') | {1: None}",
+        "side.load_state_dict(x, strict=False)",
+        "f(x, **y)",
+        "x: 'int | None' = 1",
+    ],
+)
+def test_takes_bits_and_sets_for_no_types(statement):
+    assert python39.lowered(f"import x\n{statement}\n", depth=0) == f"import x\n{statement}\n"
+
+
+def test_lowers_what_a_coroutine_returns_and_no_comment():
+    source = "async def f(\n    x: (\n        int  # or\n        | None\n    ),\n) -> int | None: ...\n"
+    lowered = python39.lowered(source, depth=0)
+    function = ast.parse(lowered).body[0]
+    assert [function.args.args[0].annotation.value, function.returns.value] == ["int | None"] * 2
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_counts_lines_as_python_does(end):
+    source = end.join(["a = '\u2028\x85'", "\x0c", "# \x1c", "def f(x: int | None): ...", ""])
+    expected = source.replace("int | None", '"int | None"')
+    assert python39.lowered(source, depth=0) == expected
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("x = ZIP", "IMPORT\nx = ZIP"),
+        ('"""doc"""; x = ZIP\n', '"""doc"""; IMPORT; x = ZIP\n'),
+        ('"""doc"""; \\\nx = ZIP\n', '"""doc"""; \\\nIMPORT; x = ZIP\n'),
+        (
+            '"""doc""";  # such\n@x(ZIP)\ndef f(): ...\n',
+            '"""doc""";  # such\n\nIMPORT\n@x(ZIP)\ndef f(): ...\n',
+        ),
+        (
+            '"""doc"""\n\nfrom __future__ import annotations\nx = ZIP\n',
+            '"""doc"""\n\nfrom __future__ import annotations\n\nIMPORT\nx = ZIP\n',
+        ),
+        (
+            "from __future__ import division\nfrom __future__ import annotations; x = ZIP\n",
+            "from __future__ import division\nfrom __future__ import annotations; IMPORT; x = ZIP\n",
+        ),
+        ('"""doc"""\r\nx = ZIP\r\n', '"""doc"""\r\n\r\nIMPORT\r\nx = ZIP\r\n'),
+    ],
+)
+def test_imports_behind_what_must_come_first(source, expected):
+    lowered = python39.lowered(source.replace("ZIP", "zip(a, strict=True)"), depth=0)
+    line = "from ._python39 import strict_zip"
+    assert lowered == expected.replace("IMPORT", line).replace("ZIP", "strict_zip(a, strict=True)")
+    compile(lowered, "lowered", "exec")
+
+
+@pytest.mark.parametrize(("line", "why"), [("isinstance(1, int | str)", "union"), ("1 +", "syntax")])
+def test_refuses_sources_by_file_and_line(tmp_path, line, why):
+    (tmp_path / "ops").mkdir()
+    (tmp_path / "__init__.py").write_text("from .ops import functions\n")
+    (tmp_path / "ops" / "functions.py").write_text(f"import x\n\n{line}\n")
+    with pytest.raises(ValueError, match=f"^ops/functions.py, line 3: .*{why}"):
+        tree.write(tmp_path / "missing" / "out", REPO, package=tmp_path)
+    assert not (tmp_path / "missing").exists()
 
 
 @pytest.mark.parametrize("repo", ["meft-kernels", "a/b/c", "../x", "a/", "-a/b", "a b/c"])
