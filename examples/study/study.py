@@ -98,6 +98,9 @@ AUGMENTED = {
     "10 dB, noise, 16 epochs": (10.0, 16, NOISE, 4),
     "10 dB, speed and noise, 16 epochs": (10.0, 16, SPEED, 8),
     "0 dB, noise, 16 epochs": (0.0, 16, NOISE, 4),
+    "0 dB, speed, 16 epochs": (0.0, 16, {"augment": ["speed"]}, 16),
+    "0 dB, plain, 48 epochs": (0.0, 48, {}, 0),
+    "0 dB, speed, 48 epochs": (0.0, 48, {"augment": ["speed"]}, 16),
 }
 LEVELS_HEARD = (0.0, 10.0)
 AUGMENTED_SEEDS = 2
