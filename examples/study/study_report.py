@@ -301,18 +301,21 @@ def augmentation(records: Records) -> str:
         own = {name.partition(", ")[2]: row for name, row in rows.items() if name.startswith(f"{method}, ")}
         own |= {name: _rows(records[part])[method] for name, part in known.items() if part in records}
         whole = 100 * usual[method]["accuracy"]["mean"]
-        # The level trained on, then without before with.
-        for name in sorted(
-            own, key=lambda name: (-int(name.split()[0]), "epochs" in name, "plain" not in name)
-        ):
-            row, louder = own[name], ""
+
+        def about(name: str) -> tuple[str, str, int]:
             level, how, *epochs = name.split(", ")
+            return level, how, int((epochs or ["6"])[0].split()[0])
+
+        # The level trained on, then the epochs, then without before with.
+        for name in sorted(own, key=lambda n: (-int(n.split()[0]), about(n)[2], "plain" not in n)):
+            row, louder = own[name], ""
+            level, how, epochs = about(name)
             if "predicted_10db" in row["seeds"][0]:
                 answers = [np.array(list(seed["predicted_10db"])) for seed in row["seeds"]]
                 shares = [100 * float((each == reference).mean()) for each in answers]
                 louder = f"{np.mean(shares):.1f} ± {np.std(shares, ddof=1):.1f}"
             lost = whole - 100 * row["accuracy"]["mean"]
-            text = [method, level, how, (epochs or ["6 epochs"])[0].split()[0], str(len(row["seeds"]))]
+            text = [method, level, how, str(epochs), str(len(row["seeds"]))]
             lines.append([*text, _accuracy(row), louder, f"{lost:.1f}"])
     header = ["method", "trained at", "augmented", "epochs", "seeds", "heard at 0 dB", "heard at 10 dB"]
     return markdown([*header, "lost, points"], lines)
