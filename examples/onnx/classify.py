@@ -19,16 +19,26 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("folder", type=Path, help="what `whisper-meft export` wrote")
     parser.add_argument("recordings", nargs="+", help="WAV, FLAC and whatever else libsndfile reads")
     given = parser.parse_args(arguments)
-    about = json.loads((given.folder / "model.json").read_text(encoding="utf-8"))
+    try:
+        about = json.loads((given.folder / "model.json").read_text(encoding="utf-8"))
+    except OSError as error:
+        sys.exit(
+            f"{given.folder} is not what `whisper-meft export` wrote: {error.strerror}: {error.filename}"
+        )
     if about["input"] != "waveform":
         sys.exit(f"{given.folder} takes {about['input']}: export it with --graph_input waveform")
     session = onnxruntime.InferenceSession(str(given.folder / "model.onnx"))
     for recording in given.recordings:
-        channels, rate = soundfile.read(recording, dtype="float32", always_2d=True)
+        try:
+            channels, rate = soundfile.read(recording, dtype="float32", always_2d=True)
+        except soundfile.SoundFileError as error:
+            sys.exit(f"{recording} cannot be read: {error}")
         if rate != about["sampling_rate"]:
             sys.exit(f"{recording} has {rate} samples a second, resample it to {about['sampling_rate']}")
         if not len(channels):
             sys.exit(f"{recording} holds no samples")
+        if not np.isfinite(channels).all():
+            sys.exit(f"{recording} holds samples that are NaN or infinite")
         if len(channels) > about["max_samples"]:
             print(
                 f"{recording}: heard are the first {about['max_samples'] / rate:g} seconds", file=sys.stderr

@@ -137,17 +137,19 @@ def test_the_example_needs_no_torch(work, tmp_path):
         assert found == pytest.approx(expected[file], abs=1e-5)
         assert list(found.values()) == sorted(found.values(), reverse=True)
     soundfile.write(tmp_path / "other.wav", np.zeros(800), 8000)
-    said = subprocess.run(
-        [*command[:4], "other.wav"], capture_output=True, text=True, cwd=tmp_path, timeout=300
-    )
-    assert (
-        said.returncode == 1 and said.stderr == "other.wav has 8000 samples a second, resample it to 16000\n"
-    )
     soundfile.write(tmp_path / "none.wav", np.zeros(0), RATE)
-    said = subprocess.run(
-        [*command[:4], "none.wav"], capture_output=True, text=True, cwd=tmp_path, timeout=300
-    )
-    assert (said.returncode, said.stdout, said.stderr) == (1, "", "none.wav holds no samples\n")
+    soundfile.write(tmp_path / "nan.wav", np.full(800, np.nan), RATE, subtype="FLOAT")
+    (tmp_path / "text.wav").write_text("no sound")
+    refusals = {
+        "other.wav": "has 8000 samples a second, resample it to 16000\n",
+        "none.wav": "holds no samples\n",
+        "nan.wav": "holds samples that are NaN or infinite\n",
+        "text.wav": "cannot be read: ",
+    }
+    for file, refusal in refusals.items():
+        said = subprocess.run([*command[:4], file], capture_output=True, text=True, cwd=tmp_path, timeout=300)
+        assert (said.returncode, said.stdout, said.stderr.count("\n")) == (1, "", 1)
+        assert said.stderr.startswith(f"{file} {refusal}")
 
 
 def test_int8_of_features_in_files_of_their_own(work, tmp_path):
