@@ -26,7 +26,7 @@ from whisper_meft.training.settings import make_augmenter
 
 from .cells import Fold, Study, digits
 from .folds import Clip, load_task
-from .noise_plan import COPIES, DTYPE, HEARD, TRAININGS, Row
+from .noise_plan import DTYPE, HEARD, TRAININGS, Row, copies_of
 from .plan import TRIMMED, Cell
 
 RATE = 16_000
@@ -56,17 +56,22 @@ def babble(clips: Sequence[Clip], generator: random.Random) -> np.ndarray:
 
 
 def make_noises(folder: Path, speech: Path) -> None:
-    """``folder/test`` with babble, and ``folder/train`` with babble of other people and coloured noise.
+    """``folder/test`` with babble, ``folder/train`` with babble of other people and coloured noise, and
+    ``folder/voices`` with four times as much babble of those and nothing else.
 
     The people are those of the languages, none of whom is in the accents. What is there stays, with the time
     of its change, by which a cache knows it.
     """
     people = load_task(speech, "languages")
-    for part in ("train", "test"):
-        for number in range(RECORDINGS):
+    for part, of, count in (
+        ("train", "train", RECORDINGS),
+        ("test", "test", RECORDINGS),
+        ("voices", "train", 4 * RECORDINGS),
+    ):
+        for number in range(count):
             path = folder / part / f"babble{number:02}.wav"
             if not path.is_file():
-                _write(path, babble(people[part], random.Random(f"{part} {number}")))
+                _write(path, babble(people[of], random.Random(f"{part} {number}")))
     for number in range(RECORDINGS):
         path = folder / "train" / f"coloured{number:02}.wav"
         if not path.is_file():
@@ -100,7 +105,7 @@ class NoisyFold(Fold):
     def _parse(self, method: str, rate: float, seed: int, folder: Path) -> tuple:
         parsed = super()._parse(method, rate, seed, folder)
         if parsed[3].augment is not None:
-            parsed[3].cache_copies, parsed[3].data_seed = COPIES, TRAINING_SEED
+            parsed[3].cache_copies, parsed[3].data_seed = copies_of(self.row.how), TRAINING_SEED
         return parsed
 
     @property
@@ -164,7 +169,7 @@ class NoiseStudy(Study):
     def _fill(self, row: Row, number: int) -> None:
         """Makes what the row's fold reads."""
         fold = self._fold_of(row, number)
-        wanted = [(fold.examples.training, fold.augment, COPIES if row.how != "none" else 1)]
+        wanted = [(fold.examples.training, fold.augment, copies_of(row.how))]
         for examples in fold.heard.values():
             wanted += [(examples, augment, 1) for augment in (None, *self.tests.values())]
         told = read_json(self._costs) if self._costs.is_file() else {"cpu_seconds": 0.0, "clips": 0}

@@ -12,7 +12,7 @@ from benchmarks import record
 from benchmarks.tables import markdown
 from examples.study.study_report import RESAMPLES, filled, right_answers
 
-from .noise_plan import COPIES, HEARD, KINDS, LEVELS, METHODS, TRAININGS, row
+from .noise_plan import HEARD, KINDS, LEVELS, METHODS, TRAININGS, copies_of, row
 from .report import Found, Records, accuracies, clips_of, gap, interval, label, sources, take_over
 
 NAME = "noise"
@@ -175,7 +175,7 @@ def costs(records: Records) -> str:
     for method, how, rows in _each(found, list(TRAININGS)):
         cells = rows["clean"].cells
         seconds = np.median([cell["cpu_seconds"] for cell in cells if cell["cpu_seconds"]])
-        versions = clips * (1 if how == "none" else COPIES)
+        versions = clips * copies_of(how)
         encoder = versions * np.median([cell["version_cpu_seconds"] for cell in cells])
         lines.append([_method(method), how, f"{seconds:.0f}", str(versions), f"{encoder:.0f}"])
     header = ["method", "augmented", "CPU s a run", "versions of clips", "CPU s of the encoder, once"]

@@ -68,6 +68,7 @@ def test_babble_is_of_other_people_in_training_than_in_tests(speech, tmp_path):
     assert sorted(found) == [
         *(f"test/babble0{n}.wav" for n in range(2)),
         *(f"train/{kind}0{n}.wav" for kind in ("babble", "coloured") for n in range(2)),
+        *(f"voices/babble0{n}.wav" for n in range(8)),
     ]
     for name, path in found.items():
         wave, rate = soundfile.read(path)
@@ -76,7 +77,7 @@ def test_babble_is_of_other_people_in_training_than_in_tests(speech, tmp_path):
         )
         if "babble" in name:  # both voices, as loud as each other, and nobody else's
             spectrum = np.abs(np.fft.rfft(wave))
-            voices = (500, 700) if "train" in name else (1100, 1300)
+            voices = (1100, 1300) if "test" in name else (500, 700)
             assert sorted(np.argsort(spectrum)[-2:]) == list(voices)
             assert spectrum[voices[0]] == pytest.approx(spectrum[voices[1]], 0.01)
     before = {path: (soundfile.read(path)[0], path.stat().st_mtime_ns) for path in found.values()}
@@ -142,7 +143,7 @@ def test_a_loss_is_halved_where_its_interval_says_so():
 def test_it_hears_what_it_says_and_makes_its_page(speech, tmp_path, monkeypatch, capsys):
     for module in (clean_plan, division):
         monkeypatch.setattr(module, "FOLDS", 3)
-    monkeypatch.setattr(cells, "COPIES", 2)
+    monkeypatch.setattr(cells, "copies_of", lambda how: 1 if how == "none" else 2)
     monkeypatch.setattr(plan, "row", lambda *given, make=plan.row: make(*given, epochs=6))
     short = [
         plan.Cell(plan.row(plan.METHODS[0], how), fold, 2e-2, 0)
