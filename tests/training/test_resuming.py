@@ -12,10 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from modelling_fixtures import ToyClips, tiny_whisper
 from process_fixtures import Running
 from safetensors.torch import load_file
 from training_fixtures import make_audio_folder, make_backbone, train_command
+from transformers import TrainerCallback
+from whisper_meft import MeftConfig, MeftTrainer, get_meft_model
 from whisper_meft.commands.cli import main
+from whisper_meft.options.training import TrainArguments
 from whisper_meft.training import checkpoints, resuming
 from whisper_meft.training import run as train
 from whisper_meft.training.tasks import classification
@@ -99,6 +103,11 @@ def test_a_larger_goal_goes_on_with_a_finished_run(work, tmp_path, capsys):
     assert "resuming from" in capsys.readouterr().out
     after = results(out)
     assert (after["steps"], after["resumed_from_step"], after["epochs"]) == (9, 6, 3)
+
+
+def test_a_finished_run_of_another_rate_is_refused(work, capsys, no_training):
+    assert resume(work, work / "finished", learning_rate=1e-5) == 1
+    assert "learning_rate 0.003 (now 1e-05)" in capsys.readouterr().err
 
 
 def test_a_finished_run_of_another_method_is_refused(work, tmp_path, capsys):
@@ -197,6 +206,68 @@ def test_other_steps_are_refused_and_named(change, named, work, tmp_path, capsys
     err = capsys.readouterr().err
     assert "was trained with" in err and named in err
     assert contents(out) == before
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"learning_rate": 1e-5}, "learning_rate 0.003 (now 1e-05)"),
+        ({"head_learning_rate": 1e-2}, "head_learning_rate None (now 0.01)"),
+        ({"weight_decay": 0.1}, "weight_decay 0.0 (now 0.1)"),
+        ({"optim": "sgd"}, "(now sgd)"),
+        ({"adam_beta2": 0.9}, "adam_beta2 0.999 (now 0.9)"),
+        (
+            {"lr_scheduler_type": "reduce_lr_on_plateau"},
+            "lr_scheduler_type constant (now reduce_lr_on_plateau)",
+        ),
+    ],
+)
+def test_other_terms_are_refused_and_named(change, named, work, capsys, no_training):
+    out = work / "finished"
+    before = contents(out)
+    assert resume(work, out, **{"num_train_epochs": 3, **change}) == 1
+    err = capsys.readouterr().err.splitlines()
+    assert "was trained with" in err[-1] and named in err[-1] and "Traceback" not in err
+    assert contents(out) == before
+
+
+def test_a_checkpoint_from_before_terms_were_kept_goes_on():
+    assert resuming.changed_terms({}, {"learning_rate": 1e-3}) == []
+    assert resuming.changed_terms({"learning_rate": 1e-3, "other": 1}, {"learning_rate": 1e-3}) == []
+    assert resuming.changed_terms({"optim": "sgd"}, {"optim": "adamw_torch", "new": 1}) == ["optim"]
+
+
+def test_the_first_step_of_more_epochs_is_not_wasted(tmp_path):
+    """The linear schedule of a finished run ended at 0, and its checkpoint says so."""
+    rates = []
+
+    class Rates(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+            rates.append([group["lr"] for group in optimizer.param_groups if group["params"]])
+
+    def run(steps, **options):
+        model = get_meft_model(tiny_whisper(), MeftConfig.from_dict({"method": "lst"}))
+        arguments = TrainArguments(
+            output_dir=str(tmp_path),
+            learning_rate=1e-2,
+            head_learning_rate=1e-1,
+            max_steps=steps,
+            lr_scheduler_type="linear",
+            eval_strategy="no",
+            save_strategy="steps",
+            save_steps=2,
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        trainer = MeftTrainer(model, arguments, train_dataset=ToyClips(), callbacks=[Rates()])
+        trainer.train(**options)
+        return trainer
+
+    run(2)
+    trainer = run(4, resume_from_checkpoint=True)
+    for found, factor in zip(rates, (1, 1 / 2, 1 / 2, 1 / 4), strict=True):
+        assert set(found) == {1e-2 * factor, 1e-1 * factor}
+    assert [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry][-2] == 5e-3
 
 
 def test_the_same_clips_in_other_parts_go_on(work, tmp_path):

@@ -70,6 +70,7 @@ def summarise(
         "steps": state.global_step,
         "planned_steps": trainer.total_steps(),
         "batches": asdict(trainer.batches),
+        "terms": trainer.record.terms,
         "early_stopping_patience": settings.training.early_stopping_patience,
         "resumed_from_step": trainer.first_step,  # time and speed are those of the steps since then
         "learning_rate": settings.training.learning_rate,

@@ -94,18 +94,21 @@ class RunRecord(TrainerCallback, ExportableState):
 
     Attributes:
         batches: a :class:`Batches` as a dictionary.
+        terms: of :func:`whisper_meft.training.terms.terms_of`.
         loss_sum: of all steps' losses since the run's beginning, or None where that is not known.
         stream: where a stream that is trained on goes on, or None.
     """
 
     def __init__(self, batches: dict[str, Any] | None = None):
         self.batches = batches
+        self.terms: dict[str, Any] = {}
         self.loss_sum: float | None = 0.0
         self.stream: dict[str, Any] | None = None
 
     def state(self) -> dict[str, Any]:
         streamed = {} if self.stream is None else {"stream": self.stream}
-        return {"args": {}, "attributes": {"batches": self.batches, "loss_sum": self.loss_sum, **streamed}}
+        told = {"batches": self.batches, "terms": self.terms, "loss_sum": self.loss_sum}
+        return {"args": {}, "attributes": {**told, **streamed}}
 
     @classmethod
     def loss_sum_of(cls, state: TrainerState) -> float | None:
@@ -155,6 +158,29 @@ def check_same_batches(checkpoint: Path, now: Batches) -> None:
         )
 
 
+def changed_terms(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The names of what differs. What one of them does not say is no change: checkpoints of earlier versions
+    say less."""
+    return [name for name in now if name in before and before[name] != now[name]]
+
+
+def check_same_terms(checkpoint: Path, now: dict[str, Any]) -> dict[str, Any]:
+    """The terms of a run that goes on from a checkpoint: those it had and ``now``'s.
+
+    Raises:
+        UserError: some of them have changed.
+    """
+    state = read_json(checkpoint / "trainer_state.json")
+    before = _attributes(state.get("stateful_callbacks") or {}, "RunRecord").get("terms") or {}
+    if changed := changed_terms(before, now):
+        named = ", ".join(f"{name} {before[name]} (now {now[name]})" for name in changed)
+        raise UserError(
+            f"resume_from_checkpoint: {checkpoint} was trained with {named}, and a run goes on as it began: "
+            "give what it was, or start anew in another output_dir"
+        )
+    return before | now
+
+
 def is_at_end(checkpoint: Path, total_steps: int, patience: int | None) -> bool:
     """Whether training was over at a checkpoint: at the last step, or stopped early with this patience."""
     state = read_json(checkpoint / "trainer_state.json")
@@ -164,12 +190,19 @@ def is_at_end(checkpoint: Path, total_steps: int, patience: int | None) -> bool:
 
 
 def finished_results(
-    folder: Path, evaluated: bool, batches: Batches, total_steps: int, patience: int | None, step: int
+    folder: Path,
+    evaluated: bool,
+    batches: Batches,
+    terms: dict[str, Any],
+    total_steps: int,
+    patience: int | None,
+    step: int,
 ) -> dict[str, Any] | None:
     """The train_results.json of a run that has nothing left to do; None if something is.
 
     Args:
         folder: of the run. evaluated: whether it leaves evaluation results. batches: of its steps.
+        terms: see :class:`RunRecord`.
         total_steps, patience: what is asked for now. step: of the newest checkpoint, 0 without one.
     """
     names = ["config.json", "model.safetensors", "preprocessor_config.json", "train_results.json"]
@@ -179,6 +212,8 @@ def finished_results(
     results = read_json(folder / "train_results.json")
     done = results.get("steps") or 0
     if batches.changes_since(results.get("batches") or {}, done):
+        return None
+    if changed_terms(results.get("terms") or {}, terms):
         return None
     same = results.get("planned_steps") == total_steps and results.get("early_stopping_patience") == patience
     return results if done >= step and (done >= total_steps or same) else None

@@ -41,10 +41,18 @@ from .lock import locked
 from .log_lines import LogLines, ProgressBar
 from .output_folder import check_output_dir, goes_on, make_room, prepare_output_dir
 from .results import TrainResult, report, summarise, write_results
-from .resuming import EarlyStopping, check_same_batches, finished_results, is_at_end, stream_of
+from .resuming import (
+    EarlyStopping,
+    check_same_batches,
+    check_same_terms,
+    finished_results,
+    is_at_end,
+    stream_of,
+)
 from .settings import Settings, settle
 from .stream_data import check_streaming, load_stream
 from .streaming import OneByOne, StreamedTraining, settle_length
+from .terms import terms_of
 from .throughput import Throughput, as_text
 from .trainer import MeftTrainer
 
@@ -322,6 +330,7 @@ def build_trainer(
     if arguments.cuda_graphs:
         model.use_cuda_graphs()
     trainer.record.batches = asdict(trainer.batches)
+    trainer.record.terms = terms_of(settings)
     trainer.first_step = 0 if resume_from is None else checkpoints.checkpoint_step(resume_from)
     return trainer, watch
 
@@ -350,11 +359,13 @@ def _length_batches(settings: Settings, examples: RunData, training_set: Dataset
 
 
 def check_resumed(trainer: MeftTrainer, settings: Settings, resume_from: Path | None) -> None:
-    """Raises UserError if a checkpoint is of another model, or counts other steps, than the run."""
+    """Raises UserError if a checkpoint is of another model, counts other steps, or was trained on other terms
+    than the run; its terms become those of the run too."""
     if resume_from is not None:
         checkpoints.check_same_model(resume_from, trainer.model.config)
         settings.task.check_resumed(resume_from)
         check_same_batches(resume_from, trainer.batches)
+        trainer.record.terms = check_same_terms(resume_from, trainer.record.terms)
         if trainer.streamed is not None:
             trainer.streamed.go_on_from(resume_from)
         elif stream_of(resume_from) is not None:
@@ -374,7 +385,8 @@ def earlier_result(
     if named and (resume_from is None or not is_at_end(resume_from, *ending)):
         return None
     folder, evaluated = Path(arguments.output_dir), examples.evaluation is not None
-    results = finished_results(folder, evaluated, trainer.batches, *ending, trainer.first_step)
+    told = (trainer.batches, trainer.record.terms)
+    results = finished_results(folder, evaluated, *told, *ending, trainer.first_step)
     if results is None:
         return None
     checkpoints.check_same_model(folder, trainer.model.config)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
@@ -310,6 +311,18 @@ class MeftTrainer(Trainer):
     def load(self, folder: Path) -> None:
         """Loads what was trained from a folder into the model."""
         self._load_from_checkpoint(str(folder))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        # The saved rates are of the schedule as it was then: at the end of a finished run they may be 0.
+        scheduler = self.lr_scheduler
+        if checkpoint is None or not isinstance(scheduler, LambdaLR):
+            return
+        step = scheduler.last_epoch
+        rates = [rate * share(step) for rate, share in zip(scheduler.base_lrs, scheduler.lr_lambdas)]
+        for group, rate in zip(self.optimizer.param_groups, rates):
+            group["lr"] = rate
+        scheduler._last_lr = rates
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         # Another number format than before has nothing to scale.
