@@ -47,7 +47,8 @@ def command(work, output, **options) -> list[str]:
         "lr_scheduler_type": "constant",
         "dataloader_num_workers": 0,
     } | options
-    return train_command(work / "backbone", work / "train", output, **options)
+    train_data = options.pop("train_data", work / "train")
+    return train_command(work / "backbone", train_data, output, **options)
 
 
 def resume(work, output, **options) -> int:
@@ -216,19 +217,37 @@ def test_other_steps_are_refused_and_named(change, named, work, tmp_path, capsys
         ({"weight_decay": 0.1}, "weight_decay 0.0 (now 0.1)"),
         ({"optim": "sgd"}, "(now sgd)"),
         ({"adam_beta2": 0.9}, "adam_beta2 0.999 (now 0.9)"),
+        ({"loss": "focal"}, "loss cross_entropy (now focal), focal_gamma 0.0 (now 2.0)"),
+        ({"class_weights": "balanced"}, "class_weights None (now balanced "),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor 0.0 (now 0.1)"),
+        ({"train_data": "other"}, "trained with names and labels of train_data "),
         (
             {"lr_scheduler_type": "reduce_lr_on_plateau"},
             "lr_scheduler_type constant (now reduce_lr_on_plateau)",
         ),
     ],
 )
-def test_other_terms_are_refused_and_named(change, named, work, capsys, no_training):
+def test_other_terms_are_refused_and_named(change, named, work, tmp_path, capsys, no_training):
     out = work / "finished"
     before = contents(out)
+    if "train_data" in change:  # as much of it, with one clip of another name
+        shutil.copytree(work / "train", tmp_path / "other")
+        (tmp_path / "other" / "low" / "low0.wav").rename(tmp_path / "other" / "low" / "low9.wav")
+        change = {"train_data": tmp_path / "other"}
     assert resume(work, out, **{"num_train_epochs": 3, **change}) == 1
     err = capsys.readouterr().err.splitlines()
     assert "was trained with" in err[-1] and named in err[-1] and "Traceback" not in err
     assert contents(out) == before
+
+
+def test_data_may_be_moved(work, tmp_path):
+    moved, out = tmp_path / "elsewhere" / "moved", tmp_path / "out"
+    shutil.copytree(work / "train", moved)
+    shutil.copytree(work / "test", tmp_path / "heard")
+    shutil.copytree(work / "finished", out)
+    assert resume(work, out, train_data=moved, eval_data=tmp_path / "heard", num_train_epochs=3) == 0
+    assert results(out)["resumed_from_step"] == 6
+    assert results(out)["terms"] == results(work / "finished")["terms"]
 
 
 def test_a_checkpoint_from_before_terms_were_kept_goes_on():
@@ -294,6 +313,11 @@ def test_how_clips_are_dealt_out_matters_within_an_epoch():
     older = {name: value for name, value in vars(now).items() if name != "sampling"}
     assert now.changes_since(older, 4) == []
     assert replace(now, sampling="balanced").changes_since(older, 4) == ["sampling"]
+    ordered = replace(now, order_of_clips="a")
+    assert ordered.changes_since({**vars(now), "order_of_clips": "b"}, 4) == ["order_of_clips"]
+    assert ordered.changes_since({**vars(now), "order_of_clips": "b"}, 3) == []
+    before_order = {name: value for name, value in vars(now).items() if name != "order_of_clips"}
+    assert ordered.changes_since(before_order, 4) == []
     assert now.changes_since({**vars(now), "clips_per_step": None, "max_frames_per_batch": 99}, 3)
 
 

@@ -5,9 +5,7 @@ What is not known when a model is saved stands between comments and is filled in
 reader's to edit.
 """
 
-import hashlib
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
+from ..data.digest import digest_of
 from ..data.examples import ExampleSet
 from ..data.streaming import Stream
 from ..errors import UserError, markdown, one_line, printable
@@ -202,7 +201,8 @@ class DataUsed:
         name: where it is from, without folders above it. hub_name: of the data set on the hub, or None.
         count: examples, None where a stream was not counted. seconds: of all of them, or None. speakers:
             their number, 0 where not known.
-        classes: examples of each class. digest: of their files' names and classes; "" of a stream.
+        classes: examples of each class. digest: of what is listed of them
+            (:func:`whisper_meft.data.digest.digest_of`); "" of a stream.
     """
 
     name: str
@@ -226,7 +226,7 @@ class DataUsed:
             None if None in seconds else sum(seconds),
             len(examples.speakers()),
             dict(sorted(examples.label_counts().items())),
-            _digest(examples),
+            digest_of(examples),
         )
 
     def as_text(self) -> str:
@@ -238,12 +238,6 @@ class DataUsed:
         if self.speakers:
             parts.append(f"{self.speakers} speakers")
         return f"{markdown(self.name)}: {', '.join(parts)}"
-
-
-def _digest(examples: ExampleSet) -> str:
-    """Eight digits that tell sets of examples apart, wherever they lie."""
-    told = sorted((os.path.basename(each.name), each.label or each.text or "") for each in examples)
-    return hashlib.sha256(repr(told).encode("utf-8", "backslashreplace")).hexdigest()[:8]
 
 
 def without_folders(description: str) -> str:

@@ -27,6 +27,7 @@ class Batches:
         by_length: whether the batches are made by :class:`whisper_meft.data.batching.LengthBatches`.
         sampling: which clips an epoch has. windows: how longer clips are cut, in words.
         augmentation: how clips are changed.
+        order_of_clips: tells theirs from another; None of a stream, and where it is not known.
         others: the options of these names.
     """
 
@@ -43,6 +44,7 @@ class Batches:
     sampling: str = "natural"
     windows: str | None = None
     augmentation: dict[str, Any] | None = None
+    order_of_clips: str | None = None
 
     @classmethod
     def of(
@@ -77,14 +79,16 @@ class Batches:
     def changes_since(self, before: dict[str, Any], step: int) -> list[str]:
         """The names of what has changed so that a run cannot go on at ``step``, as ``before`` counts it."""
         before = _OLDER | before
+        if None in (before.get("order_of_clips"), self.order_of_clips):
+            before["order_of_clips"] = self.order_of_clips
         changed = [name for name, value in asdict(self).items() if name in before and before[name] != value]
         dealt = ("per_device_train_batch_size", "gradient_accumulation_steps", "processes", "by_length")
-        if set(changed) - set(dealt):
+        if set(changed) - {*dealt, "order_of_clips"}:
             return changed
-        # The same number of clips in a step, dealt out otherwise: that does not matter between epochs, nor
+        # The same clips, as many in a step, dealt out otherwise: that does not matter between epochs, nor
         # where one process takes them in the same random order.
-        alone = self.processes == 1 and not self.by_length and "processes" not in changed
-        if step % self.steps_per_epoch == 0 or (alone and "by_length" not in changed):
+        alone = self.processes == 1 and not self.by_length
+        if step % self.steps_per_epoch == 0 or (alone and not {*dealt[2:], "order_of_clips"} & set(changed)):
             return []
         return changed
 
@@ -142,43 +146,42 @@ def stream_of(checkpoint: Path) -> dict[str, Any] | None:
     return _attributes(state.get("stateful_callbacks") or {}, "RunRecord").get("stream")
 
 
-def check_same_batches(checkpoint: Path, now: Batches) -> None:
-    """Raises UserError if the steps of a checkpoint are not those that ``now`` counts."""
-    state = read_json(checkpoint / "trainer_state.json")
-    step, epoch = state["global_step"], state.get("epoch")
-    before = _attributes(state.get("stateful_callbacks") or {}, "RunRecord").get("batches")
-    if before is None:  # of another Trainer
-        before = {"steps_per_epoch": round(step / epoch)} if epoch else {}
-    changed = now.changes_since(before, step)
-    if changed:
-        named = ", ".join(f"{name} {(_OLDER | before)[name]} (now {getattr(now, name)})" for name in changed)
-        raise UserError(
-            f"resume_from_checkpoint: {checkpoint} was trained with {named}; progress is counted in steps, "
-            "so clips would be left out or come twice: give what it was, or start anew in another output_dir"
-        )
-
-
 def changed_terms(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """The names of what differs. What one of them does not say is no change: checkpoints of earlier versions
     say less."""
     return [name for name in now if name in before and before[name] != now[name]]
 
 
-def check_same_terms(checkpoint: Path, now: dict[str, Any]) -> dict[str, Any]:
-    """The terms of a run that goes on from a checkpoint: those it had and ``now``'s.
+def check_goes_on(checkpoint: Path, batches: Batches, terms: dict[str, Any]) -> dict[str, Any]:
+    """The terms of a run that goes on from a checkpoint: those it had and those of now.
 
     Raises:
-        UserError: some of them have changed.
+        UserError: the steps of the checkpoint are not those that ``batches`` counts, or some of the ``terms``
+            have changed.
     """
     state = read_json(checkpoint / "trainer_state.json")
-    before = _attributes(state.get("stateful_callbacks") or {}, "RunRecord").get("terms") or {}
-    if changed := changed_terms(before, now):
-        named = ", ".join(f"{name} {before[name]} (now {now[name]})" for name in changed)
-        raise UserError(
-            f"resume_from_checkpoint: {checkpoint} was trained with {named}, and a run goes on as it began: "
-            "give what it was, or start anew in another output_dir"
-        )
-    return before | now
+    step, epoch = state["global_step"], state.get("epoch")
+    record = _attributes(state.get("stateful_callbacks") or {}, "RunRecord")
+    before, before_terms = record.get("batches"), record.get("terms") or {}
+    if before is None:  # of another Trainer
+        before = {"steps_per_epoch": round(step / epoch)} if epoch else {}
+    others = changed_terms(before_terms, terms)
+    steps = batches.changes_since(before, step)
+    if len(steps + others) > 1:  # other clips come in another order too
+        steps = [name for name in steps if name != "order_of_clips"]
+    if not steps and not others:
+        return before_terms | terms
+    then, now = _OLDER | before | before_terms, asdict(batches) | terms
+    named = ", ".join(f"{name} {then[name]} (now {now[name]})" for name in steps + others)
+    reason = (
+        "; progress is counted in steps, so clips would be left out or come twice"
+        if steps
+        else ", and a run goes on as it began"
+    )
+    raise UserError(
+        f"resume_from_checkpoint: {checkpoint} was trained with {named}{reason}: give what it was, or start "
+        "anew in another output_dir"
+    )
 
 
 def is_at_end(checkpoint: Path, total_steps: int, patience: int | None) -> bool:

@@ -7,7 +7,7 @@ through it.
 import logging
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from transformers.trainer_utils import TrainOutput
 
 from .. import data
 from ..data.batching import LengthBatches, batches_by_length
+from ..data.digest import digest_of
 from ..data.examples import ExampleSet
 from ..data.streaming import Stream, StreamedBatches
 from ..errors import UserError, printable
@@ -41,14 +42,7 @@ from .lock import locked
 from .log_lines import LogLines, ProgressBar
 from .output_folder import check_output_dir, goes_on, make_room, prepare_output_dir
 from .results import TrainResult, report, summarise, write_results
-from .resuming import (
-    EarlyStopping,
-    check_same_batches,
-    check_same_terms,
-    finished_results,
-    is_at_end,
-    stream_of,
-)
+from .resuming import EarlyStopping, check_goes_on, finished_results, is_at_end, stream_of
 from .settings import Settings, settle
 from .stream_data import check_streaming, load_stream
 from .streaming import OneByOne, StreamedTraining, settle_length
@@ -329,8 +323,10 @@ def build_trainer(
         trainer.add_callback(ProgressBar)
     if arguments.cuda_graphs:
         model.use_cuda_graphs()
+    if streamed is None:
+        trainer.batches = replace(trainer.batches, order_of_clips=digest_of(examples.training, in_order=True))
     trainer.record.batches = asdict(trainer.batches)
-    trainer.record.terms = terms_of(settings)
+    trainer.record.terms = terms_of(settings, examples, training_set)
     trainer.first_step = 0 if resume_from is None else checkpoints.checkpoint_step(resume_from)
     return trainer, watch
 
@@ -364,8 +360,7 @@ def check_resumed(trainer: MeftTrainer, settings: Settings, resume_from: Path | 
     if resume_from is not None:
         checkpoints.check_same_model(resume_from, trainer.model.config)
         settings.task.check_resumed(resume_from)
-        check_same_batches(resume_from, trainer.batches)
-        trainer.record.terms = check_same_terms(resume_from, trainer.record.terms)
+        trainer.record.terms = check_goes_on(resume_from, trainer.batches, trainer.record.terms)
         if trainer.streamed is not None:
             trainer.streamed.go_on_from(resume_from)
         elif stream_of(resume_from) is not None:

@@ -1,10 +1,19 @@
 """What must be as it was where a run is gone on with, beside its steps: what its weights, its scores and its
 record would otherwise be only partly of."""
 
+import hashlib
+from collections.abc import Sequence
 from typing import Any
 
+from torch.utils.data import Dataset
+
+from ..data.digest import digest_of
+from ..data.streaming import Stream
+from ..options.skew import COMPUTED_WEIGHTS
 from ..options.training import TrainArguments
+from .data import RunData
 from .settings import Settings
+from .tasks.base import Task
 
 # Of the optimizer and the form of its schedule. They are saved with a checkpoint and restored from there,
 # whatever is asked for, or cannot be. The length and the warm-up of the schedule may change.
@@ -22,12 +31,47 @@ _OF_OPTIMIZER = (
 )
 
 
-def terms_of(settings: Settings) -> dict[str, Any]:
-    """The terms of a run, by the names of the options that they come from; plain JSON values."""
-    return _given(settings.training, _OF_OPTIMIZER)
+_OF_LOSS = ("loss", "label_smoothing_factor")
+
+
+def terms_of(settings: Settings, examples: RunData, training_set: Dataset) -> dict[str, Any]:
+    """The terms of a run, by the names of the options that they come from; plain JSON values.
+
+    Of the clips what is listed of them counts, wherever they lie, and nothing is heard. Those of a stream
+    are not listed; its own place in a checkpoint has the names of the shards.
+
+    Args:
+        settings: of the run, its task knowing the classes. examples: of it. training_set: what it trains on.
+    """
+    arguments, task = settings.training, settings.task
+    terms = _given(arguments, (*_OF_OPTIMIZER, *_OF_LOSS))
+    terms["focal_gamma"] = arguments.gamma()
+    terms["class_weights"] = task.weights and f"{_kind(arguments.class_weights)} {_digest(task.weights)}"
+    if not isinstance(examples.training, Stream):
+        terms[f"{_listed(task)} of train_data"] = digest_of(examples.training)
+    augment = settings.augment
+    for name, found in (("noise_dir", augment and augment.noises), ("room_dir", augment and augment.rooms)):
+        terms[f"recordings in {name}"] = found and digest_of(found)
+    # States that are kept as they were computed are those that would be computed.
+    cache = getattr(training_set, "cache", None)
+    terms["cache_features"] = None if cache is None or cache.storage == "exact" else cache.storage
+    terms["cache_copies"] = None if settings.augment is None else arguments.cache_copies
+    return terms
 
 
 def _given(arguments: TrainArguments, names: tuple[str, ...]) -> dict[str, Any]:
     values = {name: getattr(arguments, name) for name in names}
     values = {name: getattr(value, "value", value) for name, value in values.items()}
     return {name: None if value in ("", {}) else value for name, value in values.items()}
+
+
+def _listed(task: Task) -> str:
+    return "names and labels" if task.labelled else "names and transcripts"
+
+
+def _kind(class_weights: str) -> str:
+    return class_weights if class_weights in COMPUTED_WEIGHTS else "of a file"
+
+
+def _digest(numbers: Sequence[float]) -> str:
+    return hashlib.sha256(repr(list(numbers)).encode()).hexdigest()[:8]

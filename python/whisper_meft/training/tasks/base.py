@@ -39,6 +39,8 @@ class Task:
     labelled: ClassVar[bool] = False
     # What makes tokens of transcripts, where there are any.
     tokens: TranscriptTokens | None = None
+    # How much an example counts in the loss, by its class, in the order of the classes; None: all alike.
+    weights: list[float] | None = None
 
     def reader_options(self, arguments: DataFormatArguments) -> dict[str, Any]:
         """Keyword arguments of :func:`whisper_meft.data.load_examples`.

@@ -65,8 +65,6 @@ class Classification(Task):
         self.skew = SkewArguments() if arguments is None else arguments
         self._recordings: Recordings | None = None  # of the evaluation data
         self.label_smoothing = getattr(arguments, "label_smoothing_factor", 0.0)
-        # How much an example counts, by its class, in the order of the classes; None: all alike.
-        self.weights: list[float] | None = None
         kind = self.skew.class_weights
         self._given_weights = None if kind in (None, *COMPUTED_WEIGHTS) else read_class_weights(kind)
 
