@@ -221,6 +221,10 @@ def test_other_steps_are_refused_and_named(change, named, work, tmp_path, capsys
         ({"class_weights": "balanced"}, "class_weights None (now balanced "),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor 0.0 (now 0.1)"),
         ({"train_data": "other"}, "trained with names and labels of train_data "),
+        ({"metric_for_best_model": "macro_f1"}, "metric_for_best_model accuracy (now macro_f1)"),
+        ({"metric_for_best_model": "loss"}, "greater_is_better True (now False)"),
+        ({"eval_data": "other"}, "trained with names and labels of eval_data "),
+        ({"max_eval_samples": 4}, "trained with names and labels of eval_data "),
         (
             {"lr_scheduler_type": "reduce_lr_on_plateau"},
             "lr_scheduler_type constant (now reduce_lr_on_plateau)",
@@ -230,14 +234,25 @@ def test_other_steps_are_refused_and_named(change, named, work, tmp_path, capsys
 def test_other_terms_are_refused_and_named(change, named, work, tmp_path, capsys, no_training):
     out = work / "finished"
     before = contents(out)
-    if "train_data" in change:  # as much of it, with one clip of another name
-        shutil.copytree(work / "train", tmp_path / "other")
+    if "other" in change.values():  # as much of it, with one clip of another name
+        shutil.copytree(work / ("train" if "train_data" in change else "test"), tmp_path / "other")
         (tmp_path / "other" / "low" / "low0.wav").rename(tmp_path / "other" / "low" / "low9.wav")
-        change = {"train_data": tmp_path / "other"}
+        change = dict.fromkeys(change, tmp_path / "other")
     assert resume(work, out, **{"num_train_epochs": 3, **change}) == 1
     err = capsys.readouterr().err.splitlines()
     assert "was trained with" in err[-1] and named in err[-1] and "Traceback" not in err
     assert contents(out) == before
+
+
+def test_what_a_checkpoint_was_chosen_by_is_kept_where_nothing_is_scored(work, tmp_path, capsys):
+    """Or a later score of something else would be compared with the best one so far."""
+    out = tmp_path / "out"
+    shutil.copytree(work / "finished", out)
+    shutil.rmtree(out / "checkpoint-6")
+    unscored = {"eval_strategy": "no", "eval_data": None, "max_steps": 4}
+    assert resume(work, out, **unscored, resume_from_checkpoint=out / "checkpoint-3") == 0
+    assert resume(work, out, metric_for_best_model="macro_f1") == 1
+    assert "metric_for_best_model accuracy (now macro_f1)" in capsys.readouterr().err
 
 
 def test_data_may_be_moved(work, tmp_path):

@@ -73,12 +73,19 @@ def test_transcripts_are_told_by_what_is_said(tmp_path):
     make_audio_folder(tmp_path / "audio", per_class=2)
     listed = make_transcripts(tmp_path / "clips.csv", tmp_path / "audio")
 
-    def found() -> dict:
-        command = train_command(backbone, listed, tmp_path / "out", task="transcribe", eval_strategy="no")
+    def found(**options) -> dict:
+        options = {"task": "transcribe", "eval_data": listed, **options}
+        command = train_command(backbone, listed, tmp_path / "out", **options)
         model, method, data_arguments, training = make_parser().parse([*command[1:], "--language=english"])
         settings = settle(model, method, training)
         return terms_of(settings, read_examples(data_arguments, settings), None)
 
-    before = found()
+    before, scored = found(), {"metric_for_best_model": "wer"}
+    assert found(generation_num_beams=2) == before  # a loss is of no generated transcript
+    beams = found(**scored, generation_num_beams=2)
+    assert differing(found(**scored), beams) == {"generation_num_beams"}
     listed.write_text(listed.read_text().replace(",low,", ",slow,"))
-    assert differing(before, found()) == {"names and transcripts of train_data"}
+    assert differing(before, found()) == {
+        "names and transcripts of train_data",
+        "names and transcripts of eval_data",
+    }

@@ -49,6 +49,9 @@ def terms_of(settings: Settings, examples: RunData, training_set: Dataset) -> di
     terms["class_weights"] = task.weights and f"{_kind(arguments.class_weights)} {_digest(task.weights)}"
     if not isinstance(examples.training, Stream):
         terms[f"{_listed(task)} of train_data"] = digest_of(examples.training)
+    if examples.evaluation is not None and arguments.eval_strategy != "no":
+        terms |= _of_choice(arguments, task)
+        terms[f"{_listed(task)} of eval_data"] = digest_of(examples.evaluation)
     augment = settings.augment
     for name, found in (("noise_dir", augment and augment.noises), ("room_dir", augment and augment.rooms)):
         terms[f"recordings in {name}"] = found and digest_of(found)
@@ -57,6 +60,13 @@ def terms_of(settings: Settings, examples: RunData, training_set: Dataset) -> di
     terms["cache_features"] = None if cache is None or cache.storage == "exact" else cache.storage
     terms["cache_copies"] = None if settings.augment is None else arguments.cache_copies
     return terms
+
+
+def _of_choice(arguments: TrainArguments, task: Task) -> dict[str, Any]:
+    """What the best checkpoint so far was chosen by."""
+    generated = not task.labelled and arguments.metric_for_best_model != "loss"
+    of_transcripts = ("generation_max_length", "generation_num_beams") if generated else ()
+    return _given(arguments, ("metric_for_best_model", "greater_is_better", *of_transcripts))
 
 
 def _given(arguments: TrainArguments, names: tuple[str, ...]) -> dict[str, Any]:
