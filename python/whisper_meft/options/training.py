@@ -368,6 +368,7 @@ class TrainArguments(TaskArguments, SkewArguments, AugmentArguments, TrainingArg
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise UsageError(f"--{name} must be above 0 and finite, got {value}")
+        self._check_optimization()
         for name in (
             "per_device_train_batch_size",
             "per_device_eval_batch_size",
@@ -379,12 +380,14 @@ class TrainArguments(TaskArguments, SkewArguments, AugmentArguments, TrainingArg
             raise UsageError(f"--max_steps must be at least 1, or -1 for no limit, got {self.max_steps}")
         if self.max_steps < 0 and not 0 < self.num_train_epochs < math.inf:
             raise UsageError(f"--num_train_epochs must be above 0 and finite, got {self.num_train_epochs}")
-        if not 0 <= self.seed < 2**32:
-            raise UsageError(f"--seed must lie between 0 and 2^32 - 1, got {self.seed}")
-        for name in ("save_steps", "eval_steps"):
+        for name in ("seed", "data_seed"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise UsageError(f"--{name} must be above 0, got {value}")
+            if value is not None and not 0 <= value < 2**32:
+                raise UsageError(f"--{name} must lie between 0 and 2^32 - 1, got {value}")
+        for name in ("save_steps", "eval_steps", "logging_steps"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise UsageError(f"--{name} must be above 0 and finite, got {value}")
         if self.dataloader_num_workers is not None and self.dataloader_num_workers < 0:
             raise UsageError(f"--dataloader_num_workers must be 0 or more, got {self.dataloader_num_workers}")
         for name in ("remove_unused_columns", "prediction_loss_only"):
@@ -446,6 +449,19 @@ class TrainArguments(TaskArguments, SkewArguments, AugmentArguments, TrainingArg
         super().__post_init__()
         # Every run does these by itself: see training/interrupts.py and resuming.py.
         self.enable_jit_checkpoint = self.restore_callback_states_from_checkpoint = False
+
+    def _check_optimization(self) -> None:
+        """Refuses values with which training would do something else than what is asked for, or fail late."""
+        for name in ("weight_decay", "adam_epsilon", "warmup_steps"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise UsageError(f"--{name} must be 0 or more and finite, got {value}")
+        for name in ("label_smoothing_factor", "adam_beta1", "adam_beta2"):
+            value = getattr(self, name)
+            if not 0 <= value < 1:
+                raise UsageError(f"--{name} must be at least 0 and below 1, got {value}")
+        if self.max_grad_norm is not None and not self.max_grad_norm >= 0:
+            raise UsageError(f"--max_grad_norm must be above 0, or 0 for no limit, got {self.max_grad_norm}")
 
     def _check_task(self) -> None:
         """Refuses an option of the other task, instead of ignoring it."""
