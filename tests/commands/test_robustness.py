@@ -47,6 +47,18 @@ def test_missing_backbone_weights_are_found_before_the_audio_is_read(work, tmp_p
     ("option", "message"),
     [
         ({"metric_for_best_model": "f1"}, "--metric_for_best_model must be one of accuracy,"),
+        (
+            {"save_strategy": "best", "eval_strategy": "no"},
+            "--save_strategy best saves when an evaluation is",
+        ),
+        (
+            {"metric_for_best_model": "loss", "eval_strategy": "no"},
+            "--metric_for_best_model loss chooses among evaluations: it cannot be used with --eval_strategy",
+        ),
+        (
+            {"metric_for_best_model": "accuracy", "save_strategy": "no"},
+            "with --eval_strategy no, the default with --save_strategy no",
+        ),
         ({"max_steps": 0}, "--max_steps must be at least 1"),
         ({"num_train_epochs": "nan"}, "--num_train_epochs must be above 0 and finite"),
         ({"learning_rate": "inf"}, "--learning_rate must be above 0 and finite"),

@@ -406,11 +406,14 @@ class TrainArguments(TaskArguments, SkewArguments, AugmentArguments, TrainingArg
                 "--dataloader_drop_last True cannot be used with batches by length: the same clips would "
                 "always be left out"
             )
+        metric = self.metric_for_best_model
         self._choose_metric()
         if self.eval_strategy is None:
             self.eval_strategy = "epoch" if self.save_strategy == "best" else self.save_strategy
             if self.eval_strategy == "steps" and self.eval_steps is None:
                 self.eval_steps = self.save_steps
+        if self.eval_strategy == "no":
+            self._check_without_evaluation(metric)
         if self.load_best_model_at_end is None:
             together = self.eval_strategy == self.save_strategy or self.save_strategy == "best"
             if together and self.eval_strategy == "steps":
@@ -496,6 +499,20 @@ class TrainArguments(TaskArguments, SkewArguments, AugmentArguments, TrainingArg
         for name, (none, reason) in others.items():
             if (value := getattr(self, name)) != none:
                 raise UsageError(f"--{name} {value} cannot be used with --sampling {self.sampling}: {reason}")
+
+    def _check_without_evaluation(self, metric: str | None) -> None:
+        """Refuses what nothing would come of; ``metric``: that which was given."""
+        if self.save_strategy == "best":
+            raise UsageError(
+                "--save_strategy best saves when an evaluation is the best so far: it cannot be used with "
+                "--eval_strategy no"
+            )
+        if metric is not None:
+            why = "" if self.save_strategy != "no" else ", the default with --save_strategy no"
+            raise UsageError(
+                f"--metric_for_best_model {metric} chooses among evaluations: it cannot be used with "
+                f"--eval_strategy no{why}"
+            )
 
     def _choose_metric(self) -> None:
         metrics = METRICS[self.task]
