@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 from training_fixtures import make_audio_folder, make_backbone, train_command
+from whisper_meft import MeftTrainer
 from whisper_meft.commands.cli import main
 from whisper_meft.training import lock
 
@@ -49,6 +50,30 @@ def test_an_earlier_run_survives_one_that_comes_to_nothing(mistake, work, tmp_pa
     options = {"save_strategy": "no"} | mistake
     assert run(work, out, overwrite_output_dir=True, **options) != 0
     assert contents(out) == before
+
+
+def test_what_stops_before_it_saves_names_no_checkpoint_of_an_earlier_run(
+    work, tmp_path, capsys, monkeypatch
+):
+    out = tmp_path / "out"
+    shutil.copytree(work / "finished", out)
+    assert run(work, out, overwrite_output_dir=True, learning_rate=1e30, save_steps=9, max_steps=9) == 1
+    err = capsys.readouterr().err
+    assert "NaN or infinite" in err and "there is none of this run yet" in err and "checkpoint-" not in err
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(MeftTrainer, "training_step", interrupted)
+    assert run(work, out, overwrite_output_dir=True) == 130
+    assert "there is no checkpoint of this run to go on from" in capsys.readouterr().out
+    # Going back, or coming from elsewhere, it is that which was named.
+    first = out / "checkpoint-1"
+    for folder in (out, tmp_path / "new"):
+        assert run(work, folder, resume_from_checkpoint=first) == 130
+        assert f"go on with --resume_from_checkpoint {first} --output_dir" in capsys.readouterr().out
+    assert run(work, out, resume_from_checkpoint=True, max_steps=3) == 130
+    assert "go on with --resume_from_checkpoint True --output_dir" in capsys.readouterr().out
 
 
 def test_an_earlier_run_goes_when_the_new_one_saves(work, tmp_path):

@@ -436,32 +436,40 @@ def _train_until_stopped(
     try:
         return trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
     except NonFiniteError as error:
-        good = checkpoints.list_checkpoints(output_dir)
-        kept = f"the last good one is {good[0]}" if good else "there is none yet"
+        good = _newest_checkpoint(trainer, output_dir, resume_from)
+        kept = f"the last good one is {good}" if good else "there is none of this run yet"
         raise NonFiniteError(f"{error}; checkpoints are as they were, {kept}") from error
     except torch.OutOfMemoryError as error:
         raise out_of_memory(*_fitting(settings, examples)) from error
     except Stopped:
-        _say_stopped(trainer, output_dir)
+        _say_stopped(trainer, output_dir, resume_from)
         watch.interrupts.leave()
     except (KeyboardInterrupt, SystemExit):
-        _say_stopped(trainer, output_dir)
+        _say_stopped(trainer, output_dir, resume_from)
         raise
     except RuntimeError as error:
         # A signal to the whole group of processes ends those that read data, and that may be noticed first.
         if watch.interrupts.asked is None or "DataLoader worker" not in str(error):
             raise
-        _say_stopped(trainer, output_dir)
+        _say_stopped(trainer, output_dir, resume_from)
         watch.interrupts.leave()
 
 
-def _say_stopped(trainer: MeftTrainer, output_dir: Path) -> None:
+def _newest_checkpoint(trainer: MeftTrainer, output_dir: Path, resume_from: Path | None) -> Path | None:
+    """The newest of this run, not of an earlier one in its folder that goes when this one saves."""
+    return next(iter(checkpoints.list_checkpoints(output_dir)), None) if trainer.has_saved else resume_from
+
+
+def _say_stopped(trainer: MeftTrainer, output_dir: Path, resume_from: Path | None) -> None:
     where = f"\nstopped at step {trainer.state.global_step} of {trainer.state.max_steps}"
-    newest = next(iter(checkpoints.list_checkpoints(output_dir)), None)
+    newest = _newest_checkpoint(trainer, output_dir, resume_from)
     if newest is None or checkpoints.holds_model_only(newest):
-        say(f"{where}; there is no checkpoint to go on from")
-    else:
-        say(f"{where}; go on with --resume_from_checkpoint True --output_dir {output_dir}")
+        say(f"{where}; there is no checkpoint of this run to go on from")
+        return
+    # Of a run that went back, or came from another folder, the newest there is another.
+    there = [each.resolve() for each in checkpoints.list_checkpoints(output_dir)[:1]]
+    named = "True" if newest.resolve() in there else newest
+    say(f"{where}; go on with --resume_from_checkpoint {named} --output_dir {output_dir}")
 
 
 def score_evaluation(trainer: MeftTrainer, settings: Settings, examples: RunData) -> tuple[Any, float | None]:

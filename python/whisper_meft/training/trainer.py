@@ -254,6 +254,11 @@ class MeftTrainer(Trainer):
             self._before_first_save()
         self._before_first_save = None
 
+    @property
+    def has_saved(self) -> bool:
+        """Whether a checkpoint was written since training began here."""
+        return self._saved_step is not None
+
     def _add_up_losses(self) -> None:
         """Brings the record's sum of losses up to date; all processes must call it."""
         losses = self.over_processes(self._losses.detach().cpu()) / self.args.world_size
