@@ -7,7 +7,7 @@ import pytest
 from training_fixtures import make_audio_folder, make_backbone, train_command
 from whisper_meft import MeftTrainer
 from whisper_meft.commands.cli import main
-from whisper_meft.training import lock
+from whisper_meft.training import lock, output_folder
 
 
 @pytest.fixture(scope="module")
@@ -82,10 +82,30 @@ def test_an_earlier_run_goes_when_the_new_one_saves(work, tmp_path):
     (out / "notes.txt").write_text("mine")
     (out / "README.md").write_text("my own words")
     (out / "eval_results.json").write_text("of the earlier run")
+    evaluate = ["evaluate", str(out), "--data", str(work / "train")]
+    assert main(evaluate) == 0 and len(contents(out / "evaluation")) == 4
     assert run(work, out, overwrite_output_dir=True, max_steps=1) == 0
     assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-1"}
-    assert not (out / "eval_results.json").exists()
+    assert not (out / "eval_results.json").exists() and not (out / "evaluation").exists()
     assert (out / "notes.txt").read_text() == "mine" and (out / "README.md").read_text() == "my own words"
+
+
+def test_what_is_beside_the_scores_of_an_earlier_model_stays(work, tmp_path, capsys):
+    out = tmp_path / "out"
+    for name in ("eval_results.json", "evaluation.txt", "reliability.png", "transcripts.csv", "mine.csv"):
+        (out / "evaluation").mkdir(parents=True, exist_ok=True)
+        (out / "evaluation" / name).write_text(name)
+    read = out / "evaluation" / "transcripts.csv"
+    assert run(work, out, train_data=read, overwrite_output_dir=True) == 1
+    assert "train_data is" in capsys.readouterr().err
+    output_folder.clear_earlier_run(out)
+    assert contents(out) == {"evaluation/mine.csv": b"mine.csv"}
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "eval_results.json").touch()
+    shutil.rmtree(out / "evaluation")
+    (out / "evaluation").symlink_to(tmp_path / "other")
+    output_folder.clear_earlier_run(out)
+    assert (out / "evaluation" / "eval_results.json").exists()  # a link's target is somebody else's
 
 
 @pytest.mark.parametrize("how", [{"overwrite_output_dir": True}, {"resume_from_checkpoint": True}])

@@ -30,6 +30,16 @@ RESULT_FILES = [
     "learning_curve.png",
 ]
 
+# What `evaluate` of the model leaves, in a folder of this name.
+EVALUATION = "evaluation"
+EVALUATION_FILES = [
+    "eval_results.json",
+    "evaluation.txt",
+    "confusion_matrix.png",
+    "reliability.png",
+    "transcripts.csv",
+]
+
 # Files that are being written, see whisper_meft.files.
 _TEMPORARY = re.compile(
     rf"^\.({'|'.join({re.escape(Path(name).stem) for name in RESULT_FILES})})-[a-z0-9_]{{8}}\.\w+$"
@@ -99,6 +109,17 @@ def clear_earlier_run(folder: Path) -> None:
     for name in RESULT_FILES:
         if name != "README.md" or _is_model_card(folder / name):
             (folder / name).unlink(missing_ok=True)
+    _clear_evaluation(folder / EVALUATION)
+
+
+def _clear_evaluation(folder: Path) -> None:
+    """Removes the scores of an earlier run's model, and their folder if nothing else is in it."""
+    if folder.is_symlink() or not (folder / EVALUATION_FILES[0]).is_file():
+        return
+    for name in EVALUATION_FILES:
+        (folder / name).unlink(missing_ok=True)
+    if not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def make_room(arguments: TrainArguments, resume_from: Path | None) -> None:
@@ -141,8 +162,9 @@ def _check_apart(folder: Path, name: str, value: str | None) -> None:
     if source == here:
         raise UserError(f"output_dir: {folder} is {name}, and would be written over; name another folder")
     if here in source.parents:
-        first = source.relative_to(here).parts[0]
-        if first in RESULT_FILES or checkpoints.checkpoint_step(here / first) is not None:
+        first, *below = source.relative_to(here).parts
+        scores = first == EVALUATION and below[:1] and below[0] in EVALUATION_FILES
+        if scores or first in RESULT_FILES or checkpoints.checkpoint_step(here / first) is not None:
             raise UserError(
                 f"output_dir: {name} is {value}, which this run would write over; name another folder"
             )
