@@ -175,6 +175,42 @@ class MeftTrainer(Trainer):
         lengths = None if self.length_batches is None else getattr(eval_dataset, "lengths", None)
         return super()._get_eval_sampler(eval_dataset) if lengths is None else LongestFirst(lengths)
 
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As there, but in several processes the loss is the mean over all that the step holds, each once."""
+        if self.args.world_size == 1 or inputs.get("labels") is None:
+            return super().prediction_step(model, inputs, *args, **kwargs)
+        labels, clips = self._labels_once(inputs["labels"])
+        averaged, self.args.average_tokens_across_devices = self.args.average_tokens_across_devices, False
+        try:
+            found = super().prediction_step(model, {**inputs, "labels": labels}, *args, **kwargs)
+        finally:
+            self.args.average_tokens_across_devices = averaged
+        counted = (labels != -100).sum() if clips else torch.zeros(())
+        return (self._mean_over_processes(found[0], counted), *found[1:])
+
+    def _labels_once(self, labels: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """The labels of a batch of evaluation, with -100 for the clips that came before and only fill up the
+        last batches of several processes, and how many others there are. Where there are none, the labels
+        stay: a loss over nothing would be NaN."""
+        state, size = self.accelerator.gradient_state, len(labels)
+        # The Trainer gathers batches in the order of the processes, and cuts off all behind the remainder.
+        if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return labels, size
+        clips = min(max(state.remainder - self.args.process_index * size, 0), size)
+        if clips:
+            labels = labels.clone()
+            labels[clips:] = -100
+        return labels, clips
+
+    def _mean_over_processes(self, loss: torch.Tensor, counted: torch.Tensor | float) -> torch.Tensor:
+        """The mean of the losses of all processes, weighted by how much each is the mean of."""
+        if self.args.world_size == 1:
+            return loss
+        weight = torch.as_tensor(counted, dtype=torch.float64, device=loss.device)
+        both = torch.stack([torch.where(weight > 0, loss.double() * weight, 0.0), weight])
+        total, weights = self.accelerator.reduce(both, reduction="sum")
+        return (total / weights).to(loss.dtype)
+
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         new = self.optimizer is None
         if self.optimizer is None and self.method.method == "mezo":

@@ -49,9 +49,12 @@ class TranscriptionTrainer(MeftTrainer):
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[torch.Tensor, None, None]:
         inputs = self._prepare_inputs(inputs)
-        share = None if self.tokens_per_clip is None else len(inputs["labels"]) * self.tokens_per_clip
+        labels, clips = self._labels_once(inputs["labels"])
+        share = None if self.tokens_per_clip is None else (clips or len(labels)) * self.tokens_per_clip
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss = model(**inputs, **self._how(), num_items_in_batch=share).loss
+            loss = model(**{**inputs, "labels": labels}, **self._how(), num_items_in_batch=share).loss
+        counted = (labels != -100).sum() if share is None else share
+        loss = self._mean_over_processes(loss, counted if clips else 0.0)
         return loss.detach(), None, None
 
     def evaluation_loop(
