@@ -135,6 +135,53 @@ def test_an_interrupted_comparison_goes_on_where_it_was(work, tmp_path, capsys, 
     assert again == whole
 
 
+def test_results_of_other_data_are_not_taken_for_those_of_this(work, tmp_path, capsys, cheap):
+    """Another column of the same table, another split, another sentence in the same file."""
+    files = sorted((work / "corpus").rglob("*.wav"))
+    table = tmp_path / "clips.csv"
+
+    def write(swapped=0) -> None:
+        lines = ["file,accent,noise,voice,split"]
+        for i, file in enumerate(files):
+            label = file.parent.name if i >= swapped else files[-1].parent.name
+            split = "test" if "test" in file.parts else "train"
+            lines.append(f"{file},{label},{'ab'[i % 2]},{i % 5},{split}")
+        table.write_text("\n".join(lines) + "\n")
+
+    def arguments(**changes) -> list[str]:
+        options = {
+            "methods": "head",
+            "seeds": 1,
+            "train_data": table,
+            "label_column_name": "accent",
+            **changes,
+        }
+        return command(work, tmp_path / "out", **options)[:-1]
+
+    def settings(**changes) -> dict:
+        return compare.Comparison(*make_parser().parse(arguments(**changes)[1:])).settings
+
+    write()
+    assert main(arguments()) == main(arguments()) == 0 and len(cheap) == 1
+    capsys.readouterr()
+    assert main(arguments(label_column_name="noise")) == 0 and len(cheap) == 2
+    assert "trained anew, another data_format, digests" in capsys.readouterr().out
+    first = settings()
+    assert settings() == first
+    assert settings(validation_fraction=0.4) != first
+    assert settings(speaker_column_name="voice")["digests"] != first["digests"]
+    write(swapped=1)
+    assert settings()["digests"]["test"] != first["digests"]["test"]
+    # Of a version that did not keep this.
+    (path,) = (tmp_path / "out" / "runs").rglob("settings.json")
+    kept = json.loads(path.read_text())
+    for name in ("digests", "data_format", "validation_fraction"):
+        del kept[name]
+    path.write_text(json.dumps(kept))
+    assert main(arguments()) == 0 and len(cheap) == 3
+    assert "data_format, digests of the run that is there not known" in capsys.readouterr().out
+
+
 def test_failures_are_rows_with_a_reason(work, tmp_path, capsys, cheap, monkeypatch):
     counted = compare.train
 
@@ -162,7 +209,7 @@ def test_the_rate_is_chosen_by_validation_alone(work, tmp_path, monkeypatch):
     comparison = compare.Comparison(arguments)
     validation = {1e-5: (0.5, 1.0), 1e-4: (0.5, 0.9)}  # a tie in accuracy: the loss decides
 
-    def fake_run(method, rate, seed):
+    def fake_run(method, rate, seed, say):
         accuracy, loss = validation[rate]
         scores = {"validation_accuracy": accuracy, "validation_loss": loss, "seconds": 0.0}
         return {"folder": f"lr{rate}", "learning_rate": rate, "seed": seed, **scores}

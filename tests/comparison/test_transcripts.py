@@ -91,7 +91,7 @@ def test_the_rate_is_chosen_by_word_errors_of_validation_alone(work, tmp_path, m
     comparison = compare.Comparison(arguments)
     validation = {1e-3: (0.2, 1.0), 1e-2: (0.3, 0.1)}  # fewer word errors win, whatever the loss
 
-    def fake_run(method, rate, seed):
+    def fake_run(method, rate, seed, say):
         wer, loss = validation[rate]
         scores = {"validation_wer": wer, "validation_loss": loss, "seconds": 0.0}
         return {"folder": f"lr{rate}", "learning_rate": rate, "seed": seed, **scores}

@@ -19,6 +19,7 @@ import torch
 from torch.utils.data import Dataset
 
 from .. import data
+from ..data.digest import digest_of
 from ..data.examples import ExampleSet, label_inventory, warn_on_shared_speakers
 from ..data.splits import split_kinds
 from ..encoder.dtypes import parse_dtype
@@ -107,6 +108,13 @@ class Comparison:
             "train_examples": len(self.examples.training),
             "validation_examples": len(self.examples.evaluation),
             "test_examples": len(self.test),
+            "validation_fraction": arguments.validation_fraction,
+            "data_format": self._data_format(),
+            "digests": {
+                "training": digest_of(self.examples.training, speakers=True),
+                "validation": digest_of(self.examples.evaluation, speakers=True),
+                "test": digest_of(self.test, speakers=True),
+            },
             **({"labels": self.labels} if self.labels is not None else of_task),
             "split_seed": arguments.seed,
             "num_train_epochs": arguments.num_train_epochs,
@@ -120,6 +128,12 @@ class Comparison:
         clips = len(self.examples.training) + len(self.examples.evaluation)
         window = 2 * self.config.max_source_positions * self.config.num_mel_bins * 4
         self._cache: dict[int, dict[int, Any]] | None = {} if clips * window < _CACHED_BYTES else None
+
+    def _data_format(self) -> dict[str, Any]:
+        """The given options of how examples are read. Where copies of hub data are kept changes nothing."""
+        names = [each.name for each in fields(DataFormatArguments) if each.name != "dataset_cache_dir"]
+        values = {name: getattr(self.arguments, name) for name in names}
+        return {name: value for name, value in values.items() if value not in (None, False)}
 
     def _make_corpus(self) -> Path:
         from ..synthetic.speech import make_accent_corpus
@@ -188,8 +202,11 @@ class Comparison:
             return dataset
         return CachedDataset(dataset, self._cache.setdefault(id(examples), {}))
 
-    def run(self, method: str, rate: float, seed: int) -> dict[str, Any]:
+    def run(
+        self, method: str, rate: float, seed: int, say: Callable[[str], None] = lambda text: None
+    ) -> dict[str, Any]:
         """One run's validation scores; from disk where it is done, from its checkpoint where it was cut off.
+        ``say`` is told where there is a run of something else, which goes.
 
         Raises:
             UserError, ...: whatever makes the run fail.
@@ -200,9 +217,13 @@ class Comparison:
         settings["method"] = options_of(method, self.config.d_model, self.arguments.reduction_factor)
         done = folder / "result.json"
         begun = folder / "settings.json"
-        same = begun.is_file() and read_json(begun) == settings
+        known = read_json(begun) if begun.is_file() else None
+        same = known == settings
         if same and done.is_file():
             return read_json(done)
+        if known is not None and not same:
+            why = _differences(known, settings)
+            say(f"  {method}: learning rate {rate:g}, seed {seed}: trained anew, {why}")
         parsed = self._parse(method, rate, seed, folder)
         parsed[3].overwrite_output_dir = not same
         parsed[3].resume_from_checkpoint = "True" if same else None
@@ -261,7 +282,9 @@ class Comparison:
     def zero_shot(self) -> dict[str, Any]:
         """The row of the backbone alone, scored once on the test data."""
         path, settings = self.output / "zero_shot.json", {"backbone": self.backbone}
-        settings |= {name: self.settings[name] for name in ("test_data", "test_examples", "language")}
+        names = ("test_data", "test_examples", "language", "data_format")
+        settings |= {name: self.settings[name] for name in names}
+        settings["digest"] = self.settings["digests"]["test"]
         known = read_json(path) if path.is_file() else {}
         if known.get("settings") != settings:
             known = {"settings": settings, "test": self._scores(self.backbone)}
@@ -275,7 +298,7 @@ class Comparison:
         for rate in arguments.learning_rates:
             rate *= rate_factor(arguments.task, parse_method(method)[0])
             try:
-                search.append(self.run(method, rate, arguments.seed))
+                search.append(self.run(method, rate, arguments.seed, say))
             except Exception as error:
                 failures.append({"learning_rate": rate, "failed": one_line(error)})
                 say(f"  {method}: learning rate {rate:g} failed: {failures[-1]['failed']}")
@@ -292,7 +315,7 @@ class Comparison:
             best = self.run(method, best["learning_rate"], arguments.seed)
         runs = [best]
         for seed in range(arguments.seed + 1, arguments.seed + arguments.seeds):
-            runs.append(self.run(method, best["learning_rate"], seed))
+            runs.append(self.run(method, best["learning_rate"], seed, say))
         tests = [self.score_on_test(run) for run in runs]
         for run in search:
             if run["folder"] != best["folder"]:  # a whole encoder in some methods
@@ -326,3 +349,14 @@ class Comparison:
         dtype = parse_dtype(resolve_dtype("auto", self.device.type == "cpu"))
         autocast = torch.bfloat16 if arguments.bf16 else None
         return measure_costs(sizes, config, batch, self.device, dtype, autocast, self.measure.base_class)
+
+
+def _differences(known: dict[str, Any], settings: dict[str, Any]) -> str:
+    """Why a run with settings ``known`` is not that of ``settings``; earlier versions kept fewer of them."""
+    unknown = [name for name in settings if name not in known]
+    changed = [
+        name for name in {**known, **settings} if name not in unknown and known[name] != settings.get(name)
+    ]
+    parts = [f"another {', '.join(changed)}"] if changed else []
+    parts += [f"{', '.join(unknown)} of the run that is there not known"] if unknown else []
+    return "; ".join(parts)

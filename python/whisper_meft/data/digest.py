@@ -8,12 +8,13 @@ from .examples import DatasetCell, Example
 from .names import composed
 
 
-def digest_of(examples: Sequence[Example], in_order: bool = False) -> str:
+def digest_of(examples: Sequence[Example], in_order: bool = False, speakers: bool = False) -> str:
     """Eight digits that tell sets of examples apart: by names below the folder that all have in common, so
     that data may be moved as a whole, by labels or transcripts, and by which part of a recording is meant.
 
     Args:
         examples: in any order. in_order: the same examples in another order are another set.
+        speakers: those of other speakers are another set.
     """
     parts = [composed(_name(each)).replace(os.sep, "/").split("/") for each in examples]
     root = len(os.path.commonprefix([names[:-1] for names in parts]))
@@ -21,6 +22,7 @@ def digest_of(examples: Sequence[Example], in_order: bool = False) -> str:
         repr(
             ("/".join(names[root:]), each.label, each.text, *map(_number, (each.start, each.stop)), each.unit)
             + (each.channel, each.window and tuple(map(_number, each.window)))
+            + ((each.speaker,) if speakers else ())
         )
         for names, each in zip(parts, examples)
     ]
