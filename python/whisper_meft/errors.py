@@ -33,16 +33,19 @@ class LazyPackage:
         return getattr(package, attribute)
 
 
-# What a terminal acts on instead of showing it: control characters, line ends, changes of direction.
-_ACTING = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\U000e0000-\U000e007f]")
+# What a terminal acts on instead of showing it: control characters, line ends, changes of direction. And what
+# is no character, but a byte of a file name that is no UTF-8.
+_ACTING = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\U000e0000-\U000e007f]"
+)
 
 
 def printable(text: object, keep: str = "") -> str:
     """A label, a file name or other text from outside as one line that shows what it holds and does nothing.
 
-    Control characters, line ends and changes of the writing direction become escapes, as Python writes them
-    (``\\n``, ``\\x1b``). Everything that is printed, drawn or written into a page goes through here; JSON and
-    CSV files hold the true value.
+    Control characters, line ends, changes of the writing direction and bytes that are no UTF-8 become
+    escapes, as Python writes them (``\\n``, ``\\x1b``, ``\\udce9``). Everything that is printed, drawn or
+    written into a page goes through here; JSON and CSV files hold the true value.
 
     Args:
         text: what to show. keep: characters that stay as they are.

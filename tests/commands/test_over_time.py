@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 from training_fixtures import RATE, TONES, make_audio_folder, make_backbone, tone, train_command
 from transformers import WhisperFeatureExtractor
-from whisper_meft import LSTConfig, get_meft_model
+from whisper_meft import LSTConfig, UserError, get_meft_model
+from whisper_meft.commands import predict
 from whisper_meft.commands.cli import main
 from whisper_meft.evaluation.classifier import Classifier
 from whisper_meft.model.backbone import load_backbone, set_labels
@@ -110,6 +112,38 @@ def test_a_figure(work, tmp_path, capsys, suffix):
         assert begin == b"\x89PNG\r\n\x1a\n" if suffix == ".png" else begin.startswith(b"<?xml")
     predicted(work, capsys, work / "long", "--plot", tmp_path / "figures")
     assert sorted(p.name for p in (tmp_path / "figures").iterdir()) == ["both.png", "short.png"]
+
+
+def test_a_figure_of_a_file_whose_name_is_no_text(work, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    name = os.fsdecode(b"latin-\xe9.wav")
+    try:
+        shutil.copy(work / "long" / "short.wav", tmp_path / name)
+    except OSError:
+        pytest.skip("this file system takes no such names")
+    for suffix in (".png", ".svg"):
+        path = tmp_path / f"figure{suffix}"
+        assert "latin-\\udce9.wav" in predicted(work, capsys, tmp_path / name, "--plot", path)
+        assert path.stat().st_size > 1000
+    assert "latin-\\udce9.wav" in (tmp_path / "figure.svg").read_text()
+
+
+def test_a_figure_that_fails_leaves_the_tables(work, tmp_path, capsys, monkeypatch):
+    def fail(*arguments):
+        raise UserError("no figure")
+
+    monkeypatch.setattr(predict, "plot_timeline", fail)
+    arguments = [
+        "--output",
+        tmp_path / "p.csv",
+        "--segments",
+        tmp_path / "s.csv",
+        "--plot",
+        tmp_path / "figures",
+    ]
+    assert main(["predict", *map(str, (work / "out", work / "long", *arguments))]) == 1
+    assert [len((tmp_path / name).read_text().splitlines()) for name in ("p.csv", "s.csv")] == [3, 13]
+    assert "no figure" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -404,11 +404,11 @@ def _classify(
     _check_reject_label(output, classifier.labels, "the model")
     threshold = threshold_of(output.reject_below, classifier.model.config, model_dir)
     kept: dict[str, Timeline] = {}
+    drawn: dict[str, Timeline] = {}
 
     def done(file: str, timeline: Timeline) -> None:
         if file in plots:
-            whole = answer_of(timeline.probabilities, timeline.labels, threshold, output.reject_label)
-            plot_timeline(timeline, plots[file], f"{file}: {whole['label']}", threshold)
+            drawn[file] = timeline
         if over_time.segments is not None or len(timeline.segments) > 1:
             kept[file] = timeline
 
@@ -432,6 +432,9 @@ def _classify(
         write_json(output.output, rows)
     else:
         write_text(output.output, as_csv(rows, classifier.labels))
+    for file, timeline in drawn.items():  # last: what is said of the files does not depend on a figure
+        whole = answer_of(timeline.probabilities, timeline.labels, threshold, output.reject_label)
+        plot_timeline(timeline, plots[file], f"{file}: {whole['label']}", threshold)
     return bad
 
 
