@@ -164,6 +164,7 @@ def test_a_figure_that_fails_leaves_the_tables(work, tmp_path, capsys, monkeypat
         (["--plot", ""], "--plot must end in .png or .svg, or name a folder, got ''"),
         (["--plot", "x.png"], "--plot x.png holds one recording, and there are 2: name a folder"),
         (["--segments", "a.csv", "--output", "./a.csv"], "--segments and --output are both a.csv"),
+        (["--segments", "b/../a.csv", "--output", "a.csv"], "--segments and --output are both b/../a.csv"),
     ],
 )
 def test_what_cannot_be(work, capsys, arguments, message):

@@ -137,7 +137,7 @@ class OverTimeArguments:
     def check(self, output: PredictArguments, transcribes: bool, models: int) -> None:
         """Raises UsageError where a model of this kind, or several, have no such thing, or two go into one
         file."""
-        places = [Path(each).absolute() for each in (self.segments, output.output) if each is not None]
+        places = [os.path.realpath(each) for each in (self.segments, output.output) if each is not None]
         if len(places) != len(set(places)):
             raise UsageError(f"--segments and --output are both {self.segments}: name two files")
         for name in ("segments", "plot"):
