@@ -7,6 +7,7 @@ its parser, its types, the model index there and back, and the names that it che
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -17,8 +18,12 @@ from modelling_fixtures import tiny_whisper
 from recognition_fixtures import recogniser
 from training_fixtures import make_audio_folder, make_backbone, train_command
 from whisper_meft import LSTConfig, MeftConfig, UserError, get_meft_model
+from whisper_meft.audio.windows import Windows
 from whisper_meft.commands.cli import main
+from whisper_meft.data import cut_into_windows
+from whisper_meft.data.digest import digest_of
 from whisper_meft.data.examples import Example, ExampleSet
+from whisper_meft.data.windows import whole_recordings
 from whisper_meft.model import card
 from whisper_meft.model.backbone import load_backbone
 from whisper_meft.model.config import MeftModelConfig
@@ -138,6 +143,72 @@ def test_evaluating_adds_scores_and_takes_the_place_of_those_on_the_same_data(wo
     check_header(path)
     assert main(["evaluate", "user/model", "--data", str(test), "--card"]) == 1
     assert "--card: user/model is not a local folder" in capsys.readouterr().err
+
+
+def test_windows_are_told_as_their_recordings(tmp_path):
+    """Scores are of recordings; a later evaluation, which is given these, is of the same data."""
+    whole = [
+        Example(f"corpus/train/{label}{number}.wav", label, speaker=label, seconds=seconds)
+        for label in "ab"
+        for number, seconds in enumerate((0.8, 2.5, 2.05))
+    ]
+    whole.append(Example("corpus/train/long.wav", "b", speaker="c", start=3.0, stop=5.0, seconds=2.0))
+    whole = ExampleSet(whole, "corpus/train")
+    cut = cut_into_windows(whole, Windows(1.0, 0.5))
+    assert len(cut) == 2 * (1 + 4 + 3) + 3
+    again = whole_recordings(cut)
+    assert [replace(each, seconds=None) for each in again] == [replace(each, seconds=None) for each in whole]
+    # The last 0.05 s are in no window.
+    assert [each.seconds for each in again] == pytest.approx([0.8, 2.5, 2.0] * 2 + [2.0])
+    assert digest_of(whole_recordings(cut)) == digest_of(whole) != digest_of(cut)
+    used = card.DataUsed.of(cut)
+    assert (used.count, used.classes, used.speakers) == (7, {"a": 3, "b": 4}, 3)
+    run = {
+        "method": {"method": "lst", "reduction_factor": 8},
+        "steps": 9,
+        "learning_rate": 1e-3,
+        "trainable_parameters": 10,
+        "all_parameters": 100,
+    }
+    told = card.describe_data(cut, cut, 0, "a note", run | {"windows": {"length": 1.0, "hop": 0.5}})
+    amount = "7 examples, 0.2 minutes, 3 speakers; cut into 19 windows of 1 s, one every 0.5 s"
+    assert told.count(amount) == 2 and "| b | 4 |" in told
+    assert "windows" not in card.describe_data(whole, whole, 0, "a note", run | {"windows": None})
+
+
+def test_how_it_was_trained_is_told():
+    examples = ExampleSet([Example(f"{label}.wav", label) for label in "ab"], "corpus")
+    run = {
+        "method": {"method": "lst"},
+        "steps": 9,
+        "learning_rate": 1e-3,
+        "trainable_parameters": 10,
+        "all_parameters": 100,
+        "loss": "cross_entropy",
+        "class_weights": None,
+        "augmentation": None,
+        "batches": {"sampling": "natural"},
+    }
+    plain = card.describe_data(examples, None, 0, "", run)
+    assert plain.endswith("parameters trained.")
+    for change, said in (
+        ({"loss": "focal", "focal_gamma": 2.0}, "The loss is the focal loss with gamma 2."),
+        ({"class_weights": {"a": 0.5, "b": 2.0}}, "Classes have weights of 0.5 to 2 in the loss."),
+        ({"batches": {"sampling": "balanced"}}, "In an epoch each class comes equally often."),
+    ):
+        assert card.describe_data(examples, None, 0, "", run | change).endswith(f"\n{said}")
+    weighted = card.describe_data(examples, None, 0, "", run | {"class_weights": {"a": 0.5, "b": 2.0}})
+    assert "| class | examples | weight in the loss |\n|---|---:|---:|\n| a | 1 | 0.5 |\n" in weighted
+    augmentation = {
+        "kinds": {"speed": 1.0, "noise": 0.3},
+        "speed_factors": [0.9, 1.1],
+        "noise_dir": "/home/me/street noise",
+        "noise_files": 12,
+        "seed": 0,
+    }
+    told = card.describe_data(examples, None, 0, "", run | {"augmentation": augmentation, "cache_copies": 2})
+    said = "Training clips were augmented by speed (100%), noise (30%) in 2 copies of each (speed\\_factors "
+    assert said in told and "noise\\_dir street noise" in told and "home" not in told and "seed" not in told
 
 
 def test_what_a_user_wrote_stays_when_training_writes_its_card(work, tmp_path, capsys):

@@ -62,6 +62,9 @@ def test_windows_of_long_clips_are_examples_and_recordings_are_scored(work, tmp_
     assert results["train_examples"] == 24 and results["windows"] == {"length": 1.0, "hop": 0.75}
     scores = results_of(out, "eval")
     assert sum(map(sum, scores["confusion_matrix"])) == 6  # recordings, not windows
+    text = (out / "README.md").read_text()
+    assert "12 examples, 0.3 minutes, 6 speakers; cut into 24 windows of 1 s, one every 0.75 s" in text
+    assert "6 examples, 0.2 minutes, 3 speakers; cut into 12 windows" in text and ", 6 examples |" in text
     # Scored as evaluate does it, in the same windows.
     arguments = InferenceArguments(window="1", hop=0.75)
     classifier = Classifier.load(out, arguments, progress=False)

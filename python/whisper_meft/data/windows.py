@@ -1,5 +1,6 @@
 """The windows of recordings that are longer than a model hears at once, as examples and as its input."""
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,6 +13,8 @@ from ..audio.windows import Windows
 from .dataset import Collator, SpeechDataset
 from .examples import Example, ExampleSet
 from .features import MaxFrames, window_of
+
+_WINDOW_NAME = re.compile(r" \[window \S+ to \S+ s\]$")  # what a window's name has behind its recording's
 
 _SILENCE = 1e-4  # of full scale, -80 dB: three steps of 16 bits
 
@@ -50,6 +53,22 @@ def recordings_of(examples: ExampleSet) -> list[list[int]]:
             groups.append([index])
         before = of
     return groups
+
+
+def whole_recordings(examples: ExampleSet) -> ExampleSet:
+    """The examples that :func:`cut_into_windows` made these of, one for each recording; its seconds are those
+    that windows hold."""
+    found = []
+    for group in recordings_of(examples):
+        first, last = examples[group[0]], examples[group[-1]]
+        name = _WINDOW_NAME.sub("", first.name)
+        if first.window is not None and name != first.name:
+            seconds = None
+            if last.seconds is not None:
+                seconds = last.window[0] - first.window[0] + last.seconds
+            first = replace(first, name=name, window=None, seconds=seconds)
+        found.append(first)
+    return ExampleSet(found, examples.description)
 
 
 def is_muted(wave: np.ndarray) -> bool:

@@ -20,6 +20,7 @@ from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 from ..data.digest import digest_of
 from ..data.examples import ExampleSet
 from ..data.streaming import Stream
+from ..data.windows import whole_recordings
 from ..errors import UserError, markdown, one_line, printable
 from ..files import check_writable, write_text
 
@@ -195,7 +196,7 @@ def hub_name(name: Any) -> str | None:
 
 @dataclass(frozen=True)
 class DataUsed:
-    """A set of examples as a card tells of it.
+    """A set of examples as a card tells of it: those that were cut into windows count as one recording.
 
     Attributes:
         name: where it is from, without folders above it. hub_name: of the data set on the hub, or None.
@@ -219,6 +220,7 @@ class DataUsed:
         names = without_folders(examples.description), _hub_data(examples.description)
         if isinstance(examples, Stream):
             return cls(*names, examples.size, None, 0, dict(sorted((examples.counts or {}).items())))
+        examples = whole_recordings(examples)
         seconds = [example.seconds for example in examples]
         return cls(
             *names,
@@ -265,18 +267,22 @@ def describe_data(
         training, evaluation: the examples. left_out: how many could not be used. note: how the evaluation
             data came to be. run: the content of ``train_results.json``.
     """
-    used = DataUsed.of(training)
-    lines = [f"Trained on {used.as_text()}."]
+    used, windows = DataUsed.of(training), run.get("windows")
+    lines = [f"Trained on {used.as_text()}{_cut(training, windows)}."]
     if left_out:
         lines[0] += f" {left_out} examples could not be used and were left out."
-    counts = used.classes
+    counts, weights = used.classes, run.get("class_weights") or {}
     if counts and len(counts) <= _MOST_CLASSES:
-        lines += ["", "| class | examples |", "|---|---:|"]
-        lines += [f"| {markdown(name)} | {count} |" for name, count in counts.items()]
+        heads = ["class", "examples", *(["weight in the loss"] if weights else [])]
+        lines += ["", f"| {' | '.join(heads)} |", "|---|" + "---:|" * (len(heads) - 1)]
+        for name, count in counts.items():
+            cells = [markdown(name), str(count), *([f"{weights[name]:.4g}"] if weights else [])]
+            lines.append(f"| {' | '.join(cells)} |")
     elif counts:
         lines[0] += f" {len(counts)} classes of {min(counts.values())} to {max(counts.values())} examples."
     if evaluation is not None:
-        lines += ["", f"Evaluated after training on {DataUsed.of(evaluation).as_text()}; {markdown(note)}."]
+        evaluated = f"{DataUsed.of(evaluation).as_text()}{_cut(evaluation, windows)}"
+        lines += ["", f"Evaluated after training on {evaluated}; {markdown(note)}."]
     options = {name: value for name, value in run["method"].items() if value is not None and name != "method"}
     told = ", ".join(f"{name} {markdown(value)}" for name, value in options.items())
     epochs = run.get("epochs")
@@ -285,8 +291,41 @@ def describe_data(
         f"Method {run['method']['method']} ({told}); {run['steps']} steps"
         f"{'' if epochs is None else f', {epochs:.4g} epochs'}, learning rate {run['learning_rate']:g}; "
         f"{run['trainable_parameters']:,} of {run['all_parameters']:,} parameters trained.",
+        *(f"{line}." for line in _how_trained(run)),
     ]
     return "\n".join(lines)
+
+
+def _cut(examples: ExampleSet | Stream, windows: Mapping[str, float] | None) -> str:
+    """How examples were cut, to stand behind how many there are; nothing where they were not."""
+    if windows is None or isinstance(examples, Stream):
+        return ""
+    return f"; cut into {len(examples)} windows of {windows['length']:g} s, one every {windows['hop']:g} s"
+
+
+def _how_trained(run: Mapping[str, Any]) -> list[str]:
+    """What else decides what is learnt, in sentences without full stops; nothing of what is as usual."""
+    lines = []
+    if run.get("loss") == "focal":
+        lines.append(f"The loss is the focal loss with gamma {run['focal_gamma']:g}")
+    if values := (run.get("class_weights") or {}).values():
+        lines.append(f"Classes have weights of {min(values):.4g} to {max(values):.4g} in the loss")
+    if (run.get("batches") or {}).get("sampling") == "balanced":
+        lines.append("In an epoch each class comes equally often")
+    if augmentation := run.get("augmentation"):
+        kinds = [f"{name} ({share:.0%})" for name, share in augmentation["kinds"].items()]
+        copies = run.get("cache_copies")
+        options = {name: value for name, value in augmentation.items() if name not in ("kinds", "seed")}
+        for name in ("noise_dir", "room_dir"):
+            if name in options:
+                options[name] = Path(options[name]).name
+        told = [f"{markdown(name)} {markdown(value)}" for name, value in options.items()]
+        behind = f" ({', '.join(told)})" if told else ""
+        lines.append(
+            f"Training clips were augmented by {', '.join(kinds)}"
+            f"{f' in {copies} copies of each' if copies else ''}{behind}"
+        )
+    return lines
 
 
 def results_of(config: PreTrainedConfig, examples: ExampleSet, scores: Mapping[str, Any]) -> list[EvalResult]:
