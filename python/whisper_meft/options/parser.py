@@ -27,6 +27,9 @@ class UsageError(UserError):
     exit_status = 2
 
 
+# A value that begins with a dash, as Python writes numbers; argparse's own pattern has no exponents.
+_NEGATIVE = re.compile(r"-(?:(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|inf(?:inity)?|nan)$", re.IGNORECASE)
+
 _LONG = 60  # characters of a list of choices that still fit beside the option
 
 SWITCHES = (
@@ -82,6 +85,7 @@ class Parser(HfArgumentParser):
             allow_abbrev=False,
             **kwargs,
         )
+        self._negative_number_matcher = _NEGATIVE
         # Options by the name of a preset, the value of --preset; options that are given win over them.
         self.presets: Mapping[str, Mapping[str, Any]] = {}
         # Options of other commands that one may look for here, by their names without dashes: why not.
@@ -278,7 +282,7 @@ class _Split:
 
 
 def _is_option(token: str) -> bool:
-    if not token.startswith("-") or token == "-" or re.fullmatch(r"-\d+|-\d*\.\d+", token):
+    if not token.startswith("-") or token == "-" or _NEGATIVE.match(token):
         return False
     return " " not in token.split("=")[0]
 
