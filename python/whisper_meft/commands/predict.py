@@ -206,11 +206,23 @@ def as_table(rows: Iterable[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _with_classes(columns: Sequence[str], labels: Sequence[str]) -> list[str]:
+    """The names of a table's columns and, behind them, of one for each class: its own, or where another has
+    that, with "probability of " before it."""
+    found = list(columns)
+    for label in labels:
+        name = label
+        while name in found or (name != label and name in labels):
+            name = f"probability of {name}"
+        found.append(name)
+    return found
+
+
 def as_csv(rows: Iterable[dict[str, Any]], labels: Sequence[str]) -> str:
     """Predictions as CSV: file, label, then one probability column per class."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["file", "label", *labels])
+    writer.writerow(_with_classes(["file", "label"], labels))
     for row in rows:
         writer.writerow(
             [row["file"], row["label"], *(f"{row['probabilities'][name]:.6f}" for name in labels)]
@@ -243,7 +255,7 @@ def segments_as_csv(found: Iterable[tuple[str, Iterable[dict[str, Any]]]], label
     last of them empty where there is nothing to hear."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["file", "start", "end", "label", *labels])
+    writer.writerow(_with_classes(["file", "start", "end", "label"], labels))
     for file, rows in found:
         for row in rows:
             probabilities = row["probabilities"] or {}
@@ -271,7 +283,8 @@ def several_as_csv(
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     columns = [(name, label) for name, own in zip(names, labels) for label in (None, *own)]
-    writer.writerow(["file", *(f"{name}:{'label' if label is None else label}" for name, label in columns)])
+    heads = [f"{name}:{head}" for name, own in zip(names, labels) for head in _with_classes(["label"], own)]
+    writer.writerow(["file", *heads])
     for row in rows:
         cells = [
             row["models"][name]["label"]
