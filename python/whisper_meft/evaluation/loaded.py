@@ -24,14 +24,21 @@ def usable_device(device: str | torch.device | None) -> torch.device:
     """The device of this name; None is a GPU if there is one.
 
     Raises:
-        UserError: there is no such device.
+        UserError: there is no such device, or it computes nothing.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.empty(1, device=device).device
+        found = torch.empty(1, device=device).device
+        reason = None if found.type != "meta" else "it computes nothing"
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device: cannot use {str(device)!r}: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0]
+    if reason is not None:
+        name = str(device)
+        raise UserError(
+            f"device: cannot use {name!r}, cpu or a GPU such as cuda or cuda:0 is needed: {reason}"
+        )
+    return found
 
 
 def extractor_of(model_dir: str | Path, named: str | None, config: Any, max_frames: int | str) -> Any:
