@@ -60,7 +60,8 @@ def make_parser() -> Parser:
         description="Finds the temperature that makes a classifier's probabilities fit validation data, and "
         "the probability below which a clip is rejected such that most of these are kept; saves both in the "
         "model's config.json. predict, evaluate and transformers' pipeline then give the calibrated "
-        "probabilities. Which class is the most probable one does not change.",
+        "probabilities. The most probable class of a clip stays the same; that of a recording in windows of "
+        "different classes can change.",
     )
     parser.add_argument("model_dir", metavar="MODEL_DIR", help="folder of a trained model that classifies")
     return parser
