@@ -23,6 +23,7 @@ from .backbone import load_backbone, resolve_backbone
 from .base import check_sizes
 from .config import MeftModelConfig
 from .declared import check_declared_sizes
+from .loading import fetch, read_config
 from .module import MeftModel, get_meft_model
 from .weights import check_names, load_checked, read_weights
 from .whole_folder import whole_folder
@@ -165,7 +166,9 @@ def to_published(
     Args:
         src: folder or hub name of the saved model. dst: folder to write ``config.json`` and
             ``model.safetensors`` into, the backbone's tensors included.
-        backbone: hub name or folder of the backbone, if not the one that ``src`` names.
+        backbone: hub name or folder of the backbone, if not the one that ``src`` names. Of a model on a
+            quantised one its weights as they were before are written, and a warning says so; another warning
+            says what ``max_frames`` other than "fidelity" becomes.
 
     Raises:
         UserError: ``src`` cannot be loaded, is no side network, or taps only some of the layers or has
@@ -174,7 +177,9 @@ def to_published(
     dst = Path(dst)
     if Path(src).is_dir():
         _check_folders(Path(src), dst)
-    model = MeftModel.from_pretrained(src, backbone=backbone)
+    # The published code has no quantised layers: it gets the weights that were rounded for this model.
+    rounded_to = read_config(fetch(src, {})).meft.get("backbone_quantization")
+    model = MeftModel.from_pretrained(src, backbone=backbone, quantization="none")
     config = model.meft_config
     if config.method not in _PUBLISHED_SIZES:
         raise UserError(
@@ -199,6 +204,18 @@ def to_published(
         wanted = ", ".join(f"{k} {v}" for k, v in differing.items())
         warnings.warn(
             f"the published code has {wanted} written into it: change it there to load {dst}", stacklevel=2
+        )
+    if config.max_frames != "fidelity":
+        warnings.warn(
+            f"{src} was trained with max_frames={config.max_frames!r}; the published code computes the whole "
+            "window and counts padding as sound, so its scores will differ",
+            stacklevel=2,
+        )
+    if rounded_to is not None:
+        warnings.warn(
+            f"{src} was trained on a backbone that is rounded to {rounded_to}; {dst} holds the weights "
+            "before that, so its scores will differ a little",
+            stacklevel=2,
         )
 
     state = model.state_dict()
