@@ -243,7 +243,7 @@ class MeftBase(PreTrainedModel):
             kwargs: options of ``PreTrainedModel.save_pretrained`` that have no meaning here are ignored.
 
         Raises:
-            UserError: the folder cannot be written.
+            UserError: the folder cannot be written, or is the backbone's own.
         """
         if is_main_process:
             save(self, Path(save_directory), state_dict, save_backbone)

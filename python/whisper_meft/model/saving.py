@@ -30,8 +30,9 @@ def save(
         state_dict: tensors instead of the model's own. save_backbone: also write the encoder.
 
     Raises:
-        UserError: the folder cannot be written, or the backbone cannot be saved.
+        UserError: the folder cannot be written or is the backbone's own, or the backbone cannot be saved.
     """
+    _check_apart(model.config.base_model_name_or_path, folder)
     tensors = model.state_dict() if state_dict is None else state_dict
     saved = model.saved_names()
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items() if k in saved}
@@ -64,6 +65,15 @@ def save(
     if getattr(model, "generation_config", None) is not None:
         write_text(folder / "generation_config.json", model.generation_config.to_json_string())
     write_text(folder / "config.json", config.to_json_string())
+
+
+def _check_apart(backbone: str | None, folder: Path) -> None:
+    """Raises UserError where ``folder`` is the backbone's own, whose files would be written over."""
+    if backbone and os.path.isdir(backbone) and folder.is_dir() and os.path.samefile(backbone, folder):
+        raise UserError(
+            f"cannot save into {folder}: it is the folder of the backbone {backbone}, which would be "
+            "overwritten; name another folder"
+        )
 
 
 def extractor_to_save(extractor: Any, max_frames: int | str) -> Any:
