@@ -23,6 +23,7 @@ from .config import MeftModelConfig
 from .in_any_trainer import serve_in_every_trainer
 from .loading import load
 from .saving import save, upload
+from .sharing import check_unused, note_use
 
 
 class MeftBase(PreTrainedModel):
@@ -30,10 +31,12 @@ class MeftBase(PreTrainedModel):
 
     Args:
         config: sizes and the method's options.
-        base: the Whisper model of the task, a ``base_class``. Its modules are shared, not copied.
+        base: the Whisper model of the task, a ``base_class``. Its modules are shared, not copied: several
+            models of methods that leave them as they are may share one base, any other needs one to itself.
 
     Raises:
-        UserError: the options do not fit the backbone.
+        UserError: the options do not fit the backbone, or another model on ``base`` has trained it or would
+            be changed with it.
     """
 
     # What the model does, and transformers' Whisper model that does it.
@@ -63,6 +66,7 @@ class MeftBase(PreTrainedModel):
             raise UserError(
                 "base already carries an adapter of an earlier model: load it anew, or merge that model first"
             )
+        check_unused(base, self.meft_config)
         self.encoder = self.meft_config.build_encoder(whisper_encoder)
         check_sizes(config, self.encoder)
         self.check_method()
@@ -79,6 +83,21 @@ class MeftBase(PreTrainedModel):
         self._keys_to_ignore_on_save = self.frozen_names()
         # Every process loads the backbone itself; torch's DistributedDataParallel need not send it around.
         self._ddp_params_and_buffers_to_ignore = sorted(self._keys_to_ignore_on_save)
+        self._given_up = False
+        note_use(self, base)
+
+    def give_up(self) -> None:
+        """Leaves the backbone to a later model of the same options: this one is refused from now on."""
+        self._given_up = True
+        self.register_forward_pre_hook(lambda *_: self.check_not_given_up())
+
+    def check_not_given_up(self) -> None:
+        """Raises UserError where another model trains this one's weights."""
+        if self._given_up:
+            raise UserError(
+                f"this model of {self.meft_config.method} cannot be used any more: a later one was made of the "
+                "same base and trains the same weights; use that one, or load the base anew for each"
+            )
 
     def check_method(self) -> None:
         """Raises UserError where the method's options do not fit the task or the backbone."""

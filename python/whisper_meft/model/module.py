@@ -249,14 +249,16 @@ def get_meft_model(
     Args:
         base: gives the encoder (shared with it and frozen but for what the method trains, cast if
             ``config.backbone_dtype`` says so); a classifier the start values of the head (copied, as float32)
-            and the labels, a recogniser the decoder (shared, frozen, cast) and how it generates.
+            and the labels, a recogniser the decoder (shared, frozen, cast) and how it generates. Methods with
+            a frozen encoder may share one; a method that trains inside it needs one of its own.
         config: :class:`LSTConfig`, :class:`LoRAConfig`, :class:`FullConfig` ...: the method and its options.
 
     Returns:
         A model in training mode, ready for ``transformers.Trainer``.
 
     Raises:
-        UserError: ``base`` or ``config`` is of another kind, or they do not fit each other.
+        UserError: ``base`` or ``config`` is of another kind, or they do not fit each other; ``base`` was
+            trained by an earlier model, or one that lives uses it and either would change the other.
     """
     transcribes = isinstance(base, WhisperForConditionalGeneration)
     if not transcribes and not isinstance(base, WhisperForAudioClassification):

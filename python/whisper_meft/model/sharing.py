@@ -1,0 +1,97 @@
+"""Who uses the modules of a Whisper: models share those of the base that they are made of."""
+
+import gc
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+from transformers import PreTrainedModel
+
+from ..errors import UserError
+from ..methods import MeftConfig
+from ..methods.tuned import TunedConfig
+
+_ENTRIES = 16  # of each tensor, by which a change is seen: training moves them all
+
+
+class _Use:
+    """What became of one Whisper: the models that live on it, and its weights before one of them trained."""
+
+    def __init__(self):
+        self.models: WeakSet[Any] = WeakSet()
+        self.trained_by: str | None = None
+        self.start: dict[str, torch.Tensor] | None = None
+
+
+# By the encoder's first module, which all share who share an encoder.
+_USES: WeakKeyDictionary[nn.Module, _Use] = WeakKeyDictionary()
+
+
+def check_unused(base: PreTrainedModel, options: MeftConfig) -> None:
+    """Raises UserError where a model of these options cannot be made of ``base``: an earlier one has trained
+    its weights, or one that lives would be changed by the new one's training, or change it.
+
+    The same options again are no other model: that is a notebook's cell run twice, see :func:`note_use`.
+    """
+    use = _USES.get(base.get_encoder().conv1)
+    if use is None:
+        return
+    if use.start is not None and _changed(use.start, _entries(base)):
+        raise UserError(
+            f"base was changed since a model of {use.trained_by}, which trains its weights, was made of it: "
+            "load it anew, or give that model's merge_and_unload() to go on from what was trained"
+        )
+    if not _in_the_way(use, options):
+        return
+    gc.collect()  # models lie in circles of references
+    other = _in_the_way(use, options)
+    if other is not None:
+        trains = options.method if isinstance(options, TunedConfig) else other
+        raise UserError(
+            f"base is used by a model of {other}, and {trains} trains inside it, which would change both: "
+            "load it anew for another model, or delete that one first"
+        )
+
+
+def note_use(model: Any, base: PreTrainedModel) -> None:
+    """Notes that ``model`` was made of ``base``. A model of the same options that trains the same weights
+    gives them up: it raises UserError where it is used."""
+    options = model.meft_config
+    use = _USES.setdefault(base.get_encoder().conv1, _Use())
+    if isinstance(options, TunedConfig):
+        for earlier in list(use.models):
+            earlier.give_up()
+        use.models.clear()
+    use.models.add(model)
+    if options.trains_backbone and use.start is None:
+        use.start, use.trained_by = _entries(base), options.method
+
+
+def _in_the_way(use: _Use, options: MeftConfig) -> str | None:
+    """The method of a model that lives on the same modules and cannot share them with one of ``options``."""
+    for model in list(use.models):
+        other = model.meft_config
+        if other != options and (isinstance(other, TunedConfig) or isinstance(options, TunedConfig)):
+            return other.method
+    return None
+
+
+def _entries(base: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """A few entries of each of the backbone's weights, float64 on the CPU."""
+    parts = [("encoder", base.get_encoder())]
+    if hasattr(base, "get_decoder") and getattr(base, "model", None) is not None:
+        parts.append(("decoder", base.get_decoder()))
+    entries = {}
+    for part, module in parts:
+        for name, weight in module.named_parameters():
+            if weight.is_meta or isinstance(weight, FakeTensor):
+                continue
+            step = max(1, weight.numel() // _ENTRIES)
+            entries[f"{part}.{name}"] = weight.detach().flatten()[::step][:_ENTRIES].double().cpu()
+    return entries
+
+
+def _changed(before: dict[str, torch.Tensor], now: dict[str, torch.Tensor]) -> bool:
+    return any(name in now and not torch.equal(tensor, now[name]) for name, tensor in before.items())
