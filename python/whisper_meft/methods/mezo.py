@@ -1,6 +1,6 @@
 """MeZO: training by forward passes alone (arXiv 2305.17333, algorithm 1)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -51,6 +51,8 @@ class MeZO(torch.optim.Optimizer):
         eps: how far the two measured points are from the parameters, in units of z.
         weight_decay: as in SGD. seed: of the directions; equal on all processes.
         queries: q, directions of a step; each costs two evaluations of the loss.
+        buffers: what else the loss changes when it is evaluated, such as running statistics: all evaluations
+            of a measurement begin at the same values, and what the last one leaves stays.
 
     Attributes:
         last_slopes: (q,) slopes of the last step, None before the first.
@@ -64,11 +66,13 @@ class MeZO(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         seed: int = 0,
         queries: int = 1,
+        buffers: Sequence[Tensor] = (),
     ):
         super().__init__(params, {"lr": lr, "eps": eps, "weight_decay": weight_decay})
         # In the groups, because those are saved and restored.
         for group in self.param_groups:
             group.update(seed=seed, steps_done=0, queries=queries)
+        self.buffers = tuple(buffers)
         self._slopes: Tensor | None = None
         self.last_slopes: Tensor | None = None
 
@@ -108,12 +112,20 @@ class MeZO(torch.optim.Optimizer):
         """
         devices = {p.device for group in self.param_groups for p in group["params"] if p.is_cuda}
         slopes, values = [], []
+        before = [buffer.clone() for buffer in self.buffers]
+
+        def evaluated() -> Tensor:
+            # Else the two sides would be values of two functions, and their difference no slope.
+            for buffer, value in zip(self.buffers, before):
+                buffer.copy_(value)
+            return loss()
+
         for query in range(self.queries):
             self._shift(query, 1)
             with torch.random.fork_rng(devices):  # dropout, if any, is the same on both sides
-                above = loss()
+                above = evaluated()
             self._shift(query, -2)
-            below = loss()
+            below = evaluated()
             self._shift(query, 1)
             slopes.append((above - below).float() / (2 * self.param_groups[0]["eps"]))
             values.append((above + below) / 2)

@@ -217,6 +217,7 @@ class MeftTrainer(Trainer):
             trained = [p for p in self.model.parameters() if p.requires_grad]
             rate, decay = self.args.learning_rate, self.args.weight_decay
             options = {"seed": self.args.seed, "queries": self.method.mezo_queries}
+            options["buffers"] = list(self.model.buffers())
             self.optimizer = MeZO(trained, rate, self.method.eps, decay, **options)
         elif self.optimizer is None and self.method.method == "lora_plus":
             self.optimizer = self._lora_plus_optimizer()
