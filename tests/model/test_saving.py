@@ -2,9 +2,17 @@
 
 import pytest
 import torch
-from modelling_fixtures import batch, randomise, tiny_whisper
-from transformers import WhisperForAudioClassification
-from whisper_meft import LSTConfig, MeftModel, UserError, get_meft_model
+from modelling_fixtures import ToyClips, batch, randomise, tiny_whisper
+from transformers import Trainer, TrainingArguments, WhisperForAudioClassification
+from whisper_meft import (
+    BitFitConfig,
+    FullConfig,
+    LoRAConfig,
+    LSTConfig,
+    MeftModel,
+    UserError,
+    get_meft_model,
+)
 
 
 def content(folder):
@@ -42,3 +50,39 @@ def test_a_folder_that_holds_its_backbone_can_be_written_again(tmp_path):
     assert torch.equal(logits(MeftModel.from_pretrained(tmp_path / "ours")), logits(again))
     again.save_pretrained(tmp_path / "ours", save_backbone=True)
     assert torch.equal(logits(MeftModel.from_pretrained(tmp_path / "ours")), logits(again))
+
+
+def test_what_was_unfrozen_is_not_lost_in_silence(tmp_path):
+    model = get_meft_model(tiny_whisper(), LoRAConfig(r=4, lora_alpha=8))
+    counted = model.get_nb_trainable_parameters()
+    layer = model.encoder.layers[1].fc1.requires_grad_(True)
+    named = "encoder.layers.1.fc1.weight, encoder.layers.1.fc1.bias would train, but lora"
+    with pytest.raises(UserError, match=named):
+        model.save_pretrained(tmp_path / "lost")
+    assert not (tmp_path / "lost").exists()
+    arguments = TrainingArguments(str(tmp_path / "run"), use_cpu=True, report_to=[], max_steps=1)
+    with pytest.raises(UserError, match=named):
+        Trainer(model, arguments, train_dataset=ToyClips(2)).train()
+    randomise(model)
+    model.save_pretrained(tmp_path / "whole", save_backbone=True)
+    assert torch.equal(logits(MeftModel.from_pretrained(tmp_path / "whole")), logits(model))
+    layer.requires_grad_(False)
+    assert model.get_nb_trainable_parameters() == counted
+    model.config.base_model_name_or_path = "elsewhere"
+    model.save_pretrained(tmp_path / "lora")
+
+
+def test_all_of_a_model_unfrozen(tmp_path):
+    for config in (
+        LSTConfig(reduction_factor=4),
+        LoRAConfig(r=4, lora_alpha=8),
+        BitFitConfig(),
+        FullConfig(),
+    ):
+        model = get_meft_model(tiny_whisper(), config)
+        counted = model.get_nb_trainable_parameters()
+        model.requires_grad_(True)
+        if config.frozen_encoder:  # which no gradient enters
+            assert model.get_nb_trainable_parameters() == counted
+        with pytest.raises(UserError, match=f"and .* more would train, but {config.method}|embed_positions"):
+            model.save_pretrained(tmp_path)

@@ -41,7 +41,9 @@ def test_a_base_that_was_trained_is_not_taken_over(first):
     model = get_meft_model(base, first)
     train(model)
     for config in (LST, first, HeadConfig(), LORA):
-        with pytest.raises(UserError, match=f"base was changed since a model of {first.method}.*load it anew"):
+        with pytest.raises(
+            UserError, match=f"base was changed since a model of {first.method}.*load it anew"
+        ):
             get_meft_model(base, config)
     merged = model.merge_and_unload()
     del model
@@ -63,12 +65,16 @@ def test_loading_trained_weights_into_a_base_changes_it(tmp_path):
         MeftModel.from_pretrained(tmp_path, backbone=base)
 
 
-@pytest.mark.parametrize("later", [BitFitConfig(), FullConfig(), MeZOConfig(), LORA, AdapterConfig(adapter_dim=4)])
+@pytest.mark.parametrize(
+    "later", [BitFitConfig(), FullConfig(), MeZOConfig(), LORA, AdapterConfig(adapter_dim=4)]
+)
 def test_a_living_model_is_not_changed_by_a_later_one(later):
     base = tiny_whisper()
     model = get_meft_model(base, LST)
     before = logits(model)
-    with pytest.raises(UserError, match=f"base is used by a model of lst, and {later.method} trains inside it"):
+    with pytest.raises(
+        UserError, match=f"base is used by a model of lst, and {later.method} trains inside it"
+    ):
         get_meft_model(base, later)
     assert torch.equal(logits(model), before)
     del model

@@ -24,6 +24,7 @@ from .in_any_trainer import serve_in_every_trainer
 from .loading import load
 from .saving import save, upload
 from .sharing import check_unused, note_use
+from .weights import some_of
 
 
 class MeftBase(PreTrainedModel):
@@ -74,8 +75,7 @@ class MeftBase(PreTrainedModel):
         place = {"device": self.encoder.conv1.weight.device, "dtype": torch.float32}
         self.build(base, **place)
         self.post_init()
-        if type(self.meft_config).trainer_callback is not MeftConfig.trainer_callback:
-            serve_in_every_trainer()
+        serve_in_every_trainer()
         self._adapter_is_off = False
         # Whether whoever trains the model adds `penalty()` to the loss, where it computes one itself.
         self.penalty_elsewhere = False
@@ -95,8 +95,20 @@ class MeftBase(PreTrainedModel):
         """Raises UserError where another model trains this one's weights."""
         if self._given_up:
             raise UserError(
-                f"this model of {self.meft_config.method} cannot be used any more: a later one was made of the "
-                "same base and trains the same weights; use that one, or load the base anew for each"
+                f"this model of {self.meft_config.method} cannot be used any more: a later one was made of "
+                "the same base and trains the same weights; use that one, or load the base anew for each"
+            )
+
+    def check_frozen(self) -> None:
+        """Raises UserError where a parameter of the backbone was unfrozen that the method neither trains nor
+        saves."""
+        found = [n for n, p in self.named_parameters() if p.requires_grad and not self._is_saved(n)]
+        if found:
+            method = self.meft_config.method
+            raise UserError(
+                f"{some_of(found)} would train, but {method} trains and saves others alone: call "
+                "requires_grad_(False) on them, or use FullConfig; save_pretrained(..., save_backbone=True) "
+                "writes them too"
             )
 
     def check_method(self) -> None:
@@ -137,7 +149,10 @@ class MeftBase(PreTrainedModel):
 
     def saved_names(self) -> set[str]:
         """Names of the tensors that :meth:`save_pretrained` writes: all but those that stay as loaded."""
-        return set(self.state_dict()) - self._keys_to_ignore_on_save
+        return {name for name in self.state_dict() if self._is_saved(name)}
+
+    def _is_saved(self, name: str) -> bool:
+        return name not in self._keys_to_ignore_on_save
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, **kwargs: Any
@@ -224,8 +239,13 @@ class MeftBase(PreTrainedModel):
         return features, ((frames + 1) // 2).clamp(1, max((features.shape[2] + 1) // 2, 1))
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Numbers of trainable and of all parameters."""
-        sizes = [(p.numel(), p.requires_grad) for p in self.parameters()]
+        """Numbers of trainable and of all parameters. Of a frozen encoder none counts, whatever was unfrozen:
+        no gradient enters it."""
+        never = "encoder." if self.meft_config.frozen_encoder else None
+        sizes = [
+            (p.numel(), p.requires_grad and not (never and name.startswith(never)))
+            for name, p in self.named_parameters()
+        ]
         return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)
 
     def print_trainable_parameters(self) -> None:
@@ -262,7 +282,8 @@ class MeftBase(PreTrainedModel):
             kwargs: options of ``PreTrainedModel.save_pretrained`` that have no meaning here are ignored.
 
         Raises:
-            UserError: the folder cannot be written, or is the backbone's own.
+            UserError: the folder cannot be written, or is the backbone's own; without ``save_backbone``, a
+                parameter was unfrozen that would not be saved.
         """
         if is_main_process:
             save(self, Path(save_directory), state_dict, save_backbone)

@@ -8,8 +8,8 @@ from ..methods import MeftConfig
 
 
 class MethodCallback(TrainerCallback):
-    """Hands a Trainer's events on to the callback of its model's method (``MeftConfig.trainer_callback``);
-    does nothing for a model of another kind."""
+    """Hands a Trainer's events on to the callback of its model's method (``MeftConfig.trainer_callback``),
+    and checks before training that the model can be saved; does nothing for a model of another kind."""
 
     def __init__(self):
         self.callback: TrainerCallback | None = None
@@ -17,7 +17,11 @@ class MethodCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, model: Any = None, **kwargs):
         model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
         config = getattr(model, "meft_config", None)
-        self.callback = config.trainer_callback(model.tuned) if isinstance(config, MeftConfig) else None
+        self.callback = None
+        if isinstance(config, MeftConfig):
+            if args.save_strategy != "no":
+                model.check_frozen()  # before anything is lost: saving would refuse
+            self.callback = config.trainer_callback(model.tuned)
         if self.callback is not None:
             self.callback.on_train_begin(args, state, control, model=model, **kwargs)
 

@@ -33,6 +33,8 @@ def save(
         UserError: the folder cannot be written or is the backbone's own, or the backbone cannot be saved.
     """
     model.check_not_given_up()
+    if not save_backbone:
+        model.check_frozen()
     _check_apart(model.config.base_model_name_or_path, folder)
     tensors = model.state_dict() if state_dict is None else state_dict
     saved = model.saved_names()
