@@ -1,5 +1,7 @@
 """What saving refuses, so that nothing is lost, and what it writes whatever it is given."""
 
+import json
+
 import pytest
 import torch
 from modelling_fixtures import ToyClips, batch, randomise, tiny_whisper
@@ -10,6 +12,7 @@ from whisper_meft import (
     LoRAConfig,
     LSTConfig,
     MeftModel,
+    MeZOConfig,
     UserError,
     get_meft_model,
 )
@@ -86,3 +89,28 @@ def test_all_of_a_model_unfrozen(tmp_path):
             assert model.get_nb_trainable_parameters() == counted
         with pytest.raises(UserError, match=f"and .* more would train, but {config.method}|embed_positions"):
             model.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("config", [FullConfig(), BitFitConfig(), MeZOConfig()])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_trained_backbone_in_half_precision_is_saved_and_loaded(config, dtype, tmp_path):
+    model = randomise(get_meft_model(loaded_whisper(tmp_path / "whisper"), config), std=0.02)
+    model.save_pretrained(tmp_path / "float32")
+    expected = logits(model)
+    model.to(dtype).save_pretrained(tmp_path / "half")
+    again = MeftModel.from_pretrained(tmp_path / "half")
+    assert again.encoder.dtype == torch.float32 and again.meft_config.backbone_dtype == "float32"
+    torch.testing.assert_close(logits(again), expected, rtol=0.05, atol=0.05)
+    runs = MeftModel.from_pretrained(tmp_path / "float32", dtype=dtype)
+    assert runs.encoder.dtype == dtype and runs.classifier.weight.dtype == torch.float32
+    torch.testing.assert_close(logits(runs), expected, rtol=0.1, atol=0.1)
+    with pytest.raises(UserError, match="load it without dtype to train it"), torch.no_grad():
+        runs.train()(batch()[0])
+    runs.save_pretrained(tmp_path / "again")
+    assert MeftModel.from_pretrained(tmp_path / "again").encoder.dtype == torch.float32
+    # What earlier versions wrote.
+    file = tmp_path / "float32/config.json"
+    values = json.loads(file.read_text())
+    values["meft"]["backbone_dtype"] = str(dtype).removeprefix("torch.")
+    file.write_text(json.dumps(values))
+    assert torch.equal(logits(MeftModel.from_pretrained(tmp_path / "float32")), expected)

@@ -11,6 +11,8 @@ DTYPES = {
     "float64": torch.float64,
 }
 
+HALF = (torch.bfloat16, torch.float16)
+
 
 def parse_dtype(value: str | torch.dtype | None, argument: str = "dtype") -> torch.dtype | None:
     """Turns ``"bfloat16"``, ``"torch.bfloat16"`` or ``torch.bfloat16`` into the dtype; ``None`` stays

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import TrainerCallback, WhisperForConditionalGeneration
 
 from ..decoder.frozen import FrozenDecoder
-from ..encoder.dtypes import parse_dtype
+from ..encoder.dtypes import HALF, parse_dtype
 from ..encoder.frozen import FrozenEncoder
 from ..encoder.pooling import POOLINGS
 from ..encoder.quantization import check_kind
@@ -122,7 +122,7 @@ class MeftConfig:
                 f"backbone_quantization must be None for {self.method}, which trains inside the encoder, got "
                 f"{self.backbone_quantization!r}: it is for methods beside a frozen one"
             )
-        if self.trains_backbone and dtype in (torch.bfloat16, torch.float16):
+        if self.trains_backbone and dtype in HALF:
             raise UserError(
                 f"backbone_dtype must be None or float32 for {self.method}, which trains the backbone's own "
                 f"weights, got {self.backbone_dtype}; train under autocast (bf16 or fp16) instead"

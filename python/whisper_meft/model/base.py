@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 
 from ..encoder.cached import states_read
+from ..encoder.dtypes import HALF
 from ..encoder.fingerprint import fingerprint
 from ..encoder.frozen import FrozenEncoder
 from ..errors import UserError
@@ -77,6 +78,7 @@ class MeftBase(PreTrainedModel):
         self.post_init()
         serve_in_every_trainer()
         self._adapter_is_off = False
+        self._cast_to_run = False
         # Whether whoever trains the model adds `penalty()` to the loss, where it computes one itself.
         self.penalty_elsewhere = False
         # Trainer compares with the exact names when it loads a checkpoint, and then reports none missing.
@@ -97,6 +99,22 @@ class MeftBase(PreTrainedModel):
             raise UserError(
                 f"this model of {self.meft_config.method} cannot be used any more: a later one was made of "
                 "the same base and trains the same weights; use that one, or load the base anew for each"
+            )
+
+    def cast_to_run(self, dtype: torch.dtype) -> None:
+        """Casts the weights of a backbone that trains, to run with them: training is then refused."""
+        for part in ("encoder", "decoder"):
+            if hasattr(self, part):
+                getattr(self, part).to(dtype)
+        self._cast_to_run = True
+
+    def refuse_training_in_half(self) -> None:
+        """Raises UserError in training where the weights that train were cast to half precision to run."""
+        if self._cast_to_run and self.training and self.encoder.dtype in HALF:
+            dtype = str(self.encoder.dtype).removeprefix("torch.")
+            raise UserError(
+                f"{self.meft_config.method} trains the backbone's own weights in float32, and this model was "
+                f"loaded with dtype {dtype}: load it without dtype to train it, under autocast (bf16 or fp16)"
             )
 
     def check_frozen(self) -> None:
@@ -338,6 +356,8 @@ class MeftBase(PreTrainedModel):
             backbone: hub name, folder, or loaded Whisper model of the task to use instead of the one that the
                 saved config names.
             dtype: number format of the backbone's weights; unset takes the saved one. The rest is float32.
+                In half precision a model whose method trains the backbone's own weights runs, but does not
+                train.
             attn_implementation: the backbone's attention, as in transformers.
             quantization: of the backbone, ``"int8"``, ``"fp8"``, ``"nf4"`` or ``"none"``; unset: the
                 saved one.

@@ -12,7 +12,7 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from ..encoder.dtypes import parse_dtype
+from ..encoder.dtypes import HALF, parse_dtype
 from ..encoder.fingerprint import same_fingerprint
 from ..encoder.quantization import REVISION
 from ..errors import UserError, one_line
@@ -61,6 +61,8 @@ def load(
         )
     dtype = parse_dtype(None if dtype == "auto" else dtype)
     trained_on = config.meft.get("backbone_quantization"), config.quantization_revision
+    config = copy.deepcopy(config)
+    runs_in, dtype = _apart_from_training(config, dtype)
     # A backbone that is loaded already stays as it is.
     config = _with_changes(config, dtype, isinstance(backbone, nn.Module), quantization, attention)
     MeftConfig.from_dict(config.meft)  # so that bad options are reported before anything is loaded
@@ -83,6 +85,8 @@ def load(
             "with: its scores will be wrong",
             stacklevel=3,
         )
+    if runs_in is not None:
+        model.cast_to_run(runs_in)
     if getattr(model, "generation_config", None) and (folder / "generation_config.json").is_file():
         model.generation_config = _generation_config(folder)
     if trained_on[0] and model.encoder.quantization and trained_on[1] != REVISION:
@@ -117,6 +121,20 @@ def _check_shapes(
         skeleton = cls(config, cls.base_class(base.config))
     saved = skeleton.saved_names()
     check_names(tensors, {name: t for name, t in skeleton.state_dict().items() if name in saved}, folder)
+
+
+def _apart_from_training(
+    config: MeftModelConfig, dtype: torch.dtype | None
+) -> tuple[torch.dtype | None, torch.dtype | None]:
+    """The half precision that a model is cast to once it is loaded, where its method trains float32 masters,
+    and the number format of the backbone that is asked for else. One that was saved in half precision by an
+    earlier version is float32."""
+    options = MeftConfig.methods().get(str(config.meft.get("method")))
+    if options is None or not options.trains_backbone:
+        return None, dtype
+    if config.meft.get("backbone_dtype") in [str(half).removeprefix("torch.") for half in HALF]:
+        config.meft = config.meft | {"backbone_dtype": "float32"}
+    return (dtype, None) if dtype in HALF else (None, dtype)
 
 
 def _with_changes(

@@ -171,6 +171,7 @@ class MeftModel(MeftBase):
         options = self.meft_config
         if self.training and options.method == "mezo" and torch.is_grad_enabled():
             refuse_gradients()
+        self.refuse_training_in_half()
         if (input_features is None) == (hidden_states is None):
             raise UserError("one of input_features and hidden_states is needed, and not both")
         check_tensors(

@@ -11,6 +11,7 @@ import torch
 from huggingface_hub import HfApi
 from transformers import PreTrainedModel
 
+from ..encoder.dtypes import HALF
 from ..encoder.quantization import REVISION
 from ..errors import UserError
 from ..files import replacing, write_text
@@ -47,9 +48,10 @@ def save(
         config.processor_class = "WhisperProcessor"  # what AutoProcessor makes of the folder
     config.quantization_revision = REVISION if model.encoder.quantization else None
     # The number format that was trained with, so that the scores come out the same after loading.
-    config.meft = model.meft_config.to_dict() | {
-        "backbone_dtype": str(model.encoder.dtype).removeprefix("torch.")
-    }
+    dtype = model.encoder.dtype
+    if model.meft_config.trains_backbone and dtype in HALF:  # cast to run: the masters are float32
+        dtype = torch.float32
+    config.meft = model.meft_config.to_dict() | {"backbone_dtype": str(dtype).removeprefix("torch.")}
     if save_backbone:
         model.write_backbone(folder / "backbone")
         config.base_model_name_or_path = "backbone"
