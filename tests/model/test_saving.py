@@ -114,3 +114,46 @@ def test_a_trained_backbone_in_half_precision_is_saved_and_loaded(config, dtype,
     values["meft"]["backbone_dtype"] = str(dtype).removeprefix("torch.")
     file.write_text(json.dumps(values))
     assert torch.equal(logits(MeftModel.from_pretrained(tmp_path / "float32")), expected)
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."])
+def test_a_wrappers_state_dict_is_saved_by_the_names_of_the_model(prefix, tmp_path):
+    base = loaded_whisper(tmp_path / "whisper")
+    model = randomise(get_meft_model(base, LSTConfig(reduction_factor=4, pooling="statistics")))
+    tensors = {prefix + name: tensor for name, tensor in model.state_dict().items()}
+    model.save_pretrained(tmp_path / "ours", state_dict=tensors)
+    assert torch.equal(logits(MeftModel.from_pretrained(tmp_path / "ours")), logits(model))
+    for lost in ("standardisation.mean", "classifier.weight", "side_network.up.linear.bias"):
+        fewer = {name: tensor for name, tensor in tensors.items() if not name.endswith(lost)}
+        with pytest.raises(UserError, match=f"state_dict must hold all that lst trains, it lacks {lost}"):
+            model.save_pretrained(tmp_path / "lost", state_dict=fewer)
+    with pytest.raises(UserError, match=r"it lacks .* and \d+ more"):
+        model.save_pretrained(tmp_path / "lost", state_dict={})
+    assert not (tmp_path / "lost").exists()
+
+
+def test_a_compiled_part_is_saved_as_itself(tmp_path):
+    model = randomise(get_meft_model(loaded_whisper(tmp_path / "whisper"), LSTConfig(reduction_factor=4)))
+    expected = logits(model)
+    model.side_network = torch.compile(model.side_network, backend="eager")
+    model.encoder = torch.compile(model.encoder, backend="eager")
+    model.save_pretrained(tmp_path / "ours")
+    assert torch.equal(logits(MeftModel.from_pretrained(tmp_path / "ours")), expected)
+
+
+def test_a_head_that_the_config_does_not_describe_is_not_saved(tmp_path):
+    model = get_meft_model(loaded_whisper(tmp_path / "whisper"), LSTConfig(reduction_factor=4))
+    model.classifier = torch.nn.Linear(10, 5)
+    with pytest.raises(
+        UserError, match=r"classifier.weight must have shape \(3, 10\).*num_labels=3.*\(5, 10\)"
+    ):
+        model.save_pretrained(tmp_path / "ours")
+    model.config.id2label = dict(enumerate("abcde"))
+    model.save_pretrained(tmp_path / "ours")
+    assert torch.equal(logits(MeftModel.from_pretrained(tmp_path / "ours")), logits(model))
+    model.config.num_labels = 4
+    with pytest.raises(UserError, match=r"classifier.weight must have shape \(4, 10\)"):
+        model.save_pretrained(tmp_path / "ours")
+    model.config.id2label = {0: "a", 1: "a", 2: "b", 3: "c", 4: "d"}
+    with pytest.raises(UserError, match="the config: id2label names two classes 'a'"):
+        model.save_pretrained(tmp_path / "ours")

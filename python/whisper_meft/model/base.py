@@ -1,7 +1,7 @@
 """What the models of all tasks share: the encoder, what a method trains, saving, loading and uploading."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,7 +25,7 @@ from .in_any_trainer import serve_in_every_trainer
 from .loading import load
 from .saving import save, upload
 from .sharing import check_unused, note_use
-from .weights import some_of
+from .weights import plain_name, some_of
 
 
 class MeftBase(PreTrainedModel):
@@ -169,8 +169,12 @@ class MeftBase(PreTrainedModel):
         """Names of the tensors that :meth:`save_pretrained` writes: all but those that stay as loaded."""
         return {name for name in self.state_dict() if self._is_saved(name)}
 
+    def check_config(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Raises UserError where ``tensors``, to be saved, are not those that the config describes, so that
+        nobody could load them."""
+
     def _is_saved(self, name: str) -> bool:
-        return name not in self._keys_to_ignore_on_save
+        return plain_name(name) not in self._keys_to_ignore_on_save
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, **kwargs: Any
@@ -292,7 +296,7 @@ class MeftBase(PreTrainedModel):
                 ``README.md`` where there is none.
             is_main_process: ``False`` writes nothing (other processes of a distributed run).
             state_dict: tensors to save instead of the model's own, such as those gathered from several
-                processes.
+                processes, or of a wrapper around it (``module.``, ``_orig_mod.``): all that trains, at least.
             push_to_hub: upload the folder afterwards; ``repo_id`` and :meth:`push_to_hub`'s options in
                 ``kwargs``.
             save_backbone: also write the encoder to ``backbone/`` and refer to it there: the folder then
@@ -300,8 +304,9 @@ class MeftBase(PreTrainedModel):
             kwargs: options of ``PreTrainedModel.save_pretrained`` that have no meaning here are ignored.
 
         Raises:
-            UserError: the folder cannot be written, or is the backbone's own; without ``save_backbone``, a
-                parameter was unfrozen that would not be saved.
+            UserError: the folder cannot be written, or is the backbone's own; ``state_dict`` lacks a tensor;
+                the config has other sizes or no usable labels; without ``save_backbone``, a parameter was
+                unfrozen that would not be saved.
         """
         if is_main_process:
             save(self, Path(save_directory), state_dict, save_backbone)

@@ -2,13 +2,14 @@
 
 import json
 import struct
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import WhisperConfig
 
-from ..errors import UserError, one_line
+from ..errors import UserError, one_line, printable
 from ..files import read_json
 from .weights import WEIGHT_FILES, weight_files
 
@@ -65,6 +66,31 @@ def check_declared_sizes(config: Any, shapes: Mapping[str, Sequence[int]], where
             raise UserError(f"{file} cannot be used: {size} is {value}, the weights have {found}")
         if value > most:
             raise UserError(f"{file} cannot be used: {size} must be at most {most}, got {value}")
+
+
+def checked_labels(id2label: Any, where: str | Path) -> dict[int, str]:
+    """The names of a classifier's classes, by their numbers.
+
+    Args:
+        id2label: as a config holds it; numbers may be text, as in JSON. where: whose it is, for messages.
+
+    Raises:
+        UserError: it is no mapping, numbers are left out, or names are no text or used twice.
+    """
+    if not isinstance(id2label, Mapping) or not id2label:
+        raise UserError(f"{where}: id2label must name the classes by their numbers, got {id2label!r}")
+    numbered = {int(k) if isinstance(k, str) and k.isdecimal() else k: name for k, name in id2label.items()}
+    if len(numbered) != len(id2label) or set(numbered) != set(range(len(numbered))):
+        keys = ", ".join(repr(key) for key in list(id2label)[:10])
+        raise UserError(
+            f"{where}: id2label must name the classes 0 to {len(id2label) - 1}, none left out, got {keys}"
+        )
+    labels = {index: numbered[index] for index in range(len(numbered))}
+    if wrong := [name for name in labels.values() if not isinstance(name, str)]:
+        raise UserError(f"{where}: the names in id2label must be text, got {wrong[0]!r}")
+    if twice := [name for name, count in Counter(labels.values()).items() if count > 1]:
+        raise UserError(f"{where}: id2label names two classes {printable(twice[0])!r}")
+    return labels
 
 
 def _seen(size: str, shapes: Mapping[str, Sequence[int]]) -> int | None:

@@ -1,5 +1,6 @@
 """A Whisper encoder, what a method trains of it or beside it, and a head as one Hugging Face model."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from ..methods import MeftConfig
 from .backbone import resolve_backbone
 from .base import MeftBase, check_tensors
 from .config import MeftModelConfig
+from .declared import checked_labels
 from .loss import classification_loss, refuse_backward, refuse_gradients, with_penalty
 from .merging import merged_classifier
 from .transcription import MeftForConditionalGeneration
@@ -64,9 +66,8 @@ class MeftModel(MeftBase):
         config = self.config
         sizes = config.hidden_size, config.num_hidden_layers
         self.side_network = self.meft_config.build_side_network(*sizes, **place)
-        read = config.hidden_size
+        read = self._features_read
         if self.meft_config.pooling == "statistics":
-            read = (2 if isinstance(self.side_network, LastState) else 3) * config.hidden_size
             self.standardisation = RunningStandardisation(read, **place)
         self.projector = nn.Linear(read, config.classifier_proj_size, **place)
         self.classifier = nn.Linear(config.classifier_proj_size, config.num_labels, **place)
@@ -74,6 +75,32 @@ class MeftModel(MeftBase):
             nn.init.normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
         self._graphed: GraphedReader | None = None
+
+    @property
+    def _features_read(self) -> int:
+        """How many features the projector reads."""
+        if self.meft_config.pooling != "statistics":
+            return self.config.hidden_size
+        return (2 if isinstance(self.side_network, LastState) else 3) * self.config.hidden_size
+
+    def check_config(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        config = self.config
+        checked_labels(config.id2label, "the config")
+        projected, classes = config.classifier_proj_size, config.num_labels
+        shapes = {
+            "projector.weight": (projected, self._features_read),
+            "projector.bias": (projected,),
+            "classifier.weight": (classes, projected),
+            "classifier.bias": (classes,),
+        }
+        for name, shape in shapes.items():
+            found = tuple(tensors[name].shape) if name in tensors else None
+            if found != shape:
+                raise UserError(
+                    f"{name} must have shape {shape}, by the config's classifier_proj_size={projected} and "
+                    f"num_labels={classes}, to be loaded again, got {found or 'no such tensor'}: change the "
+                    "config's id2label with the head"
+                )
 
     def use_cuda_graphs(self, use: bool = True) -> None:
         """Captures what a training step computes between log-mel and the clip's vector, forward and backward,
@@ -258,8 +285,9 @@ def get_meft_model(
         A model in training mode, ready for ``transformers.Trainer``.
 
     Raises:
-        UserError: ``base`` or ``config`` is of another kind, or they do not fit each other; ``base`` was
-            trained by an earlier model, or one that lives uses it and either would change the other.
+        UserError: ``base`` or ``config`` is of another kind, or they do not fit each other; the labels of
+            ``base`` are not the names of classes 0, 1, ..., each another; ``base`` was trained by an earlier
+            model, or one that lives uses it and either would change the other.
     """
     transcribes = isinstance(base, WhisperForConditionalGeneration)
     if not transcribes and not isinstance(base, WhisperForAudioClassification):
@@ -289,7 +317,8 @@ def get_meft_model(
             setattr(model_config, name, getattr(sizes, name))
         return MeftForConditionalGeneration(model_config, base).train()
     model_config.classifier_proj_size = sizes.classifier_proj_size
-    model_config.id2label, model_config.label2id = dict(sizes.id2label), dict(sizes.label2id)
+    model_config.id2label = checked_labels(sizes.id2label, "base")
+    model_config.label2id = dict(sizes.label2id)
     model = MeftModel(model_config, base)
     with torch.no_grad():
         for part in ("projector", "classifier"):

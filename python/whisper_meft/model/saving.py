@@ -18,6 +18,7 @@ from ..files import replacing, write_text
 from ..once import warn_once
 from .backbone import backbone_reference
 from .card import model_card
+from .weights import plain_name, some_of
 
 
 def save(
@@ -37,9 +38,8 @@ def save(
     if not save_backbone:
         model.check_frozen()
     _check_apart(model.config.base_model_name_or_path, folder)
-    tensors = model.state_dict() if state_dict is None else state_dict
-    saved = model.saved_names()
-    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items() if k in saved}
+    tensors = _to_save(model, model.state_dict() if state_dict is None else state_dict)
+    model.check_config(tensors)
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     # What trains of the backbone's own weights is saved: which they came from does not matter.
@@ -70,6 +70,17 @@ def save(
     if getattr(model, "generation_config", None) is not None:
         write_text(folder / "generation_config.json", model.generation_config.to_json_string())
     write_text(folder / "config.json", config.to_json_string())
+
+
+def _to_save(model: PreTrainedModel, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Those of the ``given`` tensors that are saved, by their names in the model."""
+    saved = {plain_name(name) for name in model.saved_names()}
+    tensors = {plain_name(name): tensor for name, tensor in given.items() if plain_name(name) in saved}
+    if missing := sorted(saved - set(tensors)):
+        raise UserError(
+            f"state_dict must hold all that {model.meft_config.method} trains, it lacks {some_of(missing)}"
+        )
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def _check_apart(backbone: str | None, folder: Path) -> None:

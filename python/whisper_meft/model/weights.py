@@ -111,6 +111,19 @@ def some_of(names: Sequence[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + more
 
 
+# What torch.compile, FSDP and recomputation put between the names of modules.
+_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+
+
+def plain_name(name: str) -> str:
+    """A tensor's name in the model itself, without what wrappers around it or in it add."""
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    while name.startswith("module."):  # DistributedDataParallel, and averaged weights
+        name = name.removeprefix("module.")
+    return name
+
+
 def load_checked(model: nn.Module, tensors: Mapping[str, torch.Tensor], where: str | Path) -> None:
     """Copies the trained tensors of a MeftModel into ``model``; the frozen ones are left alone.
 
