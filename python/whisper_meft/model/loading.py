@@ -59,6 +59,8 @@ def load(
             f"{folder} holds a model for {config.task}, {cls.__name__} is for {cls.task}: load it by "
             f"{'MeftModel' if cls.task == 'transcription' else 'MeftForConditionalGeneration'}"
         )
+    if attn_implementation is None and saved_config is config:  # where the Auto classes put it
+        attn_implementation = config._attn_implementation
     dtype = parse_dtype(None if dtype == "auto" else dtype)
     trained_on = config.meft.get("backbone_quantization"), config.quantization_revision
     config = copy.deepcopy(config)
