@@ -1,5 +1,7 @@
 """Log loss, ECE, temperature and threshold, against independent ways to get them."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +9,10 @@ from scipy.optimize import minimize_scalar
 from sklearn.metrics import log_loss as sklearn_log_loss
 from sklearn.metrics import roc_auc_score
 from whisper_meft.errors import UserError
+from whisper_meft.evaluation import calibration
 from whisper_meft.evaluation.calibration import (
     bin_of,
+    calibrate,
     fit_temperature,
     log_loss,
     log_softmax,
@@ -127,3 +131,36 @@ def test_rejection_of_everything_and_of_nothing_unknown():
     assert found.kept == 0 and found.kept_accuracy is None
     assert found.false_acceptance is None and found.area is None and found.per_class == {}
     assert "of 2 clips are kept" in "\n".join(found.as_text())
+
+
+def test_a_calibration_that_fails_changes_nothing(monkeypatch):
+    config = SimpleNamespace(calibration_temperature=1.7, rejection_threshold=0.4)
+    classifier = SimpleNamespace(model=SimpleNamespace(config=config))
+    seen = []
+
+    def answers(outcome):
+        def give(*_):
+            seen.append(config.calibration_temperature)
+            if isinstance(outcome, Exception):
+                raise outcome
+            return outcome
+
+        monkeypatch.setattr(calibration, "logits_and_classes", give)
+
+    logits, reference = case()
+    for outcome in (
+        UserError("unreadable"),
+        (logits, (logits.argmax(1) + 1) % 4),
+        (logits, logits.argmax(1)),
+    ):
+        answers(outcome)
+        with pytest.raises(UserError):
+            calibrate(classifier, None)
+        assert (config.calibration_temperature, config.rejection_threshold) == (1.7, 0.4)
+    answers((logits, reference))
+    found = calibrate(classifier, None)
+    assert (config.calibration_temperature, config.rejection_threshold) == (
+        found.temperature,
+        found.reject_below,
+    )
+    assert seen == [None] * 4  # raw logits

@@ -169,7 +169,7 @@ def calibrate(classifier: Classifier, examples: ExampleSet, keep: float = 0.95) 
 
     Args:
         classifier: the model; its config's ``calibration_temperature`` and ``rejection_threshold`` are set,
-            whatever they were.
+            whatever they were. On an error both stay.
         examples: labelled, not those that it was trained on; a temperature is that of windows, a threshold
             that of whole recordings. keep: share of them that is not to be rejected.
 
@@ -177,9 +177,12 @@ def calibrate(classifier: Classifier, examples: ExampleSet, keep: float = 0.95) 
         UserError: there is no temperature, a label is not known, or an example cannot be read.
     """
     config = classifier.model.config
-    config.calibration_temperature = None
     parts: dict[int, WindowLogits] = {}
-    logits, reference = logits_and_classes(classifier, examples, parts.__setitem__)
+    before, config.calibration_temperature = config.calibration_temperature, None
+    try:
+        logits, reference = logits_and_classes(classifier, examples, parts.__setitem__)
+    finally:  # until all is found the model stays as it was: a threshold is that of its temperature
+        config.calibration_temperature = before
     temperature = fit_temperature(*_windows_and_clips(logits, reference, parts))
     losses, errors = [], []
     for divisor in (1.0, temperature):
