@@ -269,3 +269,21 @@ def test_strengths_that_cannot_be_used(options, message):
 def test_the_record_says_what_matters_alone():
     found = Augmentation({"noise": 0.5}, noise_snr=(0, 10), gain_db=(-1, 1)).as_dict()
     assert found == {"kinds": {"noise": 0.5}, "noise_snr": [0.0, 10.0]}
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_clip_without_samples_stays_one():
+    nothing, noise, generator = np.zeros(0, np.float32), noise_of(100), np.random.default_rng(0)
+    for result in (
+        waves.change_speed(nothing, 1.1),
+        waves.change_gain(nothing, 3.0),
+        waves.add_noise(nothing, noise, 10.0, RATE),
+        waves.add_noise(nothing, nothing, 10.0, RATE),
+        waves.coloured_noise(0, 1.0, RATE, generator),
+        waves.reverberate(nothing, noise),
+        waves.telephone(nothing, RATE),
+        waves.telephone(nothing, RATE, mu_law=True),
+    ):
+        assert result.shape == (0,) and result.dtype == np.float32
+    assert waves.sounding_power(nothing, RATE) == 0
+    assert waves.reverberate(noise, nothing) is noise

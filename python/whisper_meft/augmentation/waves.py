@@ -1,7 +1,7 @@
 """What may be done to a waveform: pure functions of arrays, float32 (samples,) in and out.
 
-Each says what it does of what it is given; what is drawn at random is drawn elsewhere
-(:mod:`whisper_meft.data.augmenter`). Powers are taken in float64.
+Each says what it does of what it is given, and a clip without samples stays one; what is drawn at random is
+drawn elsewhere (:mod:`whisper_meft.data.augmenter`). Powers are taken in float64.
 """
 
 import math
@@ -27,7 +27,7 @@ _MU = 255.0
 def change_speed(wave: np.ndarray, factor: float) -> np.ndarray:
     """Played ``factor`` times as fast, by resampling: tempo and pitch change together (Ko et al.,
     Interspeech 2015). (samples,) -> (samples / factor,), rounded down, but at least one sample."""
-    if factor == 1:
+    if factor == 1 or not len(wave):
         return wave
     faster = soxr.resample(wave, factor, 1.0, quality="HQ")[: int(len(wave) / factor + 1e-6)]
     return faster if len(faster) else wave
@@ -41,6 +41,8 @@ def change_gain(wave: np.ndarray, gain_db: float) -> np.ndarray:
 def sounding_power(wave: np.ndarray, rate: int) -> float:
     """Mean square of the part of a clip that sounds: of the frames of 20 ms whose power is at most 40 dB
     below the loudest one's. Pauses would make a clip seem quieter than its speech. 0 for silence."""
+    if not len(wave):
+        return 0.0
     size = max(1, round(rate * _FRAME_SECONDS))
     squares = np.square(wave, dtype=np.float64)
     energy = np.add.reduceat(squares, np.arange(0, len(wave), size))
@@ -58,6 +60,8 @@ def add_noise(wave: np.ndarray, noise: np.ndarray, snr_db: float, rate: int) -> 
         wave: (samples,). noise: (n,) at the same rate, cut or repeated to the clip's length; where it is
             silent, or the clip is, nothing is added.
     """
+    if not len(wave):
+        return wave
     noise = np.resize(noise, len(wave))
     power = float(np.square(noise, dtype=np.float64).mean())
     if power == 0:
@@ -70,6 +74,8 @@ def coloured_noise(samples: int, exponent: float, rate: int, generator: np.rando
     """Noise with a power spectrum of f^-exponent: 0 is white, 1 pink, 2 brown; below 60 Hz it is flat.
     float32 (samples,), of power 1."""
     size = _fast_length(samples)
+    if not samples:
+        return np.zeros(0, np.float32)
     spectrum = np.fft.rfft(generator.standard_normal(size))
     hertz = np.maximum(np.fft.rfftfreq(size, 1 / rate), 60.0)
     noise = np.fft.irfft(spectrum * (hertz / 60.0) ** (-exponent / 2), size)[:samples]
@@ -87,6 +93,8 @@ def reverberate(wave: np.ndarray, response: np.ndarray) -> np.ndarray:
     Returns:
         (samples,): what echoes on behind the clip is cut off.
     """
+    if not len(wave) or not len(response):
+        return wave
     direct = int(np.abs(response).argmax())
     if response[direct] == 0:
         return wave
@@ -111,7 +119,7 @@ def telephone(wave: np.ndarray, rate: int, mu_law: bool = False) -> np.ndarray:
     Returns:
         (samples,) at ``rate``.
     """
-    narrow = _resample(wave, rate, TELEPHONE_RATE)
+    narrow = _resample(wave, rate, TELEPHONE_RATE) if len(wave) else wave
     if not len(narrow):
         return np.zeros_like(wave)
     narrow = _in_band(narrow, TELEPHONE_RATE)
