@@ -201,7 +201,7 @@ class MeftConfig:
         values = dict(values)
         method = values.pop("method", cls.method)
         known = ", ".join(sorted(_METHODS))
-        if method not in _METHODS:
+        if not isinstance(method, str) or method not in _METHODS:
             raise UserError(f"method must be one of {known}, got {method!r}")
         target = _METHODS[method]
         if not issubclass(target, cls):

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..encoder.cached import states_read
 from ..encoder.dtypes import HALF
@@ -201,7 +202,17 @@ class MeftBase(PreTrainedModel):
         return states_read(self.side_network, self.encoder.num_layers)
 
     def set_attn_implementation(self, attn_implementation: str) -> None:
-        """Chooses the encoder's attention: ``"sdpa"``, ``"eager"`` or ``"flash_attention_2"``."""
+        """Chooses the encoder's attention: ``"sdpa"``, ``"eager"``, ``"flash_attention_2"`` or another that
+        transformers knows.
+
+        Raises:
+            UserError: there is none of this name.
+        """
+        known = ["eager", *(name for name in ALL_ATTENTION_FUNCTIONS.valid_keys() if "|" not in name)]
+        if attn_implementation not in known:
+            raise UserError(
+                f"attn_implementation must be one of {', '.join(known)}, got {attn_implementation!r}"
+            )
         self.encoder.config._attn_implementation = attn_implementation
 
     def penalty(self) -> torch.Tensor | None:
@@ -370,7 +381,8 @@ class MeftBase(PreTrainedModel):
             attention: of a UniPT, where it is not to be run with that which it was trained with: ``"exact"``,
                 ``"pooled:8"`` or whatever else ``UniPTConfig`` takes.
             kwargs: ``revision``, ``token``, ``cache_dir``, ``local_files_only``, ``force_download``;
-                ``subfolder`` of a local folder; ``config`` is accepted for the Auto classes.
+                ``subfolder`` of a local folder; ``config`` is accepted for the Auto classes, and
+                ``torch_dtype``, the earlier name of ``dtype``.
 
         Returns:
             The model in evaluation mode.

@@ -20,7 +20,7 @@ from ..files import read_json
 from ..methods import MeftConfig
 from .backbone import load_backbone, resolve_backbone
 from .config import TASKS, MeftModelConfig
-from .declared import check_declared_sizes
+from .declared import check_declared_sizes, checked_labels
 from .weights import check_names, load_checked, read_weights
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
@@ -45,6 +45,9 @@ def load(
         UserError: folder, config, weights or backbone are missing, damaged or do not belong together.
     """
     hub_options = {k: kwargs.pop(k) for k in HUB_OPTIONS if k in kwargs}
+    earlier_name = kwargs.pop("torch_dtype", None)
+    dtype = earlier_name if dtype is None else dtype
+    _check_device(device)
     subfolder = kwargs.pop("subfolder", "") or ""
     saved_config = kwargs.pop("config", None)
     for name in [k for k in kwargs if k.startswith("_") or k in _IGNORED_OPTIONS]:
@@ -99,6 +102,15 @@ def load(
             stacklevel=3,
         )
     return model.eval()
+
+
+def _check_device(device: str | torch.device | None) -> None:
+    try:
+        place = None if device is None else torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise UserError(f"device must be the name of a device, got {device!r}: {one_line(error)}") from error
+    if place is not None and place.type == "meta":
+        raise UserError("device must be one that holds weights, such as 'cpu' or 'cuda', got 'meta'")
 
 
 def _generation_config(folder: Path) -> GenerationConfig:
@@ -231,6 +243,12 @@ def read_config(folder: Path) -> MeftModelConfig:
         raise UserError(
             f"{folder / 'config.json'} cannot be used: task must be {' or '.join(TASKS)}, got {config.task!r}"
         )
+    for name in ("base_model_name_or_path", "base_model_fingerprint"):
+        value = getattr(config, name)
+        if value is not None and not isinstance(value, str):
+            raise UserError(
+                f"{folder / 'config.json'} cannot be used: {name} must be text or null, got {value!r}"
+            )
     for name, most in (("calibration_temperature", math.inf), ("rejection_threshold", 1)):
         value = getattr(config, name)
         number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -243,4 +261,6 @@ def read_config(folder: Path) -> MeftModelConfig:
         raise UserError(
             f"{folder / 'config.json'} cannot be used: it lacks the options of the method ('meft')"
         )
+    if config.task == "classification":
+        config.id2label = checked_labels(config.id2label, f"{folder / 'config.json'} cannot be used")
     return config
