@@ -121,3 +121,10 @@ def test_a_recogniser_whose_decoder_trains_changes_its_base():
         next(p for p in model.decoder.parameters() if p.requires_grad).add_(1)
     with pytest.raises(UserError, match="base was changed since a model of full"):
         get_meft_model(base, LST)
+
+
+def test_a_recogniser_that_was_given_up_transcribes_no_more():
+    base = WhisperForConditionalGeneration._from_config(whisper_config())
+    earlier, _ = get_meft_model(base, BitFitConfig()), get_meft_model(base, BitFitConfig())
+    with pytest.raises(UserError, match="this model of bitfit cannot be used any more"):
+        earlier.generate(batch()[0])

@@ -156,7 +156,7 @@ class MeftForConditionalGeneration(MeftBase):
         return states_corrected(beside, self.encoder.num_layers)
 
     def set_attn_implementation(self, attn_implementation: str) -> None:
-        """Chooses the attention of both, see :meth:`MeftModel.set_attn_implementation`."""
+        """Chooses the attention of both, see :meth:`whisper_meft.MeftModel.set_attn_implementation`."""
         super().set_attn_implementation(attn_implementation)
         self.decoder.config._attn_implementation = attn_implementation
 
@@ -306,6 +306,7 @@ class MeftForConditionalGeneration(MeftBase):
         Raises:
             UserError: sound behind ``max_frames``.
         """
+        self.check_not_given_up()
         training = self.training
         self.eval()
         try:
