@@ -7,21 +7,25 @@ Audio columns are never decoded by ``datasets``, which needs torchcodec for it: 
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from ..errors import LazyPackage, UserError
+from ..once import warn_once
 from . import columns
 from .examples import DatasetCell, Example, listing, say_forms
 from .manifests import table_examples
 from .options import Options
 from .paths import Paths
 from .segments import Channels, Times
-from .splits import Splits
+from .splits import Splits, canonical_split
 
 datasets = LazyPackage("datasets", "a Hugging Face data set")
 
 _FEATURES = "input_features"  # the column of the published preprocessing, with `labels` beside it
+
+_TEXT_OR_CLASS = ("string", "large_string", "int8", "int16", "int32", "int64")  # of a class the number
 
 _NAMES = (
     "id",
@@ -54,7 +58,8 @@ def opened(source: Any, load: Callable[[str, Options], Any], options: Options) -
 
 
 def read_huggingface(source: Any, options: Options) -> Splits:
-    """The splits of a data set; its audio stays on disk.
+    """The splits of a data set; its audio stays on disk. Where it has none of its own, and a column names
+    splits, they are that column's.
 
     Raises:
         UserError: it cannot be loaded.
@@ -63,16 +68,65 @@ def read_huggingface(source: Any, options: Options) -> Splits:
     if isinstance(loaded, datasets.IterableDataset | datasets.IterableDatasetDict):
         raise UserError(f"{shown} is streamed; here its length is needed: load it without streaming=True")
     if isinstance(loaded, datasets.DatasetDict):
+        if (only := without_splits(loaded)) is not None and (found := _divided(only, options, shown)):
+            return found
         return {
-            name: (lambda d=d, name=name: dataset_examples(d, options, f"{shown} ({name})"))
+            name: (lambda d=d, name=name: _of_split(d, name, options, f"{shown} ({name})"))
             for name, d in loaded.items()
         }
     if not isinstance(loaded, datasets.Dataset):
         raise UserError(
             f"{shown} is a {type(loaded).__name__}, a datasets.Dataset or DatasetDict is accepted"
         )
-    name = options.split if options.split and "[" in options.split else None
-    return {name: lambda: dataset_examples(loaded, options, shown)}
+    if options.split and "[" in options.split:
+        return {options.split: lambda: _of_split(loaded, options.split, options, shown)}
+    return _divided(loaded, options, shown) or {None: lambda: dataset_examples(loaded, options, shown)}
+
+
+def without_splits(loaded: Any) -> Any | None:
+    """The data set among the splits of one whose only split is "train", as ``datasets`` calls what has none,
+    or goes by no split's name; ``None`` for others."""
+    name = next(iter(loaded)) if len(loaded) == 1 else None
+    return loaded[name] if name == "train" or (name and canonical_split(name) is None) else None
+
+
+def split_column(features: Any, options: Options, where: str) -> str | None:
+    """The column of text or classes that may say the split of each row."""
+    names = [
+        name
+        for name, feature in features.items()
+        if name not in options.columns() and getattr(feature, "dtype", None) in _TEXT_OR_CLASS
+    ]
+    return columns.find_column(names, None, columns.SPLIT, where)
+
+
+def _divided(dataset: Any, options: Options, where: str) -> Splits | None:
+    """The splits that a column of the data set names; ``None`` where none does."""
+    column = split_column(dataset.features, options, where)
+    values = dict.fromkeys(_texts(dataset, column))
+    there = [value for value in values if value is not None]
+    if not any(map(canonical_split, there)):
+        if len(there) > 1:
+            warn_once(f"{where}: its column {column!r} names no splits and is not used ({listing(there)})")
+        return None
+    pairs = cache(lambda: _divided_examples(dataset, options, where))
+    return {
+        value: (lambda value=value: [example for part, example in pairs() if part == value])
+        for value in values
+    }
+
+
+def _of_split(dataset: Any, split: str, options: Options, where: str) -> list[Example]:
+    """The examples of one of the splits that a data set has; a warning where a column says another split."""
+    column = split_column(dataset.features, options, where)
+    of = {value: canonical_split(value) for value in set(_texts(dataset, column)) - {None}}
+    own, kinds = canonical_split(split), set(of.values()) - {None}
+    if kinds - {own} if own else len(kinds) > 1:
+        warn_once(
+            f"{where}: its column {column!r} has {listing(sorted(of))}; it is not used, as the data set has "
+            "splits of its own"
+        )
+    return dataset_examples(dataset, options, where)
 
 
 def _load(source: str, options: Options) -> Any:
@@ -120,6 +174,11 @@ def dataset_examples(dataset: Any, options: Options, where: str) -> list[Example
     Raises:
         UserError: no audio or label column, or columns of types that mean nothing here.
     """
+    return [example for _, example in _divided_examples(dataset, options, where)]
+
+
+def _divided_examples(dataset: Any, options: Options, where: str) -> list[tuple[str | None, Example]]:
+    """:func:`dataset_examples`, each with the split that a column says."""
     dataset = dataset.with_format(None)
     names = dataset.column_names
     audio = _audio_column(dataset, options, where)
@@ -134,8 +193,9 @@ def dataset_examples(dataset: Any, options: Options, where: str) -> list[Example
     speakers = _texts(dataset, speaker)
     cells = _cells(dataset, audio, options, where)
     cuts = _cuts(dataset, audio, options, where)
+    parts = _texts(dataset, split_column(dataset.features, options, where))
     return [
-        Example(cell, label=labels[i], speaker=speakers[i], name=name, text=texts[i], **cut)
+        (parts[i], Example(cell, label=labels[i], speaker=speakers[i], name=name, text=texts[i], **cut))
         for i, ((cell, name), cut) in enumerate(zip(cells, cuts))
     ]
 
@@ -170,7 +230,7 @@ def _files(dataset: Any, audio: str) -> list[str] | None:
 
 def _examples_of_files(
     dataset: Any, audio: str, files: list[str | None], options: Options, where: str
-) -> list[Example]:
+) -> list[tuple[str | None, Example]]:
     """The rows as those of a table of paths, whose columns may say which part of a file is meant."""
     if None in files:
         raise UserError(f"{where}: row {files.index(None)} has no audio path in its column {audio!r}")
@@ -188,7 +248,7 @@ def _examples_of_files(
     rows = enumerate([field or "" for field in row] for row in zip(*values.values()))
     given = replace(options, audio_column=audio, label_column=label, layout="class")
     paths = Paths(options.data_root or "", where)
-    return [example for _, example in table_examples([*values], rows, given, where, paths, unit="row")]
+    return table_examples([*values], rows, given, where, paths, unit="row")
 
 
 def _cuts(dataset: Any, audio: str, options: Options, where: str) -> list[dict[str, Any]]:

@@ -21,9 +21,12 @@ from .huggingface import (
     datasets,
     label_names,
     opened,
+    split_column,
+    without_splits,
 )
 from .names import composed
 from .options import Options
+from .splits import canonical_split
 from .streaming import ShardedExamples
 
 _AT_ONCE = 16  # rows that are made of columns together
@@ -44,13 +47,16 @@ class _Row:
 class HuggingFaceShards(ShardedExamples):
     """The rows of a ``datasets.IterableDataset``, whose shards are those of the data set.
 
+    Args:
+        divided: whether they are of one of several splits, or of one that is called so.
+
     Raises:
         UserError: no audio or label column, or columns of types that mean nothing here.
     """
 
     far = True
 
-    def __init__(self, dataset: Any, options: Options, description: str):
+    def __init__(self, dataset: Any, options: Options, description: str, divided: bool = False):
         if dataset.features is None:
             dataset = dataset._resolve_features()
         if dataset.features is None:
@@ -72,6 +78,27 @@ class HuggingFaceShards(ShardedExamples):
         # Such columns of files that rows share say which part is meant, which a stream does not hear.
         self.timed = [name for name in others if columns.names_a_part(name)]
         self._check_audio()
+        self.split = None if divided else split_column(dataset.features, options, description)
+        self._only = None  # what all rows must have there: the first one's
+
+    def _check_split(self, row: dict[str, Any]) -> None:
+        """Raises UserError where a column says that a row is of another split than the first one is."""
+        if self._only is None:
+            first = next(self._rows(0, [self.split]), row)
+            self._only = (self._split_of(first),)
+        found = self._split_of(row)
+        if found != self._only[0] and (canonical_split(found) or canonical_split(self._only[0])):
+            raise UserError(
+                f"{self.description}: its column {self.split!r} says the split of each row "
+                f"({self._only[0] or 'none'}, {found or 'none'}), and a stream is not divided by it: leave "
+                "streaming out, or store each split in a file of its own"
+            )
+
+    def _split_of(self, row: dict[str, Any]) -> str:
+        feature, value = self.dataset.features[self.split], row[self.split]
+        if isinstance(feature, datasets.ClassLabel):
+            value = label_names([value], self.split, self.dataset.features, self.description)[0]
+        return "" if value is None else str(value).strip()
 
     def _refuse_parts(self) -> None:
         raise UserError(
@@ -109,8 +136,10 @@ class HuggingFaceShards(ShardedExamples):
             ) from error
 
     def examples(self, shard: int) -> Iterator[Example]:
-        named = [self.audio, self.label, self.speaker, self.text, self.id]
+        named = [self.audio, self.label, self.speaker, self.text, self.id, self.split]
         for number, row in enumerate(self._rows(shard, named)):
+            if self.split is not None:
+                self._check_split(row)
             value = row[self.audio]
             if self.timed and _is_path_alone(value):
                 self._refuse_parts()
@@ -126,7 +155,10 @@ class HuggingFaceShards(ShardedExamples):
             )
 
     def labels(self, shard: int) -> Iterator[tuple[str, str | None]]:
-        for number, row in enumerate(self._rows(shard, [self.label or self.text or self.audio])):
+        named = [self.label or self.text or self.audio, self.split]
+        for number, row in enumerate(self._rows(shard, named)):
+            if self.split is not None:
+                self._check_split(row)
             yield self._name(shard, number), self._label(row)
 
     def _name(self, shard: int, number: int) -> str:
@@ -167,8 +199,10 @@ def stream_huggingface(source: Any, options: Options) -> dict[str | None, Huggin
     shown, loaded = opened(source, _load, options)
     if not isinstance(loaded, dict):
         return {None: HuggingFaceShards(_iterable(loaded), options, shown)}
-    chosen = dict(loaded)
-    return _Lazily({name: (_iterable(each), options, f"{shown} ({name})") for name, each in chosen.items()})
+    divided, chosen = without_splits(loaded) is None, dict(loaded)
+    return _Lazily(
+        {name: (_iterable(each), options, f"{shown} ({name})", divided) for name, each in chosen.items()}
+    )
 
 
 class _Lazily(dict):

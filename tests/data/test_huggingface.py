@@ -1,0 +1,81 @@
+"""Tables of paths in Parquet and in data sets: they are read as the same table in CSV is."""
+
+import datasets
+import pytest
+from data_fixtures import RATE, found, wave, write
+from datasets import Audio, ClassLabel, Dataset, DatasetDict
+from whisper_meft.data import list_splits, load_examples, load_shards
+from whisper_meft.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    datasets.disable_progress_bars()
+    yield
+    datasets.enable_progress_bars()
+
+
+# --- a column that says the split ---
+
+SPLITS = ["train", "test", "train", None]
+LABELS = ["a", "b", "b", "a"]
+
+
+def divided(tmp_path, kind: str, name: str = "split"):
+    """A data set of four clips, whose column says the split of three."""
+    clips = [str(write(tmp_path / f"{i}.wav", i)) for i in range(4)]
+    if kind == "arrays":
+        clips = [{"array": wave(i), "sampling_rate": RATE} for i in range(4)]
+    data = Dataset.from_dict({"audio": clips, "label": LABELS, name: SPLITS})
+    return data.cast_column("audio", Audio(decode=False)) if kind == "audio" else data
+
+
+@pytest.mark.parametrize("kind", ["paths", "arrays"])
+def test_a_column_of_splits_divides_what_has_none(tmp_path, kind):
+    data = divided(tmp_path, kind)
+    parquet = tmp_path / "m.parquet"
+    data.to_parquet(parquet)
+    (tmp_path / "folder").mkdir()
+    data.to_parquet(tmp_path / "folder" / "m.parquet")
+    data.save_to_disk(tmp_path / "disk")
+    classes = data.cast_column("split", ClassLabel(names=["test", "train"]))
+    for source in (data, classes, parquet, tmp_path / "folder", tmp_path / "disk", DatasetDict(train=data)):
+        options = {} if isinstance(source, Dataset | DatasetDict) else {"cache_dir": str(tmp_path / "cache")}
+        assert list_splits(source, **options) == ["train", "test"]
+        assert found(load_examples(source, split="train", **options)) == [(0, "a", None), (2, "b", None)]
+        assert found(load_examples(source, split="test", **options)) == [(1, "b", None)]
+        with pytest.raises(UserError, match="has several splits .train, test."):
+            load_examples(source, **options)
+
+
+def test_splits_of_a_data_set_go_before_a_column(tmp_path, caplog):
+    data = divided(tmp_path, "audio")
+    both = DatasetDict(train=data, test=data.select([1]))
+    assert list_splits(both) == ["train", "test"]
+    assert len(load_examples(both, split="test")) == 1 and not caplog.text
+    assert len(load_examples(both, split="train")) == 4
+    assert "its column 'split' has test, train; it is not used" in caplog.text
+
+
+def test_a_column_of_something_else_is_no_split(tmp_path, caplog):
+    data = divided(tmp_path, "audio").remove_columns("split").add_column("subset", ["S", "M", "S", "M"])
+    assert list_splits(data) == [] and len(load_examples(data)) == 4
+    assert "its column 'subset' names no splits and is not used (S, M)" in caplog.text
+
+
+@pytest.mark.parametrize("shards", [1, 4])
+def test_a_stream_is_not_divided_by_a_column(tmp_path, shards):
+    data = divided(tmp_path, "arrays")
+    with pytest.raises(UserError, match="column 'split' says the split of each row .train, test.*streaming"):
+        list(load_shards(data.to_iterable_dataset(num_shards=shards)))
+    for shard in range(1, shards):
+        stream = load_shards(data.select([0, 1, 1, 1]).to_iterable_dataset(num_shards=shards))
+        with pytest.raises(UserError, match="column 'split' says the split of each row .train, test."):
+            list(stream.labels(shard))
+    data.to_parquet(tmp_path / "m.parquet")
+    for source in (str(tmp_path / "m.parquet"), DatasetDict(train=data)):
+        with pytest.raises(UserError, match="column 'split' says the split"):
+            list(load_shards(source, cache_dir=str(tmp_path / "cache")))
+    assert len(found(load_shards(data.select([0, 2]).to_iterable_dataset()))) == 2
+    own = DatasetDict(train=data.select([0, 2]), test=data.select([1]))
+    assert len(found(load_shards(own, split="test"))) == 1
