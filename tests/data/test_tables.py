@@ -11,7 +11,7 @@ import pytest
 import soundfile
 from data_fixtures import RATE, found, table, write
 from datasets import Audio, ClassLabel, Dataset
-from whisper_meft.data import list_splits, load_examples
+from whisper_meft.data import list_splits, load_examples, segments
 from whisper_meft.errors import UserError
 
 
@@ -271,6 +271,9 @@ def test_a_channel_column_of_files_with_one_channel_is_not_used(stereo, caplog):
     path = table(stereo / "m.csv", "path,label,channel", "y.wav,a,3")
     assert [e.channel for e in load_examples(path)] == [None]
     assert "its column channel is not used" in caplog.text
+    one = table(stereo / "one.csv", "path,label,channel", "y.wav,a,1")
+    assert [e.channel for e in load_examples(one)] == [None]
+    assert f"its column channel is not used, as {stereo / 'y.wav'} has one channel" in caplog.text
     table(path, "path,label,channel", "y.wav,a,phone", "x.wav,b,web")
     assert [e.channel for e in load_examples(path)] == [None, None]
     table(path, "path,label,mic", "x.wav,a,1", "y.wav,b,2")
@@ -278,6 +281,27 @@ def test_a_channel_column_of_files_with_one_channel_is_not_used(stereo, caplog):
     table(path, "path,label,mic", "x.wav,a,near")
     with pytest.raises(UserError, match="a channel is a number, left or right, A or B; .* mic has near"):
         load_examples(path, channel_column_name="mic")
+
+
+@pytest.mark.parametrize("values", [("0", "1"), ("0", "0"), ("1", "2"), ("left", "right")])
+def test_a_channel_column_is_used_where_any_file_has_several_channels(stereo, values):
+    """Whichever row comes first."""
+    rows = f"y.wav,a,{values[0]}", f"x.wav,b,{values[1]}"
+    expected = {"a": 0, "b": int(values[0] != values[1])}
+    for lines in (rows, rows[::-1]):
+        path = table(stereo / "m.csv", "path,label,channel", "gone.wav,b,", *lines)
+        assert {e.label: e.channel for e in load_examples(path)} == expected
+
+
+def test_of_many_files_with_one_channel_some_are_asked(tmp_path, monkeypatch, caplog):
+    asked = []
+    monkeypatch.setattr(segments, "_channel_count", lambda path: asked.append(path) or 1)
+    many = [f"{i}.wav,{'ab'[i % 2]},{int(i >= 2000)}" for i in range(4000)]
+    examples = load_examples(table(tmp_path / "m.csv", "path,label,channel", *many))
+    assert {e.channel for e in examples} == {None}
+    assert len(asked) == len(set(asked)) == 256
+    assert sum(int(os.path.basename(path)[:-4]) >= 2000 for path in asked) > 200
+    assert "its column channel is not used, as all of 256 files asked" in caplog.text
 
 
 def test_rows_that_differ_in_an_unknown_column_are_refused_by_its_name(stereo):

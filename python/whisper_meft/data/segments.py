@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from typing import Any
 
 from ..errors import LazyPackage, UserError
@@ -25,6 +26,8 @@ from .options import Options
 soundfile = LazyPackage("soundfile", "reading audio")
 
 _SIDES = {"l": 0, "left": 0, "a": 0, "r": 1, "right": 1, "b": 1}
+
+_ASKED = 256  # files that are asked how many channels they have
 
 Field = Callable[[Sequence[str], str | None], str]
 
@@ -133,20 +136,39 @@ class Channels:
         if odd or not values:
             self.column = None  # how or by what it was recorded
             return
-        told_apart = any(len(found - {""}) > 1 for found in of_file.values())
-        first = next(iter(of_file))
-        if not told_apart and not self.given and _has_one_channel(first):
-            if values - {"0", "1"}:
-                warn_once(f"{self.where}: its column {self.column} is not used, as {first} has one channel")
-            self.column = None
-            return
         numbers = {int(value) for value in values if value.isdecimal()}
         self._first = 1 if numbers and 0 not in numbers else 0
+        told_apart = any(len(found - {""}) > 1 for found in of_file.values())
+        if not told_apart and not self.given and (mono := self._only_mono(of_file)):
+            which = mono[0] if len(of_file) == 1 else f"all of {len(mono)} files asked ({mono[0]}, ...)"
+            verb = "has" if len(mono) == 1 else "have"
+            warn_once(f"{self.where}: its column {self.column} is not used, as {which} {verb} one channel")
+            self.column = None
+            return
         if numbers:
             warn_once(
                 f"{self.where}: the channels in its column {self.column} are taken to count from "
                 f"{self._first}"
             )
+
+    def _only_mono(self, of_file: dict[str, set[str]]) -> list[str]:
+        """Those of the files that were asked and could be read, where all of them have one channel; else
+        none. Asked are a file of each channel, then those of another than the first, then the others, up to
+        a bound and spread over the table."""
+        of_value: dict[str, str] = {}
+        other, rest = [], []
+        for path, found in of_file.items():
+            for value in found - {""}:
+                of_value.setdefault(value, path)
+                (other if self.of(value) else rest).append(path)
+        asked = dict.fromkeys([*of_value.values(), *_spread(other), *_spread(rest)])
+        mono = []
+        for path in islice(asked, _ASKED):
+            count = _channel_count(path)
+            if count is not None and count > 1:
+                return []
+            mono += [] if count is None else [path]
+        return mono
 
     def of(self, value: str) -> int | None:
         """A channel as it is written as a number from 0; ``None`` where all are to be averaged."""
@@ -155,8 +177,14 @@ class Channels:
         return int(value) - self._first if value.isdecimal() else _SIDES[folded(value)]
 
 
-def _has_one_channel(path: str) -> bool:
+def _spread(paths: list[str]) -> list[str]:
+    """At most so many of the paths as are asked, evenly spread."""
+    return paths[:: -(-len(paths) // _ASKED) or 1]
+
+
+def _channel_count(path: str) -> int | None:
+    """How many channels a file has; ``None`` where it cannot be read."""
     try:
-        return soundfile.info(path).channels == 1
+        return soundfile.info(path).channels
     except (soundfile.SoundFileError, RuntimeError, OSError, TypeError):
-        return False
+        return None
