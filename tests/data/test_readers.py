@@ -421,6 +421,21 @@ def test_kespeech_other_labels_and_entrances(kespeech, monkeypatch):
         load_examples(kespeech, split="test", labels=["Klingon"])
 
 
+def test_labels_of_which_there_are_no_examples(folder, kespeech, caplog):
+    there = sorted({example.label for example in load_examples(folder)})
+    wanted = [*there[:1], "ccc"]
+    with pytest.raises(UserError, match=f"has no examples of ccc, which labels names: it has {there[0]}, "):
+        load_examples(folder, labels=wanted, every_label=True)
+    assert not caplog.text
+    assert {example.label for example in load_examples(folder, labels=wanted)} == {there[0]}
+    assert "has no examples of ccc, which labels names" in caplog.text
+    caplog.clear()
+    # Of the paper's six, which nobody named, a part of KeSpeech may have fewer.
+    (kespeech / "Tasks" / "ASR" / "test" / "utt2subdialect").write_text("utt_test_1 Ji-Lu\n")
+    (kespeech / "Tasks" / "ASR" / "test" / "wav.scp").write_text("utt_test_1 x.wav\n")
+    assert len(load_examples(kespeech, split="test", every_label=True)) == 1 and not caplog.text
+
+
 def test_kespeech_wrong_folder(kespeech, tmp_path):
     with pytest.raises(UserError, match="is not KeSpeech"):
         load_examples(tmp_path, "kespeech")

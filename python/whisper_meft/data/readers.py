@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..once import warn_once
-from .examples import Example, ExampleSet, check_labelled, check_transcribed, listing
+from .examples import Example, ExampleSet, check_labelled, check_transcribed, listing, sort_labels
 from .folders import AUDIO_SUFFIXES, list_audio_files, read_audio_folder
 from .kaldi import kaldi_folders, kespeech_root, read_kaldi, read_kespeech
 from .lhotse import is_cuts, split_cuts
@@ -45,6 +45,7 @@ def load_examples(
     layout: str | None = None,
     data_root: str | os.PathLike | None = None,
     labels: str | Sequence[str] | None = None,
+    every_label: bool = False,
     require_labels: bool | None = None,
     require_text: bool = False,
     dataset_config_name: str | None = None,
@@ -89,6 +90,8 @@ def load_examples(
             SpeechBrain manifests. By default the manifest's own folder.
         labels: keep only these labels, or "all". KeSpeech keeps the six of arXiv 2512.02074 by default,
             where transcripts are not what is wanted.
+        every_label: raise where one of ``labels`` has no example, as training data must not; by default a
+            warning names it.
         require_labels: raise where an example has no label; by default, unless transcripts are required.
         require_text: read transcripts, and raise where an example has none. Without it ``text`` is ``None``.
         dataset_config_name, cache_dir, revision, token: passed to ``datasets.load_dataset``.
@@ -128,9 +131,10 @@ def load_examples(
     examples = [example for name in chosen for example in splits[name]()]
     named = ", ".join(name for name in chosen if name)
     description = f"{shown} ({named})" if named else shown
+    absent = None if labels is None else "error" if every_label else "warning"
     if labels is None:
         labels = KESPEECH_PAPER_LABELS if found == "kespeech" and not require_text else "all"
-    result = ExampleSet(_keep(examples, labels, description), description)
+    result = ExampleSet(_keep(examples, labels, description, absent), description)
     _say_alike(result)
     if require_text:
         check_transcribed(result)
@@ -216,7 +220,8 @@ def _as_options(options: dict[str, Any]) -> Options:
     """Keyword arguments of :func:`load_examples` as the readers are told them."""
     ours = {"dataset_config_name": "config", "require_labels": "require_labels", "require_text": "with_text"}
     named = {ours.get(name, name.removesuffix("_name")): value for name, value in options.items()}
-    named.pop("labels", None)
+    for of_examples in ("labels", "every_label"):
+        named.pop(of_examples, None)
     return Options(**named)
 
 
@@ -308,7 +313,10 @@ def _read(source: Any, data_format: str, options: Options) -> Splits:
     return read[data_format](path, options)
 
 
-def _keep(examples: list[Example], labels: str | Sequence[str], description: str) -> list[Example]:
+def _keep(
+    examples: list[Example], labels: str | Sequence[str], description: str, absent: str | None
+) -> list[Example]:
+    """The examples of these labels; ``absent``: what one of them that has none is, "error" or "warning"."""
     if labels == "all":
         return examples
     wanted = {composed(label) for label in ([labels] if isinstance(labels, str) else labels)}
@@ -320,9 +328,17 @@ def _keep(examples: list[Example], labels: str | Sequence[str], description: str
             f"{description} has none of the labels {listing(sorted(wanted))}: it has "
             f"{listing(sorted(there))}{hint}"
         )
-    hint = _written_otherwise(wanted - there, there)
-    if hint:
+    missing = wanted - there
+    if hint := _written_otherwise(missing, there):
         raise UserError(f"{description} has not all of the labels {listing(sorted(wanted))}{hint}")
+    if missing and absent is not None:
+        told = (
+            f"{description} has no examples of {listing(sorted(missing))}, which labels names: it has "
+            f"{listing(sort_labels(there), 30)}"
+        )
+        if absent == "error":
+            raise UserError(told)
+        warn_once(told)
     if len(kept) < len(examples):
         logger.info(
             "%s: %d of %d examples have one of the labels wanted", description, len(kept), len(examples)

@@ -89,11 +89,12 @@ def load_data(
     windows = task.windows(arguments)
     splits = data.list_splits(source, **reading)
 
-    def load(source: str, split: str | None, most: int | None) -> ExampleSet:
-        return task.check_read(at_most(data.load_examples(source, split=split, **reading), most, seed))
+    def load(source: str, split: str | None, most: int | None, **more: Any) -> ExampleSet:
+        examples = data.load_examples(source, split=split, **reading, **more)
+        return task.check_read(at_most(examples, most, seed))
 
     split = arguments.train_split_name or ("train" if splits else None)
-    training = load(source, split, arguments.max_train_samples)
+    training = load(source, split, arguments.max_train_samples, every_label=True)
     evaluation, is_test, origin = None, False, ""
     if arguments.eval_data is not None:
         kinds = split_kinds(data.list_splits(arguments.eval_data, **reading)).values()

@@ -1,0 +1,29 @@
+"""Reading the examples of a run."""
+
+from types import SimpleNamespace
+
+import pytest
+from training_fixtures import make_audio_folder
+from whisper_meft.errors import UserError
+from whisper_meft.options.training import TrainDataArguments
+from whisper_meft.training.data import load_data
+from whisper_meft.training.tasks.classification import Classification
+
+
+def test_labels_must_be_in_the_training_data_and_are_named_of_the_evaluation_data(tmp_path, caplog):
+    for split, number in (("train", 2), ("test", 1)):
+        make_audio_folder(tmp_path / split, per_class=number)
+    for each in (tmp_path / "test" / "low").iterdir():
+        each.unlink()
+
+    def load(labels):
+        sources = {"train_data": str(tmp_path / "train"), "eval_data": str(tmp_path / "test")}
+        arguments = TrainDataArguments(**sources, labels=labels, data_format="audiofolder")
+        task = Classification(SimpleNamespace(max_frames="longest"), None)
+        return load_data(arguments, task, True, False, 0, progress=False)
+
+    with pytest.raises(UserError, match="train has no examples of lwo, which labels names: it has high, low"):
+        load(["high", "middle", "lwo"])
+    found = load(["high", "low"])
+    assert found.labels == ["high", "low"] and found.evaluation.label_counts() == {"high": 1}
+    assert "test has no examples of low, which labels names: it has high, middle" in caplog.text
