@@ -127,6 +127,55 @@ def test_shared_audio_is_warned_about(caplog):
     assert "1 utterances of test are also in train: a.wav" in caplog.text
 
 
+def test_shared_audio_is_found_however_its_path_is_written(tmp_path, monkeypatch, caplog):
+    clip = write(tmp_path / "corpus" / "a" / "0.wav")
+    (tmp_path / "folder").symlink_to(tmp_path / "corpus")
+    (tmp_path / "file.wav").symlink_to(clip)
+    monkeypatch.chdir(tmp_path / "corpus")
+    train = ExampleSet([Example("a/0.wav"), Example("a/1.wav", start=1, stop=2, channel=0)], "train")
+    for same in (str(clip), clip, "./a/0.wav", "../corpus/a/0.wav", "../folder/a/0.wav", "../file.wav"):
+        evaluation = ExampleSet([Example(same), Example("b/0.wav")], "test")
+        assert warn_on_shared_audio(train, evaluation) == [str(same)]
+    written = [
+        Example("./a/0.wav", start=0, unit="samples"),
+        Example("./a/1.wav", start=1, stop=2, channel=0),
+    ]
+    assert len(warn_on_shared_audio(train, ExampleSet(written))) == 2
+    caplog.clear()
+    other = [Example("./a/1.wav", start=1, stop=2, channel=1), Example("0.wav"), Example("a/0.flac")]
+    assert warn_on_shared_audio(train, ExampleSet(other)) == [] and not caplog.text
+
+
+@pytest.mark.parametrize(
+    "first, second, overlap",
+    [
+        ((0, 2), (1, 3), True),
+        ((0, 1), (1, 2), False),
+        ((0, 0.1 + 0.2), (0.3, 1), False),  # 0.30000000000000004
+        ((0, 9), (3, 4), True),
+        ((3, None), (0, 4), True),
+        ((3, None), (0, 3), False),
+        ((None, None), (16000, 32000, "samples"), True),
+        ((0, 32000, "samples"), (16000, 48000, "samples"), True),
+        ((1, 3, "seconds", 0), (1, 2, "seconds", 1), False),
+        ((1, 3, "seconds", 1), (1, 2, "seconds", 1), True),
+        ((1, 3, "seconds", 1), (1, 2), True),
+        ((1, 3), (1, 2, "seconds", 1), True),
+    ],
+)
+def test_segments_that_overlap_are_warned_about(first, second, overlap, caplog):
+    def part(path, start, stop, unit="seconds", channel=None):
+        return Example(path, start=start, stop=stop, unit=unit, channel=channel)
+
+    near = [part("x.wav", 100 * i + 50, 100 * i + 60) for i in range(9) if None not in (*first, *second)]
+    for one, other in ((first, second), (second, first)):
+        caplog.clear()
+        train = ExampleSet([*near[:5], part("./x.wav", *one), *near[5:]], "train")
+        test = ExampleSet([part("x.wav", *other), part("y.wav", *other)], "test")
+        assert warn_on_shared_audio(train, test) == [test[0].name] * overlap
+        assert ("1 utterances of test overlap in time with recordings in train" in caplog.text) == overlap
+
+
 def many(labels: int, speakers: int, clips: int) -> ExampleSet:
     return make_set(
         " ".join(

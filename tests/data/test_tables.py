@@ -317,6 +317,21 @@ def test_rows_that_differ_in_an_unknown_column_are_refused_by_its_name(stereo):
     assert len(load_examples(path)) == 1
 
 
+def test_rows_of_one_file_that_write_its_path_in_two_ways(stereo, caplog):
+    (stereo / "sub").mkdir()
+    path = table(stereo / "m.csv", "path,label", "x.wav,a", "./sub/../x.wav,b")
+    with pytest.raises(UserError, match=r"line 3: .*x\.wav is given twice, as 'a' and as 'b'"):
+        load_examples(path)
+    table(path, "path,label", "x.wav,a", f"{stereo}/x.wav,a", "y.wav,b")
+    assert [e.label for e in load_examples(path)] == ["a", "b"]
+    assert "gives 1 rows twice" in caplog.text
+    path.unlink()
+    for name, clip in (("one", "x.wav"), ("two", "./x.wav")):
+        table(stereo / f"{name}.csv", "path,label", f"{clip},a")
+    with pytest.raises(UserError, match=r"is in .*one\.csv and in .*two\.csv: give one of the tables"):
+        load_examples(stereo, "manifest")
+
+
 def test_rows_of_a_data_set_that_share_a_file(stereo):
     content = {"path": ["x.wav"] * 2, "label": [1, 0], "offset": [0.0, 0.25], "duration": [0.25, 0.5]}
     data = Dataset.from_dict(content).cast_column("label", ClassLabel(names=["b", "a"]))

@@ -1,10 +1,14 @@
 """Examples, sets of them, and what must hold between a training set and an evaluation set."""
 
 import logging
+import math
+import os
 import random
+from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Literal
 
 import numpy as np
@@ -13,6 +17,7 @@ from ..audio import decode_audio, describe_source, read_window, read_windows
 from ..errors import UserError
 from ..once import warn_once
 from .names import composed, folded
+from .paths import RealPaths
 
 logger = logging.getLogger(__name__)
 
@@ -307,18 +312,73 @@ def warn_on_shared_speakers(train: ExampleSet, evaluation: ExampleSet) -> list[s
     return shared
 
 
+def utterance(example: Example, real: RealPaths) -> Hashable:
+    """What tells an utterance from others: its file however it is written, segment and channel; else its
+    name."""
+    if not isinstance(example.audio, str | os.PathLike):
+        return composed(example.name)
+    start, unit = example.start or 0, example.unit
+    whole = not start and example.stop is None
+    segment = start, example.stop, "seconds" if whole else unit
+    return real(example.audio), *segment, example.channel, example.window
+
+
 def warn_on_shared_audio(train: ExampleSet, evaluation: ExampleSet) -> list[str]:
-    """Warns when the same utterance (file and segment) is in both sets, and returns the names sorted."""
-    shared = sorted({composed(example.name) for example in train} & {composed(e.name) for e in evaluation})
-    if shared:
-        logger.warning(
-            "%d utterances of %s are also in %s: %s",
-            len(shared),
-            evaluation.description,
-            train.description,
-            listing(shared, 3),
-        )
-    return shared
+    """Warns when the same utterance (file, segment and channel) is in both sets, or when segments of one
+    recording overlap, and returns the names of those in ``evaluation`` sorted."""
+    real = RealPaths(links=True)
+    known = {utterance(example, real) for example in train}
+    shared = sorted({composed(example.name) for example in evaluation if utterance(example, real) in known})
+    overlapping = sorted({composed(each.name) for each in _overlapping(train, evaluation, real)} - {*shared})
+    for names, what in ((shared, "are also in"), (overlapping, "overlap in time with recordings in")):
+        if names:
+            logger.warning(
+                "%d utterances of %s %s %s: %s",
+                len(names),
+                evaluation.description,
+                what,
+                train.description,
+                listing(names, 3),
+            )
+    return sorted(shared + overlapping)
+
+
+def _overlapping(train: ExampleSet, evaluation: ExampleSet, real: RealPaths) -> Iterator[Example]:
+    """The examples of the second set that share sound with the first: more than a millisecond of a file, in
+    one channel. Times in seconds are not compared with those in samples, as rates are not known."""
+
+    def places(example: Example) -> tuple[list[tuple[str, str]], float, float]:
+        """(file, unit) that it can be compared in, and from where to where it goes there."""
+        first = example.start or 0
+        last = math.inf if example.stop is None else example.stop
+        units = ("seconds", "samples") if not first and last == math.inf else (example.unit,)
+        return [(real(example.audio), unit) for unit in units], first, last
+
+    def in_files(examples: ExampleSet) -> Iterator[Example]:
+        return (example for example in examples if isinstance(example.audio, str | os.PathLike))
+
+    wanted = {real(example.audio) for example in in_files(evaluation)}
+    # By (file, unit) and channel; under "all" those of every channel, as their mean has each.
+    spans: dict[tuple, list[tuple[float, float]]] = defaultdict(list)
+    for example in in_files(train):
+        if real(example.audio) in wanted:
+            keys, first, last = places(example)
+            for key in keys:
+                spans[key, example.channel].append((first, last))
+                spans[key, "all"].append((first, last))
+    starts, ends = {}, {}
+    for key, found in spans.items():
+        found.sort()
+        starts[key] = [first for first, _ in found]
+        ends[key] = list(accumulate((last for _, last in found), max))  # the latest of it and those before
+    for example in in_files(evaluation):
+        keys, first, last = places(example)
+        channels = ("all",) if example.channel is None else (example.channel, None)
+        for key in ((key, channel) for key in keys for channel in channels if (key, channel) in starts):
+            before = bisect_left(starts[key], last - 1e-3)
+            if before and ends[key][before - 1] > first + 1e-3:
+                yield example
+                break
 
 
 def split_by_speaker(

@@ -10,10 +10,10 @@ from pathlib import Path
 from ..errors import UserError
 from ..once import warn_once
 from .columns import AUDIO, LABEL, SPEAKER, SPLIT, TEXT, find_column, logger, need_column
-from .examples import Example, listing, say_forms
+from .examples import Example, listing, say_forms, utterance
 from .names import normal
 from .options import Options
-from .paths import Paths
+from .paths import Paths, RealPaths
 from .segments import Channels, Times
 from .splits import Splits, split_level
 from .table_folders import Table, find_tables
@@ -166,6 +166,7 @@ class _Repeated:
         self._seen: dict[tuple, tuple[list[str], str | None]] = {}
         self._open: dict[tuple, tuple] = {}
         self._doubled = 0
+        self._real = RealPaths()
 
     def again(self, key: tuple, row: list[str], target: str | None, at: str) -> bool:
         """Whether a row is one that was there before.
@@ -177,8 +178,9 @@ class _Repeated:
                 of one file begin at different times and neither ends.
         """
         path, first, last, channel, part = key
+        key = self._real(path), *key[1:]
         if first is not None and last is None:
-            before = self._open.setdefault((path, channel, part), key)
+            before = self._open.setdefault((key[0], channel, part), key)
             if before != key:
                 raise UserError(
                     f"{at}: {path} is given from {before[1]:g} and from {first:g}, both to its end: no "
@@ -220,10 +222,10 @@ def read_manifests(path: Path, options: Options, samples: bool | None) -> Splits
         )
 
     def read(split: str | None) -> list[tuple[str | None, Example]]:
-        found, origin = [], {}
+        found, origin, real = [], {}, RealPaths()
         for table in tables[split]:
             for part, example in _read(table, options, samples):
-                before = origin.setdefault((example.name, part), table.path)
+                before = origin.setdefault((utterance(example, real), part), table.path)
                 if before != table.path:
                     raise UserError(
                         f"{example.name} is in {before} and in {table.path}: give one of the tables"

@@ -15,6 +15,23 @@ _DRIVE = re.compile(r"[A-Za-z]:[\\/]")
 _AUDIO_FOLDERS = ("clips", "audio", "wavs", "wav")
 
 
+class RealPaths:
+    """Files by one path each, however a table writes it: absolute, without links and detours, composed.
+
+    Args:
+        links: whether links that are files, and not folders, are followed too; each file is asked for it.
+    """
+
+    def __init__(self, links: bool = False):
+        self.links = links
+        self._folder = cache(os.path.realpath)
+
+    def __call__(self, file: str | os.PathLike) -> str:
+        folder, name = os.path.split(os.fsdecode(file))
+        path = os.path.join(self._folder(folder), name)
+        return composed(os.path.realpath(path) if self.links and os.path.islink(path) else path)
+
+
 class Paths:
     """Finds the files that a table names, and counts what it took for them.
 
