@@ -79,3 +79,31 @@ def test_a_stream_is_not_divided_by_a_column(tmp_path, shards):
     assert len(found(load_shards(data.select([0, 2]).to_iterable_dataset()))) == 2
     own = DatasetDict(train=data.select([0, 2]), test=data.select([1]))
     assert len(found(load_shards(own, split="test"))) == 1
+
+
+# --- relative paths ---
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["paths", "audio"])
+def test_relative_paths_start_at_the_file(tmp_path, monkeypatch, kind, streaming):
+    for folder in ("sub", "there", "other"):
+        (tmp_path / folder / "set").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "sub" / "set")
+    for i in range(2):
+        write(tmp_path / "there" / "clips" / f"{i}.wav", i)
+        write(tmp_path / "sub" / "clips" / f"{i}.wav", 7)
+        write(tmp_path / "other" / "clips" / f"{i}.wav", i + 2)
+    data = Dataset.from_dict({"audio": ["../clips/0.wav", "../clips/1.wav"], "label": ["a", "b"]})
+    if kind == "audio":  # as others write them: datasets itself would put the sound in
+        data = data.map(lambda row: {"audio": {"bytes": None, "path": row["audio"]}})
+    data.to_parquet(tmp_path / "there" / "set" / "m.parquet")
+    data.save_to_disk(tmp_path / "disk")
+    arrow = next((tmp_path / "disk").glob("*.arrow")).rename(tmp_path / "there" / "clips" / "m.arrow")
+    load, cache = load_shards if streaming else load_examples, {"cache_dir": str(tmp_path / "cache")}
+    for source in ("../../there/set/m.parquet", str(arrow), "../../there/set"):
+        assert found(load(source, data_format="huggingface", **cache)) == [(0, "a", None), (1, "b", None)]
+        moved = load(source, data_format="huggingface", data_root=str(tmp_path / "other" / "set"), **cache)
+        assert found(moved) == [(2, "a", None), (3, "b", None)]
+    memory = data.to_iterable_dataset() if streaming else data
+    assert found(load(memory)) == [(7, "a", None), (7, "b", None)]

@@ -27,13 +27,15 @@ class DatasetCell:
     """One cell of a Hugging Face dataset, read when it is needed.
 
     ``kind`` is "audio" (a value for :func:`whisper_meft.data.read_audio`) or "features" (log-mel, computed
-    earlier). ``dataset`` must already have the format that the cell is wanted in.
+    earlier). ``dataset`` must already have the format that the cell is wanted in. ``root``: the folder that
+    the relative path of a value without sound starts from.
     """
 
     dataset: Any
     index: int
     column: str
     kind: Literal["audio", "features"] = "audio"
+    root: str = ""
 
     def read(self) -> Any:
         value = self.dataset[self.index][self.column]
@@ -42,6 +44,12 @@ class DatasetCell:
                 if isinstance(value.get(key), list):
                     # A list of Python integers no longer says how many bits were stored.
                     value[key] = np.asarray(value[key], _stored_type(self.dataset.features[self.column], key))
+            if (
+                self.root
+                and value.get("path")
+                and all(value.get(k) is None for k in ("bytes", "array", "raw"))
+            ):
+                value = {**value, "path": os.path.join(self.root, os.fsdecode(value["path"]))}
         return value
 
 

@@ -65,6 +65,7 @@ def read_huggingface(source: Any, options: Options) -> Splits:
         UserError: it cannot be loaded.
     """
     shown, loaded = opened(source, _load, options)
+    options = rooted(source, options)
     if isinstance(loaded, datasets.IterableDataset | datasets.IterableDatasetDict):
         raise UserError(f"{shown} is streamed; here its length is needed: load it without streaming=True")
     if isinstance(loaded, datasets.DatasetDict):
@@ -81,6 +82,14 @@ def read_huggingface(source: Any, options: Options) -> Splits:
     if options.split and "[" in options.split:
         return {options.split: lambda: _of_split(loaded, options.split, options, shown)}
     return _divided(loaded, options, shown) or {None: lambda: dataset_examples(loaded, options, shown)}
+
+
+def rooted(source: Any, options: Options) -> Options:
+    """The options with the folder that relative paths start from: that of a local file, or a local folder
+    itself, where no other was given."""
+    if options.data_root is not None or not isinstance(source, str) or not os.path.exists(source):
+        return options
+    return replace(options, data_root=source if os.path.isdir(source) else os.path.dirname(source))
 
 
 def without_splits(loaded: Any) -> Any | None:
@@ -300,7 +309,8 @@ def _cells(dataset: Any, audio: str, options: Options, where: str) -> list[tuple
             f"{where}: the column {audio!r} is of type {feature}; audio, paths, {{bytes, path}}, "
             "{array, sampling_rate} or input_features are accepted"
         )
-    return [(DatasetCell(rows, i, audio), name) for i, name in enumerate(names)]
+    root = options.data_root or ""
+    return [(DatasetCell(rows, i, audio, root=root), name) for i, name in enumerate(names)]
 
 
 def _is_nested_list(feature: Any) -> bool:

@@ -21,6 +21,7 @@ from .huggingface import (
     datasets,
     label_names,
     opened,
+    rooted,
     split_column,
     without_splits,
 )
@@ -165,10 +166,11 @@ class HuggingFaceShards(ShardedExamples):
         return f"row {number} of {self.names[shard]}"
 
     def _cell(self, value: Any, row: dict[str, Any]) -> Any:
+        root = self.options.data_root or ""
         if isinstance(value, str):
-            return os.path.join(self.options.data_root or "", value)
+            return os.path.join(root, value)
         kind = "features" if self.features else "audio"
-        return DatasetCell(_Row({self.audio: value}, self.dataset.features), 0, self.audio, kind)
+        return DatasetCell(_Row({self.audio: value}, self.dataset.features), 0, self.audio, kind, root)
 
     def _label(self, row: dict[str, Any]) -> str | None:
         if self.label is None:
@@ -197,6 +199,7 @@ def stream_huggingface(source: Any, options: Options) -> dict[str | None, Huggin
         UserError: it cannot be loaded.
     """
     shown, loaded = opened(source, _load, options)
+    options = rooted(source, options)
     if not isinstance(loaded, dict):
         return {None: HuggingFaceShards(_iterable(loaded), options, shown)}
     divided, chosen = without_splits(loaded) is None, dict(loaded)
