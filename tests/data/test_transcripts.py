@@ -140,6 +140,21 @@ def test_librispeech(librispeech):
         load_examples(librispeech, data_format="librispeech", split="train")
 
 
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_transcripts_are_cut_at_the_ends_of_lines_alone(tmp_path, mark, end):
+    spoken, chapter, kaldi = f"ONE{mark}TWO", tmp_path / "libri" / "19" / "198", tmp_path / "kaldi"
+    chapter.mkdir(parents=True)
+    for name in "ab":
+        (chapter / f"{name}.flac").touch()
+    lines = f"a {spoken}", f"b {mark}X"
+    table(chapter / "19-198.trans.txt", *lines, end=end)
+    table(kaldi / "wav.scp", "a a.wav", "b b.wav", end=end)
+    table(kaldi / "text", *lines, end=end)
+    for source in (tmp_path / "libri", kaldi):
+        assert [e.text for e in load_examples(source, require_text=True)] == [spoken, "X"]
+
+
 def test_librispeech_audio_and_transcripts_belong_together(librispeech):
     folder = librispeech / "dev-clean" / "84" / "121"
     write(folder / "84-121-0002.flac", 0)

@@ -176,6 +176,12 @@ def test_labels_are_listed_or_in_a_file(kind, tmp_path):
     assert read_labels(["all"]) is None and read_labels(["10", "9"]) == ["9", "10"]
 
 
+def test_labels_in_a_file_are_its_lines(tmp_path):
+    file = tmp_path / "labels.txt"
+    file.write_bytes("\ufeffone\u2028two\r\n\r\nthree\x85four\rfive\n".encode())
+    assert read_labels([str(file)]) == ["five", "one\u2028two", "three\x85four"]
+
+
 def test_labels_that_are_given_spare_the_first_pass(work, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(command(work, out, labels=["middle", "low", "high"], max_steps=2)) == 0

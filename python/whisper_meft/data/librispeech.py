@@ -10,7 +10,7 @@ from .examples import Example, listing
 from .folders import subfolders
 from .options import Options
 from .splits import Splits
-from .tables import read_text
+from .tables import lines_of, read_text
 
 _ENDING = ".trans.txt"
 
@@ -67,7 +67,7 @@ def _read_chapter(chapter: Path, speaker: str) -> Iterator[Example]:
     }
     texts: dict[str, str] = {}
     for table in tables:
-        for number, line in enumerate(read_text(chapter / table).splitlines(), 1):
+        for number, line in enumerate(lines_of(read_text(chapter / table)), 1):
             if not line.strip():
                 continue
             name, _, text = line.strip().partition(" ")

@@ -71,6 +71,12 @@ def read_text(path: Path) -> str:
     return text
 
 
+def lines_of(text: str) -> list[str]:
+    """The lines of a text: at line feeds and carriage returns alone. What else ``str.splitlines`` splits at,
+    such as U+2028, may stand within a transcript."""
+    return re.split(r"\r\n|\n|\r", text)
+
+
 def read_table(path: Path, wanted: Sequence[str] = ()) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
     """The header of a table and its rows with their line numbers, stripped; empty rows left out.
 
@@ -112,7 +118,7 @@ def _json_rows(text: str, path: Path) -> tuple[list[str], Iterator[tuple[int, li
         whole = json.loads(text)
         rows = list(enumerate(whole if isinstance(whole, list) else [whole], 1))
     except ValueError:
-        for number, line in enumerate(re.split(r"\r?\n", text), 1):
+        for number, line in enumerate(lines_of(text), 1):
             if line.strip():
                 try:
                     rows.append((number, json.loads(line)))

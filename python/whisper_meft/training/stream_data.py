@@ -14,6 +14,7 @@ from ..data.examples import listing, sort_labels
 from ..data.names import composed
 from ..data.splits import canonical_split, split_kinds
 from ..data.streaming import ShardedExamples, Stream, count_labels
+from ..data.tables import lines_of
 from ..errors import UserError
 from ..files import read_json
 from ..options.training import TrainArguments, TrainDataArguments
@@ -144,7 +145,7 @@ def _labels_in(path: Path) -> list[str]:
             raise UserError(f"labels: {path} must hold a JSON list of classes")
         return found
     try:
-        return path.read_text(encoding="utf-8-sig").splitlines()
+        return lines_of(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"labels: cannot read {path}: {reason}") from error
