@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import pickle
 from types import SimpleNamespace
 
@@ -210,6 +211,24 @@ def test_split_with_some_speakers(caplog):
     assert not train.speakers() & validation.speakers()
     assert set(train.label_counts()) == set(validation.label_counts()) == {"a", "b"}
     assert "4 of 9 examples of some data have no speaker" in caplog.text
+
+
+def test_segments_of_unknown_speakers_stay_together_by_recording():
+    examples = ExampleSet(
+        Example(path, label, start=start, stop=start + 1, channel=channel)
+        for start in range(5)
+        for label in "ab"
+        for path, channel in ((f"{label}/1.wav", None), (f"./{label}/2.wav", 0), (f"{label}/2.wav", 1))
+    )
+    train, validation = split_by_speaker(examples, 0.3)
+
+    def recordings(part):
+        return {(os.path.normpath(example.audio), example.channel) for example in part}
+
+    assert not recordings(train) & recordings(validation)
+    assert train.label_counts() == {"a": 10, "b": 10} and validation.label_counts() == {"a": 5, "b": 5}
+    with pytest.raises(UserError, match="a single speaker .or recording"):
+        split_by_speaker(ExampleSet(e for e in examples if "1" in e.audio))
 
 
 def test_split_leaves_a_label_of_one_speaker_in_train(caplog):

@@ -396,8 +396,8 @@ def split_by_speaker(
 
     Where all have transcripts and not all have labels, these count as one label.
     Every label keeps at least one speaker in train; a label with a single speaker is not held out, and a
-    warning says so. Where no speaker is known, examples are held out at random within each label, and a
-    warning says so too. The same arguments give the same split.
+    warning says so. Where no speaker is known, whole recordings (of several channels each one) are held out
+    at random within each label, and a warning says so too. The same arguments give the same split.
 
     Raises:
         UserError: ``fraction`` outside (0, 1), unlabelled examples, or nothing that could be held out.
@@ -411,23 +411,30 @@ def split_by_speaker(
     unknown = sum(example.speaker is None for example in examples)
     if unknown == len(examples):
         logger.warning(
-            "%s names no speakers: validation examples are picked at random within each label, so voices may "
-            "be shared and validation figures too good (name a speaker column if there is one)",
+            "%s names no speakers: validation examples are picked at random within each label, by whole "
+            "recordings, so voices may be shared and validation figures too good (name a speaker column if "
+            "there is one)",
             examples.description,
         )
     elif unknown:
         logger.warning(
-            "%d of %d examples of %s have no speaker; each is taken as a speaker of its own",
+            "%d of %d examples of %s have no speaker; each of their recordings is taken as a speaker of its "
+            "own",
             unknown,
             len(examples),
             examples.description,
         )
 
-    # A group is a speaker, or one example of unknown speaker. A speaker of several labels counts for the most
-    # frequent one, and moves as a whole.
+    # A group is a speaker, or one recording of unknown speaker. A speaker of several labels counts for the
+    # most frequent one, and moves as a whole.
     groups: dict[Any, list[int]] = defaultdict(list)
+    real = RealPaths(links=True)
     for index, example in enumerate(examples):
-        groups[index if example.speaker is None else example.speaker].append(index)
+        group = example.speaker
+        if group is None:
+            in_file = isinstance(example.audio, str | os.PathLike)
+            group = (real(example.audio), example.channel) if in_file else index
+        groups[group].append(index)
     by_label: dict[str, list[list[int]]] = defaultdict(list)
     for members in groups.values():
         counts = Counter(labels[i] for i in members)
@@ -457,8 +464,8 @@ def split_by_speaker(
             any(hold_out(group) for group in sorted(members, key=len))
     if not held:
         raise UserError(
-            f"no validation set can be split off {examples.description}: every label has a single speaker; "
-            "give evaluation data"
+            f"no validation set can be split off {examples.description}: every label has a single speaker "
+            "(or recording, where no speaker is known); give evaluation data"
         )
     validation = examples.select(sorted(held), f"validation part of {examples.description}")
     absent = sort_labels(set(left) - {labels[i] for i in held})
