@@ -177,6 +177,21 @@ def test_manifest_split_column(clips):
         load_examples(path, split="test")
 
 
+def test_manifest_rows_of_a_split_that_is_written_in_several_ways_or_not_at_all(clips, caplog):
+    splits = ["train", "Train", "training", "", "extra", "valid", "dev"]
+    header, *rows = "path,label,split", *(f"clips/{i % 3}.wav,{i},{split}" for i, split in enumerate(splits))
+    path = table(clips / "m.csv", header, *rows)
+    assert [e.label for e in load_examples(path, split="train")] == ["0", "1", "2"]
+    told = f"{path}: 2 rows are of no split and are left out; theirs is none (1), 'extra' (1)"
+    assert caplog.messages == [told]
+    assert [e.label for e in load_examples(path, split="validation")] == ["5", "6"]
+    assert [e.label for e in load_examples(path, split="extra")] == ["4"]
+    # Of tables, as of folders, one that is called so exactly is meant alone: others may be copies of it.
+    for name, label in (("train", "a"), ("train_sp", "b"), ("test", "c")):
+        table(clips / "each" / f"{name}.csv", "path,label", f"../clips/0.wav,{label}")
+    assert [e.label for e in load_examples(clips / "each", split="train")] == ["a"]
+
+
 def test_manifest_per_split_and_metadata(clips):
     table(clips / "train.csv", "path,label", "clips/0.wav,a", "clips/1.wav,b")
     table(clips / "my-test.tsv", "path\tlabel", "clips/2.wav\ta")

@@ -19,7 +19,7 @@ from .manifests import table_examples
 from .options import Options
 from .paths import Paths
 from .segments import Channels, Times
-from .splits import Splits, canonical_split
+from .splits import Splits, SplitsOfRows, canonical_split
 
 datasets = LazyPackage("datasets", "a Hugging Face data set")
 
@@ -119,10 +119,10 @@ def _divided(dataset: Any, options: Options, where: str) -> Splits | None:
             warn_once(f"{where}: its column {column!r} names no splits and is not used ({listing(there)})")
         return None
     pairs = cache(lambda: _divided_examples(dataset, options, where))
-    return {
-        value: (lambda value=value: [example for part, example in pairs() if part == value])
+    return SplitsOfRows(
+        (value, lambda value=value: [example for part, example in pairs() if part == value])
         for value in values
-    }
+    )
 
 
 def _of_split(dataset: Any, split: str, options: Options, where: str) -> list[Example]:

@@ -15,7 +15,7 @@ from .names import normal
 from .options import Options
 from .paths import Paths, RealPaths
 from .segments import Channels, Times
-from .splits import Splits, split_level
+from .splits import Splits, SplitsOfRows, split_level
 from .table_folders import Table, find_tables
 from .tables import read_table
 
@@ -237,10 +237,10 @@ def read_manifests(path: Path, options: Options, samples: bool | None) -> Splits
         return {split: (lambda split=split: [example for _, example in read(split)]) for split in tables}
     pairs = cache(lambda: read(None))
     splits = dict.fromkeys(split for table in tables[None] for split in table_splits(table.path, options))
-    return {
-        split: (lambda split=split: [example for part, example in pairs() if part == split])
+    return SplitsOfRows(
+        (split, lambda split=split: [example for part, example in pairs() if part == split])
         for split in splits or [None]
-    }
+    )
 
 
 def _read(table: Table, options: Options, samples: bool | None) -> list[tuple[str | None, Example]]:

@@ -32,6 +32,11 @@ LAYOUT_HINT = (
 Splits = dict[str | None, Callable[[], list[Example]]]
 
 
+class SplitsOfRows(Splits):
+    """Splits that the rows of a table say, each for itself: one may be written in several ways, or be empty
+    (``None``)."""
+
+
 def _split_words(name: str) -> list[str]:
     """The words of a name that stand for a split; two letters do only when they are the whole name."""
     name = folded(name)
@@ -175,8 +180,22 @@ def _check_codes(names, paths, level: int, where: str) -> None:
     )
 
 
+def _say_left_out(splits: Splits, names: list[str | None], shown: str) -> None:
+    counts = {"none" if name is None else repr(name): len(splits[name]()) for name in names}
+    if counts:
+        told = listing(f"{name} ({count})" for name, count in counts.items())
+        warn_once(f"{shown}: {sum(counts.values())} rows are of no split and are left out; theirs is {told}")
+
+
 def choose_splits(splits: Splits, split: str | None, shown: str) -> list[str | None]:
-    """The keys that ``split`` stands for."""
+    """The keys that ``split`` stands for.
+
+    Folders and tables of that very name go before others of the kind, such as Kaldi's ``train_sp`` beside
+    ``train``; rows of all names of the kind belong together. Rows of no kind are named in a warning.
+
+    Raises:
+        UserError: there are none, or several and no ``split``.
+    """
     names = [name for name in splits if name is not None]
     if split is None:
         if len(splits) > 1:
@@ -189,6 +208,10 @@ def choose_splits(splits: Splits, split: str | None, shown: str) -> list[str | N
     wanted = CANONICAL.get(folded(split))
     kinds = split_kinds(names) if len(names) > 1 else {name: canonical_split(name) for name in names}
     alike = [name for name in names if wanted is not None and kinds.get(name) == wanted]
+    if (exact or alike) and isinstance(splits, SplitsOfRows):
+        chosen = [name for name in names if name in exact or name in alike]
+        _say_left_out(splits, [name for name in splits if name not in kinds and name not in chosen], shown)
+        return chosen
     if exact or alike:
         return exact or alike
     there = f"it has {listing(names)}" if names else "it has no splits"
