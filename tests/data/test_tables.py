@@ -167,6 +167,19 @@ def test_malformed_json(tmp_path, text, message):
         load_examples(tmp_path / "m.jsonl")
 
 
+@pytest.mark.parametrize("name", ["label", "speaker", "path", "split"])
+@pytest.mark.parametrize("value", [["a"], ["a", "b"], {"x": "a"}, []])
+def test_lists_and_objects_of_json_are_no_names(tmp_path, name, value):
+    plain = {"path": "0.wav", "label": "a", "speaker": "s", "split": "train", "more": value}
+    path = table(tmp_path / "m.jsonl", json.dumps(plain), json.dumps({**plain, name: value}))
+    with pytest.raises(
+        UserError, match=f"line 2: the column '{name}' holds .*; text or a number is accepted"
+    ):
+        load_examples(path, split="train")
+    table(path, json.dumps(plain))
+    assert [e.label for e in load_examples(path, split="train")] == ["a"]
+
+
 def test_gzipped_tables(tmp_path):
     write(tmp_path / "0.wav", 0)
     text = b"path,label\n0.wav,a\n" + b"0.wav,a\n" * 99

@@ -17,7 +17,7 @@ from .paths import Paths, RealPaths
 from .segments import Channels, Times
 from .splits import Splits, SplitsOfRows, split_level
 from .table_folders import Table, find_tables
-from .tables import read_table
+from .tables import Nested, read_table
 
 _PLACEHOLDER = re.compile(r"\{(\w+)\}|\$\{(\w+)\}|\$(\w+)")
 
@@ -83,9 +83,14 @@ def table_examples(
     def field(row: Sequence[str], name: str | None) -> str:
         return "" if name is None else row[index[name]]
 
+    used = [c for c in (audio, label, text, speaker, split, channels.column, *times.columns) if c is not None]
     located = []
     for line, row in rows:
         at = f"{where}, {unit} {line}"
+        if nested := next((name for name in used if isinstance(field(row, name), Nested)), None):
+            raise UserError(
+                f"{at}: the column {nested!r} holds {field(row, nested)[:60]}; text or a number is accepted"
+            )
         file = field(row, audio)
         if not file:
             raise UserError(f"{at}: the {audio} column is empty")

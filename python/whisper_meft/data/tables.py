@@ -83,7 +83,7 @@ def read_table(path: Path, wanted: Sequence[str] = ()) -> tuple[list[str], Itera
     CSV and TSV: the delimiter (comma, tab, semicolon or bar) is the one that finds the most known or
     ``wanted`` column names in the header. Fields may be quoted, except between tabs, where quotation marks
     often stand alone in transcripts. JSON: one object per line, or one list of objects; the columns are the
-    keys of them all.
+    keys of them all, and lists and objects in them are :class:`Nested`.
 
     Raises:
         UserError: not text, no header, or a row of another length; a line that is no object of JSON.
@@ -133,10 +133,17 @@ def _json_rows(text: str, path: Path) -> tuple[list[str], Iterator[tuple[int, li
     return names, ((number, [_as_text(row.get(name)) for name in names]) for number, row in rows)
 
 
+class Nested(str):
+    """A list or an object of JSON as it is written: no name of anything."""
+
+
 def _as_text(value: Any) -> str:
     if value is None:
         return ""
-    return value.strip() if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if isinstance(value, str):
+        return value.strip()
+    text = json.dumps(value, ensure_ascii=False)
+    return Nested(text) if isinstance(value, list | dict) else text
 
 
 def _parse_header(header: str, delimiter: str, path: Path) -> list[str]:
