@@ -260,6 +260,19 @@ def test_columns_of_times_that_mean_nothing(stereo, columns, fields, message):
         load_examples(table(stereo / "m.csv", f"path,label,{columns}", f"x.wav,a,{fields}"))
 
 
+@pytest.mark.parametrize("columns", ["start,offset", "offset,begin", "start_ms,offset_ms"])
+def test_an_offset_beside_a_start_must_be_explained(stereo, columns):
+    path = table(stereo / "m.csv", f"path,label,{columns}", "x.wav,a,0.1,0.2")
+    with pytest.raises(UserError, match="m.csv has the columns '.*' and 'offset.*', and none that is known"):
+        load_examples(path)
+    table(path, f"path,label,{columns}", "x.wav,a,0.1,0.1")
+    end, start = sorted(columns.split(","), key=lambda name: not name.startswith("offset"))
+    with pytest.raises(UserError, match="the segment from .* is empty"):
+        load_examples(path, stop_column_name=end, start_column_name=start)
+    table(path, f"path,label,{columns},duration", "x.wav,a,0.1,0.2,0.3")
+    assert len(load_examples(path)) == 1
+
+
 def test_starts_without_ends(stereo):
     path = table(stereo / "m.csv", "path,label,start,length", "x.wav,a,0.1,0.2", "x.wav,b,0.3,0.2")
     with pytest.raises(UserError, match=r"line 3: .*x\.wav is given from 0.1 and from 0.3, both to its end"):

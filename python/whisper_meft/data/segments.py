@@ -39,6 +39,9 @@ class Times:
         names: the columns of the table.
         samples: whether columns without a unit count in samples; ``None`` finds out where they are
             SpeechBrain's: they do where the end minus the start is far more than the duration.
+
+    Raises:
+        UserError: a column counts in frames, or "offset" may be an end as well as a start.
     """
 
     def __init__(self, names: Sequence[str], options: Options, samples: bool | None, where: str):
@@ -47,6 +50,13 @@ class Times:
         stop = find_column(names, options.stop_column, (), where)
         stop = stop or _time(names, (*STOP, "offset") if onset else STOP, like=start)
         self.columns = (start, stop, _time(names, DURATION, like=start))
+        offset = next((name for name in names if time_column(name)[0] == "offset"), None)
+        if start is not None and offset not in (None, start) and self.columns[1:] == (None, None):
+            raise UserError(
+                f"{where} has the columns {start!r} and {offset!r}, and none that is known by its name for "
+                f"the end or the duration: say what {offset!r} is (--start_column_name, --stop_column_name), "
+                "or remove it"
+            )
         self.units = [None if name is None else time_column(name)[1] for name in self.columns]
         self.samples = samples
         self.speechbrain = {"id", "wav", "duration"} <= {normal(name) for name in names}
