@@ -9,7 +9,7 @@ import datasets
 import numpy as np
 import pytest
 import soundfile
-from data_fixtures import RATE, found, names, table, wave, write
+from data_fixtures import RATE, found, index_of, names, table, wave, write
 from datasets import Audio, ClassLabel, Dataset, DatasetDict
 from whisper_meft.audio import read_audio
 from whisper_meft.data import list_audio_files, list_splits, load_examples
@@ -353,6 +353,21 @@ def test_kaldi_segments(kaldi, clips):
         (20_000, "b b"),
         (4_000, "c"),
     ]
+
+
+def test_a_missing_first_file_does_not_say_where_the_others_are(tmp_path, monkeypatch):
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    write(tmp_path / "clips" / "1.wav", 1)
+    write(tmp_path / "clips" / "é.wav", 2)
+    path = table(
+        tmp_path / "m.csv", "path,label", *(f"gone{i}.wav,a" for i in range(9)), "1.wav,a", "é.wav,b"
+    )
+    assert [index_of(e) for e in load_examples(path) if "gone" not in e.name] == [1, 2]
+    for folder in (tmp_path / "k", tmp_path / "data" / "train" / "k"):
+        table(folder / "wav.scp", "u0 clips/gone.wav", "u1 clips/1.wav")
+        table(folder / "utt2lang", "u0 a", "u1 b")
+        assert index_of(load_examples(folder)[1]) == 1
 
 
 def test_kaldi_label_file_by_name(kaldi):

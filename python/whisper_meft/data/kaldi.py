@@ -3,8 +3,9 @@
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 from ..errors import UserError
@@ -12,7 +13,7 @@ from . import columns, tables
 from .examples import Example, listing, say_forms
 from .folders import subfolders
 from .options import Options
-from .paths import Paths
+from .paths import TRIED, Paths
 from .segments import Channels
 from .splits import Splits
 
@@ -83,7 +84,8 @@ def read_kaldi_folder(path: Path, options: Options) -> list[Example]:
     speakers = _two_columns(path / "utt2spk") if (path / "utt2spk").is_file() else {}
     say_forms(labels.values(), os.fspath(path))
     paths = Paths(
-        options.data_root or _root_of(path, next(iter(recordings.values()), "")), os.fspath(path / "wav.scp")
+        options.data_root or _root_of(path, list(islice(recordings.values(), TRIED))),
+        os.fspath(path / "wav.scp"),
     )
     files = {name: paths(value, f"{paths.where}, {name}") for name, value in recordings.items()}
     paths.say()
@@ -190,8 +192,10 @@ def _two_columns(path: Path, empty: bool = False) -> dict[str, str]:
     return table
 
 
-def _root_of(path: Path, first: str) -> str:
-    """Where relative paths of a Kaldi folder start: in a folder above it, where recipes run, or in it."""
+def _root_of(path: Path, files: Sequence[str]) -> str:
+    """Where relative paths of a Kaldi folder start: in a folder above it, where recipes run, or in it. The
+    first of the files that is in one of them decides."""
     path = path.absolute()
-    candidates: Iterable[Path] = (path, *path.parents[:3], Path.cwd())
-    return next((os.fspath(c) for c in candidates if (c / first).is_file()), os.fspath(path))
+    candidates: Sequence[Path] = (path, *path.parents[:3], Path.cwd())
+    there = (os.fspath(c) for file in files for c in candidates if (c / file).is_file())
+    return next(there, os.fspath(path))
