@@ -174,6 +174,20 @@ def test_a_segment_is_that_part_of_the_whole(tmp_path, suffix, wave):
     assert np.array_equal(read_audio(path, start=100, stop=612, unit="samples"), whole[100:612])
 
 
+@pytest.mark.parametrize(
+    "subtype, seconds, rate",
+    [("VORBIS", 3, 16_000), ("VORBIS", 9, 16_000), ("VORBIS", 3, 44_100), ("OPUS", 3, 48_000)],
+)
+def test_a_segment_near_the_end_of_ogg_is_in_its_place(subtype, seconds, rate):
+    content = file_bytes(noise(seconds * rate), rate, format="OGG", subtype=subtype)
+    whole = decode_audio(content)[0]
+    for start in (0.25, *(seconds - left for left in (0.5, 0.375, 0.25, 0.125))):
+        part = decode_audio(content, start, start + 0.1)[0]
+        assert len(part) == rate // 10
+        assert np.array_equal(part, whole[round(start * rate) :][: len(part)])
+        assert np.array_equal(part, decode_audio(content, window=(start, 0.1))[0])
+
+
 def test_a_segment_in_samples_counts_at_the_files_own_rate(tmp_path):
     path = write(tmp_path / "a.wav", noise(8_000), 8_000)
     wave, rate = decode_audio(path, 1_000, 3_000, unit="samples")

@@ -66,9 +66,10 @@ def file_blocks(file: str | bytes, segment: Segment, name: str) -> Iterator[tupl
             raise UserError(f"{name} holds no samples")
         if first >= total:
             raise begins_too_late(name, first, total, rate)
-        # Seeking in MP3 loses the bit reservoir, and with it the first samples: decode up to the segment.
-        mp3 = opened.format == "MP3" or opened.subtype.startswith("MPEG_LAYER")
-        skip = first if mp3 or not opened.seekable() else 0
+        # Decoded up to the segment: seeking in MP3 loses the bit reservoir, and with it the first samples; in
+        # Vorbis near the end it lands beside its place, by what the last page was cut by.
+        inexact = opened.format == "MP3" or opened.subtype.startswith(("MPEG_LAYER", "VORBIS"))
+        skip = first if inexact or not opened.seekable() else 0
         if not skip and first:
             opened.seek(first)
         yield from _blocks(opened, skip, int(min(last, total)) - first, silence, segment.channel, name)

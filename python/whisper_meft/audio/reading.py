@@ -16,7 +16,7 @@ from .segments import Segment, begins_too_late, check_rate, make_segment
 
 soxr = LazyPackage("soxr", "resampling audio")
 
-VERSION = 2  # of what a source is read as: what was computed of an earlier one may be of another sound
+VERSION = 3  # of what a source is read as: what was computed of an earlier one may be of another sound
 
 Unit = Literal["seconds", "samples"]
 
@@ -41,7 +41,7 @@ def read_audio(
             object with torchcodec's ``get_all_samples()``.
         sampling_rate: of the result, in Hz.
         start, stop: the segment, half open; ``None`` means the beginning and the end. A ``stop`` past the end
-            is the end. Only MP3 is decoded from its beginning to reach a segment.
+            is the end. Only MP3 and Vorbis are decoded from their beginning to reach a segment.
         unit: of ``start`` and ``stop``: seconds, or samples at the source's own rate.
         source_rate: of a bare array; ``sampling_rate`` by default. Other sources know their rate.
         name: what messages call the source; its path by default.
