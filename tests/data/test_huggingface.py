@@ -1,5 +1,7 @@
 """Tables of paths in Parquet and in data sets: they are read as the same table in CSV is."""
 
+from importlib.util import find_spec
+
 import datasets
 import pytest
 from data_fixtures import RATE, found, wave, write
@@ -107,3 +109,30 @@ def test_relative_paths_start_at_the_file(tmp_path, monkeypatch, kind, streaming
         assert found(moved) == [(2, "a", None), (3, "b", None)]
     memory = data.to_iterable_dataset() if streaming else data
     assert found(load(memory)) == [(7, "a", None), (7, "b", None)]
+
+
+# --- a table beside its audio ---
+
+
+@pytest.mark.parametrize("load", [load_examples, load_shards])
+@pytest.mark.parametrize("name", ["metadata", "list"])
+def test_a_folder_of_audio_with_its_table_in_parquet(tmp_path, load, name):
+    for i in range(2):
+        write(tmp_path / "all" / "clips" / f"{i}.wav", i)
+    data = Dataset.from_dict({"file_name": ["clips/0.wav", "clips/1.wav"], "label": ["a", "b"]})
+    data.to_parquet(tmp_path / "all" / f"{name}.parquet")
+    found_there = found(load(str(tmp_path / "all"), cache_dir=str(tmp_path / "cache")))
+    assert found_there == [(0, "a", None), (1, "b", None)]
+
+
+@pytest.mark.skipif(find_spec("torchcodec") is not None, reason="with torchcodec, datasets reads them")
+def test_tables_in_parquet_in_folders_of_audio_are_to_be_written_otherwise(tmp_path):
+    for i, split in enumerate(("train", "test")):
+        write(tmp_path / "all" / split / "0.wav", i)
+        table = Dataset.from_dict({"file_name": ["0.wav"], "label": ["a"]})
+        table.to_parquet(tmp_path / "all" / split / "metadata.parquet")
+    with pytest.raises(
+        UserError, match="is a folder of audio files, .* metadata.csv or metadata.jsonl"
+    ) as error:
+        load_examples(str(tmp_path / "all"), split="train", cache_dir=str(tmp_path / "cache"))
+    assert "torchcodec" not in str(error.value) and "hf download" not in str(error.value)

@@ -15,6 +15,7 @@ from ..errors import LazyPackage, UserError
 from ..once import warn_once
 from . import columns
 from .examples import DatasetCell, Example, listing, say_forms
+from .folders import list_audio_files
 from .manifests import table_examples
 from .options import Options
 from .paths import Paths
@@ -138,8 +139,17 @@ def _of_split(dataset: Any, split: str, options: Options, where: str) -> list[Ex
     return dataset_examples(dataset, options, where)
 
 
+def table_of(folder: Path) -> Path | None:
+    """The one Parquet file of a folder of audio, whose table it is (``metadata.parquet``). ``datasets`` would
+    take the folder for one of audio."""
+    found = list(folder.rglob("*.parquet"))
+    return found[0] if len(found) == 1 and found[0].parent == folder and list_audio_files(folder) else None
+
+
 def _load(source: str, options: Options) -> Any:
     path = Path(source)
+    if path.is_dir() and (table := table_of(path)):
+        return _load(os.fspath(table), options)
     if path.is_file():
         if path.suffix.lower() == ".arrow":
             return datasets.Dataset.from_file(source)
@@ -168,6 +178,11 @@ def _reason(source: str, error: Exception) -> str:
         chain.append(link)
         link = link.__cause__ or link.__context__
     if any("torchcodec" in str(link) for link in chain):
+        if os.path.exists(source):
+            return (
+                "it is a folder of audio files, of which one table in Parquet beside them is read, or tables "
+                "as metadata.csv or metadata.jsonl in its folders: write these"
+            )
         return (
             "it is made of audio files that `datasets` reads with torchcodec only; download it "
             f"(`hf download --repo-type dataset {source} --local-dir DIR`) and give the folder"

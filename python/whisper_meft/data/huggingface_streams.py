@@ -23,6 +23,7 @@ from .huggingface import (
     opened,
     rooted,
     split_column,
+    table_of,
     without_splits,
 )
 from .names import composed
@@ -225,6 +226,8 @@ def _iterable(dataset: Any) -> Any:
 
 def _load(source: str, options: Options) -> Any:
     path, how = Path(source), {"streaming": True, "cache_dir": options.cache_dir}
+    if path.is_dir() and (table := table_of(path)):
+        return _load(os.fspath(table), options)
     if path.is_file():
         kind = "arrow" if path.suffix.lower() == ".arrow" else "parquet"
         return datasets.load_dataset(kind, data_files=source, split="train", **how)
