@@ -6,6 +6,7 @@ either the old content or the new one, also after a crash.
 
 import json
 import os
+import re
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -101,6 +102,12 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} comes twice")
     return found
+
+
+def lines_of(text: str) -> list[str]:
+    """The lines of a text: at line feeds and carriage returns alone. What else ``str.splitlines`` splits at,
+    such as U+2028, may stand within a transcript."""
+    return re.split(r"\r\n|\n|\r", text)
 
 
 def read_json(path: str | os.PathLike, once: bool = False) -> Any:

@@ -140,8 +140,8 @@ def load_streamed(arguments: EvaluateArguments) -> tuple[ShardedExamples, set[st
     shards = data.load_shards(
         arguments.data, split=arguments.split or ("test" if has_test else None), **options
     )
-    labels = arguments.labels
-    return shards, None if labels in (None, ["all"]) else {composed(label) for label in labels}
+    labels = options["labels"]
+    return shards, None if labels in (None, "all") else {composed(label) for label in labels}
 
 
 def apart(

@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 
 from ..errors import UserError
+from ..files import lines_of
 from . import columns, tables
 from .examples import Example, listing, say_forms
 from .folders import subfolders
@@ -180,7 +181,7 @@ def _text_file(path: Path, options: Options) -> dict[str, str]:
 def _two_columns(path: Path, empty: bool = False) -> dict[str, str]:
     """Lines of ``<id> <value>``, split at the first white space; with ``empty`` the value may be missing."""
     table: dict[str, str] = {}
-    for number, line in enumerate(tables.lines_of(tables.read_text(path)), 1):
+    for number, line in enumerate(lines_of(tables.read_text(path)), 1):
         fields = line.split(maxsplit=1)
         if not fields:
             continue

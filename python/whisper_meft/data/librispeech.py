@@ -6,11 +6,12 @@ from pathlib import Path
 
 from ..audio import READABLE_SUFFIXES
 from ..errors import UserError
+from ..files import lines_of
 from .examples import Example, listing
 from .folders import subfolders
 from .options import Options
 from .splits import Splits
-from .tables import lines_of, read_text
+from .tables import read_text
 
 _ENDING = ".trans.txt"
 

@@ -5,13 +5,13 @@ import gzip
 import io
 import json
 import os
-import re
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..files import lines_of
 from .columns import is_known
 from .names import normal
 
@@ -69,12 +69,6 @@ def read_text(path: Path) -> str:
     if "\0" in text:
         raise UserError(f"{path} is not a text file: it holds zero bytes")
     return text
-
-
-def lines_of(text: str) -> list[str]:
-    """The lines of a text: at line feeds and carriage returns alone. What else ``str.splitlines`` splits at,
-    such as U+2028, may stand within a transcript."""
-    return re.split(r"\r\n|\n|\r", text)
 
 
 def read_table(path: Path, wanted: Sequence[str] = ()) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:

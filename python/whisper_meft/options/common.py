@@ -1,7 +1,11 @@
 """The option groups that several commands share: model, method, and how data is read."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
+
+from ..errors import UserError
+from ..files import lines_of, read_json
 
 
 @dataclass
@@ -236,6 +240,7 @@ class DataFormatArguments:
             "speechbrain",
             "kaldi",
             "kespeech",
+            "librispeech",
             "huggingface",
             "webdataset",
             "lhotse",
@@ -282,7 +287,10 @@ class DataFormatArguments:
     )
     labels: list[str] | None = field(
         default=None,
-        metadata={"help": "keep only examples of these classes (default: all; for KeSpeech the paper's six)"},
+        metadata={
+            "help": "keep only examples of these classes, or of those in a file, .txt with one on each line "
+            "or .json with a list (default: all; for KeSpeech the paper's six)"
+        },
     )
     dataset_cache_dir: str | None = field(
         default=None, metadata={"help": "where data sets from the hub are kept"}
@@ -292,11 +300,40 @@ class DataFormatArguments:
     )
 
     def reader_options(self) -> dict[str, Any]:
-        """These options as keyword arguments of :func:`whisper_meft.data.load_examples`."""
+        """These options as keyword arguments of :func:`whisper_meft.data.load_examples`.
+
+        Raises:
+            UserError: ``labels`` is a file that cannot be read.
+        """
         names = (
             "data_format dataset_config_name audio_column_name label_column_name text_column_name "
             "speaker_column_name start_column_name stop_column_name channel_column_name layout data_root"
         )
         options = {name: getattr(self, name) for name in names.split()}
-        labels = self.labels[0] if self.labels == ["all"] else self.labels
+        labels = "all" if self.labels == ["all"] else listed_labels(self.labels)
         return {**options, "labels": labels, "cache_dir": self.dataset_cache_dir}
+
+
+def listed_labels(given: list[str] | None) -> list[str] | None:
+    """The classes that ``--labels`` names: themselves, or a file of one on each line, or of a JSON list.
+
+    Raises:
+        UserError: the file cannot be read, or holds something else or none.
+    """
+    if given is None or len(given) != 1 or Path(given[0]).suffix.lower() not in (".txt", ".json"):
+        return given
+    path = Path(given[0])
+    if path.suffix.lower() == ".json":
+        found = read_json(path)
+        if not isinstance(found, list) or not all(isinstance(label, str) for label in found):
+            raise UserError(f"labels: {path} must hold a JSON list of classes")
+    else:
+        try:
+            found = lines_of(path.read_text(encoding="utf-8-sig"))
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"labels: cannot read {path}: {reason}") from error
+    found = [label.strip() for label in found if label.strip()]
+    if not found:
+        raise UserError(f"labels: {path} names no classes")
+    return found

@@ -14,9 +14,8 @@ from ..data.examples import listing, sort_labels
 from ..data.names import composed
 from ..data.splits import canonical_split, split_kinds
 from ..data.streaming import ShardedExamples, Stream, count_labels
-from ..data.tables import lines_of
 from ..errors import UserError
-from ..files import read_json
+from ..options.common import listed_labels
 from ..options.training import TrainArguments, TrainDataArguments
 from .console import main_process, say
 from .data import RunData, at_most, note_on, usable_examples
@@ -130,25 +129,10 @@ def read_labels(given: list[str]) -> list[str] | None:
     """
     if given == ["all"]:
         return None
-    if len(given) == 1 and Path(given[0]).suffix.lower() in (".txt", ".json"):
-        given = _labels_in(Path(given[0]))
-    labels = sort_labels(composed(label.strip()) for label in given if label.strip())
+    labels = sort_labels(composed(label.strip()) for label in listed_labels(given) if label.strip())
     if len(labels) < 2:
         raise UserError(f"labels: at least two classes are needed, got {listing(labels) or 'none'}")
     return labels
-
-
-def _labels_in(path: Path) -> list[str]:
-    if path.suffix.lower() == ".json":
-        found = read_json(path)
-        if not isinstance(found, list) or not all(isinstance(label, str) for label in found):
-            raise UserError(f"labels: {path} must hold a JSON list of classes")
-        return found
-    try:
-        return lines_of(path.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"labels: cannot read {path}: {reason}") from error
 
 
 def _evaluation(
