@@ -373,7 +373,8 @@ def test_scores_of_a_stream_are_those_of_the_list(work, tmp_path, capsys):
     assert main(streamed) == 1
     assert "has the label 'x', which is not one of the classes" in capsys.readouterr().err
     assert main([*streamed, "--max_eval_samples", "3"]) == 2
-    assert main([*streamed, "--labels", "low", "high", "--output_dir", str(tmp_path / "some")]) == 0
+    assert main([*streamed, "--labels", "low", "high", "hihg", "--output_dir", str(tmp_path / "some")]) == 0
+    assert "has no usable examples of hihg, which labels names" in capsys.readouterr().err
     assert json.loads((tmp_path / "some" / "eval_results.json").read_text())["count"] == 4
 
 

@@ -9,10 +9,11 @@ from tqdm.auto import tqdm
 
 from ..data.checking import check_audio
 from ..data.dataset import warn_of_cut
-from ..data.examples import Example, ExampleSet
+from ..data.examples import Example, ExampleSet, listing
 from ..data.streaming import ShardedExamples, check_label
 from ..data.windows import longest_window
 from ..errors import UserError
+from ..once import warn_once
 from .classifier import Classifier
 
 _BATCHES = 8  # whose clips are held at a time
@@ -75,6 +76,8 @@ def hear(
         raise UserError(
             f"no example of {shards.description} can be used" + (f"; {bad[0][0]}: {bad[0][1]}" if bad else "")
         )
+    if absent := sorted(set(labels or ()) - {each.label for each in kept}):
+        warn_once(f"{shards.description} has no usable examples of {listing(absent)}, which labels names")
     long = sum(each.seconds is not None and each.seconds > heard for each in kept)
     if long and classifier.windows is None:
         warn_of_cut(long, len(kept), shards.description, heard)
