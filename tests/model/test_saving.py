@@ -91,8 +91,10 @@ def test_all_of_a_model_unfrozen(tmp_path):
             model.save_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("config", [FullConfig(), BitFitConfig(), MeZOConfig()])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "config, dtype",
+    [(FullConfig(), torch.float16), (BitFitConfig(), torch.bfloat16), (MeZOConfig(), torch.bfloat16)],
+)
 def test_a_trained_backbone_in_half_precision_is_saved_and_loaded(config, dtype, tmp_path):
     model = randomise(get_meft_model(loaded_whisper(tmp_path / "whisper"), config), std=0.02)
     model.save_pretrained(tmp_path / "float32")
@@ -116,7 +118,7 @@ def test_a_trained_backbone_in_half_precision_is_saved_and_loaded(config, dtype,
     assert torch.equal(logits(MeftModel.from_pretrained(tmp_path / "float32")), expected)
 
 
-@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module._orig_mod."])
 def test_a_wrappers_state_dict_is_saved_by_the_names_of_the_model(prefix, tmp_path):
     base = loaded_whisper(tmp_path / "whisper")
     model = randomise(get_meft_model(base, LSTConfig(reduction_factor=4, pooling="statistics")))
