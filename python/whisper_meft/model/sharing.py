@@ -4,7 +4,6 @@ import gc
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
-import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
@@ -22,7 +21,7 @@ class _Use:
     def __init__(self):
         self.models: WeakSet[Any] = WeakSet()
         self.trained_by: str | None = None
-        self.start: dict[str, torch.Tensor] | None = None
+        self.start: dict[str, list[float]] | None = None
 
 
 # By the encoder's first module, which all share who share an encoder.
@@ -78,8 +77,8 @@ def _in_the_way(use: _Use, options: MeftConfig) -> str | None:
     return None
 
 
-def _entries(base: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """A few entries of each of the backbone's weights, float64 on the CPU."""
+def _entries(base: PreTrainedModel) -> dict[str, list[float]]:
+    """A few entries of each of the backbone's weights; tensors would count as the model's memory."""
     parts = [("encoder", base.get_encoder())]
     if hasattr(base, "get_decoder") and getattr(base, "model", None) is not None:
         parts.append(("decoder", base.get_decoder()))
@@ -89,9 +88,9 @@ def _entries(base: PreTrainedModel) -> dict[str, torch.Tensor]:
             if weight.is_meta or isinstance(weight, FakeTensor):
                 continue
             step = max(1, weight.numel() // _ENTRIES)
-            entries[f"{part}.{name}"] = weight.detach().flatten()[::step][:_ENTRIES].double().cpu()
+            entries[f"{part}.{name}"] = weight.detach().flatten()[::step][:_ENTRIES].tolist()
     return entries
 
 
-def _changed(before: dict[str, torch.Tensor], now: dict[str, torch.Tensor]) -> bool:
-    return any(name in now and not torch.equal(tensor, now[name]) for name, tensor in before.items())
+def _changed(before: dict[str, list[float]], now: dict[str, list[float]]) -> bool:
+    return any(name in now and entries != now[name] for name, entries in before.items())
