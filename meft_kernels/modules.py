@@ -101,7 +101,8 @@ class LadderDecoder(reference.LadderDecoder):
         *_, cache, _ = given
         if cache is not None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return super().climb(*given)
-        return checkpoint(super().climb, *given, use_reentrant=False, preserve_rng_state=False)
+        options = {"use_reentrant": False, "preserve_rng_state": False}
+        return checkpoint(ops.carried(super().climb), *given, **options)
 
     def adapt(self, rung: torch.nn.Module, state: Tensor) -> Tensor:
         """W2 gelu(W1 LN(m) + b1) + b2, (B, U, r)."""

@@ -9,6 +9,7 @@ import functools
 import importlib.util
 import math
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -46,22 +47,27 @@ FASTER_BY_LIBRARY: dict[str, dict[str, int]] = {
     "relu_attention": {"hopper": 75, "ampere": 37, "blackwell": 38, "consumer": 140}
 }
 
-_current = "auto"
+_of_process = "auto"  # by the main thread, for itself and for threads that chose none
+_of_thread = threading.local()  # and no contextvars.ContextVar, which torch.compile neither traces nor guards
 
 
 def current() -> str:
-    """The backend that is chosen at present."""
-    return _current
+    """The backend that is chosen at present, for the calling thread."""
+    own = getattr(_of_thread, "backend", None)
+    return _of_process if own is None else own
 
 
 def kernel(name: str, backend: str | None = None) -> Callable:
     """An op by the name under which it is registered, on a backend or on the one that is chosen."""
-    return getattr(getattr(torch.ops, NAMESPACES[backend or _current]), name)
+    return getattr(getattr(torch.ops, NAMESPACES[backend or current()]), name)
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Chooses the kernels of every op called inside the ``with`` block; its backward follows the forward.
+
+    The choice is the calling thread's. What the main thread chose also holds in threads that chose nothing
+    themselves, such as those of ``torch.nn.DataParallel``; what another thread chose holds there alone.
 
     Args:
         name: ``"auto"`` (the fastest that is registered for the tensors' device), ``"reference"`` (plain
@@ -88,12 +94,31 @@ def use_backend(name: str) -> Iterator[None]:
 @contextmanager
 def assume_backend(name: str) -> Iterator[None]:
     """``use_backend`` whether or not the backend can run here, for whoever counts what it would allocate."""
-    global _current
-    previous, _current = _current, name
+    global _of_process
+    before = getattr(_of_thread, "backend", None), _of_process
+    for_process = not torch.compiler.is_compiling() and threading.current_thread() is threading.main_thread()
+    _of_thread.backend = name
+    if for_process:
+        _of_process = name
     try:
         yield
     finally:
-        _current = previous
+        _of_thread.backend = before[0]
+        if for_process:
+            _of_process = before[1]
+
+
+def carried(function: Callable) -> Callable:
+    """``function`` with the backend that is chosen now, whenever it runs and in whichever thread: for what a
+    backward computes again."""
+    backend = current()
+
+    @functools.wraps(function)
+    def run(*arguments):
+        with assume_backend(backend):
+            return function(*arguments)
+
+    return run
 
 
 def library_is_faster(op: str, arguments: Sequence) -> bool:
@@ -114,7 +139,7 @@ def _family(device: torch.device) -> str:
 
 def uses_native() -> bool:
     """Whether the current choice of kernels takes the C++ ones on the CPU, where they were built."""
-    return _current in ("auto", "native")
+    return current() in ("auto", "native")
 
 
 def backend_status() -> dict[str, tuple[str, str]]:
