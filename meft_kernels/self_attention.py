@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from . import native, ops
-from .ops.second_derivative import in_transform, refuses_second_derivative
+from .ops.second_derivative import in_forward_mode, in_transform, refuses_second_derivative
 from .reference.stand_in import device_type
 
 
@@ -17,8 +17,8 @@ def self_attention(
 
     The C++ kernel takes fp32 tensors on the CPU with no mask or one of keys alone, and differs from PyTorch
     by rounding. What it leaves out of a clip costs nothing, and a head's values are the same bits whatever
-    else is in the batch and for any number of threads. Other calls, calls under torch.compile, autocast or
-    torch.func, and all under ``use_backend("reference")`` are PyTorch's own.
+    else is in the batch and for any number of threads. Other calls, calls under torch.compile, autocast,
+    torch.func or forward-mode differentiation, and all under ``use_backend("reference")`` are PyTorch's own.
 
     Args:
         query: (B, H, T, head_dim). key, value: (B, H, T', head_dim). mask: which keys are looked at, boolean
@@ -55,7 +55,7 @@ def _is_served(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, s
     if mask is not None and (mask.dtype != torch.bool or not _is_of_keys(mask, batch, key.shape[-2])):
         return False
     # Whoever switched PyTorch's fused attention off, or transforms functions, gets what PyTorch has for that.
-    is_plain = not in_transform() and not torch.is_autocast_enabled("cpu")
+    is_plain = not (in_transform() or in_forward_mode()) and not torch.is_autocast_enabled("cpu")
     return is_plain and torch.backends.cuda.flash_sdp_enabled()
 
 

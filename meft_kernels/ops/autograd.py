@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import native, reference
 from ..reference import SAVED_ACTIVATIONS, stand_in
 from . import backends, schemas
-from .second_derivative import refuses_second_derivative
+from .second_derivative import edges, in_forward_mode, in_nested_transforms, refuses_second_derivative
 
 # How a Function keeps x: as it is, as an 8-bit copy, or not, but by what makes it again.
 Keep = str | Callable[[], Tensor]
@@ -69,7 +69,8 @@ def make_function(name: str) -> type[torch.autograd.Function]:
                 slab = output[1]
                 ctx.mark_non_differentiable(slab)
                 ctx.set_materialize_grads(False)
-                arguments, ctx.keeping, ctx.slab = [*arguments[: len(names) - 1], slab], False, True
+                ctx.keeping, ctx.slab, count = False, True, len(names) - 1
+                arguments = [*arguments[:count], slab, *edges(arguments[count:])]
             elif ctx.keeping:
                 projection = output[1]
                 ctx.mark_non_differentiable(projection)
@@ -82,7 +83,7 @@ def make_function(name: str) -> type[torch.autograd.Function]:
         def backward(ctx, grad, *_):
             arguments = ctx.saved_tensors
             if ctx.slab:
-                *arguments, slab = arguments
+                *arguments, slab = arguments[: len(names)]
                 arguments = [*arguments, *slab.unbind(0)]
                 del slab
             extra = ()
@@ -180,12 +181,12 @@ class FrozenHeadFunction(torch.autograd.Function):
         grad_x = output[1]
         ctx.mark_non_differentiable(grad_x)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(grad_x)
+        ctx.save_for_backward(grad_x, *edges(inputs[1:2]))
 
     @staticmethod
     @refuses_second_derivative
     def backward(ctx, grad, _):
-        (grad_x,) = ctx.saved_tensors
+        grad_x = ctx.saved_tensors[0]
         # In the wide type: one token's share of a mean may be too small for half precision.
         return None, (grad[..., None] * grad_x).to(grad_x.dtype), None, None, None
 
@@ -199,7 +200,7 @@ def how_to_keep(x: Tensor, saved_activations: str, again: Callable[[], Tensor] |
     if saved_activations not in SAVED_ACTIVATIONS:
         accepted = " or ".join(map(repr, SAVED_ACTIVATIONS))
         raise ValueError(f"saved_activations must be {accepted}, got {saved_activations!r}")
-    if x.requires_grad:  # a gradient to x itself would need the exact x
+    if x.requires_grad or in_nested_transforms():  # a gradient to x itself would need the exact x
         return "exact"
     return saved_activations if again is None else again
 
@@ -207,9 +208,10 @@ def how_to_keep(x: Tensor, saved_activations: str, again: Callable[[], Tensor] |
 def call(
     name: str, *arguments, saved_activations: str = "exact", again: Callable[[], Tensor] | None = None
 ) -> Tensor:
-    """Runs an op with autograd where a gradient is asked for, else its kernel alone."""
+    """Runs an op with autograd where a gradient or a tangent is asked for, else its kernel alone."""
     keep = how_to_keep(arguments[0], saved_activations, again)
-    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
+    needs_grad = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
+    if needs_grad or in_forward_mode():
         if name == "linear_cross_entropy" and not arguments[1].requires_grad:
             return FrozenHeadFunction.apply(backends.current(), *arguments)[0]
         out = FUNCTIONS[name].apply(backends.current(), keep, *arguments)

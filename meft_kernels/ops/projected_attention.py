@@ -13,12 +13,13 @@ from torch import Tensor
 
 from . import backends
 from .autograd import FUNCTIONS, activation, how_to_keep, is_fused
-from .second_derivative import in_transform, refuses_second_derivative
+from .second_derivative import edges as edges_of
+from .second_derivative import in_forward_mode, in_transform, refuses_second_derivative
 
 
 def serves(x: Tensor, side_size: int) -> bool:
     """Whether the fused attention serves, for projections of hidden states (B, T, D) to that width."""
-    if torch.compiler.is_compiling() or in_transform():
+    if torch.compiler.is_compiling() or in_transform() or in_forward_mode():
         return False
     return is_fused("relu_attention", backends.current(), activation(x[:0, :, :side_size]))
 
@@ -84,7 +85,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, backend, slab, pool, anchor, gate_weight, gate_bias, lengths, *edges):
         ctx.backend, ctx.pool, ctx.edges = backend, pool, len(edges)
-        ctx.save_for_backward(slab, anchor, gate_weight, gate_bias, lengths)
+        ctx.save_for_backward(slab, anchor, gate_weight, gate_bias, lengths, *edges_of(edges))
         return backends.kernel("relu_attention", backend)(
             anchor, gate_weight, gate_bias, lengths, list(slab.unbind(0)), pool
         )
@@ -92,7 +93,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @refuses_second_derivative
     def backward(ctx, grad):
-        slab, *given = ctx.saved_tensors
+        slab, *given = ctx.saved_tensors[:5]
         if _may_write():
             grads = backends.kernel("relu_attention_bwd_", ctx.backend)(grad, *given, slab, ctx.pool)
             grads = [*grads, *slab.unbind(0)]
