@@ -24,6 +24,7 @@ constexpr float NORM_EPS = 1e-5f;
 constexpr float GATE_TEMPERATURE = 0.1f;
 constexpr float ATTENTION_EPS = 1e-7f;
 constexpr float GUIDANCE_EPS = 1e-6f;
+constexpr float GUIDANCE_SHORT = 1e-14f;
 
 // --- tensors -----------------------------------------------------------------------------------------------
 

@@ -206,7 +206,8 @@ Vec compute_weights(Group& group, const Pointers<const scalar_t>& rows, int64_t 
     }
     compute_logit(direction, group.exact.data(), width, bias, group.logit + layer * W);
     const Vec norm = sum(squares).sqrt(), scale = norm + Vec(GUIDANCE_EPS);
-    const Vec inverse_scale = Vec(1.0f) / scale;
+    // A vector too short for its square is taken for zero.
+    const Vec inverse_scale = Vec::blendv(Vec(1.0f) / scale, Vec(0.0f), norm < Vec(GUIDANCE_SHORT));
     for (int64_t channel = 0; channel < width; ++channel) {
       (group.at(direction, channel) * inverse_scale).store(direction + channel * W);
     }
@@ -271,10 +272,10 @@ void compute_mixing(Group& group, const Vec& total) {
     for (int64_t j = 0; j < layers; ++j) {
       centred = at::vec::fmadd(group.at(group.alpha, j), own - group.at(group.alpha_grad, j), centred);
     }
-    const Vec score_grad = centred / total;
-    const Vec grad = score_grad * inverse * score.gt(Vec(0.0f));
+    // Scores and their sum may be huge, their quotients are not: centred / total alone could vanish.
+    const Vec grad = centred * (inverse / total) * score.gt(Vec(0.0f));
     grad.store(group.logit_grad + i * W);
-    (Vec(0.0f) - score_grad * score * inverse).store(group.redundancy_grad + i * W);
+    (Vec(0.0f) - centred * group.at(group.alpha, i) * inverse).store(group.redundancy_grad + i * W);
     (grad * group.at(group.scale, i)).store(group.mixing + (layers * layers + i) * W);
     Vec(0.0f).store(shortening + i * W);
   }

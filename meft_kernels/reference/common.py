@@ -12,6 +12,7 @@ NORM_EPS = 1e-5  # added to the variance in every LayerNorm
 GATE_TEMPERATURE = 0.1  # LST's sigmoid and SHERL's tanh gates divide their parameter by this
 ATTENTION_EPS = 1e-7  # added to UniPT's row sums of ReLU scores
 GUIDANCE_EPS = 1e-6  # added to SHERL's norms and to its sum of weights
+GUIDANCE_SHORT = 1e-14  # a vector shorter than this is taken for zero by SHERL's guidance
 
 # Rows are worked through in blocks of about this many elements, so that fp32 intermediates stay small: in
 # cache on a CPU, a fraction of an activation on a GPU.

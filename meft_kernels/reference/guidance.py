@@ -13,13 +13,14 @@ With dA the upstream gradient, c = n n^T (K, K), s = sum e + 1e-6 and m_j = |x_j
     dx_i = alpha_i dA + dt_i w * q + sum_j G_ij x_j / (m_i m_j) - x_i (sum_j G_ij c_ij) / (|x_i| m_i)
     dq   = dA + w * sum_i dt_i x_i;   dw = sum dt_i x_i * q;   db = sum dt_i
 
-A zero vector x_i has no direction: its last two terms are taken as zero.
+A zero vector x_i has no direction, and one shorter than 1e-14, whose 1/rho^2 leaves float32, is taken
+for one: n_i and with it rho_i and e_i are zero, and its last two terms are.
 """
 
 import torch
 from torch import Tensor
 
-from .common import GUIDANCE_EPS, accumulation_dtype, row_blocks
+from .common import GUIDANCE_EPS, GUIDANCE_SHORT, accumulation_dtype, row_blocks
 
 
 def definition(weight: Tensor, bias: Tensor, features: list[Tensor]) -> Tensor:
@@ -30,7 +31,7 @@ def definition(weight: Tensor, bias: Tensor, features: list[Tensor]) -> Tensor:
         return features[-1].clone()
     shallow = torch.stack([feature.to(wide) for feature in features[:-1]], -2)
     norms = torch.linalg.vector_norm(shallow, dim=-1, keepdim=True)
-    direction = shallow / (norms + GUIDANCE_EPS)
+    direction = torch.where(norms < GUIDANCE_SHORT, 0, shallow / (norms + GUIDANCE_EPS))
     redundancy = torch.relu(direction @ direction.mT).sum(-1)
     alive = redundancy > 0
     scores = torch.relu((shallow * deep[..., None, :]) @ weight.to(wide).squeeze(0) + bias.to(wide))
@@ -45,6 +46,7 @@ def _weights(
     """alpha, e, 1/rho (0 where rho is), sum of e plus epsilon, cosines and norms of rows (N, K, r)."""
     norms = torch.linalg.vector_norm(shallow, dim=-1)
     direction = shallow / (norms + GUIDANCE_EPS)[..., None]
+    direction = torch.where((norms < GUIDANCE_SHORT)[..., None], 0, direction)
     cosine = direction @ direction.mT
     redundancy = torch.relu(cosine).sum(-1)
     inverse = torch.where(redundancy > 0, 1 / redundancy, 0)
@@ -90,10 +92,10 @@ def backward(grad: Tensor, weight: Tensor, bias: Tensor, features: list[Tensor])
         # dalpha_j - sum alpha dalpha as a sum of differences, 1 - sum alpha being epsilon / s: where
         # one score is nearly all there is, nothing cancels.
         spread = grad_alpha[:, :, None] - grad_alpha[:, None]  # (N, K, K)
-        grad_scores = (alpha[:, None] * spread).sum(-1) + grad_alpha * (GUIDANCE_EPS / total)
-        grad_scores = grad_scores / total
-        grad_logits = grad_scores * inverse * (scores > 0)
-        grad_redundancy = -grad_scores * scores * inverse
+        centred = (alpha[:, None] * spread).sum(-1) + grad_alpha * (GUIDANCE_EPS / total)
+        # Scores and their sum may be huge, their quotients are not: de = centred / s alone could vanish.
+        grad_logits = centred * (inverse / total) * (scores > 0)
+        grad_redundancy = -centred * alpha * inverse
         pull = (grad_redundancy[:, :, None] + grad_redundancy[:, None]) * (cosine > 0)
         scale = norms + GUIDANCE_EPS
         mixing = pull / (scale[:, :, None] * scale[:, None])

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import guidance as reference
-from ..reference.common import GUIDANCE_EPS
+from ..reference.common import GUIDANCE_EPS, GUIDANCE_SHORT
 from ..tune.row import TORCH_TYPES, Row, once_per_row
 from .blocks import relu
 from .host import POINTERS, aligned, ceil_div, compile_arguments, launch, on_device, row_for, split
@@ -38,7 +38,7 @@ def _addresses(tensors, slot, SLOTS: tl.constexpr):
 
 
 @triton.jit
-def _merge_weights(gram, logits, SLOTS: tl.constexpr, EPS: tl.constexpr):
+def _merge_weights(gram, logits, SLOTS: tl.constexpr, EPS: tl.constexpr, SHORT: tl.constexpr):
     """alpha, e, 1/rho (0 where rho is), sum of e plus epsilon, cosines and norms.
 
     gram: (BLOCK_T, SLOTS, SLOTS). logits: (BLOCK_T, SLOTS). An empty slot has a zero vector, so rho = 0
@@ -48,7 +48,9 @@ def _merge_weights(gram, logits, SLOTS: tl.constexpr, EPS: tl.constexpr):
     diagonal = (slot[:, None] == slot[None, :])[None, :, :]
     norm = tl.sqrt(tl.sum(tl.where(diagonal, gram, 0.0), 2))
     scale = norm + EPS
-    cosine = gram / (scale[:, :, None] * scale[:, None, :])
+    short = norm < SHORT  # false of NaN, which must not vanish
+    either = short[:, :, None] | short[:, None, :]
+    cosine = tl.where(either, 0.0, gram / (scale[:, :, None] * scale[:, None, :]))
     redundancy = tl.sum(relu(cosine), 2)
     dead = redundancy == 0
     inverse = tl.where(dead, 0.0, 1.0 / tl.where(dead, 1.0, redundancy))
@@ -68,6 +70,7 @@ def guidance_fwd_kernel(
     D: tl.constexpr,
     SLOTS: tl.constexpr,  # K rounded up to a power of two, at least 16
     EPS: tl.constexpr,
+    SHORT: tl.constexpr,  # norm below which a vector is taken for zero
     PRECISION: tl.constexpr,  # of the Gram matrix
     BLOCK_T: tl.constexpr,  # frames
     BLOCK_D: tl.constexpr,
@@ -93,7 +96,7 @@ def guidance_fwd_kernel(
         w = tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)
         gram = tl.dot(x, tl.permute(x, 0, 2, 1), gram, input_precision=PRECISION)
         logits += tl.sum(x.to(tl.float32) * (w[None, :] * q)[:, None, :], 2)
-    alpha, scores, inverse, total, cosine, norm = _merge_weights(gram, logits + bias, SLOTS, EPS)
+    alpha, scores, inverse, total, cosine, norm = _merge_weights(gram, logits + bias, SLOTS, EPS, SHORT)
     for start in tl.range(0, D, BLOCK_D):
         d = start + column
         inside = (row < rows)[:, None] & (d < D)[None, :]
@@ -121,6 +124,7 @@ def guidance_bwd_kernel(
     CHUNKS: tl.constexpr,  # ceil(D / BLOCK_D) rounded up to a power of two
     SLOTS: tl.constexpr,
     EPS: tl.constexpr,
+    SHORT: tl.constexpr,
     PRECISION: tl.constexpr,
     MIX_PRECISION: tl.constexpr,  # of mixing (fp32) times features
     IN_PLACE: tl.constexpr,
@@ -159,16 +163,17 @@ def guidance_bwd_kernel(
             wide = x.to(tl.float32)
             logits += tl.sum(wide * (w[None, :] * q)[:, None, :], 2)
             grad_alpha += tl.sum(wide * g[:, None, :], 2)
-        alpha, scores, inverse, total, cosine, norm = _merge_weights(gram, logits + bias, SLOTS, EPS)
+        alpha, scores, inverse, total, cosine, norm = _merge_weights(gram, logits + bias, SLOTS, EPS, SHORT)
         # dalpha_j - sum_k alpha_k dalpha_k, with sum_k alpha_k = 1 - eps / total: taken pair by pair, since
         # the difference of the sums would be rounding alone where a single layer has all the weight.
         spread = alpha[:, None, :] * (grad_alpha[:, :, None] - grad_alpha[:, None, :])
-        grad_scores = (tl.sum(spread, 2) + grad_alpha * (EPS / total)[:, None]) / total[:, None]
-        grad_logits = grad_scores * inverse * (scores > 0).to(tl.float32)
-        grad_redundancy = -grad_scores * scores * inverse
+        centred = tl.sum(spread, 2) + grad_alpha * (EPS / total)[:, None]
+        # Scores and their sum may be huge, their quotients are not: centred / total alone could vanish.
+        grad_logits = centred * (inverse / total[:, None]) * (scores > 0).to(tl.float32)
+        grad_redundancy = -centred * alpha * inverse
         pull = grad_redundancy[:, :, None] + grad_redundancy[:, None, :]
         scale = norm + EPS
-        mixing = tl.where(gram > 0, pull, 0.0) / (scale[:, :, None] * scale[:, None, :])
+        mixing = tl.where(cosine > 0, pull, 0.0) / (scale[:, :, None] * scale[:, None, :])
         still = norm == 0
         length = tl.sum(mixing * gram, 2) / tl.where(still, 1.0, norm * scale)
         mixing = tl.where(diagonal, mixing - tl.where(still, 0.0, length)[:, :, None], mixing)
@@ -214,7 +219,8 @@ def _slots(layers: int) -> int:
 def _constants(row: Row, dtype: torch.dtype, width: int, layers: int, in_place: bool = False) -> dict:
     """The constexpr arguments of a row's kernel for K ``layers``."""
     wide = dtype == torch.float32
-    constants = {"D": width, "SLOTS": _slots(layers), "EPS": GUIDANCE_EPS, "PRECISION": "ieee", **row.blocks}
+    constants = {"D": width, "SLOTS": _slots(layers), "EPS": GUIDANCE_EPS, "SHORT": GUIDANCE_SHORT}
+    constants |= {"PRECISION": "ieee", **row.blocks}
     if row.kernel == "guidance_bwd":
         chunks = ceil_div(width, row.blocks["BLOCK_D"])
         constants["CHUNKS"] = triton.next_power_of_2(chunks)

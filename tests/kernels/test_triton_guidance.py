@@ -198,3 +198,12 @@ def test_gradients_over_the_features(layout, module, dtype):
         features[1] = torch.cat([grad.new_zeros(1), features[1].flatten()])[1:].view(grad.shape)
     found = module.backward_(grad, inputs["weight"], inputs["bias"], features)
     assert all(torch.equal(a, b) for a, b in zip([*found, *features], expected, strict=True))
+
+
+@pytest.mark.parametrize("length", [1e-27, 0.99e-14, 1.01e-14, 1e-10])
+def test_vectors_about_the_bound_below_which_they_count_as_zero(length):
+    case = Case("guidance", batch=1, frames=4, side=24, layers=4)
+    inputs, grad = draw(case, torch.float32)
+    first = inputs["features"][0]
+    first *= length / first.norm(dim=-1, keepdim=True)
+    assert_as_good_as_reference(kernel, reference, [(inputs, grad)], names(case))
