@@ -55,7 +55,8 @@ def make_function(name: str) -> type[torch.autograd.Function]:
 
         @staticmethod
         def setup_context(ctx, inputs, output) -> None:
-            ctx.backend, ctx.keep, *arguments = inputs
+            ctx.backend, ctx.keep = inputs[:2]
+            arguments = list(inputs[2:])  # unpacked by a star, torch 2.11's dynamo takes it for a tuple
             ctx.slab = False
             if has_flag:
                 ctx.flag = arguments.pop(flag_at)
