@@ -39,7 +39,8 @@ def _addresses(tensors, slot, SLOTS: tl.constexpr):
 
 @triton.jit
 def _merge_weights(gram, logits, SLOTS: tl.constexpr, EPS: tl.constexpr, SHORT: tl.constexpr):
-    """alpha, e, 1/rho (0 where rho is), sum of e plus epsilon, cosines and norms.
+    """alpha, e, 1/rho (0 where rho is), sum of e plus epsilon, the Gram matrix and norms, these two zero for
+    vectors that are taken for zero.
 
     gram: (BLOCK_T, SLOTS, SLOTS). logits: (BLOCK_T, SLOTS). An empty slot has a zero vector, so rho = 0
     and e = 0.
@@ -47,16 +48,17 @@ def _merge_weights(gram, logits, SLOTS: tl.constexpr, EPS: tl.constexpr, SHORT: 
     slot = tl.arange(0, SLOTS)
     diagonal = (slot[:, None] == slot[None, :])[None, :, :]
     norm = tl.sqrt(tl.sum(tl.where(diagonal, gram, 0.0), 2))
-    scale = norm + EPS
     short = norm < SHORT  # false of NaN, which must not vanish
-    either = short[:, :, None] | short[:, None, :]
-    cosine = tl.where(either, 0.0, gram / (scale[:, :, None] * scale[:, None, :]))
+    norm = tl.where(short, 0.0, norm)
+    gram = tl.where(short[:, :, None] | short[:, None, :], 0.0, gram)
+    scale = norm + EPS
+    cosine = gram / (scale[:, :, None] * scale[:, None, :])
     redundancy = tl.sum(relu(cosine), 2)
     dead = redundancy == 0
     inverse = tl.where(dead, 0.0, 1.0 / tl.where(dead, 1.0, redundancy))
     scores = relu(logits) * inverse
     total = tl.sum(scores, 1) + EPS
-    return scores / total[:, None], scores, inverse, total, cosine, norm
+    return scores / total[:, None], scores, inverse, total, gram, norm
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -96,7 +98,7 @@ def guidance_fwd_kernel(
         w = tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)
         gram = tl.dot(x, tl.permute(x, 0, 2, 1), gram, input_precision=PRECISION)
         logits += tl.sum(x.to(tl.float32) * (w[None, :] * q)[:, None, :], 2)
-    alpha, scores, inverse, total, cosine, norm = _merge_weights(gram, logits + bias, SLOTS, EPS, SHORT)
+    alpha, scores, inverse, total, gram, norm = _merge_weights(gram, logits + bias, SLOTS, EPS, SHORT)
     for start in tl.range(0, D, BLOCK_D):
         d = start + column
         inside = (row < rows)[:, None] & (d < D)[None, :]
@@ -163,7 +165,7 @@ def guidance_bwd_kernel(
             wide = x.to(tl.float32)
             logits += tl.sum(wide * (w[None, :] * q)[:, None, :], 2)
             grad_alpha += tl.sum(wide * g[:, None, :], 2)
-        alpha, scores, inverse, total, cosine, norm = _merge_weights(gram, logits + bias, SLOTS, EPS, SHORT)
+        alpha, scores, inverse, total, gram, norm = _merge_weights(gram, logits + bias, SLOTS, EPS, SHORT)
         # dalpha_j - sum_k alpha_k dalpha_k, with sum_k alpha_k = 1 - eps / total: taken pair by pair, since
         # the difference of the sums would be rounding alone where a single layer has all the weight.
         spread = alpha[:, None, :] * (grad_alpha[:, :, None] - grad_alpha[:, None, :])
@@ -173,7 +175,7 @@ def guidance_bwd_kernel(
         grad_redundancy = -centred * alpha * inverse
         pull = grad_redundancy[:, :, None] + grad_redundancy[:, None, :]
         scale = norm + EPS
-        mixing = tl.where(cosine > 0, pull, 0.0) / (scale[:, :, None] * scale[:, None, :])
+        mixing = tl.where(gram > 0, pull, 0.0) / (scale[:, :, None] * scale[:, None, :])
         still = norm == 0
         length = tl.sum(mixing * gram, 2) / tl.where(still, 1.0, norm * scale)
         mixing = tl.where(diagonal, mixing - tl.where(still, 0.0, length)[:, :, None], mixing)
