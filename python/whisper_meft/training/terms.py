@@ -29,8 +29,6 @@ _OF_OPTIMIZER = (
     "lr_scheduler_type",
     "lr_scheduler_kwargs",
 )
-
-
 _OF_LOSS = ("loss", "label_smoothing_factor")
 
 
