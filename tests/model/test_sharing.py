@@ -99,6 +99,22 @@ def test_frozen_methods_share_a_base():
     assert torch.equal(logits(models[0]), before)
 
 
+@pytest.mark.parametrize("option", [{"backbone_dtype": "bfloat16"}, {"backbone_quantization": "int8"}])
+def test_a_later_model_does_not_convert_the_backbone_of_a_living_one(option):
+    base = tiny_whisper()
+    model = get_meft_model(base, LST)
+    before = logits(model)
+    ((name, value),) = option.items()
+    with pytest.raises(
+        UserError, match=f"base is used by a model of lst, whose backbone {name} {value} would change too"
+    ):
+        get_meft_model(base, HeadConfig(**option))
+    assert torch.equal(logits(model), before)
+    get_meft_model(base, HeadConfig(backbone_dtype="float32"))  # what it is in already
+    del model
+    assert torch.isfinite(logits(get_meft_model(base, HeadConfig(**option)))).all()
+
+
 @pytest.mark.parametrize("config", [FullConfig(), BitFitConfig()])
 def test_a_cell_run_twice_leaves_the_base_to_the_later_model(config, tmp_path):
     base = tiny_whisper()

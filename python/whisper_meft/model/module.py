@@ -287,7 +287,8 @@ def get_meft_model(
     Raises:
         UserError: ``base`` or ``config`` is of another kind, or they do not fit each other; the labels of
             ``base`` are not the names of classes 0, 1, ..., each another; ``base`` was trained by an earlier
-            model, or one that lives uses it and either would change the other.
+            model, or one that lives uses it and either would change the other: by training inside it, or by
+            another ``backbone_dtype`` or ``backbone_quantization``.
     """
     transcribes = isinstance(base, WhisperForConditionalGeneration)
     if not transcribes and not isinstance(base, WhisperForAudioClassification):

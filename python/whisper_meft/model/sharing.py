@@ -8,6 +8,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 
+from ..encoder.dtypes import parse_dtype
+from ..encoder.quantization import is_quantized
 from ..errors import UserError
 from ..methods import MeftConfig
 from ..methods.tuned import TunedConfig
@@ -30,7 +32,7 @@ _USES: WeakKeyDictionary[nn.Module, _Use] = WeakKeyDictionary()
 
 def check_unused(base: PreTrainedModel, options: MeftConfig) -> None:
     """Raises UserError where a model of these options cannot be made of ``base``: an earlier one has trained
-    its weights, or one that lives would be changed by the new one's training, or change it.
+    its weights, or one that lives would be changed by the new one's training or number format, or change it.
 
     The same options again are no other model: that is a notebook's cell run twice, see :func:`note_use`.
     """
@@ -42,7 +44,8 @@ def check_unused(base: PreTrainedModel, options: MeftConfig) -> None:
             f"base was changed since a model of {use.trained_by}, which trains its weights, was made of it: "
             "load it anew, or give that model's merge_and_unload() to go on from what was trained"
         )
-    if not _in_the_way(use, options):
+    converts = _converts(base, options)
+    if not _in_the_way(use, options) and not (converts and use.models):
         return
     gc.collect()  # models lie in circles of references
     other = _in_the_way(use, options)
@@ -51,6 +54,11 @@ def check_unused(base: PreTrainedModel, options: MeftConfig) -> None:
         raise UserError(
             f"base is used by a model of {other}, and {trains} trains inside it, which would change both: "
             "load it anew for another model, or delete that one first"
+        )
+    for model in list(use.models) if converts else ():
+        raise UserError(
+            f"base is used by a model of {model.meft_config.method}, whose backbone {converts} would change "
+            "too: load it anew for another model, or delete that one first"
         )
 
 
@@ -75,6 +83,20 @@ def _in_the_way(use: _Use, options: MeftConfig) -> str | None:
         if other != options and (isinstance(other, TunedConfig) or isinstance(options, TunedConfig)):
             return other.method
     return None
+
+
+def _converts(base: PreTrainedModel, options: MeftConfig) -> str | None:
+    """Which of the options would have the weights of ``base`` in another format than they are in, or None.
+
+    Of a base that is quantised nothing is made at all: the encoder says so.
+    """
+    if is_quantized(base.get_encoder().layers):
+        return None
+    if options.backbone_quantization is not None:
+        return f"backbone_quantization {options.backbone_quantization}"
+    dtype = parse_dtype(options.backbone_dtype)
+    weights = base.get_encoder().conv1.weight
+    return None if dtype in (None, weights.dtype) else f"backbone_dtype {options.backbone_dtype}"
 
 
 def _entries(base: PreTrainedModel) -> dict[str, list[float]]:
