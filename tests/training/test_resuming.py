@@ -244,6 +244,23 @@ def test_other_terms_are_refused_and_named(change, named, work, tmp_path, capsys
     assert contents(out) == before
 
 
+@pytest.mark.parametrize("epochs", [2, 3])
+def test_a_backbone_of_other_weights_is_refused(epochs, work, tmp_path, capsys, no_training):
+    out = work / "finished"
+    before = contents(out)
+    other = make_backbone(tmp_path / "retrained", init_std=0.2)
+    assert resume(work, out, num_train_epochs=epochs, model_name_or_path=other) == 1
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert f"was trained beside {work / 'backbone'}, which has other weights than {other}" in err
+    assert contents(out) == before
+
+
+def test_the_same_backbone_may_be_moved(work, tmp_path):
+    shutil.copytree(work / "finished", tmp_path / "out")
+    shutil.copytree(work / "backbone", tmp_path / "moved")
+    assert resume(work, tmp_path / "out", num_train_epochs=3, model_name_or_path=tmp_path / "moved") == 0
+
+
 def test_what_a_checkpoint_was_chosen_by_is_kept_where_nothing_is_scored(work, tmp_path, capsys):
     """Or a later score of something else would be compared with the best one so far."""
     out = tmp_path / "out"

@@ -18,6 +18,7 @@ from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
 
+from ..encoder.fingerprint import same_fingerprint
 from ..encoder.quantization import REVISION
 from ..errors import UserError
 from ..files import read_json
@@ -259,9 +260,13 @@ def _default(option: Field) -> Any:
     return option.default if option.default_factory is MISSING else option.default_factory()
 
 
-def check_same_model(checkpoint: Path, config: PreTrainedConfig) -> None:
+def check_same_model(checkpoint: Path, config: PreTrainedConfig, fingerprint: str = "") -> None:
     """Raises UserError if a checkpoint was written with another method, other sizes or other labels
-    than those of ``config``, a ``MeftModelConfig``."""
+    than those of ``config``, a ``MeftModelConfig``, or beside another backbone.
+
+    Args:
+        fingerprint: of the backbone's weights, empty where they train and so come from the checkpoint.
+    """
     saved, now = read_json(checkpoint / "config.json"), config.to_dict()
     pairs = [("task", saved.get("task", "classification"), now["task"])]
     names = ["hidden_size", "num_hidden_layers", *(["label2id"] if now["task"] == "classification" else [])]
@@ -278,3 +283,10 @@ def check_same_model(checkpoint: Path, config: PreTrainedConfig) -> None:
             raise UserError(
                 f"resume_from_checkpoint: {checkpoint} has {name}={before!r}, but now it is {after!r}"
             )
+    trained_beside = saved.get("base_model_fingerprint")
+    if trained_beside and fingerprint and not same_fingerprint(fingerprint, trained_beside):
+        raise UserError(
+            f"resume_from_checkpoint: {checkpoint} was trained beside "
+            f"{saved.get('base_model_name_or_path') or 'a backbone'}, which has other weights than "
+            f"{config.base_model_name_or_path or 'the backbone of now'}: give the same --model_name_or_path"
+        )

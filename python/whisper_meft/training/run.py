@@ -358,7 +358,7 @@ def check_resumed(trainer: MeftTrainer, settings: Settings, resume_from: Path | 
     """Raises UserError if a checkpoint is of another model, counts other steps, or was trained on other terms
     than the run; its terms become those of the run too."""
     if resume_from is not None:
-        checkpoints.check_same_model(resume_from, trainer.model.config)
+        checkpoints.check_same_model(resume_from, trainer.model.config, trainer.model.fingerprint())
         settings.task.check_resumed(resume_from)
         trainer.record.terms = check_goes_on(resume_from, trainer.batches, trainer.record.terms)
         if trainer.streamed is not None:
@@ -384,7 +384,7 @@ def earlier_result(
     results = finished_results(folder, evaluated, *told, *ending, trainer.first_step)
     if results is None:
         return None
-    checkpoints.check_same_model(folder, trainer.model.config)
+    checkpoints.check_same_model(folder, trainer.model.config, trainer.model.fingerprint())
     settings.task.check_resumed(folder)
     say(
         f"the run in {folder} is finished, at step {results['steps']}, and left as it is; a larger "
