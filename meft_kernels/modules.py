@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from . import ops, reference
 from .guiding import GuidanceOfOwn
 from .ops.projected_attention import FeatureSlab, serves
+from .recomputing import recomputed
 from .reference import HiddenState
 from .reference.modules import (
     adapter_params,
@@ -101,8 +101,7 @@ class LadderDecoder(reference.LadderDecoder):
         *_, cache, _ = given
         if cache is not None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return super().climb(*given)
-        options = {"use_reentrant": False, "preserve_rng_state": False}
-        return checkpoint(ops.carried(super().climb), *given, **options)
+        return recomputed(super().climb, *given)
 
     def adapt(self, rung: torch.nn.Module, state: Tensor) -> Tensor:
         """W2 gelu(W1 LN(m) + b1) + b2, (B, U, r)."""
@@ -180,9 +179,8 @@ class UniPTDecoder(CausalUniPT, reference.UniPTDecoder):
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return super().hear(features, memory)
         size = max(1, _SCORES // max(1, features.shape[1] * memory.shape[1]))
-        options = {"use_reentrant": False, "preserve_rng_state": False}
         parts = zip(features.split(size), memory.split(size))
-        heard = [checkpoint(super(UniPTDecoder, self).hear, *part, **options) for part in parts]
+        heard = [recomputed(super(UniPTDecoder, self).hear, *part) for part in parts]
         return heard[0] if len(heard) == 1 else torch.cat(heard)
 
 

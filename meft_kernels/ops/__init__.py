@@ -5,7 +5,7 @@ gives, ``backends`` which kernels are chosen, ``registration`` puts them under `
 ties forward and backward together, and ``functions`` are what the modules call.
 """
 
-from .backends import BACKENDS, assume_backend, backend_status, carried, use_backend, uses_native
+from .backends import BACKENDS, assume_backend, backend_status, use_backend, uses_native
 from .functions import (
     adapter,
     eight_bit,
@@ -34,7 +34,6 @@ __all__ = [
     "adapter",
     "assume_backend",
     "backend_status",
-    "carried",
     "eight_bit",
     "fold",
     "folded_ladder",

@@ -108,19 +108,6 @@ def assume_backend(name: str) -> Iterator[None]:
             _of_process = before[1]
 
 
-def carried(function: Callable) -> Callable:
-    """``function`` with the backend that is chosen now, whenever it runs and in whichever thread: for what a
-    backward computes again."""
-    backend = current()
-
-    @functools.wraps(function)
-    def run(*arguments):
-        with assume_backend(backend):
-            return function(*arguments)
-
-    return run
-
-
 def library_is_faster(op: str, arguments: Sequence) -> bool:
     """Whether ``auto`` leaves a call of an op or its backward to the reference on CUDA, see
     ``FASTER_BY_LIBRARY``: by the first of its arguments, of those ops an activation or a gradient to one."""

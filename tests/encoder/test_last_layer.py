@@ -5,9 +5,10 @@ import torch
 from modelling_fixtures import LAYERS, WIDTH, tiny_whisper
 from whisper_meft.encoder import last_layer
 from whisper_meft.encoder.frozen import FrozenEncoder
-from whisper_meft.encoder.last_layer import pooled_through_last_layer
+from whisper_meft.encoder.last_layer import pooled_through_last_layer, states_through_last_layer
 
 from meft_kernels import SHERL, counting, use_backend
+from meft_kernels.ops import backends
 from meft_kernels.testing import relative_error
 
 CLIPS, FRAMES = 5, 11
@@ -93,6 +94,24 @@ def test_what_is_not_derived_is_left_to_autograd(attention, monkeypatch):
     monkeypatch.setattr(last_layer, "_LayerAgain", None)
     found = gradients(parts, None, 2)
     assert all(relative_error(a, b) < 1e-12 for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["pooled", "states"])
+def test_what_is_computed_again_follows_the_backend_of_the_forward(whole, monkeypatch):
+    encoder, side, states, merged, _ = parts_of(torch.float32, "eager")
+    called, kernel = set(), backends.kernel
+
+    def recording(name, backend=None):
+        called.add(backend or backends.current())
+        return kernel(name, backend)
+
+    monkeypatch.setattr(backends, "kernel", recording)
+    through = states_through_last_layer if whole else pooled_through_last_layer
+    with use_backend("reference"):
+        out = through(encoder, side, states, merged.requires_grad_(), None, 2, *([] if whole else [2]))
+    called.clear()
+    out.sum().backward()
+    assert called == {"reference"}
 
 
 def test_a_graph_that_is_kept_gives_the_same_again():

@@ -10,9 +10,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from meft_kernels.recomputing import recomputed
 from meft_kernels.reference.stand_in import device_type
 
-from .frozen import FrozenDecoder, recomputed
+from .frozen import FrozenDecoder
 
 # Keys and values of so many bytes, of one layer, are there at a time where they are recomputed.
 _LAYER_BYTES = {"cpu": 2**24}

@@ -17,9 +17,10 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from meft_kernels import SHERL, CausalUniPT, LadderDecoder, UniPTDecoder
+from meft_kernels.recomputing import recomputed
 
 from .chunked import keeps_much
-from .frozen import FrozenDecoder, recomputed
+from .frozen import FrozenDecoder
 
 
 class CorrectedDecoder:

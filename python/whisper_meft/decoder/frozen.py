@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import WhisperForConditionalGeneration
 
 
@@ -31,11 +30,6 @@ class Around(nn.Module):
 
     def forward(self, *arguments: Any, **options: Any) -> Any:
         return self.function(self.layer, *arguments, **options)
-
-
-def recomputed(layer: nn.Module, *arguments: Any, **options: Any) -> Tensor:
-    """Runs a layer so that its backward computes again what it needs, in place of keeping it."""
-    return checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False, **options)
 
 
 class FrozenDecoder(nn.Module):

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
-from torch.utils.checkpoint import checkpoint
 
+from meft_kernels.recomputing import recomputed
 from meft_kernels.reference.stand_in import device_type
 
 from . import layer as frozen_layer
@@ -67,8 +67,7 @@ def pooled_through_last_layer(
         return torch.cat([last(*given) for given in _parts(part, deepest, merged, lengths)])
     if torch.compiler.is_compiling() or not _is_derived(encoder, deepest):
         given = _parts(backward_part, deepest, merged, lengths)
-        options = {"use_reentrant": False, "preserve_rng_state": False}
-        return torch.cat([checkpoint(last, *each, **options) for each in given])
+        return torch.cat([recomputed(last, *each) for each in given])
     again = _LayerAgain(encoder, lengths, frugal)
 
     def run(states: Tensor, clips: slice) -> Tensor:
@@ -96,8 +95,7 @@ def states_through_last_layer(
 
     if part is None:
         return last(deepest, merged, lengths)
-    options = {"use_reentrant": False, "preserve_rng_state": False}
-    return torch.cat([checkpoint(last, *each, **options) for each in _parts(part, deepest, merged, lengths)])
+    return torch.cat([recomputed(last, *each) for each in _parts(part, deepest, merged, lengths)])
 
 
 def _is_derived(encoder: FrozenEncoder, states: Tensor) -> bool:
