@@ -61,6 +61,29 @@ def test_a_device_that_holds_nothing(folder, device, message):
         MeftModel.from_pretrained(folder, device=device)
 
 
+@pytest.mark.parametrize("place", ["cpu", torch.device("cpu"), {"": "cpu"}])
+def test_a_device_map_of_one_device(folder, place):
+    kwargs = {"device_map": place, "low_cpu_mem_usage": True, "use_safetensors": True}
+    model = AutoModelForAudioClassification.from_pretrained(folder, **kwargs)
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
+
+
+def test_any_device_is_the_accelerator_or_the_cpu(folder, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(MeftModel, "to", lambda self, device: setattr(self, "went_to", device) or self)
+    assert MeftModel.from_pretrained(folder, device_map="auto").went_to == "cpu"
+
+
+def test_a_model_is_not_divided_among_devices(folder):
+    for place in ({"encoder": 0, "head": 1}, {}):
+        with pytest.raises(UserError, match="device_map must be one device, 'auto' or {'': device}"):
+            MeftModel.from_pretrained(folder, device_map=place)
+    with pytest.raises(UserError, match="give device or device_map, not both"):
+        MeftModel.from_pretrained(folder, device="cpu", device_map="auto")
+    with pytest.raises(UserError, match="got unknown arguments: quantization_config"):
+        MeftModel.from_pretrained(folder, quantization_config={})
+
+
 def test_labels_of_the_base():
     for labels, message in (
         ({0: "a", 2: "b", 5: "c"}, "id2label must name the classes 0 to 2, none left out, got 0, 2, 5"),

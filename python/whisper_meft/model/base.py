@@ -380,7 +380,8 @@ class MeftBase(PreTrainedModel):
             device: where the model goes; the backbone is quantised there.
             attention: of a UniPT, where it is not to be run with that which it was trained with: ``"exact"``,
                 ``"pooled:8"`` or whatever else ``UniPTConfig`` takes.
-            kwargs: ``revision``, ``token``, ``cache_dir``, ``local_files_only``, ``force_download``;
+            kwargs: ``device_map``, which is one device or ``"auto"``, in the place of ``device``;
+                ``revision``, ``token``, ``cache_dir``, ``local_files_only``, ``force_download``;
                 ``subfolder`` of a local folder; ``config`` is accepted for the Auto classes, and
                 ``torch_dtype``, the earlier name of ``dtype``.
 

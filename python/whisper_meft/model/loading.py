@@ -24,7 +24,16 @@ from .declared import check_declared_sizes, checked_labels
 from .weights import check_names, load_checked, read_weights
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
-_IGNORED_OPTIONS = ("adapter_kwargs", "code_revision", "trust_remote_code", "use_safetensors", "weights_only")
+_IGNORED_OPTIONS = (
+    "adapter_kwargs",
+    "code_revision",
+    "low_cpu_mem_usage",
+    "trust_remote_code",
+    "use_safetensors",
+    "weights_only",
+)
+# What a device map says that leaves the place to transformers.
+_ANYWHERE = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 def load(
@@ -47,6 +56,7 @@ def load(
     hub_options = {k: kwargs.pop(k) for k in HUB_OPTIONS if k in kwargs}
     earlier_name = kwargs.pop("torch_dtype", None)
     dtype = earlier_name if dtype is None else dtype
+    device = _placed(device, kwargs.pop("device_map", None))
     _check_device(device)
     subfolder = kwargs.pop("subfolder", "") or ""
     saved_config = kwargs.pop("config", None)
@@ -102,6 +112,26 @@ def load(
             stacklevel=3,
         )
     return model.eval()
+
+
+def _placed(
+    device: str | torch.device | None, device_map: str | int | torch.device | dict[str, Any] | None
+) -> str | int | torch.device | None:
+    """The one device that ``device_map`` of transformers stands for, in the place of ``device``."""
+    if device_map is None:
+        return device
+    if device is not None:
+        raise UserError(f"give device or device_map, not both, got {device!r} and {device_map!r}")
+    if isinstance(device_map, dict):
+        if len(device_map) != 1 or "" not in device_map:
+            raise UserError(
+                "device_map must be one device, 'auto' or {'': device}, for a model is not divided among "
+                f"devices, got {device_map!r}"
+            )
+        device_map = device_map[""]
+    if device_map in _ANYWHERE:
+        return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    return device_map
 
 
 def _check_device(device: str | torch.device | None) -> None:
