@@ -12,6 +12,7 @@ from tokens_fixtures import spelling_tokenizer
 from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration, WhisperTokenizer
 from whisper_meft import LSTConfig, SHERLConfig, UserError, get_meft_model
 from whisper_meft.data import Collator, Example, ExampleSet, SpeechDataset
+from whisper_meft.encoder.quantization import Int8Linear
 from whisper_meft.evaluation.generating import Segment, _segments, generation_options
 from whisper_meft.evaluation.transcriber import Transcriber, transcribe_batches
 from whisper_meft.model.kinds import kind_of
@@ -130,6 +131,19 @@ def test_an_untrained_model_is_its_backbone_and_zero_shot_always_is(work):
     found = trained.transcribe(clips(work))[0]
     assert trained.adapted and [each.text for each in found] != [each.text for each in plain]
     assert trained.zero_shot().transcribe(clips(work))[0] == plain
+
+
+def test_zero_shot_is_quantised_as_the_model_is(work):
+    """So that what is shown beside it is what was learnt: without that, the model is its backbone."""
+    arguments = InferenceArguments(device="cpu", backbone_quantization="int8")
+    trained = Transcriber.load(str(work / "lst"), arguments, progress=False)
+    alone = trained.zero_shot().model
+    assert isinstance(alone.model.encoder.layers[1].fc1, Int8Linear)
+    features = torch.randn(2, alone.config.num_mel_bins, 2 * alone.config.max_source_positions)
+    with torch.no_grad(), trained.model.disable_adapter():
+        *_, last = trained.model.encoder.stream(features)
+        own, theirs = trained.model.encoder.layer_norm(last), alone.model.encoder(features).last_hidden_state
+    torch.testing.assert_close(own, theirs, rtol=1e-3, atol=1e-3)
 
 
 def test_the_saved_language_holds_until_another_is_asked_for(work, tmp_path):

@@ -96,6 +96,17 @@ def finished(work):
     return out
 
 
+def test_the_backbone_beside_a_quantised_model_is_quantised_too(work, tmp_path):
+    """A model that has hardly learnt anything hears what its backbone does."""
+    options = {"backbone_quantization": "int8", "max_steps": 1, "learning_rate": 1e-6}
+    assert run(work, tmp_path / "out", num_train_epochs=1, **options) == 0
+    with open(tmp_path / "out" / "transcripts.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    _, scores = results_of(tmp_path / "out")
+    assert [row["hypothesis"] for row in rows] == [row["zero_shot"] for row in rows]
+    assert scores["cer"] == scores["zero_shot"]["cer"]
+
+
 def test_a_run_learns_and_leaves_model_results_and_figures(work, finished):
     training, evaluation = results_of(finished)
     losses = [entry["eval_loss"] for entry in history_of(finished) if "eval_loss" in entry]

@@ -174,7 +174,8 @@ class Transcriber(LoadedModel):
         return cls(model, extractor, tokenizer, device, *sizes, **options)
 
     def zero_shot(self) -> "Transcriber":
-        """The backbone alone, loaded once more, with the same options and generation config.
+        """The backbone alone, loaded once more, in the same number format, with the same options and
+        generation config.
 
         Raises:
             UserError: the model does not name its backbone.
@@ -185,7 +186,7 @@ class Transcriber(LoadedModel):
                 "the model does not name its backbone, which was to transcribe too: leave that out with "
                 "--no_zero_shot"
             )
-        model = _whisper(name, self.model.encoder.dtype, "backbone")
+        model = quantized_as(self.model, _whisper(name, self.model.encoder.dtype, "backbone"))
         model.generation_config = copy.deepcopy(self.model.generation_config)
         sizes = self.batch_size, self.num_workers, self.progress
         return Transcriber(model, self.feature_extractor, self.tokenizer, self.device, *sizes, **self.options)
@@ -323,6 +324,17 @@ def _first_with(files: tuple[str, ...], model_dir: str | Path, backbone: str | N
     """Of a model's folder and its backbone's the first that has one of some files; else the model's."""
     names = [str(model_dir), *([backbone] if backbone else [])]
     return next((name for name in names if _has(files, name)), names[0])
+
+
+def quantized_as(
+    model: MeftForConditionalGeneration, whisper: WhisperForConditionalGeneration
+) -> WhisperForConditionalGeneration:
+    """``whisper``, the backbone of ``model`` loaded once more, its encoder quantised in place as the model's
+    is: beside each other they tell what was learnt, not what rounding does."""
+    if model.encoder.quantization:
+        encoder = whisper.get_encoder().to(model.encoder.conv1.weight.device)
+        model.meft_config.build_encoder(encoder)
+    return whisper
 
 
 def _whisper(name: str | Path, dtype: Any, argument: str) -> WhisperForConditionalGeneration:

@@ -21,6 +21,7 @@ from ...data.features import read_features, true_frames, window_of
 from ...data.streaming import Stream
 from ...errors import UserError
 from ...evaluation.recognition import Recognition, evaluate_transcripts
+from ...evaluation.transcriber import quantized_as
 from ...evaluation.transcripts import WITHOUT_SPACES
 from ...feature_cache.dataset import CachedCollator, CachedDataset
 from ...feature_cache.store import FeatureCache
@@ -180,7 +181,7 @@ class Transcription(Task):
         say(f"transcribing {len(evaluation)} examples by the trained model{also}")
         loss, zero_shot = trainer.evaluation_loss(), None
         if self.arguments.zero_shot:
-            before = load_base()
+            before = quantized_as(trainer.model, load_base())
             self.speaking.set_in(before.generation_config)
             zero_shot = self._transcriber(before)
         return evaluate_transcripts(self._transcriber(trainer.model), evaluation, zero_shot), loss
