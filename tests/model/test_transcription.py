@@ -157,6 +157,50 @@ def test_generation_with_caches_is_that_without(method, placement, options):
 
 
 @EVERYWHERE
+def test_attentions_and_states_come_once_however_often_it_generates(method, placement):
+    """transformers collects them by hooks on the layers, which every generation and the base share."""
+    base = recogniser(attn_implementation="eager").eval()
+    plain = copy.deepcopy(base)
+    model = model_of(method, placement, trained=False, base=base).eval()
+    features, _ = clips()
+    options = {"return_dict_in_generate": True, "output_attentions": True, "output_hidden_states": True}
+    expected = plain.generate(features, **options)
+    for whisper in (model, model, model, base):
+        found = whisper.generate(features, **options)
+        assert torch.equal(found.sequences, expected.sequences)
+        for name in ("cross_attentions", "decoder_attentions", "decoder_hidden_states"):
+            for one, other in zip(found[name], expected[name], strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@PLACEMENTS
+def test_times_of_tokens_are_those_of_the_backbone(placement):
+    base = recogniser(attn_implementation="eager").eval()
+    base.generation_config.alignment_heads = [[0, 0], [1, 1]]
+    plain = copy.deepcopy(base)
+    model = model_of("lst", placement, trained=False, base=base).eval()
+    features, _ = clips()
+    expected = plain.generate(features, return_token_timestamps=True)["token_timestamps"]
+    assert expected.max() > 0
+    for whisper in (model, model, model, base):
+        assert torch.equal(
+            whisper.generate(features, return_token_timestamps=True)["token_timestamps"], expected
+        )
+
+
+@EVERYWHERE
+def test_a_cache_of_fixed_length_is_used_or_refused(method, placement):
+    model = model_of(method, placement).eval()
+    features, _ = clips()
+    options = {"cache_implementation": "static", "max_new_tokens": 6}
+    if placement == "both" or (method, placement) == ("unipt", "decoder"):
+        with pytest.raises(UserError, match="cache_implementation must be None or 'dynamic'.*StaticLayer"):
+            model.generate(features, **options)
+    else:
+        assert torch.equal(model.generate(features, **options), model.generate(features, max_new_tokens=6))
+
+
+@EVERYWHERE
 def test_greedy_generation_follows_the_logits(method, placement):
     model = model_of(method, placement, dtype=torch.float64).eval()
     features, _ = clips(dtype=torch.float64)

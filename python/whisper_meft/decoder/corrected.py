@@ -19,6 +19,7 @@ from transformers.cache_utils import DynamicLayer
 from meft_kernels import SHERL, CausalUniPT, LadderDecoder, UniPTDecoder
 from meft_kernels.recomputing import recomputed
 
+from ..errors import UserError
 from .chunked import keeps_much
 from .frozen import FrozenDecoder
 
@@ -127,6 +128,11 @@ class _Reading:
 
     def _cache_layer(self, cache: DynamicCache, index: int) -> DynamicLayer:
         """The layer of a cache that is the side network's, behind those of the decoder."""
+        if cache.layers[0].is_compileable:  # of a fixed length: its empty places would be looked at
+            raise UserError(
+                "cache_implementation must be None or 'dynamic' for a side network that keeps something of "
+                f"earlier tokens, got a cache of {type(cache.layers[0]).__name__}"
+            )
         index += self.decoder.num_layers
         while len(cache.layers) <= index:
             cache.layers.append(DynamicLayer())

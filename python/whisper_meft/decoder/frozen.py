@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import WhisperForConditionalGeneration
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 
 def with_modules(module: nn.Module, **modules: nn.Module) -> nn.Module:
@@ -115,6 +116,13 @@ class FrozenDecoder(nn.Module):
         whole.training = model.training = False
         return whole
 
+    def prepare_outputs(self) -> None:
+        """To be called before decoders of :meth:`around` are asked for attentions or hidden states, as word
+        timestamps do. transformers collects them by hooks on the layers and marks the decoder that has them:
+        each copy without the mark would give the layers, which all share, one more.
+        """
+        maybe_install_capturing_hooks(self._whisper[0].model.decoder)
+
     def around(
         self,
         layer: Callable | None = None,
@@ -128,6 +136,8 @@ class FrozenDecoder(nn.Module):
                 in place of ``layer``. norm: for the final LayerNorm.
         """
         self._to_evaluation()
+        if self.config.output_attentions or self.config.output_hidden_states:
+            self.prepare_outputs()
         functions = [layer] * (self.num_layers - 1) + [last or layer]
         layers = [Around(*both) if both[1] else both[0] for both in zip(self.layers, functions)]
         decoder = with_modules(

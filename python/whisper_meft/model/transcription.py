@@ -309,6 +309,7 @@ class MeftForConditionalGeneration(MeftBase):
         self.check_not_given_up()
         training = self.training
         self.eval()
+        self.decoder.prepare_outputs()
         try:
             if self._at_work in ("decoder", "both"):
                 decoder = CorrectedDecoder(self.decoder, self._of_the_decoder()).whisper_decoder()
