@@ -17,6 +17,7 @@ from whisper_meft.training.transcribing import TranscriptionTrainer
 CASES = ((12, 8), (12, 5), (9, 8), (3, 2), (1, 4))
 WEIGHTS = [0.2, 3.0, 1.0]
 KINDS = ("plain", "smoothed", "weighted", "focal", "not averaged", "transcripts", "transcripts of batches")
+OTHERS = ("soft", "one-hot", "overridden")  # losses that know no label that does not count
 SCRIPT = """
 import json, sys
 
@@ -24,9 +25,9 @@ import torch
 
 tests, folder = sys.argv[1:]
 sys.path.insert(0, tests)
-from test_evaluation_loss import KINDS, evaluated
+from test_evaluation_loss import KINDS, OTHERS, evaluated
 
-found = {kind: evaluated(kind, folder) for kind in KINDS}
+found = {kind: evaluated(kind, folder) for kind in KINDS + OTHERS}
 with open(f"{folder}/{torch.distributed.get_rank()}.json", "w") as file:
     json.dump(found, file)
 """
@@ -49,8 +50,37 @@ class Sentences(torch.utils.data.Dataset):
         return {"input_features": self.features[i], "labels": self.labels[i]}
 
 
+class SoftClips(ToyClips):
+    """Labels (3,) of probabilities."""
+
+    def __init__(self, size, seed):
+        super().__init__(size, seed)
+        self.labels = 0.8 * torch.nn.functional.one_hot(self.labels, 3) + 0.2 / 3
+
+    def __getitem__(self, i):
+        return {"input_features": self.features[i], "labels": self.labels[i]}
+
+
+def soft(outputs, labels, num_items_in_batch=None):
+    return torch.nn.functional.cross_entropy(outputs["logits"], labels)
+
+
+def one_hot(outputs, labels, num_items_in_batch=None):
+    own = torch.nn.functional.one_hot(labels, 3) * torch.log_softmax(outputs["logits"], -1)
+    return -own.sum(-1).mean()
+
+
+class Overridden(MeftTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(inputs["input_features"])
+        loss = one_hot(outputs, inputs["labels"])
+        return (loss, outputs) if return_outputs else loss
+
+
 def data_of(kind, clips):
-    return Sentences(clips) if kind.startswith("transcripts") else ToyClips(clips, seed=1)
+    if kind.startswith("transcripts"):
+        return Sentences(clips)
+    return (SoftClips if kind == "soft" else ToyClips)(clips, seed=1)
 
 
 def metrics(found):
@@ -72,9 +102,11 @@ def trainer_of(kind, folder) -> MeftTrainer:
     if kind.startswith("transcripts"):
         model = randomise(get_meft_model(recogniser(), config), std=0.3)
         return TranscriptionTrainer(model, arguments)
-    loss = {"weighted": ClassLoss(WEIGHTS), "focal": ClassLoss(WEIGHTS, gamma=2.0)}.get(kind)
+    losses = {"weighted": ClassLoss(WEIGHTS), "focal": ClassLoss(WEIGHTS, gamma=2.0)}
+    loss = (losses | {"soft": soft, "one-hot": one_hot}).get(kind)
     model = randomise(get_meft_model(tiny_whisper(), config), std=1.0)
-    return MeftTrainer(model, arguments, compute_loss_func=loss, compute_metrics=metrics)
+    trainer_class = Overridden if kind == "overridden" else MeftTrainer
+    return trainer_class(model, arguments, compute_loss_func=loss, compute_metrics=metrics)
 
 
 def scores(trainer, kind, clips, size) -> list:
@@ -122,6 +154,23 @@ def test_it_is_of_each_clip_once_however_many_processes_and_batches(kind, of_two
     assert scores(trainer, kind, 12, 5)[0] == pytest.approx(whole(kind, trainer, 12), rel=2e-6)
     for case, (loss, _) in zip(CASES, of_two[0][kind]):
         assert loss == pytest.approx(whole(kind, trainer, case[0]), rel=2e-6), case
+    assert of_two[0][kind] == of_two[1][kind]
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_labels_of_another_loss_stay_as_they_are(kind, of_two, tmp_path):
+    """What fills up a batch, the first clips again, is then in the mean of that batch."""
+    trainer = trainer_of(kind, tmp_path)
+    loss_of = soft if kind == "soft" else one_hot
+    for (clips, size), (loss, _) in zip(CASES, of_two[0][kind]):
+        data, total = data_of(kind, clips), 0.0
+        with torch.no_grad():
+            logits = trainer.model.eval()(input_features=data.features).logits
+        for start in range(0, clips, size):
+            chosen = torch.arange(start, start + size) % clips
+            mean = loss_of({"logits": logits[chosen]}, data.labels[chosen])
+            total += min(size, clips - start) * mean.item()
+        assert loss == pytest.approx(total / clips, rel=2e-6), (clips, size)
     assert of_two[0][kind] == of_two[1][kind]
 
 

@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import seed_worker
 
 from ..data.batching import LengthBatches, LongestFirst
@@ -22,6 +23,7 @@ from ..model.loss import with_penalty
 from ..model.module import MeftModel
 from ..model.saving import extractor_to_save
 from . import checkpoints
+from .criterion import ClassLoss
 from .interrupts import Interrupts, Stopped
 from .resuming import Batches, RunRecord
 from .streaming import StreamedTraining
@@ -100,6 +102,9 @@ class MeftTrainer(Trainer):
         self.method = model.meft_config
         if self.method.method == "mezo" and self.args.fp16:
             raise UserError("fp16 cannot be used with mezo, which has no gradients to scale; use bf16")
+        own = self.compute_loss_func is None or isinstance(self.compute_loss_func, ClassLoss)
+        # What takes -100 for a label that does not count; another loss may take it for anything.
+        self._skips_labels = own and type(self).compute_loss is MeftTrainer.compute_loss
         # A loss that the Trainer computes from the scores lacks the method's penalty.
         if self.label_smoother is not None:
             self.label_smoother = self._with_penalty(self.label_smoother)
@@ -176,28 +181,40 @@ class MeftTrainer(Trainer):
         return super()._get_eval_sampler(eval_dataset) if lengths is None else LongestFirst(lengths)
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """As there, but in several processes the loss is the mean over all that the step holds, each once."""
-        if self.args.world_size == 1 or inputs.get("labels") is None:
+        """As there, but in several processes the loss is the mean over all that the step holds, each once.
+
+        Where the loss is not one of the project's own, which skip labels, a clip that fills up the last batch
+        counts in the mean of that batch, which then weighs as much as what it is there for."""
+        labels = inputs.get("labels")
+        if self.args.world_size == 1 or labels is None:
             return super().prediction_step(model, inputs, *args, **kwargs)
-        labels, clips = self._labels_once(inputs["labels"])
+        if self._skips_labels and labels.ndim == 1 and not labels.is_floating_point():
+            labels, clips = self._labels_once(labels)
+            counted = (labels != -100).sum() if clips else 0.0
+        else:
+            counted = self._clips_once(find_batch_size(labels))
         averaged, self.args.average_tokens_across_devices = self.args.average_tokens_across_devices, False
         try:
             found = super().prediction_step(model, {**inputs, "labels": labels}, *args, **kwargs)
         finally:
             self.args.average_tokens_across_devices = averaged
-        counted = (labels != -100).sum() if clips else torch.zeros(())
         return (self._mean_over_processes(found[0], counted), *found[1:])
 
-    def _labels_once(self, labels: torch.Tensor) -> tuple[torch.Tensor, int]:
-        """The labels of a batch of evaluation, with -100 for the clips that came before and only fill up the
-        last batches of several processes, and how many others there are. Where there are none, the labels
-        stay: a loss over nothing would be NaN."""
-        state, size = self.accelerator.gradient_state, len(labels)
+    def _clips_once(self, size: int) -> int:
+        """How many of the ``size`` clips of a batch of evaluation have not come before: the others only fill
+        up the last batches of several processes, and come last."""
+        state = self.accelerator.gradient_state
         # The Trainer gathers batches in the order of the processes, and cuts off all behind the remainder.
         if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
-            return labels, size
-        clips = min(max(state.remainder - self.args.process_index * size, 0), size)
-        if clips:
+            return size
+        return min(max(state.remainder - self.args.process_index * size, 0), size)
+
+    def _labels_once(self, labels: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """The labels of a batch of evaluation, with -100 for the clips that :meth:`_clips_once` does not
+        count, and how many it does. Where there are none, the labels stay: a loss over nothing would be
+        NaN."""
+        clips = self._clips_once(len(labels))
+        if 0 < clips < len(labels):
             labels = labels.clone()
             labels[clips:] = -100
         return labels, clips
