@@ -93,8 +93,29 @@ def test_without_checkpoints_it_is_known_by_its_results(work, tmp_path, capsys, 
     assert resume(work, out, **options) == 0
     assert contents(out) == before
     assert "is finished, at step 6" in capsys.readouterr().out
-    assert resume(work, out, **options, per_device_train_batch_size=6) == 0  # other steps: another run
-    assert results(out)["steps"] == 4
+    for change, named in (
+        ({"learning_rate": 1e-5}, "learning_rate 0.003 (now 1e-05)"),
+        ({"learning_rate": 1e-5, "num_train_epochs": 3}, "learning_rate 0.003 (now 1e-05)"),
+        ({"per_device_train_batch_size": 6}, "per_device_train_batch_size 4 (now 6)"),
+        ({"method": "unipt", "num_train_epochs": 3}, "has method='lst', but now it is 'unipt'"),
+    ):
+        assert resume(work, out, **options | change) == 1
+        assert named in capsys.readouterr().err.splitlines()[-1]
+        assert contents(out) == before
+    assert resume(work, out, **options, num_train_epochs=3) == 0  # from the beginning
+    assert results(out)["steps"] == 9
+
+
+def test_a_finished_run_whose_checkpoints_are_gone_is_not_written_over(work, tmp_path, capsys, no_training):
+    out = tmp_path / "out"
+    shutil.copytree(work / "finished", out)
+    for checkpoint in checkpoints.list_checkpoints(out):
+        shutil.rmtree(checkpoint)
+    before = contents(out)
+    assert resume(work, out) == 0
+    assert resume(work, out, metric_for_best_model="macro_f1") == 1
+    assert "metric_for_best_model accuracy (now macro_f1)" in capsys.readouterr().err.splitlines()[-1]
+    assert contents(out) == before
 
 
 def test_a_larger_goal_goes_on_with_a_finished_run(work, tmp_path, capsys):

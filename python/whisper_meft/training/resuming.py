@@ -165,12 +165,34 @@ def check_goes_on(checkpoint: Path, batches: Batches, terms: dict[str, Any]) -> 
     before, before_terms = record.get("batches"), record.get("terms") or {}
     if before is None:  # of another Trainer
         before = {"steps_per_epoch": round(step / epoch)} if epoch else {}
+    _check_unchanged(checkpoint, before, before_terms, batches, terms, step)
+    return before_terms | terms
+
+
+def check_finished_goes_on(folder: Path, batches: Batches, terms: dict[str, Any]) -> None:
+    """As :func:`check_goes_on`, of a finished run that left no checkpoint: it would be trained anew, and what
+    it left written over."""
+    results = read_json(folder / "train_results.json")
+    before, before_terms = results.get("batches") or {}, results.get("terms") or {}
+    _check_unchanged(folder, before, before_terms, batches, terms, results.get("steps") or 0)
+
+
+def _check_unchanged(
+    trained: Path,
+    before: dict[str, Any],
+    before_terms: dict[str, Any],
+    batches: Batches,
+    terms: dict[str, Any],
+    step: int,
+) -> None:
+    """Raises UserError, with what has changed of the steps and terms by which ``trained`` was trained up to
+    ``step``."""
     others = changed_terms(before_terms, terms)
     steps = batches.changes_since(before, step)
     if len(steps + others) > 1:  # other clips come in another order too
         steps = [name for name in steps if name != "order_of_clips"]
     if not steps and not others:
-        return before_terms | terms
+        return
     then, now = _OLDER | before | before_terms, asdict(batches) | terms
     named = ", ".join(f"{name} {then[name]} (now {now[name]})" for name in steps + others)
     reason = (
@@ -179,7 +201,7 @@ def check_goes_on(checkpoint: Path, batches: Batches, terms: dict[str, Any]) -> 
         else ", and a run goes on as it began"
     )
     raise UserError(
-        f"resume_from_checkpoint: {checkpoint} was trained with {named}{reason}: give what it was, or start "
+        f"resume_from_checkpoint: {trained} was trained with {named}{reason}: give what it was, or start "
         "anew in another output_dir"
     )
 

@@ -42,7 +42,14 @@ from .lock import locked
 from .log_lines import LogLines, ProgressBar
 from .output_folder import check_output_dir, goes_on, make_room, prepare_output_dir
 from .results import TrainResult, report, summarise, write_results
-from .resuming import EarlyStopping, check_goes_on, finished_results, is_at_end, stream_of
+from .resuming import (
+    EarlyStopping,
+    check_finished_goes_on,
+    check_goes_on,
+    finished_results,
+    is_at_end,
+    stream_of,
+)
 from .settings import Settings, settle
 from .stream_data import check_streaming, load_stream
 from .streaming import OneByOne, StreamedTraining, settle_length
@@ -372,7 +379,11 @@ def check_resumed(trainer: MeftTrainer, settings: Settings, resume_from: Path | 
 def earlier_result(
     trainer: MeftTrainer, settings: Settings, examples: RunData, resume_from: Path | None
 ) -> TrainResult | None:
-    """What a finished run has left, where it is resumed; None where something is left to do."""
+    """What a finished run has left, where it is resumed; None where something is left to do.
+
+    Raises:
+        UserError: it left no checkpoint, and was trained otherwise.
+    """
     arguments = settings.training
     ending = (trainer.total_steps(), arguments.early_stopping_patience)
     # A checkpoint that is named is gone back to, also in a finished run.
@@ -381,6 +392,10 @@ def earlier_result(
         return None
     folder, evaluated = Path(arguments.output_dir), examples.evaluation is not None
     told = (trainer.batches, trainer.record.terms)
+    finished = all((folder / name).is_file() for name in ("config.json", "train_results.json"))
+    if finished and resume_from is None:
+        checkpoints.check_same_model(folder, trainer.model.config, trainer.model.fingerprint())
+        check_finished_goes_on(folder, *told)
     results = finished_results(folder, evaluated, *told, *ending, trainer.first_step)
     if results is None:
         return None
