@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from modelling_fixtures import ToyClips, batch, tiny_whisper
+from recognition_fixtures import recogniser
 from transformers import TrainingArguments
 from whisper_meft import MeftTrainer, MeZOConfig, get_meft_model
 from whisper_meft.methods.mezo import MeZO
@@ -53,5 +54,16 @@ def test_the_trainer_tells_which_buffers_follow(tmp_path):
     model = statistics_model(mezo_queries=2)
     options = {"max_steps": 2, "per_device_train_batch_size": 3, "report_to": [], "save_strategy": "no"}
     arguments = TrainingArguments(str(tmp_path), use_cpu=True, learning_rate=1e-6, **options)
-    MeftTrainer(model, arguments, train_dataset=ToyClips(6)).train()
+    trainer = MeftTrainer(model, arguments, train_dataset=ToyClips(6))
+    trainer.train()
     assert model.standardisation.clips == 6
+    assert len(trainer.optimizer.optimizer.buffers) == 3
+
+
+def test_weights_that_are_buffers_are_not_copied_in_every_step(tmp_path):
+    """Those of an encoder in 8 bits."""
+    config = MeZOConfig(target="decoder", backbone_quantization="int8")
+    model = get_meft_model(recogniser(), config)
+    assert sum(buffer.numel() for buffer in model.buffers()) > 1000
+    trainer = MeftTrainer(model, TrainingArguments(str(tmp_path), use_cpu=True, report_to=[]))
+    assert trainer.create_optimizer().buffers == ()

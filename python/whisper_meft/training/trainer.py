@@ -234,7 +234,9 @@ class MeftTrainer(Trainer):
             trained = [p for p in self.model.parameters() if p.requires_grad]
             rate, decay = self.args.learning_rate, self.args.weight_decay
             options = {"seed": self.args.seed, "queries": self.method.mezo_queries}
-            options["buffers"] = list(self.model.buffers())
+            # All that a forward pass changes; of a quantised encoder the weights are buffers too.
+            standardisation = getattr(self.model, "standardisation", None)
+            options["buffers"] = [] if standardisation is None else list(standardisation.buffers())
             self.optimizer = MeZO(trained, rate, self.method.eps, decay, **options)
         elif self.optimizer is None and self.method.method == "lora_plus":
             self.optimizer = self._lora_plus_optimizer()
