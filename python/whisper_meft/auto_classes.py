@@ -1,7 +1,8 @@
 """Makes transformers' Auto classes and ``pipeline`` know saved models, before anything of them is imported.
 
 ``import whisper_meft`` must stay cheap, and transformers loads its Auto classes when they are asked for. They
-hold names and import what these stand for when it is needed: ours join them the moment they are loaded.
+hold names and import what these stand for when it is needed: ours join them the moment they are loaded. What
+models need of Trainers is given to these the same way.
 """
 
 import sys
@@ -49,10 +50,17 @@ def _let_pipelines_hear(module: ModuleType) -> None:
     module.AutomaticSpeechRecognitionPipeline.type = property(kind, set_kind)
 
 
+def _let_trainers_serve(module: ModuleType) -> None:
+    ours = sys.modules.get(f"{PACKAGE}.model.in_any_trainer")  # without it there is no model yet
+    if ours is not None:
+        ours.serve_in_every_trainer()
+
+
 _STEPS = {
     "transformers.models.auto.configuration_auto": _know_the_config,
     "transformers.models.auto.modeling_auto": _know_the_models,
     "transformers.pipelines.automatic_speech_recognition": _let_pipelines_hear,
+    "transformers.trainer": _let_trainers_serve,
 }
 
 

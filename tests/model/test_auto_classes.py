@@ -65,3 +65,14 @@ def test_importing_loads_no_framework():
         "from transformers import AutoConfig\nprint('whisper_meft.model' in sys.modules)"
     )
     assert run(code, "").stdout.splitlines() == ["[]", "False"]
+
+
+def test_a_model_is_loaded_without_the_trainers_and_served_by_one_that_comes_later(saved):
+    code = (
+        "import sys\nfrom whisper_meft import MeftModel\nMeftModel.from_pretrained(sys.argv[1])\n"
+        "print(sorted({'transformers.trainer', 'datasets', 'pandas', 'pyarrow'} & set(sys.modules)))\n"
+        "from transformers import trainer\nprint([each.__name__ for each in trainer.DEFAULT_CALLBACKS])"
+    )
+    result = run(code, saved)
+    found = ["[]", "['DefaultFlowCallback', 'MethodCallback']"]
+    assert result.stdout.splitlines() == found, result.stderr

@@ -77,7 +77,7 @@ class MeftBase(PreTrainedModel):
         place = {"device": self.encoder.conv1.weight.device, "dtype": torch.float32}
         self.build(base, **place)
         self.post_init()
-        serve_in_every_trainer()
+        serve_in_every_trainer(type(self.meft_config).trainer_callback is not MeftConfig.trainer_callback)
         self._adapter_is_off = False
         self._cast_to_run = False
         # Whether whoever trains the model adds `penalty()` to the loss, where it computes one itself.

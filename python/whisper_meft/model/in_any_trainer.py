@@ -1,5 +1,6 @@
 """What a method needs of a Trainer beside its loss, in whichever Trainer a model is given to."""
 
+import sys
 from typing import Any
 
 from transformers import TrainerCallback
@@ -34,13 +35,18 @@ class MethodCallback(TrainerCallback):
             self.callback.on_train_end(args, state, control, **kwargs)
 
 
-def serve_in_every_trainer() -> None:
+def serve_in_every_trainer(at_once: bool = False) -> None:
     """Gives every Trainer that is made from now on a :class:`MethodCallback`.
 
     ``Trainer(model=model, ...)`` asks a model for nothing but its loss, so a method that needs more would
     silently be another one there. The list of default callbacks is the one place that all Trainers read.
-    """
-    from transformers.trainer import DEFAULT_CALLBACKS
 
-    if MethodCallback not in DEFAULT_CALLBACKS:
-        DEFAULT_CALLBACKS.append(MethodCallback)
+    Args:
+        at_once: load the module of transformers' Trainers, which whoever only runs a model does without. Else
+            this is done where it is loaded, and if it is not, when it is (``whisper_meft.auto_classes``).
+    """
+    if at_once:
+        import transformers.trainer  # noqa: F401
+    trainers = sys.modules.get("transformers.trainer")
+    if trainers is not None and MethodCallback not in trainers.DEFAULT_CALLBACKS:
+        trainers.DEFAULT_CALLBACKS.append(MethodCallback)
