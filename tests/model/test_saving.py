@@ -5,14 +5,17 @@ import json
 import pytest
 import torch
 from modelling_fixtures import ToyClips, batch, randomise, tiny_whisper
+from recognition_fixtures import clips, recogniser
 from transformers import Trainer, TrainingArguments, WhisperForAudioClassification
 from whisper_meft import (
     BitFitConfig,
     FullConfig,
+    HeadConfig,
     LoRAConfig,
     LSTConfig,
     MeftModel,
     MeZOConfig,
+    SHERLConfig,
     UserError,
     get_meft_model,
 )
@@ -75,20 +78,51 @@ def test_what_was_unfrozen_is_not_lost_in_silence(tmp_path):
     model.save_pretrained(tmp_path / "lora")
 
 
-def test_all_of_a_model_unfrozen(tmp_path):
-    for config in (
-        LSTConfig(reduction_factor=4),
-        LoRAConfig(r=4, lora_alpha=8),
-        BitFitConfig(),
-        FullConfig(),
-    ):
-        model = get_meft_model(tiny_whisper(), config)
-        counted = model.get_nb_trainable_parameters()
-        model.requires_grad_(True)
-        if config.frozen_encoder:  # which no gradient enters
-            assert model.get_nb_trainable_parameters() == counted
-        with pytest.raises(UserError, match=f"and .* more would train, but {config.method}|embed_positions"):
-            model.save_pretrained(tmp_path)
+@pytest.mark.parametrize("config", [LoRAConfig(r=4, lora_alpha=8), BitFitConfig(), FullConfig()])
+def test_all_of_a_model_unfrozen(config, tmp_path):
+    model = get_meft_model(tiny_whisper(), config)
+    model.requires_grad_(True)
+    with pytest.raises(UserError, match=f"and .* more would train, but {config.method}|embed_positions"):
+        model.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "base, config, refused",
+    [
+        (tiny_whisper, LSTConfig(reduction_factor=4), False),
+        (tiny_whisper, HeadConfig(pooling="statistics"), False),
+        (tiny_whisper, SHERLConfig(reduction_factor=4), True),
+        (recogniser, SHERLConfig(reduction_factor=4, placement="decoder"), False),
+        (recogniser, LoRAConfig(r=4, lora_alpha=8, target="decoder"), False),
+    ],
+)
+def test_a_frozen_encoder_trains_where_a_gradient_enters_it(base, config, refused, tmp_path):
+    model = get_meft_model(base(), config)
+    counted, of_all = model.get_nb_trainable_parameters()
+    model.encoder.requires_grad_(True)
+    features, labels = batch() if base is tiny_whisper else clips()
+    model(features, labels=labels).loss.backward()
+    reached = [p for p in model.encoder.parameters() if p.grad is not None]
+    assert bool(reached) == refused
+    expected = counted + sum(parameter.numel() for parameter in reached)
+    assert model.get_nb_trainable_parameters() == (expected, of_all)
+    if not refused:
+        model.save_pretrained(tmp_path)
+        return
+    with pytest.raises(UserError, match=r"encoder.layers.2.* and .* more would train, but sherl"):
+        model.save_pretrained(tmp_path)
+    model.encoder.layers[-1].requires_grad_(False)
+    model.encoder.layer_norm.requires_grad_(False)
+    model.save_pretrained(tmp_path)
+
+
+def test_mezo_moves_what_was_unfrozen_without_a_gradient(tmp_path):
+    model = get_meft_model(recogniser(), MeZOConfig(target="decoder"))
+    counted, _ = model.get_nb_trainable_parameters()
+    bias = model.encoder.layers[0].fc1.bias.requires_grad_(True)
+    assert model.get_nb_trainable_parameters()[0] == counted + bias.numel()
+    with pytest.raises(UserError, match="encoder.layers.0.fc1.bias would train, but mezo"):
+        model.save_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,7 @@ class MeftBase(PreTrainedModel):
     def check_frozen(self) -> None:
         """Raises UserError where a parameter of the backbone was unfrozen that the method neither trains nor
         saves."""
-        found = [n for n, p in self.named_parameters() if p.requires_grad and not self._is_saved(n)]
+        found = [name for name, _ in self._training_parameters() if not self._is_saved(name)]
         if found:
             method = self.meft_config.method
             raise UserError(
@@ -129,6 +129,19 @@ class MeftBase(PreTrainedModel):
                 "requires_grad_(False) on them, or use FullConfig; save_pretrained(..., save_backbone=True) "
                 "writes them too"
             )
+
+    def _training_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters that training would change, by name. Those of a frozen encoder are not among them,
+        whatever was unfrozen: no gradient enters it but SHERL's, beside it, in its last layer and norm."""
+        options, never, but = self.meft_config, (), ()
+        if options.frozen_encoder and options.method != "mezo":  # which needs no gradient
+            never = ("encoder.",)
+            if options.through_last_layer and options.placement == "encoder":
+                but = (f"encoder.layers.{self.encoder.num_layers - 1}.", "encoder.layer_norm.")
+        for name, parameter in self.named_parameters():
+            plain = plain_name(name)
+            if parameter.requires_grad and (plain.startswith(but) or not plain.startswith(never)):
+                yield name, parameter
 
     def check_method(self) -> None:
         """Raises UserError where the method's options do not fit the task or the backbone."""
@@ -272,14 +285,10 @@ class MeftBase(PreTrainedModel):
         return features, ((frames + 1) // 2).clamp(1, max((features.shape[2] + 1) // 2, 1))
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Numbers of trainable and of all parameters. Of a frozen encoder none counts, whatever was unfrozen:
-        no gradient enters it."""
-        never = "encoder." if self.meft_config.frozen_encoder else None
-        sizes = [
-            (p.numel(), p.requires_grad and not (never and name.startswith(never)))
-            for name, p in self.named_parameters()
-        ]
-        return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)
+        """Numbers of parameters that training changes and of all. Of a frozen encoder none counts, whatever
+        was unfrozen, but where SHERL's gradient goes: no other enters it."""
+        trainable = sum(parameter.numel() for _, parameter in self._training_parameters())
+        return trainable, sum(parameter.numel() for parameter in self.parameters())
 
     def print_trainable_parameters(self) -> None:
         """Prints how much of the model trains, in PEFT's words."""
