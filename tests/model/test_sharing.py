@@ -128,6 +128,43 @@ def test_a_cell_run_twice_leaves_the_base_to_the_later_model(config, tmp_path):
     train(copy.deepcopy(later))
 
 
+@pytest.mark.parametrize("first", [FullConfig(), BitFitConfig()])
+def test_another_number_format_is_not_taken_for_training(first):
+    base = tiny_whisper()
+    get_meft_model(base, first)
+    for config in (
+        LSTConfig(reduction_factor=4, backbone_dtype="bfloat16"),
+        LSTConfig(reduction_factor=4, backbone_dtype="bfloat16"),
+        LSTConfig(reduction_factor=4, backbone_dtype="float32"),
+        first,
+    ):
+        model = get_meft_model(base, config)
+        del model
+    base.half()
+    model = get_meft_model(base, LST)
+    with torch.no_grad():
+        base.get_encoder().layers[0].fc1.bias.add_(1)
+    with pytest.raises(UserError, match=f"base was changed since a model of {first.method}"):
+        get_meft_model(base, LST)
+    del model
+
+
+def test_what_was_given_up_is_not_merged_from_the_later_models_weights():
+    base = tiny_whisper()
+    earlier, later = get_meft_model(base, FullConfig()), get_meft_model(base, FullConfig())
+    with pytest.raises(UserError, match="this model of full cannot be used any more"):
+        earlier.merge_and_unload()
+    later.merge_and_unload()
+
+
+@pytest.mark.parametrize("config", [LORA, AdapterConfig(adapter_dim=4)])
+def test_a_cell_of_what_stays_in_the_base_is_not_run_twice(config):
+    base = tiny_whisper()
+    get_meft_model(base, config)
+    with pytest.raises(UserError, match="base already carries an adapter of an earlier model: load it anew"):
+        get_meft_model(base, config)
+
+
 def test_a_recogniser_whose_decoder_trains_changes_its_base():
     base = WhisperForConditionalGeneration._from_config(whisper_config())
     model = get_meft_model(base, FullConfig(target="decoder"))

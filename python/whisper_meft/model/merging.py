@@ -68,6 +68,7 @@ def merged_recogniser(model: nn.Module) -> WhisperForConditionalGeneration:
 
 def _check(model: nn.Module, kind: str, does: str) -> None:
     check_mergeable(model.meft_config)
+    model.check_not_given_up()
     if model.encoder.quantization is not None:
         raise UserError(
             f"a backbone that is quantised to {model.encoder.quantization} cannot be merged: load the model "

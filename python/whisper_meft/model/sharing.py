@@ -1,15 +1,17 @@
 """Who uses the modules of a Whisper: models share those of the base that they are made of."""
 
 import gc
+from collections.abc import Iterator
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 
 from ..encoder.dtypes import parse_dtype
-from ..encoder.quantization import is_quantized
+from ..encoder.quantization import is_in_pieces, is_quantized
 from ..errors import UserError
 from ..methods import MeftConfig
 from ..methods.tuned import TunedConfig
@@ -39,7 +41,7 @@ def check_unused(base: PreTrainedModel, options: MeftConfig) -> None:
     use = _USES.get(base.get_encoder().conv1)
     if use is None:
         return
-    if use.start is not None and _changed(use.start, _entries(base)):
+    if use.start is not None and _changed(use.start, base):
         raise UserError(
             f"base was changed since a model of {use.trained_by}, which trains its weights, was made of it: "
             "load it anew, or give that model's merge_and_unload() to go on from what was trained"
@@ -72,8 +74,10 @@ def note_use(model: Any, base: PreTrainedModel) -> None:
             earlier.give_up()
         use.models.clear()
     use.models.add(model)
-    if options.trains_backbone and use.start is None:
-        use.start, use.trained_by = _entries(base), options.method
+    if options.trains_backbone:
+        use.trained_by = options.method
+    if use.trained_by is not None:  # as they are now: the model may have brought them to another format
+        use.start = {name: entries.tolist() for name, entries in _entries(base)}
 
 
 def _in_the_way(use: _Use, options: MeftConfig) -> str | None:
@@ -99,20 +103,25 @@ def _converts(base: PreTrainedModel, options: MeftConfig) -> str | None:
     return None if dtype in (None, weights.dtype) else f"backbone_dtype {options.backbone_dtype}"
 
 
-def _entries(base: PreTrainedModel) -> dict[str, list[float]]:
-    """A few entries of each of the backbone's weights; tensors would count as the model's memory."""
+def _entries(base: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """A few entries of each of the backbone's weights. Whoever keeps them keeps their values: tensors would
+    count as the model's memory."""
     parts = [("encoder", base.get_encoder())]
     if hasattr(base, "get_decoder") and getattr(base, "model", None) is not None:
         parts.append(("decoder", base.get_decoder()))
-    entries = {}
     for part, module in parts:
         for name, weight in module.named_parameters():
-            if weight.is_meta or isinstance(weight, FakeTensor):
+            if weight.is_meta or isinstance(weight, FakeTensor) or is_in_pieces(weight):
                 continue
             step = max(1, weight.numel() // _ENTRIES)
-            entries[f"{part}.{name}"] = weight.detach().flatten()[::step][:_ENTRIES].tolist()
-    return entries
+            yield f"{part}.{name}", weight.detach().flatten()[::step][:_ENTRIES].cpu()
 
 
-def _changed(before: dict[str, list[float]], now: dict[str, list[float]]) -> bool:
-    return any(name in now and entries != now[name] for name, entries in before.items())
+def _changed(before: dict[str, list[float]], base: PreTrainedModel) -> bool:
+    """Whether any of the weights was; that they are in another format is no change of theirs."""
+    for name, now in _entries(base):
+        if name in before:
+            then = torch.tensor(before[name], dtype=torch.float64).to(now.dtype)
+            if then.tolist() != now.tolist():
+                return True
+    return False
