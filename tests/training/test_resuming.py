@@ -293,6 +293,31 @@ def test_what_a_checkpoint_was_chosen_by_is_kept_where_nothing_is_scored(work, t
     assert "metric_for_best_model accuracy (now macro_f1)" in capsys.readouterr().err
 
 
+def test_scores_that_choose_nothing_may_become_others(work, tmp_path, capsys):
+    """What was the best by the scores of before is forgotten: those of now cannot be compared with it."""
+    out = tmp_path / "out"
+    shutil.copytree(work / "finished", out)
+    changed = {"metric_for_best_model": "loss", "max_eval_samples": 4, "optim": "adamw_torch"}
+    assert resume(work, out, **changed, load_best_model_at_end=False, num_train_epochs=3) == 0
+    after, before = results(out), results(work / "finished")
+    state = json.loads((out / "checkpoint-9" / "trainer_state.json").read_text())
+    assert after["best_metric"] == state["log_history"][-1]["eval_loss"]
+    assert Path(after["best_checkpoint"]).name == "checkpoint-9"
+    # The same optimizer by another name, which stays what it was.
+    assert after["terms"]["optim"] == before["terms"]["optim"] == "adamw_torch_fused"
+    assert (
+        torch.load(out / "checkpoint-9" / "training_args.bin", weights_only=False).optim
+        == before["terms"]["optim"]
+    )
+    (out / "train_results.json").unlink()
+    again = {**changed, "max_eval_samples": 5, "load_best_model_at_end": False, "num_train_epochs": 3}
+    assert resume(work, out, **again) == 0
+    assert "its results are written now" in capsys.readouterr().out
+    assert results(out)["best_metric"] is None
+    assert resume(work, out, num_train_epochs=4) == 1
+    assert "metric_for_best_model loss (now accuracy)" in capsys.readouterr().err
+
+
 def test_data_may_be_moved(work, tmp_path):
     moved, out = tmp_path / "elsewhere" / "moved", tmp_path / "out"
     shutil.copytree(work / "train", moved)
@@ -307,6 +332,8 @@ def test_a_checkpoint_from_before_terms_were_kept_goes_on():
     assert resuming.changed_terms({}, {"learning_rate": 1e-3}) == []
     assert resuming.changed_terms({"learning_rate": 1e-3, "other": 1}, {"learning_rate": 1e-3}) == []
     assert resuming.changed_terms({"optim": "sgd"}, {"optim": "adamw_torch", "new": 1}) == ["optim"]
+    assert resuming.changed_terms({"optim": "adamw_torch_fused"}, {"optim": "adamw_torch"}) == []
+    assert resuming.changed_terms({"a": 1, "b": 1}, {"a": 2, "b": 2}, {"a"}) == ["b"]
 
 
 def test_the_first_step_of_more_epochs_is_not_wasted(tmp_path):

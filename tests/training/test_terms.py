@@ -10,7 +10,7 @@ from training_fixtures import make_audio_folder, make_backbone, make_transcripts
 from whisper_meft.commands.train import make_parser
 from whisper_meft.training.run import read_examples
 from whisper_meft.training.settings import settle
-from whisper_meft.training.terms import terms_of
+from whisper_meft.training.terms import free_terms, terms_of
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +22,23 @@ def work(tmp_path_factory):
     make_audio_folder(folder / "other_noise", per_class=2, seed=1)
     shutil.copytree(folder / "noise", folder / "elsewhere" / "moved")
     return folder
+
+
+@pytest.mark.parametrize(
+    "options, chooses",
+    [
+        ({}, True),
+        ({"load_best_model_at_end": False}, False),
+        ({"load_best_model_at_end": False, "save_strategy": "best"}, True),
+        ({"load_best_model_at_end": False, "lr_scheduler_type": "reduce_lr_on_plateau"}, True),
+    ],
+)
+def test_scores_are_compared_where_something_comes_of_them(options, chooses, work):
+    command = train_command(work / "backbone", work / "train", work / "out", **options)
+    arguments = make_parser().parse(command[1:])[-1]
+    named = {"metric_for_best_model", "greater_is_better", "names and labels of eval_data"}
+    given = dict.fromkeys([*named, "learning_rate", "names and labels of train_data"])
+    assert free_terms(arguments, given) == (set() if chooses else named)
 
 
 def terms(work, storage=None, **options) -> dict:

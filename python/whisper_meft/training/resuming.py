@@ -1,6 +1,7 @@
 """Going on from a checkpoint: what must be as it was, what is carried over, whether anything is left."""
 
 import math
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from ..options.training import TrainArguments
 
 # What there was before it could be chosen, of checkpoints that do not say.
 _OLDER = {"sampling": "natural", "windows": None, "augmentation": None}
+
+# Names of the same optimizer, by the one that stands for both.
+_SAME_OPTIMIZER = {"adamw_torch_fused": "adamw_torch"}
 
 
 @dataclass
@@ -98,7 +102,7 @@ class RunRecord(TrainerCallback, ExportableState):
 
     Attributes:
         batches: a :class:`Batches` as a dictionary.
-        terms: of :func:`whisper_meft.training.terms.terms_of`.
+        terms: of :func:`whisper_meft.training.terms.terms_of`. free: names of those that may change.
         loss_sum: of all steps' losses since the run's beginning, or None where that is not known.
         stream: where a stream that is trained on goes on, or None.
     """
@@ -106,6 +110,7 @@ class RunRecord(TrainerCallback, ExportableState):
     def __init__(self, batches: dict[str, Any] | None = None):
         self.batches = batches
         self.terms: dict[str, Any] = {}
+        self.free: frozenset[str] = frozenset()
         self.loss_sum: float | None = 0.0
         self.stream: dict[str, Any] | None = None
 
@@ -120,8 +125,16 @@ class RunRecord(TrainerCallback, ExportableState):
         before = _attributes(state.stateful_callbacks, cls.__name__)
         return before.get("loss_sum", 0.0 if state.global_step == 0 else None)
 
+    def forget_other_choice(self, state: TrainerState) -> None:
+        """Forgets the best checkpoint of a state that goes on where it was found by other scores: those of
+        now could not be compared with its own."""
+        before = _attributes(state.stateful_callbacks, type(self).__name__).get("terms") or {}
+        if changed_terms(before, self.terms):  # one of the free ones: others are refused
+            state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+
     def on_train_begin(self, args, state, control, **kwargs):
         self.loss_sum = self.loss_sum_of(state)
+        self.forget_other_choice(state)
         # The Trainer goes on with the intervals of the checkpoint, also where others are asked for now.
         state.compute_steps(args, state.max_steps)
 
@@ -146,35 +159,43 @@ def stream_of(checkpoint: Path) -> dict[str, Any] | None:
     return _attributes(state.get("stateful_callbacks") or {}, "RunRecord").get("stream")
 
 
-def changed_terms(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """The names of what differs. What one of them does not say is no change: checkpoints of earlier versions
-    say less."""
-    return [name for name in now if name in before and before[name] != now[name]]
+def changed_terms(
+    before: dict[str, Any], now: dict[str, Any], free: Collection[str] = frozenset()
+) -> list[str]:
+    """The names of what differs, without the ``free``. What one of them does not say is no change:
+    checkpoints of earlier versions say less."""
+    both = [name for name in now if name in before and name not in free]
+    return [name for name in both if _as_compared(name, before[name]) != _as_compared(name, now[name])]
 
 
-def check_goes_on(checkpoint: Path, batches: Batches, terms: dict[str, Any]) -> dict[str, Any]:
+def _as_compared(name: str, value: Any) -> Any:
+    return _SAME_OPTIMIZER.get(value, value) if name == "optim" else value
+
+
+def check_goes_on(checkpoint: Path, batches: Batches, record: RunRecord) -> dict[str, Any]:
     """The terms of a run that goes on from a checkpoint: those it had and those of now.
 
     Raises:
-        UserError: the steps of the checkpoint are not those that ``batches`` counts, or some of the ``terms``
-            have changed.
+        UserError: the steps of the checkpoint are not those that ``batches`` counts, or some of the terms of
+            the ``record`` have changed that are not free.
     """
     state = read_json(checkpoint / "trainer_state.json")
     step, epoch = state["global_step"], state.get("epoch")
-    record = _attributes(state.get("stateful_callbacks") or {}, "RunRecord")
-    before, before_terms = record.get("batches"), record.get("terms") or {}
+    saved = _attributes(state.get("stateful_callbacks") or {}, "RunRecord")
+    before, before_terms = saved.get("batches"), saved.get("terms") or {}
     if before is None:  # of another Trainer
         before = {"steps_per_epoch": round(step / epoch)} if epoch else {}
-    _check_unchanged(checkpoint, before, before_terms, batches, terms, step)
-    return before_terms | terms
+    _check_unchanged(checkpoint, before, before_terms, batches, record, step)
+    kept = {name: before_terms[name] for name in ("optim",) if name in before_terms}
+    return before_terms | record.terms | kept
 
 
-def check_finished_goes_on(folder: Path, batches: Batches, terms: dict[str, Any]) -> None:
+def check_finished_goes_on(folder: Path, batches: Batches, record: RunRecord) -> None:
     """As :func:`check_goes_on`, of a finished run that left no checkpoint: it would be trained anew, and what
     it left written over."""
     results = read_json(folder / "train_results.json")
     before, before_terms = results.get("batches") or {}, results.get("terms") or {}
-    _check_unchanged(folder, before, before_terms, batches, terms, results.get("steps") or 0)
+    _check_unchanged(folder, before, before_terms, batches, record, results.get("steps") or 0)
 
 
 def _check_unchanged(
@@ -182,18 +203,18 @@ def _check_unchanged(
     before: dict[str, Any],
     before_terms: dict[str, Any],
     batches: Batches,
-    terms: dict[str, Any],
+    record: RunRecord,
     step: int,
 ) -> None:
     """Raises UserError, with what has changed of the steps and terms by which ``trained`` was trained up to
     ``step``."""
-    others = changed_terms(before_terms, terms)
+    others = changed_terms(before_terms, record.terms, record.free)
     steps = batches.changes_since(before, step)
     if len(steps + others) > 1:  # other clips come in another order too
         steps = [name for name in steps if name != "order_of_clips"]
     if not steps and not others:
         return
-    then, now = _OLDER | before | before_terms, asdict(batches) | terms
+    then, now = _OLDER | before | before_terms, asdict(batches) | record.terms
     named = ", ".join(f"{name} {then[name]} (now {now[name]})" for name in steps + others)
     reason = (
         "; progress is counted in steps, so clips would be left out or come twice"
@@ -218,7 +239,7 @@ def finished_results(
     folder: Path,
     evaluated: bool,
     batches: Batches,
-    terms: dict[str, Any],
+    record: RunRecord,
     total_steps: int,
     patience: int | None,
     step: int,
@@ -227,7 +248,7 @@ def finished_results(
 
     Args:
         folder: of the run. evaluated: whether it leaves evaluation results. batches: of its steps.
-        terms: see :class:`RunRecord`.
+        record: of the run as it is asked for.
         total_steps, patience: what is asked for now. step: of the newest checkpoint, 0 without one.
     """
     names = ["config.json", "model.safetensors", "preprocessor_config.json", "train_results.json"]
@@ -238,7 +259,7 @@ def finished_results(
     done = results.get("steps") or 0
     if batches.changes_since(results.get("batches") or {}, done):
         return None
-    if changed_terms(results.get("terms") or {}, terms):
+    if changed_terms(results.get("terms") or {}, record.terms, record.free):
         return None
     same = results.get("planned_steps") == total_steps and results.get("early_stopping_patience") == patience
     return results if done >= step and (done >= total_steps or same) else None

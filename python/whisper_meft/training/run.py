@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainerState, set_seed
 from transformers.trainer_utils import TrainOutput
+from transformers.training_args import OptimizerNames
 
 from .. import data
 from ..data.batching import LengthBatches, batches_by_length
@@ -53,7 +54,7 @@ from .resuming import (
 from .settings import Settings, settle
 from .stream_data import check_streaming, load_stream
 from .streaming import OneByOne, StreamedTraining, settle_length
-from .terms import terms_of
+from .terms import free_terms, terms_of
 from .throughput import Throughput, as_text
 from .trainer import MeftTrainer
 
@@ -334,6 +335,7 @@ def build_trainer(
         trainer.batches = replace(trainer.batches, order_of_clips=digest_of(examples.training, in_order=True))
     trainer.record.batches = asdict(trainer.batches)
     trainer.record.terms = terms_of(settings, examples, training_set)
+    trainer.record.free = free_terms(arguments, trainer.record.terms)
     trainer.first_step = 0 if resume_from is None else checkpoints.checkpoint_step(resume_from)
     return trainer, watch
 
@@ -367,7 +369,8 @@ def check_resumed(trainer: MeftTrainer, settings: Settings, resume_from: Path | 
     if resume_from is not None:
         checkpoints.check_same_model(resume_from, trainer.model.config, trainer.model.fingerprint())
         settings.task.check_resumed(resume_from)
-        trainer.record.terms = check_goes_on(resume_from, trainer.batches, trainer.record.terms)
+        trainer.record.terms = check_goes_on(resume_from, trainer.batches, trainer.record)
+        settings.training.optim = OptimizerNames(trainer.record.terms["optim"])
         if trainer.streamed is not None:
             trainer.streamed.go_on_from(resume_from)
         elif stream_of(resume_from) is not None:
@@ -391,7 +394,7 @@ def earlier_result(
     if named and (resume_from is None or not is_at_end(resume_from, *ending)):
         return None
     folder, evaluated = Path(arguments.output_dir), examples.evaluation is not None
-    told = (trainer.batches, trainer.record.terms)
+    told = (trainer.batches, trainer.record)
     finished = all((folder / name).is_file() for name in ("config.json", "train_results.json"))
     if finished and resume_from is None:
         checkpoints.check_same_model(folder, trainer.model.config, trainer.model.fingerprint())

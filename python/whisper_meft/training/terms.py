@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch.utils.data import Dataset
+from transformers.trainer_utils import SaveStrategy, SchedulerType
 
 from ..data.digest import digest_of
 from ..data.streaming import Stream
@@ -30,6 +31,10 @@ _OF_OPTIMIZER = (
     "lr_scheduler_kwargs",
 )
 _OF_LOSS = ("loss", "label_smoothing_factor")
+# Of the scores of checkpoints.
+_OF_CHOICE = ("metric_for_best_model", "greater_is_better")
+_OF_TRANSCRIPTS = ("generation_max_length", "generation_num_beams")
+_OF_EVALUATION = " of eval_data"
 
 
 def terms_of(settings: Settings, examples: RunData, training_set: Dataset) -> dict[str, Any]:
@@ -49,7 +54,7 @@ def terms_of(settings: Settings, examples: RunData, training_set: Dataset) -> di
         terms[f"{_listed(task)} of train_data"] = digest_of(examples.training)
     if examples.evaluation is not None and arguments.eval_strategy != "no":
         terms |= _of_choice(arguments, task)
-        terms[f"{_listed(task)} of eval_data"] = digest_of(examples.evaluation)
+        terms[f"{_listed(task)}{_OF_EVALUATION}"] = digest_of(examples.evaluation)
     augment = settings.augment
     for name, found in (("noise_dir", augment and augment.noises), ("room_dir", augment and augment.rooms)):
         terms[f"recordings in {name}"] = found and digest_of(found)
@@ -60,11 +65,20 @@ def terms_of(settings: Settings, examples: RunData, training_set: Dataset) -> di
     return terms
 
 
+def free_terms(arguments: TrainArguments, terms: dict[str, Any]) -> frozenset[str]:
+    """The names of those ``terms`` of a run that may change, since nothing comes of the scores: no checkpoint
+    is chosen by them, nor the learning rate."""
+    of_scores = arguments.lr_scheduler_type == SchedulerType.REDUCE_ON_PLATEAU
+    if of_scores or arguments.load_best_model_at_end or arguments.save_strategy == SaveStrategy.BEST:
+        return frozenset()
+    names = (*_OF_CHOICE, *_OF_TRANSCRIPTS)
+    return frozenset(name for name in terms if name in names or name.endswith(_OF_EVALUATION))
+
+
 def _of_choice(arguments: TrainArguments, task: Task) -> dict[str, Any]:
     """What the best checkpoint so far was chosen by."""
     generated = not task.labelled and arguments.metric_for_best_model != "loss"
-    of_transcripts = ("generation_max_length", "generation_num_beams") if generated else ()
-    return _given(arguments, ("metric_for_best_model", "greater_is_better", *of_transcripts))
+    return _given(arguments, (*_OF_CHOICE, *(_OF_TRANSCRIPTS if generated else ())))
 
 
 def _given(arguments: TrainArguments, names: tuple[str, ...]) -> dict[str, Any]:

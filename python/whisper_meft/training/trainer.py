@@ -359,6 +359,7 @@ class MeftTrainer(Trainer):
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         self.state = self.callback_handler.state = state
         self.record.loss_sum = RunRecord.loss_sum_of(state)
+        self.record.forget_other_choice(state)
         if self.args.load_best_model_at_end and state.best_global_step:
             best = checkpoint.with_name(f"checkpoint-{state.best_global_step}")
             if checkpoints.problem_with(best) is not None:
