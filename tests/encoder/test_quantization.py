@@ -442,6 +442,22 @@ def test_what_cannot_be_quantised_is_named(monkeypatch):
 
 
 @needs_torchao
+@pytest.mark.parametrize("kind", NEAR)
+def test_a_cast_of_a_quantised_backbone(kind):
+    """Goes on but in fp8, whose weights stay in their own format."""
+    features, _ = batch()
+    model = model_of("lst", kind).eval().half()
+    if kind != "fp8":
+        assert torch.isfinite(model(features).logits).all()
+        return
+    with pytest.raises(
+        UserError, match="cast to float16 after backbone_quantization='fp8' had .* of float32"
+    ):
+        model(features)
+    assert torch.isfinite(model.float()(features).logits).all()
+
+
+@needs_torchao
 def test_what_torchao_cannot_do_is_named(monkeypatch):
     weight = SimpleNamespace(device=torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))

@@ -16,7 +16,7 @@ from .compiled import compiled_layer
 from .dtypes import parse_dtype
 from .fingerprint import fingerprint
 from .layer import finish_layer, norm_with_statistics, run_with_gradient
-from .quantization import Original, cast, is_quantized, quantize_layers, weights_digest
+from .quantization import Original, cast, is_in_pieces, is_quantized, quantize_layers, weights_digest
 
 
 def row_parts(rows: int, parts: int) -> list[slice]:
@@ -195,9 +195,11 @@ class FrozenEncoder(nn.Module):
             without gradient; T = ceil(frames / 2).
 
         Raises:
-            UserError: wrong shape, dtype or device of an argument, or too many frames.
+            UserError: wrong shape, dtype or device of an argument, or too many frames; a backbone in fp8 was
+                cast to another number format.
         """
         self._check_features(input_features, lengths)
+        self._check_cast()
         self._to_evaluation()
         clips = input_features.shape[0]
         if chunk_size is None or clips <= chunk_size:
@@ -428,6 +430,20 @@ class FrozenEncoder(nn.Module):
         if as_they_are and device.type != "meta":
             return torch.autocast(device.type, enabled=False)
         return nullcontext()
+
+    def _check_cast(self) -> None:
+        """Refuses a number format that the quantised weights were not brought to with the others: torchao's
+        stay in their own, which they are widened to where the device does not multiply in fp8."""
+        if self.quantization != "fp8 weights":
+            return
+        held = {weight.dtype for weight in self.layers.parameters() if is_in_pieces(weight)} - {self.dtype}
+        if held:
+            was, now = (str(dtype).removeprefix("torch.") for dtype in (held.pop(), self.dtype))
+            raise UserError(
+                f"the backbone was cast to {now} after backbone_quantization='fp8' had made its weights of "
+                f"{was}, which they stay in: give backbone_dtype={now!r} with it (from_pretrained: dtype) "
+                "instead of a cast"
+            )
 
     def _check_features(self, features: torch.Tensor, lengths: torch.Tensor | None) -> None:
         if not isinstance(features, torch.Tensor) or features.ndim != 3:
