@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from data_fixtures import found, write
 from whisper_meft.data import list_splits, load_examples, load_shards
+from whisper_meft.data.digest import digest_of
 from whisper_meft.errors import UserError
 from whisper_meft.feature_cache.key import clip_fingerprint
 
@@ -68,6 +69,21 @@ def test_part_of_a_recording_and_mixed_sound(cuts, tmp_path):
     assert np.allclose(wave, 0.04) and np.allclose(mixed.decode()[0], 0.04)
 
 
+def test_what_tells_sets_of_cuts_apart(cuts, tmp_path):
+    def digest(cuts, folder: str) -> str:
+        return digest_of(load_examples(save(cuts, tmp_path / folder / "cuts.jsonl")))
+
+    before = digest(cuts[:2], "one")
+    assert digest(cuts[:2], "two, moved") == before
+    later = cuts[1].truncate(offset=0.1, duration=0.2, preserve_id=True)
+    shorter = cuts[1].truncate(duration=0.2, preserve_id=True)
+    of_another = lhotse.utils.fastcopy(cuts[1], recording=cuts[3].recording)
+    renamed = cuts[1].with_id("a")
+    mixed = cuts[1].mix(cuts[3], preserve_id="left")
+    others = [digest([cuts[0], each], "one") for each in (later, shorter, of_another, renamed, mixed)]
+    assert len({before, *others}) == 6
+
+
 def test_several_supervisions(cuts, tmp_path):
     joined = cuts[1].append(cuts[3])
     source = save([joined], tmp_path / "cuts.jsonl")
@@ -103,8 +119,11 @@ def test_what_is_wrong(cuts, tmp_path):
     (tmp_path / "cuts.jsonl").write_text('{"type": "MonoCut", "id": 3}\n')
     with pytest.raises(UserError, match="cuts.jsonl cannot be read as Lhotse cuts"):
         load_examples(str(tmp_path / "cuts.jsonl"))
-    (tmp_path / "audio" / "1.wav").unlink()
+    cuts[0].recording = None
     source = save(cuts[:2], tmp_path / "cuts2.jsonl")
+    with pytest.raises(UserError, match="cuts2.jsonl: 0.*has no recording"):
+        load_examples(source)[0].decode()
+    (tmp_path / "audio" / "1.wav").unlink()
     with pytest.raises(UserError, match="cuts2.jsonl: 1"):
         load_examples(source)[1].decode()
 

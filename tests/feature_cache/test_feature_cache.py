@@ -453,6 +453,8 @@ def test_what_the_samples_mean_tells_clips_apart_too():
     assert len(set(prints)) == len(prints)
     again = Example({"array": samples.copy(), "sampling_rate": 16000}, "label", "speaker", "another")
     assert clip_fingerprint(again) == prints[0]
+    # As it was said before: a word more, and every cache that is there is stale.
+    assert prints[0].partition(", ")[2] == "None None seconds None at 16000 Hz int32 (8,)"
 
 
 def test_audio_that_was_checked_when_it_was_cached_is_known(work, tmp_path):

@@ -78,6 +78,8 @@ class Example:
         seconds: its length, where known (:func:`whisper_meft.data.check_audio` finds it).
         window: of the segment, in seconds, how many are passed over and how many follow that are meant
             (:func:`whisper_meft.data.cut_into_windows`); ``None`` means all of it.
+        inside: what it is called inside the shard or data set that holds it, which is the same wherever that
+            lies; empty for files.
     """
 
     audio: Any
@@ -91,6 +93,7 @@ class Example:
     channel: int | None = None
     text: str | None = None
     window: tuple[float, float] | None = None
+    inside: str = ""
 
     def __post_init__(self):
         # The same letters may be composed in one file system or spreadsheet and decomposed in another.

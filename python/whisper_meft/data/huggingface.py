@@ -219,8 +219,8 @@ def _divided_examples(dataset: Any, options: Options, where: str) -> list[tuple[
     cuts = _cuts(dataset, audio, options, where)
     parts = _texts(dataset, split_column(dataset.features, options, where))
     return [
-        (parts[i], Example(cell, label=labels[i], speaker=speakers[i], name=name, text=texts[i], **cut))
-        for i, ((cell, name), cut) in enumerate(zip(cells, cuts))
+        (parts[i], Example(cell, label=labels[i], speaker=speakers[i], text=texts[i], **named, **cut))
+        for i, ((cell, named), cut) in enumerate(zip(cells, cuts))
     ]
 
 
@@ -308,13 +308,13 @@ def _audio_column(dataset: Any, options: Options, where: str) -> str:
     return columns.need_column(dataset.column_names, options.audio_column, ("audio", *columns.AUDIO), where)
 
 
-def _cells(dataset: Any, audio: str, options: Options, where: str) -> list[tuple[Any, str]]:
-    """(audio, name) of every row."""
+def _cells(dataset: Any, audio: str, options: Options, where: str) -> list[tuple[Any, dict[str, str]]]:
+    """(audio, names) of every row."""
     feature = dataset.features[audio]
     names = _row_names(dataset, audio, where)
     if audio == _FEATURES or _is_nested_list(feature):
         rows = dataset.select_columns([audio]).with_format("numpy")
-        return [(DatasetCell(rows, i, audio, "features"), name) for i, name in enumerate(names)]
+        return [(DatasetCell(rows, i, audio, "features"), named) for i, named in enumerate(names)]
     if isinstance(feature, datasets.Audio):
         rows = dataset.select_columns([audio]).cast_column(audio, datasets.Audio(decode=False))
     elif isinstance(feature, dict) and set(feature) & {"bytes", "path", "array"}:
@@ -325,7 +325,7 @@ def _cells(dataset: Any, audio: str, options: Options, where: str) -> list[tuple
             "{array, sampling_rate} or input_features are accepted"
         )
     root = options.data_root or ""
-    return [(DatasetCell(rows, i, audio, root=root), name) for i, name in enumerate(names)]
+    return [(DatasetCell(rows, i, audio, root=root), named) for i, named in enumerate(names)]
 
 
 def _is_nested_list(feature: Any) -> bool:
@@ -333,8 +333,9 @@ def _is_nested_list(feature: Any) -> bool:
     return isinstance(feature, datasets.Array2D) or getattr(inner, "feature", None) is not None
 
 
-def _row_names(dataset: Any, audio: str, where: str) -> list[str]:
-    """What messages call each row. Paths inside data sets are often bare file names, so the row is added."""
+def _row_names(dataset: Any, audio: str, where: str) -> list[dict[str, str]]:
+    """What messages call each row, and its name inside the data set (``name`` and ``inside`` of an example).
+    Paths inside data sets are often bare file names, so the row is added."""
     feature = dataset.features[audio]
     texts: list[str | None] = [None] * len(dataset)
     ids = next((name for name in _NAMES if name in dataset.column_names and name != audio), None)
@@ -345,7 +346,12 @@ def _row_names(dataset: Any, audio: str, where: str) -> list[str]:
             texts = _texts(flat, f"{audio}.path")
     if ids is not None and all(text is None for text in texts):
         texts = _texts(dataset, ids)
-    return [f"row {i} of {where}" + (f", {text}" if text else "") for i, text in enumerate(texts)]
+    named = []
+    for i, text in enumerate(texts):
+        folder, file = os.path.split(text or "")
+        inside = os.path.join(folder, f"row {i}, {file}")
+        named.append({"name": f"row {i} of {where}" + (f", {text}" if text else ""), "inside": inside})
+    return named
 
 
 def _column(dataset: Any, name: str) -> list[Any]:

@@ -117,7 +117,19 @@ class LhotseShards(ShardedExamples):
             name,
             seconds=float(cut.duration),
             text=(" ".join(values(options.text_column, columns.TEXT)) or None) if options.with_text else None,
+            inside=f"{cut.id}: {'; '.join(map(_stretch, _tracks(cut)))}",
         )
+
+
+def _tracks(cut: Any) -> list[Any]:
+    """The cuts of single recordings that a cut is mixed of, or it alone."""
+    return [track.cut for track in getattr(cut, "tracks", ())] or [cut]
+
+
+def _stretch(cut: Any) -> str:
+    """Which part of which recording a cut is."""
+    recording, channel = (getattr(cut, name, None) for name in ("recording_id", "channel"))
+    return f"{recording} from {cut.start:.10g} for {cut.duration:.10g} s in {channel}"
 
 
 def _records(cut: Any) -> list[dict[str, Any]]:

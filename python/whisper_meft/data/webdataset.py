@@ -84,14 +84,15 @@ class TarShards(ShardedExamples):
 
     def examples(self, shard: int) -> Iterator[Example]:
         name = self.names[shard]
+        file = os.path.basename(_SHARD.sub(r".\1", name))  # without what an address asks for
         seen = False
         for key, members in _samples(name):
             seen = True
-            yield self._example(f"{name}: {key}", members)
+            yield self._example(f"{name}: {key}", members, f"{file}: {key}")
         if not seen:
             raise UserError(f"{name} holds no examples: members such as 0001.wav and 0001.cls are accepted")
 
-    def _example(self, name: str, members: dict[str, Any]) -> Example:
+    def _example(self, name: str, members: dict[str, Any], inside: str) -> Example:
         options = self.options
         fields = {suffix: value for suffix, value in members.items() if not _is_audio(suffix)}
         if "json" in fields:
@@ -112,7 +113,7 @@ class TarShards(ShardedExamples):
         speaker = columns.field_of(fields, options.speaker_column, columns.SPEAKER, name)
         text = columns.field_of(fields, options.text_column, TEXT, name) if options.with_text else None
         audio = self._audio(name, members)
-        return Example(audio, label, speaker, name, text=text)
+        return Example(audio, label, speaker, name, text=text, inside=inside)
 
     def _audio(self, name: str, members: dict[str, Any]) -> Any:
         given = self.options.audio_column
