@@ -5,7 +5,15 @@ import builtins
 import numpy as np
 import pytest
 from data_fixtures import found, write
-from whisper_meft.data import list_splits, load_examples, load_shards
+from whisper_meft.data import (
+    Example,
+    ExampleSet,
+    list_splits,
+    load_examples,
+    load_shards,
+    split_by_speaker,
+    warn_on_shared_audio,
+)
 from whisper_meft.data.digest import digest_of
 from whisper_meft.errors import UserError
 from whisper_meft.feature_cache.key import clip_fingerprint
@@ -82,6 +90,42 @@ def test_what_tells_sets_of_cuts_apart(cuts, tmp_path):
     mixed = cuts[1].mix(cuts[3], preserve_id="left")
     others = [digest([cuts[0], each], "one") for each in (later, shorter, of_another, renamed, mixed)]
     assert len({before, *others}) == 6
+
+
+def test_cuts_of_a_recording_whose_speakers_are_not_known_stay_together(tmp_path):
+    files = [write(tmp_path / f"{i}.wav", i, seconds=1.0) for i in range(8)]
+    noise = cut_of(write(tmp_path / "noise.wav", 9, seconds=0.2)).drop_supervisions()
+    pieces = []
+    for i, file in enumerate(files):
+        whole = cut_of(file, "nl" if i % 2 else "de")
+        for change in (whole, whole.perturb_speed(1.1)):
+            for start in (0, 0.2, 0.4, 0.6):
+                piece = change.truncate(offset=start, duration=0.2)
+                pieces += [piece, noise.mix(piece)]
+    examples = load_examples(save(pieces, tmp_path / "cuts.jsonl"))
+    training, validation = split_by_speaker(examples, 0.25, 1)
+    heard = [{each.spans[0].recording for each in part} for part in (training, validation)]
+    assert len(heard[1]) == 2 and not heard[0] & heard[1] and heard[0] | heard[1] == {*map(str, files)}
+
+
+def test_cuts_that_overlap_are_warned_about(tmp_path, caplog):
+    def loaded(*cuts):
+        return load_examples(save(cuts, tmp_path / f"cuts{len(list(tmp_path.iterdir()))}.jsonl"))
+
+    recorded = write(tmp_path / "a.wav", 3, seconds=1.0)
+    whole = cut_of(recorded, "nl")
+    training = loaded(whole.truncate(duration=0.5), cut_of(write(tmp_path / "b.wav", 4, seconds=1.0), "nl"))
+    later = loaded(whole.truncate(offset=0.5), cut_of(write(tmp_path / "c.wav", 4, seconds=1.0), "nl"))
+    assert warn_on_shared_audio(training, later) == [] and not caplog.text
+    between = loaded(whole.truncate(offset=0.4, duration=0.2))
+    assert warn_on_shared_audio(training, between) == [between[0].name]
+    assert "1 utterances of" in caplog.text and "overlap in time" in caplog.text
+    # Faster by a quarter, 0.4 s is where 0.5 s was, and 0.3 s is not.
+    faster = whole.perturb_speed(1.25)
+    after, before = (loaded(faster.truncate(offset=start)) for start in (0.4, 0.3))
+    assert warn_on_shared_audio(training, after) == [] and len(warn_on_shared_audio(training, before)) == 1
+    files = ExampleSet([Example(str(recorded), start=0.4, stop=0.6), Example(str(recorded), start=0.6)])
+    assert warn_on_shared_audio(training, files) == [files[0].name]
 
 
 def test_several_supervisions(cuts, tmp_path):

@@ -63,6 +63,16 @@ def _stored_type(feature: Any, key: str) -> str | None:
 
 
 @dataclass(frozen=True, slots=True)
+class Span:
+    """A part of a recording: its file, or what else is its alone; seconds; a channel, ``None`` for all."""
+
+    recording: str
+    start: float
+    stop: float
+    channel: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Example:
     """One utterance.
 
@@ -80,6 +90,7 @@ class Example:
             (:func:`whisper_meft.data.cut_into_windows`); ``None`` means all of it.
         inside: what it is called inside the shard or data set that holds it, which is the same wherever that
             lies; empty for files.
+        spans: the parts of recordings that are heard in it, where ``audio`` is made of them when it is read.
     """
 
     audio: Any
@@ -94,6 +105,7 @@ class Example:
     text: str | None = None
     window: tuple[float, float] | None = None
     inside: str = ""
+    spans: tuple[Span, ...] = ()
 
     def __post_init__(self):
         # The same letters may be composed in one file system or spreadsheet and decomposed in another.
@@ -334,6 +346,14 @@ def utterance(example: Example, real: RealPaths) -> Hashable:
     return real(example.audio), *segment, example.channel, example.window
 
 
+def _recording(example: Example, real: RealPaths) -> Hashable:
+    """The recording of an example, each channel one of its own, or ``None`` where it is not told; of several
+    that are mixed the first."""
+    if isinstance(example.audio, str | os.PathLike):
+        return real(example.audio), example.channel
+    return (real(example.spans[0].recording), example.spans[0].channel) if example.spans else None
+
+
 def warn_on_shared_audio(train: ExampleSet, evaluation: ExampleSet) -> list[str]:
     """Warns when the same utterance (file, segment and channel) is in both sets, or when segments of one
     recording overlap, and returns the names of those in ``evaluation`` sorted."""
@@ -358,38 +378,42 @@ def _overlapping(train: ExampleSet, evaluation: ExampleSet, real: RealPaths) -> 
     """The examples of the second set that share sound with the first: more than a millisecond of a file, in
     one channel. Times in seconds are not compared with those in samples, as rates are not known."""
 
-    def places(example: Example) -> tuple[list[tuple[str, str]], float, float]:
-        """(file, unit) that it can be compared in, and from where to where it goes there."""
-        first = example.start or 0
-        last = math.inf if example.stop is None else example.stop
-        units = ("seconds", "samples") if not first and last == math.inf else (example.unit,)
-        return [(real(example.audio), unit) for unit in units], first, last
+    def places(example: Example) -> Iterator[tuple[tuple[str, str], int | None, float, float]]:
+        """(file, unit) that it can be compared in, the channel, and from where to where it goes there."""
+        for span in example.spans:
+            yield (real(span.recording), "seconds"), span.channel, span.start, span.stop
+        if isinstance(example.audio, str | os.PathLike):
+            first = example.start or 0
+            last = math.inf if example.stop is None else example.stop
+            units = ("seconds", "samples") if not first and last == math.inf else (example.unit,)
+            for unit in units:
+                yield (real(example.audio), unit), example.channel, first, last
 
-    def in_files(examples: ExampleSet) -> Iterator[Example]:
-        return (example for example in examples if isinstance(example.audio, str | os.PathLike))
-
-    wanted = {real(example.audio) for example in in_files(evaluation)}
+    wanted = {key for example in evaluation for key, *_ in places(example)}
     # By (file, unit) and channel; under "all" those of every channel, as their mean has each.
     spans: dict[tuple, list[tuple[float, float]]] = defaultdict(list)
-    for example in in_files(train):
-        if real(example.audio) in wanted:
-            keys, first, last = places(example)
-            for key in keys:
-                spans[key, example.channel].append((first, last))
+    for example in train:
+        for key, channel, first, last in places(example):
+            if key in wanted:
+                spans[key, channel].append((first, last))
                 spans[key, "all"].append((first, last))
     starts, ends = {}, {}
     for key, found in spans.items():
         found.sort()
         starts[key] = [first for first, _ in found]
         ends[key] = list(accumulate((last for _, last in found), max))  # the latest of it and those before
-    for example in in_files(evaluation):
-        keys, first, last = places(example)
-        channels = ("all",) if example.channel is None else (example.channel, None)
-        for key in ((key, channel) for key in keys for channel in channels if (key, channel) in starts):
-            before = bisect_left(starts[key], last - 1e-3)
-            if before and ends[key][before - 1] > first + 1e-3:
-                yield example
-                break
+
+    def overlaps(key: tuple, first: float, last: float) -> bool:
+        before = bisect_left(starts[key], last - 1e-3) if key in starts else 0
+        return before > 0 and ends[key][before - 1] > first + 1e-3
+
+    for example in evaluation:
+        if any(
+            overlaps((key, each), first, last)
+            for key, channel, first, last in places(example)
+            for each in (("all",) if channel is None else (channel, None))
+        ):
+            yield example
 
 
 def split_by_speaker(
@@ -435,8 +459,7 @@ def split_by_speaker(
     for index, example in enumerate(examples):
         group = example.speaker
         if group is None:
-            in_file = isinstance(example.audio, str | os.PathLike)
-            group = (real(example.audio), example.channel) if in_file else index
+            group = _recording(example, real) or index
         groups[group].append(index)
     by_label: dict[str, list[list[int]]] = defaultdict(list)
     for members in groups.values():

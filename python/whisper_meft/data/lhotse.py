@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import LazyPackage, UserError, one_line
 from . import columns
-from .examples import DatasetCell, Example, listing
+from .examples import DatasetCell, Example, Span, listing
 from .options import Options
 from .splits import split_kinds
 from .streaming import ShardedExamples
@@ -118,12 +118,33 @@ class LhotseShards(ShardedExamples):
             seconds=float(cut.duration),
             text=(" ".join(values(options.text_column, columns.TEXT)) or None) if options.with_text else None,
             inside=f"{cut.id}: {'; '.join(map(_stretch, _tracks(cut)))}",
+            spans=tuple(map(_span, _supervised(cut))),
         )
 
 
 def _tracks(cut: Any) -> list[Any]:
     """The cuts of single recordings that a cut is mixed of, or it alone."""
     return [track.cut for track in getattr(cut, "tracks", ())] or [cut]
+
+
+def _supervised(cut: Any) -> list[Any]:
+    """Those of a cut's tracks in which somebody is said to speak, beside what may be noise; else all."""
+    tracks = [track for track in _tracks(cut) if getattr(track, "recording", None) is not None]
+    return [track for track in tracks if track.supervisions] or tracks
+
+
+def _span(cut: Any) -> Span:
+    """Where a cut of a single recording lies: in its one file, before that was slowed down or sped up; else
+    in the recording of that name."""
+    recording, start, length = cut.recording, cut.start, cut.duration
+    for change in reversed(recording.transforms or ()):
+        if isinstance(change, dict):
+            change = lhotse.augmentation.AudioTransform.from_dict(change)
+        start, length = change.reverse_timestamps(start, length, recording.sampling_rate)
+    channels = cut.channel if isinstance(cut.channel, list) else [cut.channel]
+    files = [source.source for source in recording.sources if source.type == "file"]
+    name = files[0] if len(files) == len(recording.sources) == 1 else f"recording {recording.id}"
+    return Span(name, start, start + length, channels[0] if len(channels) == 1 else None)
 
 
 def _stretch(cut: Any) -> str:

@@ -181,7 +181,7 @@ def clip_fingerprint(example: Example) -> str:
         UserError: the source cannot be read.
     """
     source = example.value()
-    told = ("audio", "label", "speaker", "text", "name", "seconds", "window", "inside")
+    told = ("audio", "label", "speaker", "text", "name", "seconds", "window", "inside", "spans")
     part = " ".join(str(getattr(example, each.name)) for each in fields(example) if each.name not in told)
     if example.window is not None:
         part += f" window {example.window}"
