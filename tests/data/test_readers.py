@@ -186,6 +186,12 @@ def test_manifest_rows_of_a_split_that_is_written_in_several_ways_or_not_at_all(
     assert caplog.messages == [told]
     assert [e.label for e in load_examples(path, split="validation")] == ["5", "6"]
     assert [e.label for e in load_examples(path, split="extra")] == ["4"]
+    # Names of more words are splits of their own where a plain one is there.
+    splits = ["test_clean", "test", "tst", "train_noisy", "train_clean"]
+    rows = (f"clips/{i % 3}.wav,{i},{split}" for i, split in enumerate(splits))
+    path = table(clips / "n.csv", header, *rows)
+    for split, labels in (("test", "12"), ("test_clean", "0"), ("train", "34"), ("train_noisy", "3")):
+        assert "".join(e.label for e in load_examples(path, split=split)) == labels
     # Of tables, as of folders, one that is called so exactly is meant alone: others may be copies of it.
     for name, label in (("train", "a"), ("train_sp", "b"), ("test", "c")):
         table(clips / "each" / f"{name}.csv", "path,label", f"../clips/0.wav,{label}")

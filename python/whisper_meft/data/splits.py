@@ -191,7 +191,8 @@ def choose_splits(splits: Splits, split: str | None, shown: str) -> list[str | N
     """The keys that ``split`` stands for.
 
     Folders and tables of that very name go before others of the kind, such as Kaldi's ``train_sp`` beside
-    ``train``; rows of all names of the kind belong together. Rows of no kind are named in a warning.
+    ``train``; of rows, those whose split is another word for it (``training``) belong to it, and names of
+    more words (``train_noisy``) count where there is none of these. Rows of no kind are named in a warning.
 
     Raises:
         UserError: there are none, or several and no ``split``.
@@ -209,7 +210,8 @@ def choose_splits(splits: Splits, split: str | None, shown: str) -> list[str | N
     kinds = split_kinds(names) if len(names) > 1 else {name: canonical_split(name) for name in names}
     alike = [name for name in names if wanted is not None and kinds.get(name) == wanted]
     if (exact or alike) and isinstance(splits, SplitsOfRows):
-        chosen = [name for name in names if name in exact or name in alike]
+        plain = [name for name in names if name in exact or (name in alike and folded(name) in CANONICAL)]
+        chosen = plain or alike
         _say_left_out(splits, [name for name in splits if name not in kinds and name not in chosen], shown)
         return chosen
     if exact or alike:
