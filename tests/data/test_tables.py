@@ -167,17 +167,46 @@ def test_malformed_json(tmp_path, text, message):
         load_examples(tmp_path / "m.jsonl")
 
 
-@pytest.mark.parametrize("name", ["label", "speaker", "path", "split"])
+@pytest.mark.parametrize("name", ["label", "speaker", "path", "channel", "text"])
 @pytest.mark.parametrize("value", [["a"], ["a", "b"], {"x": "a"}, []])
 def test_lists_and_objects_of_json_are_no_names(tmp_path, name, value):
-    plain = {"path": "0.wav", "label": "a", "speaker": "s", "split": "train", "more": value}
+    write(tmp_path / "0.wav", 0)
+    plain = {"path": "0.wav", "label": "a", "speaker": "s", "text": "ja", "channel": 0, "more": value}
+    how = {"speaker_column_name": "speaker", "channel_column_name": "channel", "require_text": name == "text"}
     path = table(tmp_path / "m.jsonl", json.dumps(plain), json.dumps({**plain, name: value}))
     with pytest.raises(
         UserError, match=f"line 2: the column '{name}' holds .*; text or a number is accepted"
     ):
-        load_examples(path, split="train")
+        load_examples(path, **how)
     table(path, json.dumps(plain))
-    assert [e.label for e in load_examples(path, split="train")] == ["a"]
+    assert [e.label for e in load_examples(path, **how)] == ["a"]
+
+
+@pytest.mark.parametrize("value", [["a"], {"x": "a"}, []])
+def test_columns_of_lists_and_objects_that_nobody_named_are_not_used(tmp_path, value, caplog):
+    fields = {"label": "a", "speaker": "s", "subset": "train", "channel": 1}
+    nested = {**fields, "speaker": value, "subset": value, "channel": value}
+    lines = (json.dumps({"path": f"{i}.wav", **each}) for i, each in enumerate((fields, nested)))
+    path = table(tmp_path / "m.jsonl", *lines)
+    assert list_splits(path) == []
+    found = [(e.label, e.speaker, e.channel) for e in load_examples(path)]
+    assert found == [("a", None, None)] * 2
+    told = "m.jsonl: its column '{}' is not used, as it holds lists or objects of JSON"
+    for name in ("speaker", "subset", "channel"):
+        assert sum(message.endswith(told.format(name)) for message in caplog.messages) == 1
+    with pytest.raises(UserError, match="line 2: the column 'speaker' holds"):
+        load_examples(path, speaker_column_name="speaker")
+    # Times of words, say; and where transcripts are wanted, labels are one of these.
+    path = table(
+        tmp_path / "w.jsonl", json.dumps({"path": "0.wav", "label": "a", "start": value, "end": value})
+    )
+    assert parts(path) == [("a", None, None, "seconds")]
+    with pytest.raises(UserError, match="line 1: the column 'end' holds"):
+        load_examples(path, stop_column_name="end")
+    path = table(tmp_path / "t.jsonl", json.dumps({"path": "0.wav", "text": "ja", "labels": value}))
+    assert [(e.label, e.text) for e in load_examples(path, require_text=True)] == [(None, "ja")]
+    with pytest.raises(UserError, match="line 1: the column 'labels' holds"):
+        load_examples(path)
 
 
 def test_gzipped_tables(tmp_path):
@@ -269,6 +298,8 @@ def test_an_offset_beside_a_start_must_be_explained(stereo, columns):
     end, start = sorted(columns.split(","), key=lambda name: not name.startswith("offset"))
     with pytest.raises(UserError, match="the segment from .* is empty"):
         load_examples(path, stop_column_name=end, start_column_name=start)
+    table(path, f"path,label,{columns}", "x.wav,a,0.1,0.2")
+    assert parts(path, start_column_name=columns.split(",")[0])[0][2] is None
     table(path, f"path,label,{columns},duration", "x.wav,a,0.1,0.2,0.3")
     assert len(load_examples(path)) == 1
 

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -64,12 +64,16 @@ def table_examples(
         samples: whether start and end are samples; ``None`` finds out (:class:`Times`).
 
     Rows given twice are dropped with a warning. Where no column says the split, the paths may
-    (``train/a.wav``).
+    (``train/a.wav``). Lists and objects of JSON are no names: a column that holds some is not used, with a
+    warning, unless it was named or must be there.
 
     Raises:
         UserError: no audio column, none of transcripts where those are wanted, an empty path, bad segments,
-            rows of the same audio that differ in their label (transcript) or in a column that is not known.
+            lists or objects in a column that was named or must be there, rows of the same audio that differ
+            in their label (transcript) or in a column that is not known.
     """
+    rows = list(rows)
+    nested = {name for _, row in rows for name, value in zip(names, row) if isinstance(value, Nested)}
     audio = _audio_column(names, options, where)
     find = need_column if options.require_labels else find_column
     label = find(names, options.label_column, LABEL, where)
@@ -78,6 +82,15 @@ def table_examples(
     split = find_column(names, None, SPLIT, where)
     times = Times(names, options, samples, where)
     channels = Channels(names, options.channel_column, where)
+    if not (options.require_labels or options.label_column):
+        label = _usable(label, nested, where)
+    speaker = speaker if options.speaker_column else _usable(speaker, nested, where)
+    split = _usable(split, nested, where)
+    given = options.start_column, options.stop_column, None
+    times.columns = tuple(
+        name if named else _usable(name, nested, where) for name, named in zip(times.columns, given)
+    )
+    channels.column = channels.column if channels.given else _usable(channels.column, nested, where)
     index = {name: i for i, name in enumerate(names)}
 
     def field(row: Sequence[str], name: str | None) -> str:
@@ -87,9 +100,9 @@ def table_examples(
     located = []
     for line, row in rows:
         at = f"{where}, {unit} {line}"
-        if nested := next((name for name in used if isinstance(field(row, name), Nested)), None):
+        if wrong := next((name for name in used if isinstance(field(row, name), Nested)), None):
             raise UserError(
-                f"{at}: the column {nested!r} holds {field(row, nested)[:60]}; text or a number is accepted"
+                f"{at}: the column {wrong!r} holds {field(row, wrong)[:60]}; text or a number is accepted"
             )
         file = field(row, audio)
         if not file:
@@ -137,6 +150,14 @@ def _audio_column(names: Sequence[str], options: Options, where: str) -> str:
             f"{where} has no header line: its first line must name the columns (such as path,label)"
         )
     return audio if audio is not None else need_column(names, None, AUDIO, where)
+
+
+def _usable(column: str | None, nested: Collection[str], where: str) -> str | None:
+    """A column that nobody named, if it holds names: it is none of ``nested``, which is said."""
+    if column not in nested:
+        return column
+    warn_once(f"{where}: its column {column!r} is not used, as it holds lists or objects of JSON")
+    return None
 
 
 def _splits_of_paths(files: list[str], options: Options, where: str) -> list[str] | None:
@@ -258,8 +279,10 @@ def _read(table: Table, options: Options, samples: bool | None) -> list[tuple[st
 def table_splits(path: Path, options: Options) -> list[str | None]:
     """The splits of a table in order of appearance, ``None`` for rows of none."""
     names, rows = read_table(path, options.columns())
-    where = os.fspath(path)
+    rows, where = list(rows), os.fspath(path)
     split = find_column(names, None, SPLIT, where)
+    if split is not None and any(isinstance(row[names.index(split)], Nested) for _, row in rows):
+        split = None
     column = split or find_column(names, options.audio_column, AUDIO, where)
     if column is None:
         return [None]

@@ -41,7 +41,7 @@ class Times:
             SpeechBrain's: they do where the end minus the start is far more than the duration.
 
     Raises:
-        UserError: a column counts in frames, or "offset" may be an end as well as a start.
+        UserError: a column counts in frames, or "offset" may be an end as well as a start that was not named.
     """
 
     def __init__(self, names: Sequence[str], options: Options, samples: bool | None, where: str):
@@ -51,7 +51,8 @@ class Times:
         stop = stop or _time(names, (*STOP, "offset") if onset else STOP, like=start)
         self.columns = (start, stop, _time(names, DURATION, like=start))
         offset = next((name for name in names if time_column(name)[0] == "offset"), None)
-        if start is not None and offset not in (None, start) and self.columns[1:] == (None, None):
+        guessed = start is not None and options.start_column is None
+        if guessed and offset not in (None, start) and self.columns[1:] == (None, None):
             raise UserError(
                 f"{where} has the columns {start!r} and {offset!r}, and none that is known by its name for "
                 f"the end or the duration: say what {offset!r} is (--start_column_name, --stop_column_name), "
