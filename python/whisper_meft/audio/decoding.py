@@ -17,6 +17,8 @@ soundfile = LazyPackage("soundfile", "reading audio")
 
 BLOCK = 1 << 20  # samples decoded at a time, whatever a header promises
 
+_LAST_PAGE = 30  # seconds: more than what a page of Vorbis holds
+
 _UNKNOWN = 1 << 50  # frames that libsndfile says where a header leaves the length open
 
 _CONVERT = "convert it first, for example with `ffmpeg -i IN -ar 16000 -ac 1 OUT.wav`"
@@ -66,13 +68,18 @@ def file_blocks(file: str | bytes, segment: Segment, name: str) -> Iterator[tupl
             raise UserError(f"{name} holds no samples")
         if first >= total:
             raise begins_too_late(name, first, total, rate)
+        begin = first if opened.seekable() else 0
         # Decoded up to the segment: seeking in MP3 loses the bit reservoir, and with it the first samples; in
         # Vorbis near the end it lands beside its place, by what the last page was cut by.
-        inexact = opened.format == "MP3" or opened.subtype.startswith(("MPEG_LAYER", "VORBIS"))
-        skip = first if inexact or not opened.seekable() else 0
-        if not skip and first:
-            opened.seek(first)
-        yield from _blocks(opened, skip, int(min(last, total)) - first, silence, segment.channel, name)
+        if opened.format == "MP3" or opened.subtype.startswith("MPEG_LAYER"):
+            begin = 0
+        elif opened.subtype == "VORBIS":
+            begin = max(0, min(begin, total - _LAST_PAGE * rate))
+        if begin:
+            opened.seek(begin)
+        yield from _blocks(
+            opened, first - begin, int(min(last, total)) - first, silence, segment.channel, name
+        )
     except (soundfile.SoundFileError, RuntimeError, OSError) as error:
         raise UserError(f"{name} {_explain(file, error, name)}") from error
     finally:
