@@ -165,17 +165,29 @@ def test_results_of_other_data_are_not_taken_for_those_of_this(work, tmp_path, c
     assert main(arguments()) == main(arguments()) == 0 and len(cheap) == 1
     capsys.readouterr()
     assert main(arguments(label_column_name="noise")) == 0 and len(cheap) == 2
-    assert "trained anew, another data_format, digests" in capsys.readouterr().out
+    assert "trained anew, another digests" in capsys.readouterr().out
     first = settings()
     assert settings() == first
     assert settings(validation_fraction=0.4) != first
     assert settings(speaker_column_name="voice")["digests"] != first["digests"]
+    assert settings(audio_column_name="file") != first and settings(data_root="/") != first
+    # What changes no clip, and what other clips of validation make of no account.
+    of_no_account = {
+        "strict": True,
+        "data_format": "manifest",
+        "layout": "class",
+        "dataset_cache_dir": "there",
+    }
+    assert settings(**of_no_account) == first
+    separate = {"eval_data": work / "corpus" / "test", "test_data": work / "corpus" / "test"}
+    fractions = [settings(**separate, validation_fraction=fraction) for fraction in (0.1, 0.4)]
+    assert fractions[0] == fractions[1] != first
     write(swapped=1)
     assert settings()["digests"]["test"] != first["digests"]["test"]
     # Of a version that did not keep this.
     (path,) = (tmp_path / "out" / "runs").rglob("settings.json")
     kept = json.loads(path.read_text())
-    for name in ("digests", "data_format", "validation_fraction"):
+    for name in ("digests", "data_format"):
         del kept[name]
     path.write_text(json.dumps(kept))
     assert main(arguments()) == 0 and len(cheap) == 3

@@ -45,6 +45,8 @@ from .arguments import CompareArguments, options_of, parse_method, rate_factor
 from .costs import measure_costs
 from .measures import MEASURES
 
+_OF_SOUND = ("dataset_config_name", "audio_column_name", "data_root")
+
 _CACHED_BYTES = 2**31  # of features that are kept in memory between runs
 
 
@@ -108,7 +110,6 @@ class Comparison:
             "train_examples": len(self.examples.training),
             "validation_examples": len(self.examples.evaluation),
             "test_examples": len(self.test),
-            "validation_fraction": arguments.validation_fraction,
             "data_format": self._data_format(),
             "digests": {
                 "training": digest_of(self.examples.training, speakers=True),
@@ -130,10 +131,10 @@ class Comparison:
         self._cache: dict[int, dict[int, Any]] | None = {} if clips * window < _CACHED_BYTES else None
 
     def _data_format(self) -> dict[str, Any]:
-        """The given options of how examples are read. Where copies of hub data are kept changes nothing."""
-        names = [each.name for each in fields(DataFormatArguments) if each.name != "dataset_cache_dir"]
-        values = {name: getattr(self.arguments, name) for name in names}
-        return {name: value for name, value in values.items() if value not in (None, False)}
+        """Those of the options of reading that choose between sounds of one name. What others change the
+        digests tell."""
+        values = {name: getattr(self.arguments, name) for name in _OF_SOUND}
+        return {name: value for name, value in values.items() if value is not None}
 
     def _make_corpus(self) -> Path:
         from ..synthetic.speech import make_accent_corpus
