@@ -4,6 +4,7 @@ import logging
 import math
 import os
 import pickle
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -213,7 +214,7 @@ def test_split_with_some_speakers(caplog):
     assert "4 of 9 examples of some data have no speaker" in caplog.text
 
 
-def test_segments_of_unknown_speakers_stay_together_by_recording():
+def test_segments_of_unknown_speakers_stay_together_by_recording(caplog):
     examples = ExampleSet(
         Example(path, label, start=start, stop=start + 1, channel=channel)
         for start in range(5)
@@ -227,8 +228,15 @@ def test_segments_of_unknown_speakers_stay_together_by_recording():
 
     assert not recordings(train) & recordings(validation)
     assert train.label_counts() == {"a": 10, "b": 10} and validation.label_counts() == {"a": 5, "b": 5}
+    assert "no label of" not in caplog.text
+    # One recording of each label has nothing to spare but its segments.
+    train, validation = split_by_speaker(ExampleSet(e for e in examples if "1" in e.audio), 0.2)
+    assert train.label_counts() == {"a": 4, "b": 4} and validation.label_counts() == {"a": 1, "b": 1}
+    assert "training and validation hold the same recordings" in caplog.text
     with pytest.raises(UserError, match="a single speaker .or recording"):
-        split_by_speaker(ExampleSet(e for e in examples if "1" in e.audio))
+        split_by_speaker(ExampleSet(e for e in examples if "1" in e.audio and e.start == 0))
+    with pytest.raises(UserError, match="a single speaker"):
+        split_by_speaker(ExampleSet(replace(e, speaker=e.label) for e in examples))
 
 
 def test_split_leaves_a_label_of_one_speaker_in_train(caplog):

@@ -424,7 +424,8 @@ def split_by_speaker(
     Where all have transcripts and not all have labels, these count as one label.
     Every label keeps at least one speaker in train; a label with a single speaker is not held out, and a
     warning says so. Where no speaker is known, whole recordings (of several channels each one) are held out
-    at random within each label, and a warning says so too. The same arguments give the same split.
+    at random within each label, and a warning says so too; where none can be spared, segments are, which
+    another warning says. The same arguments give the same split.
 
     Raises:
         UserError: ``fraction`` outside (0, 1), unlabelled examples, or nothing that could be held out.
@@ -461,8 +462,37 @@ def split_by_speaker(
         if group is None:
             group = _recording(example, real) or index
         groups[group].append(index)
+    held = _held_out(groups.values(), labels, fraction, seed)
+    if not held and len(groups) < len(examples) == unknown:
+        held = _held_out(([index] for index in range(len(examples))), labels, fraction, seed)
+        if held:
+            logger.warning(
+                "no label of %s can spare a whole recording: segments are held out instead, so training and "
+                "validation hold the same recordings, and validation figures tell nothing of others (give "
+                "evaluation data)",
+                examples.description,
+            )
+    if not held:
+        raise UserError(
+            f"no validation set can be split off {examples.description}: every label has a single speaker "
+            "(or recording, where no speaker is known); give evaluation data"
+        )
+    validation = examples.select(sorted(held), f"validation part of {examples.description}")
+    absent = sort_labels({*labels} - {labels[i] for i in held})
+    if absent:
+        logger.warning(
+            "labels with too few speakers to hold one out are not in the validation set: %s", listing(absent)
+        )
+    rest = (index for index in range(len(examples)) if index not in held)
+    return examples.select(rest, f"training part of {examples.description}"), validation
+
+
+def _held_out(
+    groups: Iterable[list[int]], labels: Sequence[str | None], fraction: float, seed: int
+) -> set[int]:
+    """Which examples :func:`split_by_speaker` holds out, if it is by whole groups of them."""
     by_label: dict[str, list[list[int]]] = defaultdict(list)
-    for members in groups.values():
+    for members in groups:
         counts = Counter(labels[i] for i in members)
         by_label[max(sort_labels(counts), key=counts.get)].append(members)
 
@@ -488,16 +518,4 @@ def split_by_speaker(
                 taken += len(group)
         if not taken:  # every speaker is larger than that: the smallest one goes
             any(hold_out(group) for group in sorted(members, key=len))
-    if not held:
-        raise UserError(
-            f"no validation set can be split off {examples.description}: every label has a single speaker "
-            "(or recording, where no speaker is known); give evaluation data"
-        )
-    validation = examples.select(sorted(held), f"validation part of {examples.description}")
-    absent = sort_labels(set(left) - {labels[i] for i in held})
-    if absent:
-        logger.warning(
-            "labels with too few speakers to hold one out are not in the validation set: %s", listing(absent)
-        )
-    rest = (index for index in range(len(examples)) if index not in held)
-    return examples.select(rest, f"training part of {examples.description}"), validation
+    return held
