@@ -367,13 +367,14 @@ def test_a_missing_first_file_does_not_say_where_the_others_are(tmp_path, monkey
     write(tmp_path / "clips" / "1.wav", 1)
     write(tmp_path / "clips" / "é.wav", 2)
     path = table(
-        tmp_path / "m.csv", "path,label", *(f"gone{i}.wav,a" for i in range(9)), "1.wav,a", "é.wav,b"
+        tmp_path / "m.csv", "path,label", *(f"gone{i}.wav,a" for i in range(99)), "1.wav,a", "é.wav,b"
     )
     assert [index_of(e) for e in load_examples(path) if "gone" not in e.name] == [1, 2]
     for folder in (tmp_path / "k", tmp_path / "data" / "train" / "k"):
-        table(folder / "wav.scp", "u0 clips/gone.wav", "u1 clips/1.wav")
-        table(folder / "utt2lang", "u0 a", "u1 b")
-        assert index_of(load_examples(folder)[1]) == 1
+        gone = (f"u{i} clips/gone{i}.wav" for i in range(99))
+        table(folder / "wav.scp", *gone, "v clips/1.wav")
+        table(folder / "utt2lang", *(f"u{i} a" for i in range(99)), "v b")
+        assert index_of(load_examples(folder)[-1]) == 1
 
 
 def test_kaldi_label_file_by_name(kaldi):

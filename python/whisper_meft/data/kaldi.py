@@ -3,9 +3,9 @@
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import replace
-from itertools import islice
+from functools import cache
 from pathlib import Path
 
 from ..errors import UserError
@@ -14,7 +14,7 @@ from . import columns, tables
 from .examples import Example, listing, say_forms
 from .folders import subfolders
 from .options import Options
-from .paths import TRIED, Paths
+from .paths import Paths
 from .segments import Channels
 from .splits import Splits
 
@@ -84,10 +84,7 @@ def read_kaldi_folder(path: Path, options: Options) -> list[Example]:
     texts = _text_file(path, options) if options.with_text else {}
     speakers = _two_columns(path / "utt2spk") if (path / "utt2spk").is_file() else {}
     say_forms(labels.values(), os.fspath(path))
-    paths = Paths(
-        options.data_root or _root_of(path, list(islice(recordings.values(), TRIED))),
-        os.fspath(path / "wav.scp"),
-    )
+    paths = Paths(options.data_root or _root_of(path, recordings.values()), os.fspath(path / "wav.scp"))
     files = {name: paths(value, f"{paths.where}, {name}") for name, value in recordings.items()}
     paths.say()
     channels = _channels(path, files)
@@ -193,10 +190,21 @@ def _two_columns(path: Path, empty: bool = False) -> dict[str, str]:
     return table
 
 
-def _root_of(path: Path, files: Sequence[str]) -> str:
+def _root_of(path: Path, files: Iterable[str]) -> str:
     """Where relative paths of a Kaldi folder start: in a folder above it, where recipes run, or in it. The
     first of the files that is in one of them decides."""
     path = path.absolute()
-    candidates: Sequence[Path] = (path, *path.parents[:3], Path.cwd())
-    there = (os.fspath(c) for file in files for c in candidates if (c / file).is_file())
+    candidates = [os.fspath(each) for each in (path, *path.parents[:3], Path.cwd())]
+
+    @cache
+    def in_use(folder: str) -> list[str]:
+        """The candidates in which there is such a folder: many of the files may be missing."""
+        return [each for each in candidates if os.path.isdir(os.path.join(each, folder))]
+
+    there = (
+        each
+        for file in files
+        for each in in_use(os.path.dirname(file))
+        if os.path.isfile(os.path.join(each, file))
+    )
     return next(there, os.fspath(path))

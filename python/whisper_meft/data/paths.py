@@ -15,9 +15,6 @@ _DRIVE = re.compile(r"[A-Za-z]:[\\/]")
 _AUDIO_FOLDERS = ("clips", "audio", "wavs", "wav")
 
 
-TRIED = 48  # entries that are tried for the folder that paths start from; the first may be missing
-
-
 class RealPaths:
     """Files by one path each, however a table writes it: absolute, without links and detours, composed.
 
@@ -46,7 +43,9 @@ class Paths:
 
     def __init__(self, root: str, where: str, search: bool = False):
         self.root, self.where = root, where
-        self._tries = TRIED if search else 0
+        folders = (os.path.join(root, name) for name in _AUDIO_FOLDERS if search)
+        # Where there is one, every entry is tried until one is found: many may be missing.
+        self._folders = [folder for folder in folders if os.path.isdir(folder)]
         self._entries = cache(_entries)
         self._other_form: list[str] = []
         self._windows: list[str] = []
@@ -57,10 +56,8 @@ class Paths:
         Raises:
             UserError: naming ``at``, a path of Windows that is not here.
         """
-        if self._tries:
-            self._tries -= 1
-            if (folder := self._audio_folder(file)) is not None:
-                self.root, self._tries = folder, 0
+        if self._folders and (folder := self._audio_folder(file)) is not None:
+            self.root, self._folders = folder, []
         path = os.path.join(self.root, file)
         foreign = os.name != "nt" and ("\\" in file or _DRIVE.match(file))
         if (file.isascii() and not foreign) or os.path.lexists(path):
@@ -97,8 +94,10 @@ class Paths:
         """The folder that the file lies in by its name alone; ``None`` where it lies in none."""
         if os.path.basename(file) != file or os.path.lexists(os.path.join(self.root, file)):
             return self.root
-        inside = (os.path.join(self.root, name) for name in _AUDIO_FOLDERS)
-        return next((each for each in inside if self._in_other_form(os.path.join(each, file))), None)
+        for folder in self._folders:
+            if os.path.lexists(os.path.join(folder, file)) or composed(file) in self._entries(folder):
+                return folder
+        return None
 
     def _in_other_form(self, path: str) -> str | None:
         """The file that is there under a name of the same letters."""
