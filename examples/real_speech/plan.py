@@ -18,7 +18,7 @@ BATCH = 16
 # Epochs, and the rates that are tried, the likeliest first.
 FROZEN = {"epochs": 15, "rates": (1e-3, 3e-3, 1e-2, 3e-4)}
 INSIDE = {"epochs": 6, "rates": (1e-3, 3e-4, 1e-4)}
-OWN_WEIGHTS = {"epochs": 6, "rates": (1e-4, 3e-5, 3e-4)}  # the encoder's weights themselves train
+WHOLE = {"epochs": 6, "rates": (1e-4, 3e-5, 3e-4)}  # all of the encoder trains
 SEEDS = 3  # of methods beside a frozen encoder; one of the others
 
 TRIMMED, PADDED = "longest", "fidelity"
@@ -91,7 +91,7 @@ def row(entry: str, task: str = "accents", training: dict[str, Any] | None = Non
     """A row with the budget of its kind of method, trimmed unless ``entry`` says otherwise."""
     method = parse_method(entry)[0]
     config = MeftConfig.methods()[method]
-    budget = FROZEN if config.frozen_encoder else OWN_WEIGHTS if config.trains_backbone else INSIDE
+    budget = FROZEN if config.frozen_encoder else WHOLE if method == "full" else INSIDE
     rates = FROZEN["rates"] if method in RATE_FACTOR else budget["rates"]  # MeZO's are a hundredth of these
     rates = tuple(rate * RATE_FACTOR.get(method, 1) for rate in rates)
     more = [f"{name}={value:g}" for name, value in (training or {}).items()]
