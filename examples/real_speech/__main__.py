@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
             return f"{told}: {score}, {found['cpu_seconds']} s of CPU time"
         return f"{told}: {found['status']}"
 
-    return _go_through(options, study, plan(), lambda cell: cell.row.entry, name, work)
+    return _go_through(options, study, plan(), name, name, work)
 
 
 def transcribe(options: argparse.Namespace) -> int:
@@ -166,7 +166,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     chosen = parser.add_subparsers(dest="command", required=True)
-    named = {"run": "entry begins", "noise": "entry begins", "transcribe": "language and entry begin"}
+    named = {
+        "run": "task and entry begin",
+        "noise": "entry begins",
+        "transcribe": "language and entry begin",
+    }
     for name, begins in named.items():
         runs = chosen.add_parser(name, help="go through the plan")
         runs.add_argument(
