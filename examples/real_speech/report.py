@@ -447,10 +447,14 @@ def tasks(records: Records) -> str:
     lines = []
     for task, found in records.items():
         if task != _MAIN:
-            for row in _ordered(found, rows_of(found)):
-                told = _done(found, row, _planned(task))
-                lines.append([TASKS[task].title, label(row.entry), _accuracy(found, row), told])
-    return markdown(["task", "method", "accuracy, %", "run so far"], lines) if lines else NOTHING
+            rows = rows_of(found)
+            head = _reference(rows, "head")
+            for row in _ordered(found, rows):
+                between = gap(found, row, head) if head and row is not head else None
+                told = interval(between), _done(found, row, _planned(task))
+                lines.append([TASKS[task].title, label(row.entry), _accuracy(found, row), *told])
+    header = ["task", "method", "accuracy, %", "− head, points", "run so far"]
+    return markdown(header, lines, text=2) if lines else NOTHING
 
 
 def sizes(records: Records) -> str:
