@@ -199,5 +199,5 @@ def plan() -> Iterator[Cell]:
             yield from whole(row(entry, task, seeds=1))
     for method in REFERENCES:
         yield from whole(row(method, "languages"))
-    # Last, for 5 hours more of a thread: what is 20 points behind the recipe, as LoRA is, one fold tells.
+    # Last, for three hours more of a thread: what is 20 points behind the recipe, as LoRA is, one fold tells.
     yield from tested(*others[1:])
