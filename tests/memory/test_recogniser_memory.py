@@ -166,6 +166,7 @@ def test_command_sets_methods_beside_each_other(capsys):
     "arguments, message",
     [
         (["--tokens", "9"], "--tokens goes with --task transcribe"),
+        (["--task", "transcribe", "--tokens", "0"], "--tokens must be a positive integer, got 0"),
         (["--methods", "lst,mesh"], "--methods: 'mesh' is none of "),
         (["--methods", ","], "--methods: '' is none of "),
         (["--methods", "full", "--reduction_factor", "4"], "--reduction_factor is an option of none of full"),
@@ -176,3 +177,11 @@ def test_command_errors_take_one_line(arguments, message, capsys):
     assert cli.main(["memory", "--model", "tiny", *arguments]) == 2
     captured = capsys.readouterr()
     assert message in captured.err and captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("which", [[], ["--methods", "lst"]])
+def test_command_prints_no_heading_of_what_cannot_be_counted(which, capsys):
+    command = ["memory", "--model", "tiny", "--task", "transcribe", "--tokens", "449"]
+    assert cli.main([*command, *which]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == "" and "tokens must be at most 448, the decoder's, got 449" in captured.err

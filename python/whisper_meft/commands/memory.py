@@ -78,8 +78,10 @@ class MemoryArguments:
             raise UsageError("--tokens goes with --task transcribe")
         if self.methods is not None and self.gpu_memory is not None:
             raise UsageError("--gpu_memory is for one method, see --method, and not for --methods")
-        if self.batch is not None and self.batch < 1:
-            raise UsageError(f"--batch must be a positive integer, got {self.batch}")
+        for name in ("batch", "tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"--{name} must be a positive integer, got {value}")
 
 
 def parse_size(text: str) -> int:
@@ -153,7 +155,7 @@ def _settings(arguments: MemoryArguments, method: MethodArguments) -> dict[str, 
         "autocast": "bfloat16" if arguments.bf16 else "float16" if arguments.fp16 else None,
         "num_labels": arguments.num_labels,
         "task": arguments.task,
-        "tokens": arguments.tokens or 64,
+        "tokens": 64 if arguments.tokens is None else arguments.tokens,
         "device_type": arguments.device,
         "backend": arguments.backend,
         "backbone_quantization": arguments.backbone_quantization,
@@ -227,11 +229,13 @@ def compared(methods: str, batch: int, asked: dict[str, Any]) -> Iterator[str]:
         if not any(name in _option_names(method) for method, _ in entries):
             raise UsageError(f"--{name} is an option of none of {', '.join(name for name, _ in entries)}")
     rest = {name: value for name, value in asked.items() if name not in shared and name != "method"}
-    yield f"{_step(asked, batch)}: GiB in use at once, GiB taken from the card, parameters that train"
-    for method, own in entries:
+    heading = f"{_step(asked, batch)}: GiB in use at once, GiB taken from the card, parameters that train"
+    for number, (method, own) in enumerate(entries):
         given = {name: value for name, value in shared.items() if name in _option_names(method)} | own
         settings = {**rest, "method": method, **given}
         count = estimate(batch_size=batch, **settings)
+        if number == 0:  # what cannot be counted has no heading
+            yield heading
         extra = [f"{k}={v}" for k, v in own.items() if k not in ("placement", "target")]
         called = ", ".join([_called(settings), *extra])
         numbers = f"{count.peak / GIB:8.2f} {count.reserved / GIB:8.2f} {count.trainable_parameters:13,d}"
