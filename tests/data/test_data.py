@@ -397,6 +397,16 @@ def test_items_in_fidelity_mode(clips):
     assert [item["length"] for item in items] == [25, 63, 7]
 
 
+@pytest.mark.parametrize("checked", [False, True])
+@pytest.mark.parametrize("more, told", [(1 / RATE, False), (0.009, False), (0.02, True)])
+def test_less_than_a_frame_over_the_window_is_not_told(more, told, checked, tmp_path, caplog):
+    examples = ExampleSet([Example(write(tmp_path / "0.wav", 2.0 + more), "a")], "data")
+    if checked:
+        examples = check_audio(examples, progress=False)[0]
+    item = SpeechDataset(examples, extractor(), LABELS)[0]
+    assert item["length"] == 100 and bool(caplog.records) == told
+
+
 @pytest.mark.parametrize("max_frames", ["longest", 40])
 def test_trimmed_items_are_the_clip_alone(clips, max_frames):
     made = extractor()

@@ -77,7 +77,8 @@ class SpeechDataset(torch.utils.data.Dataset):
         self._window = window_of(feature_extractor, max_frames)
         self._seconds = self._window * feature_extractor.hop_length / feature_extractor.sampling_rate
         known = [example.seconds for example in examples if example.seconds is not None]
-        long = sum(seconds > self._seconds for seconds in known)
+        frame = feature_extractor.hop_length / feature_extractor.sampling_rate
+        long = sum(seconds > self._seconds + frame for seconds in known)
         self._warned = len(known) == len(examples) or not say_cut
         if long and tokens is None and say_cut:
             warn_of_cut(long, len(examples), examples.description, self._seconds)
@@ -172,13 +173,14 @@ class SpeechDataset(torch.utils.data.Dataset):
         return np.pad(features, ((0, 0), (0, missing)), constant_values=silence), frames
 
     def _say_cut(self, example: Example, frames: float) -> None:
+        if frames <= self._window + 1:  # what resampling makes longer is no speech
+            return
         if self.tokens is not None:
-            if frames > self._window + 1:  # what resampling makes longer is no speech
-                raise UserError(
-                    f"{example.name} is longer than the window of {self._seconds:g} s, so its transcript "
-                    "tells of what would not be heard: cut it, or leave it out"
-                )
-        elif not self._warned:
+            raise UserError(
+                f"{example.name} is longer than the window of {self._seconds:g} s, so its transcript "
+                "tells of what would not be heard: cut it, or leave it out"
+            )
+        if not self._warned:
             self._warned = True
             logger.warning(
                 "%s is longer than %.1f s; of it and other such clips only the first %.1f s are used",
