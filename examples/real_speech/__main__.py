@@ -36,8 +36,11 @@ def run(options: argparse.Namespace) -> int:
     from .cells import Study
     from .plan import plan
     from .pooled import run_logistic
+    from .report import take_up
 
     study = Study(options.model, options.speech, options.work)
+    if options.records is not None:
+        print(f"took up {take_up(study, options.records)} rows of {options.records}")
 
     def name(cell: Any) -> str:
         return f"{cell.row.task} {cell.row.entry} fold {cell.fold}"
@@ -181,6 +184,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         runs.add_argument("--rows", help=f"only rows whose {begins} with one of these, with commas between")
         runs.add_argument("--minutes", type=float, help="begin nothing after so many")
         runs.add_argument("--list", action="store_true", help="show the plan, run nothing")
+        if name == "run":
+            runs.add_argument(
+                "--records",
+                type=Path,
+                help="go on from this folder's records (such as results/), of the same model and recordings",
+            )
     pages = chosen.add_parser("report", help="write the results, the page's tables and the figures")
     pages.add_argument("--work", type=Path, help="take over the rows that ended there")
     pages.add_argument("--results", type=Path, default=HERE / "results", help="folder of the records")

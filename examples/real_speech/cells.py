@@ -243,7 +243,7 @@ class Study:
                 "validation_loss": result["validation_loss"],
                 "train_loss": result["train_loss"],
                 "steps": result["steps"],
-                "trainable_parameters": self._trainable(row, len(fold.labels)),
+                "trainable_parameters": self.trainable_parameters(row, len(fold.labels)),
                 # Of a run that was gone on with only the last part was measured.
                 "cpu_seconds": None if begun else round(seconds, 1),
                 "cache_cpu_seconds": filled,
@@ -264,7 +264,8 @@ class Study:
         # What a model costs in accuracy that is run with a cheaper attention than it learned with.
         return {**predicted, "read_as": {form: digits(fold.answers(folder, form)) for form in ATTENTIONS}}
 
-    def _trainable(self, row: Row, classes: int) -> int:
+    def trainable_parameters(self, row: Row, classes: int) -> int:
+        """How many parameters train in a row's runs."""
         sizes = load_config(ModelArguments(self.model))
         sizes.num_labels = classes
         with quiet_transformers(), torch.device("meta"):

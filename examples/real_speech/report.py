@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from whisper_meft import MeftConfig
 from whisper_meft.comparison.arguments import parse_method
 from whisper_meft.errors import UserError
-from whisper_meft.files import read_json, write_text
+from whisper_meft.files import read_json, write_json, write_text
 
 from benchmarks import record
 from benchmarks.svg import Picture
@@ -17,6 +17,9 @@ from examples.study.study_report import difference, filled
 
 from .folds import TASKS
 from .plan import Row, plan
+
+if TYPE_CHECKING:
+    from .cells import Study
 
 Records = dict[str, dict[str, Any]]
 COMMAND = "python -m examples.real_speech run --model MODEL --speech DIR --work DIR"
@@ -66,6 +69,52 @@ def take_over(work: Path, task: str, path: Path, command: str) -> bool:
         return False
     record.write(path.stem, figures, command=command, shapes=shapes, device="cpu", path=path)
     return True
+
+
+def take_up(study: "Study", results: Path) -> int:
+    """The inverse of :func:`collect`: the rows of records as files of the study, so that it goes on from what
+    was run elsewhere. What the study has stays; logistic regressions, which take seconds, are left out.
+
+    Args:
+        results: folder of the records.
+
+    Returns:
+        How many rows were taken up.
+
+    Raises:
+        UserError: there are no such records, or they are of other folds or of a model of another size.
+    """
+    rows = {(cell.row.task, cell.row.entry): cell.row for cell in plan()}
+    paths = {task: results / f"{task}.json" for task, _ in rows if (results / f"{task}.json").is_file()}
+    if not paths:
+        raise UserError(f"--records: there are no records of the study in {results}")
+    taken = []
+    for task, path in paths.items():
+        study.task(task)  # which writes the manifests that its shapes are read from
+        shapes = _shapes(study.work / "folds" / task)
+        found = record.read(path)
+        if found["shapes"] != shapes:
+            raise UserError(f"--records: {path} is of other folds than the recordings in {study.speech}")
+        sizes: dict[Row, int] = {}
+        for cell in found["figures"]:
+            row = rows.get((task, cell["entry"]))
+            if row is None or cell["rate"] is None:
+                continue
+            if cell["status"] == "ok":
+                if row not in sizes:
+                    sizes[row] = study.trainable_parameters(row, len(shapes["classes"]))
+                if cell["trainable_parameters"] != sizes[row]:
+                    raise UserError(
+                        f"--records: {path} is of a model of another size than {study.model}: "
+                        f"{cell['entry']} trains {cell['trainable_parameters']:,d} parameters there and "
+                        f"{sizes[row]:,d} here"
+                    )
+            file = study.path(row, cell["fold"], cell["rate"], cell["seed"])
+            if not file.is_file():
+                taken.append((file, {"task": task, **cell}))
+    for file, cell in taken:
+        write_json(file, cell)
+    return len(taken)
 
 
 def _key(cell: dict[str, Any]) -> tuple:

@@ -10,7 +10,7 @@ import soundfile
 from training_fixtures import RATE, TONES, make_backbone, tone
 from whisper_meft import MeftConfig
 from whisper_meft.comparison.arguments import parse_method
-from whisper_meft.files import read_json
+from whisper_meft.files import read_json, write_json
 
 from examples.real_speech import __main__ as command
 from examples.real_speech import attention_report, cells, plan, report
@@ -184,6 +184,44 @@ def test_it_goes_on_where_it_was_and_makes_its_page(go, tmp_path, monkeypatch, c
     assert (results / "accents.json").read_bytes() == before and page.read_text() == text  # nothing new
     shutil.rmtree(work / "rows" / "accents" / "logistic")
     assert command.main(options) == 0 and page.read_text() == text  # what was taken over stays
+
+    shutil.rmtree(work)
+    (lost,) = [
+        cell for cell in record["figures"] if cell["entry"].startswith("head:pool") and cell["fold"] == 2
+    ]
+    record["figures"].remove(lost)
+    write_json(results / "accents.json", record)
+    capsys.readouterr()
+    assert run("--records", str(results), "--rows", "accents") == 0
+    assert "took up 12 rows" in capsys.readouterr().out
+    assert begun[again:] == [("head:pooling=statistics+max_frames=longest", 1e-2, 0)]
+    assert command.main(options) == 0
+    figures = report.load(results)["accents"]["figures"]
+    assert len(figures) == len(record["figures"]) + 1 and all(cell in figures for cell in record["figures"])
+
+
+def test_records_of_another_study_are_not_taken_up(go, speech, tmp_path, capsys):
+    run, work = go
+    results = tmp_path / "results"
+    assert run("--rows", "accents head:max") == 0
+    report.collect(work, results)
+    record = report.load(results)["accents"]
+    make_backbone(tmp_path / "wider", d_model=128)
+    capsys.readouterr()
+
+    def refused(*argv: str) -> str:
+        shutil.rmtree(work)
+        assert run("--records", str(results), *argv) == 1
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and not list(work.glob("rows/*/*"))
+        return error
+
+    assert "is of a model of another size than" in refused("--model", str(tmp_path / "wider"))
+    record["shapes"]["folds"][0]["train_clips"] += 1
+    write_json(results / "accents.json", record)
+    assert "is of other folds than the recordings" in refused()
+    (results / "accents.json").unlink()
+    assert "--records: there are no records of the study in" in refused()
 
 
 def test_a_row_that_fails_costs_no_other(go, monkeypatch):
