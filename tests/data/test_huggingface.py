@@ -65,6 +65,26 @@ def test_a_column_of_something_else_is_no_split(tmp_path, caplog):
     assert "its column 'subset' names no splits and is not used (S, M)" in caplog.text
 
 
+def test_paths_in_a_file_divide_it_as_they_do_in_csv(tmp_path, caplog):
+    names = [f"clips/{part}/{i}.wav" for i, part in enumerate(["train", "test", "train", "test"])]
+    for i, name in enumerate(names):
+        write(tmp_path / name, i)
+    data = Dataset.from_dict({"audio": names, "label": LABELS})
+    data.to_parquet(tmp_path / "m.parquet")
+    data.to_csv(tmp_path / "m.csv")
+    cache = {"cache_dir": str(tmp_path / "cache")}
+    for source, options in ((tmp_path / "m.csv", {}), (tmp_path / "m.parquet", cache)):
+        assert list_splits(source, **options) == ["train", "test"]
+        assert found(load_examples(source, split="test", **options)) == [(1, "b", None), (3, "a", None)]
+        with pytest.raises(UserError, match="has several splits .train, test."):
+            load_examples(source, **options)
+        assert f"{source}: its splits are taken from the folders in its paths (train, test); a" in caplog.text
+    # Who makes a data set in memory has chosen its rows; a column says otherwise.
+    assert len(load_examples(data, data_root=str(tmp_path))) == 4
+    data.add_column("split", ["train"] * 4).to_parquet(tmp_path / "all.parquet")
+    assert len(load_examples(tmp_path / "all.parquet", **cache)) == 4
+
+
 @pytest.mark.parametrize("shards", [1, 4])
 def test_a_stream_is_not_divided_by_a_column(tmp_path, shards):
     data = divided(tmp_path, "arrays")

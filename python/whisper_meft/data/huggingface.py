@@ -16,11 +16,11 @@ from ..once import warn_once
 from . import columns
 from .examples import DatasetCell, Example, listing, say_forms
 from .folders import list_audio_files
-from .manifests import table_examples
+from .manifests import splits_of_paths, table_examples
 from .options import Options
 from .paths import Paths
 from .segments import Channels, Times
-from .splits import Splits, SplitsOfRows, canonical_split
+from .splits import Layout, Splits, SplitsOfRows, canonical_split
 
 datasets = LazyPackage("datasets", "a Hugging Face data set")
 
@@ -60,17 +60,21 @@ def opened(source: Any, load: Callable[[str, Options], Any], options: Options) -
 
 def read_huggingface(source: Any, options: Options) -> Splits:
     """The splits of a data set; its audio stays on disk. Where it has none of its own, and a column names
-    splits, they are that column's.
+    splits, they are that column's; without one a local table of paths has those that the paths lie in, as in
+    CSV.
 
     Raises:
         UserError: it cannot be loaded.
     """
     shown, loaded = opened(source, _load, options)
     options = rooted(source, options)
+    of_file = isinstance(source, str) and os.path.exists(source)
     if isinstance(loaded, datasets.IterableDataset | datasets.IterableDatasetDict):
         raise UserError(f"{shown} is streamed; here its length is needed: load it without streaming=True")
     if isinstance(loaded, datasets.DatasetDict):
-        if (only := without_splits(loaded)) is not None and (found := _divided(only, options, shown)):
+        if (only := without_splits(loaded)) is not None and (
+            found := _divided(only, options, shown, of_file)
+        ):
             return found
         return {
             name: (lambda d=d, name=name: _of_split(d, name, options, f"{shown} ({name})"))
@@ -82,7 +86,9 @@ def read_huggingface(source: Any, options: Options) -> Splits:
         )
     if options.split and "[" in options.split:
         return {options.split: lambda: _of_split(loaded, options.split, options, shown)}
-    return _divided(loaded, options, shown) or {None: lambda: dataset_examples(loaded, options, shown)}
+    return _divided(loaded, options, shown, of_file) or {
+        None: lambda: dataset_examples(loaded, options, shown)
+    }
 
 
 def rooted(source: Any, options: Options) -> Options:
@@ -110,16 +116,22 @@ def split_column(features: Any, options: Options, where: str) -> str | None:
     return columns.find_column(names, None, columns.SPLIT, where)
 
 
-def _divided(dataset: Any, options: Options, where: str) -> Splits | None:
-    """The splits that a column of the data set names; ``None`` where none does."""
+def _divided(dataset: Any, options: Options, where: str, of_file: bool) -> Splits | None:
+    """The splits that a column of the data set names, or those that the paths in a file lie in (``of_file``);
+    ``None`` where there are none."""
     column = split_column(dataset.features, options, where)
     values = dict.fromkeys(_texts(dataset, column))
     there = [value for value in values if value is not None]
-    if not any(map(canonical_split, there)):
+    by_paths = column is None and of_file
+    if by_paths:
+        values = dict.fromkeys(_splits_of_paths(dataset, options, where))
+        if not values:
+            return None
+    elif not any(map(canonical_split, there)):
         if len(there) > 1:
             warn_once(f"{where}: its column {column!r} names no splits and is not used ({listing(there)})")
         return None
-    pairs = cache(lambda: _divided_examples(dataset, options, where))
+    pairs = cache(lambda: _divided_examples(dataset, options, where, by_paths))
     return SplitsOfRows(
         (value, lambda value=value: [example for part, example in pairs() if part == value])
         for value in values
@@ -201,13 +213,24 @@ def dataset_examples(dataset: Any, options: Options, where: str) -> list[Example
     return [example for _, example in _divided_examples(dataset, options, where)]
 
 
-def _divided_examples(dataset: Any, options: Options, where: str) -> list[tuple[str | None, Example]]:
-    """:func:`dataset_examples`, each with the split that a column says."""
+def _splits_of_paths(dataset: Any, options: Options, where: str) -> list[str]:
+    """The split that the path of each row lies in; nothing where these are no paths or name none."""
+    audio = _audio_column(dataset, options, where)
+    files = _files(dataset.with_format(None), audio)
+    if files is None or None in files:
+        return []
+    return splits_of_paths(files, options, where) or []
+
+
+def _divided_examples(
+    dataset: Any, options: Options, where: str, by_paths: bool = False
+) -> list[tuple[str | None, Example]]:
+    """:func:`dataset_examples`, each with the split that a column says, or ``by_paths`` its path."""
     dataset = dataset.with_format(None)
     names = dataset.column_names
     audio = _audio_column(dataset, options, where)
     if (files := _files(dataset, audio)) is not None:
-        return _examples_of_files(dataset, audio, files, options, where)
+        return _examples_of_files(dataset, audio, files, options, where, None if by_paths else "class")
     find = columns.need_column if options.require_labels else columns.find_column
     label = find([n for n in names if n != audio], options.label_column, columns.LABEL, where)
     speaker = columns.find_column(names, options.speaker_column, columns.SPEAKER, where)
@@ -253,9 +276,10 @@ def _files(dataset: Any, audio: str) -> list[str] | None:
 
 
 def _examples_of_files(
-    dataset: Any, audio: str, files: list[str | None], options: Options, where: str
+    dataset: Any, audio: str, files: list[str | None], options: Options, where: str, layout: Layout | None
 ) -> list[tuple[str | None, Example]]:
-    """The rows as those of a table of paths, whose columns may say which part of a file is meant."""
+    """The rows as those of a table of paths, whose columns may say which part of a file is meant. The paths
+    name no splits where the layout is "class"."""
     if None in files:
         raise UserError(f"{where}: row {files.index(None)} has no audio path in its column {audio!r}")
     plain = ("string", "large_string", "int", "uint", "float", "double", "bool")
@@ -270,7 +294,7 @@ def _examples_of_files(
     if label is not None:
         values[label] = _label_names(dataset, label, where)
     rows = enumerate([field or "" for field in row] for row in zip(*values.values()))
-    given = replace(options, audio_column=audio, label_column=label, layout="class")
+    given = replace(options, audio_column=audio, label_column=label, layout=layout)
     paths = Paths(options.data_root or "", where)
     return table_examples([*values], rows, given, where, paths, unit="row")
 

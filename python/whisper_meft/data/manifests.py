@@ -114,7 +114,7 @@ def table_examples(
     paths.say()
     if channels.column is not None and located:
         channels.check((path, field(row, channels.column)) for _, row, _, path in located)
-    parts = _splits_of_paths([file for _, _, file, _ in located], options, where) if split is None else None
+    parts = splits_of_paths([file for _, _, file, _ in located], options, where) if split is None else None
 
     target = text if options.with_text else label
     told = _Repeated(names, {target, audio, split, *times.columns, channels.column}, where)
@@ -160,7 +160,7 @@ def _usable(column: str | None, nested: Collection[str], where: str) -> str | No
     return None
 
 
-def _splits_of_paths(files: list[str], options: Options, where: str) -> list[str] | None:
+def splits_of_paths(files: list[str], options: Options, where: str) -> list[str] | None:
     """The split of each file where its folders say it, ``None`` where they do not."""
     paths = [tuple(re.split(r"[/\\]+", file)[:-1]) for file in files]
     shared = os.path.commonprefix(paths)
@@ -177,7 +177,10 @@ def _splits_of_paths(files: list[str], options: Options, where: str) -> list[str
         return None
     if not options.layout:
         there = listing(dict.fromkeys(path[level] for path in paths))
-        warn_once(f"{where}: its splits are taken from the folders in its paths ({there}; --layout)")
+        warn_once(
+            f"{where}: its splits are taken from the folders in its paths ({there}); a column split, or "
+            "--layout for text, says otherwise"
+        )
     return [path[level] for path in paths]
 
 
@@ -288,5 +291,5 @@ def table_splits(path: Path, options: Options) -> list[str | None]:
         return [None]
     index = names.index(column)
     values = [row[index] for _, row in rows]
-    parts = values if split else _splits_of_paths(values, options, where)
+    parts = values if split else splits_of_paths(values, options, where)
     return list(dict.fromkeys(part or None for part in parts or [None]))
