@@ -1,8 +1,8 @@
 """What launchers share on the host: choosing a row, guarding the device, and products over all frames."""
 
 import functools
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -32,7 +32,9 @@ def row_for(kernel: str, x: Tensor, width: int) -> Row | None:
         return None
     if stand_in.standing():
         return choice.choose(kernel, width, architecture(stand_in.capability(x.device)))
-    return choice.choose(kernel, width, *place(x.device))
+    where, name = place(x.device)
+    # Measured in half precision; with twice the bytes such blocks may be too large.
+    return choice.choose(kernel, width, where, None if x.dtype == torch.float32 else name)
 
 
 @functools.cache
@@ -54,8 +56,24 @@ def on_device(x: Tensor) -> AbstractContextManager:
 _HERE = nullcontext()
 
 
+_launched: set[str] | None = None
+
+
+@contextmanager
+def launched() -> Iterator[set[str]]:
+    """Collects the names of the kernels that run inside the ``with`` block."""
+    global _launched
+    before, _launched = _launched, set()
+    try:
+        yield _launched
+    finally:
+        _launched = before
+
+
 def launch(kernel, grid: tuple[int, ...], *arguments, **options) -> None:
     """Runs a kernel, but not while memory is counted: then the arguments hold nothing."""
+    if _launched is not None:
+        _launched.add(kernel.__name__)
     if not stand_in.active():
         kernel[grid](*arguments, **options)
 

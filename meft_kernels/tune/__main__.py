@@ -21,14 +21,15 @@ from .row import FAMILIES, SHARED_MEMORY, TORCH_TYPES, Architecture, Row, archit
 from .table import TABLE
 
 
-def _rows(wanted: Sequence[str], width: int | None, arch: Architecture) -> list[tuple[Row, int]]:
-    """Rows and widths that the options ask for, in the order of the ops: one width, or those of Whisper."""
+def _rows(wanted: Sequence[str], width: int | None, arch: Architecture, ends: bool) -> list[tuple[Row, int]]:
+    """Rows and widths that the options ask for, in the order of the ops: one width, or those of Whisper and,
+    with ``ends``, of the rows."""
     found = []
     for op, row in itertools.product(wanted, TABLE):
         if static_check.module_name(row.kernel) != op:
             continue
         if width is None:
-            found += [(row, each) for each in static_check.serving_widths(row, arch)]
+            found += [(row, each) for each in static_check.serving_widths(row, arch, ends)]
         elif best_of(TABLE, row.kernel, width, FAMILIES[arch]) is row:
             found.append((row, width))
     return found
@@ -105,7 +106,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         archs = (options.arch,) if options.arch else tuple(SHARED_MEMORY)
     else:
         archs = (options.arch or (architecture_of() if has_gpu else 90),)
-    rows = [(row, width, arch) for arch in archs for row, width in _rows(wanted, options.width, arch)]
+    rows = [
+        (row, width, arch)
+        for arch in archs
+        for row, width in _rows(wanted, options.width, arch, ends=options.check)
+    ]
     if not rows:
         ops_named = f"op {' '.join(options.op)} at " if options.op else ""
         _complain(f"no row of the table serves {ops_named}width {options.width}; the reference does")
@@ -115,6 +120,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _check(rows, options.dtype)
         if options.dry_run:
             return _dry_run(rows, options.dtype)
+        if options.dtype == "fp32":
+            _complain(
+                "--dtype fp32 goes with --check and --dry-run: measured rows serve half precision alone"
+            )
+            return 1
         if not has_gpu:
             _complain("a CUDA device is needed; --check and --dry-run do without")
             return 1
@@ -156,7 +166,10 @@ def _search(rows: Sequence[tuple[Row, int, Architecture]], options: argparse.Nam
         return 1
     for row, width, _ in rows:
         print(f"{row.kernel} width {width}", flush=True)
-        best.append(search.fastest(row, width, options.dtype, options.batch, options.frames, options.seconds))
+        found = search.fastest(row, width, options.dtype, options.batch, options.frames, options.seconds)
+        if found is None:
+            continue
+        best.append(found)
         try:
             print(f"wrote {device_file.write(best)}", flush=True)
         except OSError as error:

@@ -87,9 +87,16 @@ def case_for(row: Row, width: int, batch: int, frames: int) -> Case:
     return Case(op=static_check.module_name(row.kernel), width=8 * width, side=width, **shape)
 
 
-def fastest(row: Row, width: int, dtype: str, batch: int, frames: int, seconds: float = float("inf")) -> Row:
+def fastest(
+    row: Row, width: int, dtype: str, batch: int, frames: int, seconds: float = float("inf")
+) -> Row | None:
     """The fastest passing candidate of a row at one width on the current CUDA device, of those tried within
-    so many seconds; the row itself is tried first."""
+    so many seconds; the row itself is tried first. None, with the reason printed, where none passes, or where
+    the row's kernel does not run at this width."""
+    from triton.errors import TritonError
+
+    from ..triton_kernels import host
+
     case, backward = case_for(row, width, batch, frames), "bwd" in row.kernel
     sets = input_sets(case, TORCH_TYPES[dtype], backward)
     best, best_time, start, before = None, float("inf"), time.monotonic(), ""
@@ -97,12 +104,18 @@ def fastest(row: Row, width: int, dtype: str, batch: int, frames: int, seconds: 
         if best is not None and time.monotonic() - start > seconds:
             print(f"  stopped after {seconds:g} s", flush=True)
             break
-        with choice.trial(candidate), ops.use_backend("triton"):
+        with choice.trial(candidate), ops.use_backend("triton"), host.launched() as launched:
             try:
                 elapsed = time_case(case, sets, backward)
-            except RuntimeError as error:  # out of resources on this device: not a candidate here
-                print(f"  {candidate.blocks}: {str(error).splitlines()[0]}", flush=True)
+            except (
+                RuntimeError,
+                TritonError,
+            ) as error:  # out of resources on this device: not a candidate here
+                print(f"  {candidate.blocks}: {(str(error).splitlines() or [repr(error)])[0]}", flush=True)
                 continue
+        if f"{row.kernel}_kernel" not in launched:  # others do its work at this width
+            print("  never runs at this width, so it keeps its row", flush=True)
+            return None
         launch = f"{candidate.num_warps}w {candidate.num_stages}s"
         print(f"  {elapsed:9.3f} ms  {candidate.blocks} {launch}", flush=True)
         if candidate == row:
@@ -110,6 +123,7 @@ def fastest(row: Row, width: int, dtype: str, batch: int, frames: int, seconds: 
         if elapsed < best_time:
             best, best_time = candidate, elapsed
     if best is None:
-        return row
+        print("  no candidate passes, so it keeps its row", flush=True)
+        return None
     reason = f"{best_time:.3f} ms at batch {batch}, {frames} frames, {dtype}{before}"
     return replace(best, widths=(width, width), family="any", reason=reason)

@@ -16,7 +16,8 @@ from .choice import best_of
 from .row import FAMILIES, SHARED_MEMORY, Architecture, Row
 from .table import TABLE
 
-# Widths that Whisper's encoders give at reduction factors 2, 4, 8 and 16.
+MODEL_WIDTHS = (384, 512, 768, 1024, 1280)  # of Whisper's hidden states
+# Side widths that they give at reduction factors 2, 4, 8 and 16.
 WIDTHS = (24, 32, 48, 64, 80, 96, 128, 160, 192, 256, 320, 384, 512, 640)
 MODULES = (
     "row_statistics",
@@ -83,10 +84,13 @@ def name_of(arch: Architecture) -> str:
     return f"sm_{arch}" if isinstance(arch, int) else arch
 
 
-def serving_widths(row: Row, arch: Architecture) -> list[int]:
-    """The widths at which the table chooses this row on an architecture."""
+def serving_widths(row: Row, arch: Architecture, ends: bool) -> list[int]:
+    """The widths of Whisper at which the table chooses this row on an architecture, and with ``ends`` the
+    least and the largest that it is written for."""
     family = FAMILIES[arch]
-    widths = {w for w in (*WIDTHS, *row.widths) if row.widths[0] <= w <= row.widths[1]}
+    # These kernels read hidden states, the others states of a side network.
+    known = MODEL_WIDTHS if row.kernel.startswith(("row_statistics", "eight_bit")) else WIDTHS
+    widths = {w for w in (*known, *(row.widths if ends else ())) if row.widths[0] <= w <= row.widths[1]}
     return [w for w in sorted(widths) if best_of(TABLE, row.kernel, w, family) is row]
 
 

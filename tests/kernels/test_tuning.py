@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from meft_kernels.testing import flat_tensors
 from meft_kernels.tune import __main__ as command
 from meft_kernels.tune import choice, device_file, search, static_check
 from meft_kernels.tune.row import FAMILIES, Row, architecture, architecture_of, once_per_row
@@ -213,6 +214,72 @@ def test_a_search_tries_the_row_itself_first():
     assert found[0] == row and len(found) == len({str(c) for c in found}) == 18
 
 
+@pytest.fixture
+def timed(monkeypatch):
+    """A search on the CPU, in the interpreter, whose times are made up: those of the candidates in turn, or
+    the error that one ends with."""
+    pytest.importorskip("triton")
+    times = []
+
+    def time_case(case, sets, backward):
+        [inputs] = sets
+        out = case.function()(**inputs)
+        if backward:
+            out.backward(torch.zeros_like(out))
+        found = times.pop(0)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def input_sets(case, dtype, backward):
+        inputs = replace(case, layers=2).inputs(dtype, "cpu", 0)
+        for tensor in flat_tensors(inputs).values():
+            tensor.requires_grad_(backward)
+        return [inputs]
+
+    monkeypatch.setattr(search, "time_case", time_case)
+    monkeypatch.setattr(search, "input_sets", input_sets)
+    monkeypatch.setattr(search, "architecture_of", lambda: 90)
+    monkeypatch.setattr(search, "passing", lambda row, *_: (replace(row, num_stages=n) for n in (1, 2, 3)))
+    return times
+
+
+def test_a_search_goes_on_behind_what_a_card_cannot_run(timed, capsys):
+    from triton.runtime.errors import OutOfResources
+
+    timed += [OutOfResources(99, 1, "shared memory"), 2.0, 1.5]
+    row = choice.best_of(TABLE, "row_statistics", 384, "hopper")
+    found = search.fastest(row, 384, "fp16", 1, 4)
+    assert not timed and found.num_stages == 3 and found.widths == (384, 384) and "1.500 ms" in found.reason
+    assert "out of resource: shared memory" in capsys.readouterr().out
+
+
+def test_a_search_gives_no_row_that_it_did_not_measure(timed, monkeypatch, capsys):
+    timed += [1.0, 1.0, 1.0]
+    wide = choice.best_of(TABLE, "adapter_bwd_normed", 96, "hopper")
+    assert search.fastest(wide, 96, "bf16", 1, 4) is None  # another kernel does it at 96
+    assert "never runs at this width" in capsys.readouterr().out and len(timed) == 2
+    monkeypatch.setattr(search, "passing", lambda *_: iter(()))
+    assert search.fastest(wide, 384, "bf16", 1, 4) is None
+    assert "no candidate passes" in capsys.readouterr().out
+
+
+def test_widths_of_a_search_are_those_that_kernels_read():
+    for row in TABLE:
+        found = static_check.serving_widths(row, 90, ends=False)
+        if row.kernel.startswith(("row_statistics", "eight_bit")):
+            assert set(found) <= {384, 512, 768, 1024, 1280}
+        else:
+            assert set(found) <= set(static_check.WIDTHS)
+    served = [
+        w
+        for row in TABLE
+        if row.kernel == "row_statistics"
+        for w in static_check.serving_widths(row, 90, False)
+    ]
+    assert sorted(served) == [384, 512, 768, 1024, 1280]
+
+
 CARD = "NVIDIA Card"
 
 
@@ -292,6 +359,28 @@ def test_a_measured_row_loads_as_it_was_timed(card, monkeypatch):
         [launch] = relu_attention.static_launches(each, "bf16", 96)
         types[each.family] = launch[1]
     assert types["any"] == types["hopper"] and "tensordesc" in types["any"]["keys0"]
+
+
+def test_a_measured_row_serves_half_precision_alone(card, monkeypatch, capsys):
+    from meft_kernels.triton_kernels import host
+
+    host.place.cache_clear()
+    monkeypatch.setattr(choice, "TABLE", (GENERAL,))
+    measured = replace(GENERAL, blocks={"BLOCK": 128})
+    device_file.write([measured])
+    for dtype, row in ((torch.float16, measured), (torch.bfloat16, measured), (torch.float32, GENERAL)):
+        assert (
+            host.row_for("toy_fwd", SimpleNamespace(dtype=dtype, device=torch.device("cuda", 0)), 96) == row
+        )
+    host.place.cache_clear()
+    assert command.main([*SEARCH, "--dtype", "fp32"]) == 1 and not card
+    assert "--dtype fp32 goes with --check and --dry-run" in complaint(capsys)
+
+
+def test_a_search_that_finds_nothing_writes_nothing(card, monkeypatch, tmp_path):
+    monkeypatch.setattr(search, "fastest", lambda *_: None)
+    assert command.main(SEARCH) == 0
+    assert list((tmp_path / "rows").iterdir()) == []
 
 
 def test_a_search_is_written_and_picked_up(card, tmp_path):
