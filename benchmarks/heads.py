@@ -97,6 +97,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     options = _parser().parse_args(argv)
     try:
+        for name in ("batch", "rounds"):
+            if getattr(options, name) < 1:
+                raise UserError(f"--{name} must be a positive integer, got {getattr(options, name)}")
         check_writable(f"{options.output or record.RESULTS}/record.json")
         torch.set_num_threads(1)
         torch.manual_seed(0)

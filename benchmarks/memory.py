@@ -170,7 +170,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     options = _parser().parse_args(argv)
     try:
-        batch = _batches(options.batch, "--batch")[0]
+        batch, *more = _batches(options.batch, "--batch")
+        if more:
+            raise UserError(
+                f"--batch must be one number, got {options.batch!r}; --micro-batches takes several"
+            )
         micro = _batches(options.micro_batches, "--micro-batches") if options.micro_batches else []
         options.methods = _names(options.methods, list(MeftConfig.methods()), "--methods")
         options.published = _names(options.published, list(published.METHODS), "--published")

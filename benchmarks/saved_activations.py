@@ -18,6 +18,8 @@ from torch import Tensor
 from transformers import WhisperFeatureExtractor, WhisperForAudioClassification
 from whisper_meft import LSTConfig, SHERLConfig, UniPTConfig, get_meft_model
 from whisper_meft.data import SpeechDataset, load_examples
+from whisper_meft.errors import UserError, one_line
+from whisper_meft.files import check_writable
 from whisper_meft.synthetic.shipped import shipped_backbone
 from whisper_meft.synthetic.speech import make_accent_corpus
 
@@ -25,6 +27,7 @@ from . import record
 
 CONFIGS = {"lst": LSTConfig, "unipt": UniPTConfig, "sherl": SHERLConfig}
 KINDS = ("exact", "fp8")
+COUNTS = {"seeds": 3, "steps": 200, "batch": 32, "reduction_factor": 4, "clips": 300, "test_clips": 100}
 
 
 def features_and_labels(corpus: Path, split: str) -> tuple[Tensor, Tensor, int]:
@@ -121,21 +124,45 @@ def summary(rows: list[dict]) -> list[dict]:
     return found
 
 
-def main(argv: list[str] | None = None) -> int:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.saved_activations", description=__doc__.split("\n\n")[0]
     )
     parser.add_argument("--methods", default="lst,unipt,sherl", help="comma-separated")
-    defaults = {"seeds": 3, "steps": 200, "batch": 32, "reduction_factor": 4, "clips": 300, "test_clips": 100}
-    for name, value in defaults.items():
+    for name, value in COUNTS.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--corpus", help="folder to keep the corpus in (default: a temporary one)")
     parser.add_argument("--output", help="folder of the record (default: benchmarks/results)")
-    options = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns the exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    options = _parser().parse_args(argv)
+    try:
+        path = compared(options, " ".join(["python -m benchmarks.saved_activations", *argv]))
+    except UserError as error:
+        print(f"benchmarks.saved_activations: error: {one_line(error)}", file=sys.stderr)
+        return 1
+    print(f"\n{path}")
+    return 0
+
+
+def compared(options: argparse.Namespace, command: str) -> Path:
+    """Trains all that the options ask for, prints the table and writes the record; returns its path.
+
+    Raises:
+        UserError: an option that makes no sense, or a record that cannot be written, before any work.
+    """
     methods = options.methods.split(",")
     if unknown := [method for method in methods if method not in CONFIGS]:
-        parser.error(f"--methods must be out of {', '.join(CONFIGS)}, got {unknown[0]!r}")
+        raise UserError(f"--methods must be out of {', '.join(CONFIGS)}, got {unknown[0]!r}")
+    for name in COUNTS:
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name} must be a positive integer, got {getattr(options, name)}")
+    check_writable(Path(options.output or record.RESULTS) / "saved_activations.json")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         corpus = make_accent_corpus(
@@ -160,17 +187,15 @@ def main(argv: list[str] | None = None) -> int:
             f"{e['fp8_accuracy']:>8.1%} ± {e['fp8_accuracy_spread'] / 2:>4.1%}"
             f"{e['least_cosine']:>14.5f} {e['least_cosine_of']}"
         )
-    command = " ".join(["python -m benchmarks.saved_activations", *(argv or sys.argv[1:])])
     shapes = {k: v for k, v in vars(options).items() if k not in ("corpus", "output")}
-    path = record.write(
+    return record.write(
         "saved_activations",
         {"summary": entries, "rows": rows},
         command=command,
         shapes=shapes,
+        device="cpu",
         directory=options.output,
     )
-    print(f"\n{path}")
-    return 0
 
 
 if __name__ == "__main__":

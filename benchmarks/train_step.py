@@ -328,7 +328,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", default="small", help=f"sizes of the encoder: {', '.join(MODELS)}")
     parser.add_argument("--batch", type=int, default=None, help="clips (default: 128 on a GPU, 2 on a CPU)")
-    parser.add_argument("--frames", type=int, default=1500, help="encoder frames of a clip (default: 1500)")
+    parser.add_argument("--frames", type=int, help="encoder frames of a clip (default: 1500, see --quick)")
     parser.add_argument(
         "--methods",
         default="all",
@@ -351,7 +351,9 @@ def _parser() -> argparse.ArgumentParser:
         "--repeats", type=int, help="timed steps, 0: memory alone (default: 10 on a GPU, 3 on a CPU)"
     )
     parser.add_argument(
-        "--quick", action="store_true", help="2 timed steps, on a CPU 300 frames; recorded in results/quick"
+        "--quick",
+        action="store_true",
+        help="2 timed steps, on a CPU 300 frames if no other number is given; recorded in results/quick",
     )
     parser.add_argument("--no-count", action="store_true", help="measure the memory, do not count it too")
     parser.add_argument("--output", type=Path, help="folder of the record (default: benchmarks/results)")
@@ -370,7 +372,7 @@ def _setting(options: argparse.Namespace) -> Setting:
     return Setting(
         model=options.model,
         batch=(2 if on_cpu else 128) if options.batch is None else options.batch,
-        frames=300 if options.quick and on_cpu and options.frames == 1500 else options.frames,
+        frames=(300 if options.quick and on_cpu else 1500) if options.frames is None else options.frames,
         reduction_factor=options.reduction_factor,
         dtype=parse_dtype(options.dtype) or (torch.float32 if on_cpu else torch.bfloat16),
         device=device,

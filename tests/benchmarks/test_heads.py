@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from benchmarks import heads
 
 
@@ -27,6 +29,14 @@ def test_trimmed_clips(tmp_path, capsys):
     assert json.loads(next(tmp_path.glob("*.json")).read_text())["shapes"]["seconds"] == 0.5
     assert heads.main([*asked, "--seconds", "31"]) == 1
     assert "--seconds must be above 0 and at most" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["batch", "rounds"])
+def test_numbers_that_make_no_sense(option, tmp_path, capsys):
+    assert heads.main(["--model", "toy", f"--{option}", "0", "--output", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert f"--{option} must be a positive integer, got 0" in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_without_a_model(tmp_path, capsys):

@@ -217,6 +217,15 @@ def test_wrong_options_get_one_line(options, sentence, capsys, tmp_path, monkeyp
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "options, frames",
+    [("", 1500), ("--quick", 300), ("--quick --frames 1500", 1500), ("--frames 20", 20)],
+)
+def test_a_quick_run_keeps_the_frames_that_were_given(options, frames):
+    parsed = train_step._parser().parse_args(["--device", "cpu", *options.split()])
+    assert train_step._setting(parsed).frames == frames
+
+
 def test_output_is_tried_before_anything_is_measured(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(train_step, "measure", None)
     (tmp_path / "file").write_text("")

@@ -552,6 +552,7 @@ def test_benchmark_prints_and_records(capsys, tmp_path):
     [
         (["--methods", "lst,nothing"], "--methods must be all, none or some of .*, got 'nothing'"),
         (["--batch", "many"], "--batch must be positive integers with commas between, got 'many'"),
+        (["--batch", "4,2"], "--batch must be one number, got '4,2'; --micro-batches takes several"),
         (["--model", "huge"], "model must be one of"),
         (["--backend", "native"], "--backend must be one of auto, reference, triton, got 'native'"),
         (["--methods", "none", "--published", "none"], "--methods, --published and --saved leave nothing to"),
