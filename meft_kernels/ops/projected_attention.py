@@ -31,7 +31,7 @@ class FeatureSlab:
         self._layers = layers
         self._slab: Tensor | None = None
         self._added = 0
-        self._edges: list[Tensor] = []
+        self._edges: dict[int, Tensor] = {}  # by the layer's place, of those that take a gradient
 
     def add(
         self,
@@ -52,9 +52,10 @@ class FeatureSlab:
                 self._slab = features.new_empty(self._layers, *features.shape)
             self._slab[self._added] = features
             del features
-        self._added += 1
         if torch.is_grad_enabled() and any(given.requires_grad for given in (x, weight, bias)):
-            self._edges.append(_Projection.apply(backend, keep, x, weight, bias, *statistics))
+            edge = _Projection.apply(backend, keep, x, weight, bias, *statistics)
+            self._edges[self._added] = edge
+        self._added += 1
 
     def attend(
         self,
@@ -66,10 +67,11 @@ class FeatureSlab:
     ) -> Tensor:
         """What ``ops.relu_attention`` gives of an anchor (B, T, r) and the features. Once."""
         slab, edges, backend = self._slab, self._edges, backends.current()
-        self._slab, self._edges = None, []
+        self._slab, self._edges = None, {}
         anchor = anchor.to(slab.dtype)
         pool = max(1, min(pool, anchor.shape[1]))
-        return _Attention.apply(backend, slab, pool, anchor, gate_weight, gate_bias, lengths, *edges)
+        given = (anchor, gate_weight, gate_bias, lengths)
+        return _Attention.apply(backend, slab, pool, tuple(edges), *given, *edges.values())
 
 
 class _Projection(FUNCTIONS["norm_linear"]):
@@ -83,8 +85,8 @@ class _Projection(FUNCTIONS["norm_linear"]):
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, backend, slab, pool, anchor, gate_weight, gate_bias, lengths, *edges):
-        ctx.backend, ctx.pool, ctx.edges = backend, pool, len(edges)
+    def forward(ctx, backend, slab, pool, places, anchor, gate_weight, gate_bias, lengths, *edges):
+        ctx.backend, ctx.pool, ctx.places = backend, pool, places
         ctx.save_for_backward(slab, anchor, gate_weight, gate_bias, lengths, *edges_of(edges))
         return backends.kernel("relu_attention", backend)(
             anchor, gate_weight, gate_bias, lengths, list(slab.unbind(0)), pool
@@ -100,7 +102,7 @@ class _Attention(torch.autograd.Function):
         else:
             features = list(slab.unbind(0))
             grads = backends.kernel("relu_attention_bwd", ctx.backend)(grad, *given, features, ctx.pool)
-        return None, None, None, *grads[:3], None, *grads[3 : 3 + ctx.edges]
+        return None, None, None, None, *grads[:3], None, *(grads[3 + place] for place in ctx.places)
 
 
 def _may_write() -> bool:

@@ -376,3 +376,21 @@ def test_hidden_states_of_unipt_may_need_gradients():
         found = torch.autograd.grad(side.pooled(states).square().sum(), states)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("keep_graph", [False, True])
+def test_the_gradient_of_a_single_hidden_state_is_its_own(keep_graph):
+    """Of features in one slab, beside others that take none."""
+    torch.manual_seed(0)
+    side = UniPT(32, 2, 4, device=DEVICE)
+    side.down.requires_grad_(False)
+    with torch.no_grad():
+        for parameter in side.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    states = [torch.randn(2, 5, 32, device=DEVICE) for _ in range(3)]
+    states[1].requires_grad_()
+    expected = torch.autograd.grad(side.pooled(states).square().sum(), states[1])
+    with use_backend("triton"):
+        out = side.pooled(states).square().sum()
+        found = torch.autograd.grad(out, states[1], retain_graph=keep_graph)
+    torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-4)
