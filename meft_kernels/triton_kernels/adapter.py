@@ -275,18 +275,17 @@ def packed(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """W1 (H, r), b1 (H,) and W2 transposed (H, r) as the kernels read them: weights in ``dtype``, H rounded
     up to ``block`` hidden columns and r to the sum of its ``chunks``, zeros outside."""
+    hidden, width = weight_1.shape
+    pad = (0, sum(chunks(width)) - width, 0, -hidden % block)
 
-    def make() -> tuple[Tensor, Tensor, Tensor]:
-        hidden, width = weight_1.shape
-        pad = (0, sum(chunks(width)) - width, 0, -hidden % block)
-        pair, bias = (weight_1.to(dtype), weight_2.T.to(dtype)), bias_1
-        if any(pad):
-            pair = (F.pad(weight, pad) for weight in pair)
-            bias = F.pad(bias_1, pad[2:])
-        first, second = (weight.contiguous() for weight in pair)
-        return first, bias.contiguous(), second
+    def padded(weight: Tensor) -> Tensor:
+        weight = weight.to(dtype)
+        return (F.pad(weight, pad) if any(pad) else weight).contiguous()
 
-    return once_per_step(weight_1, dtype, block, make)
+    first = once_per_step(weight_1, dtype, ("adapter", block), lambda: padded(weight_1))
+    second = once_per_step(weight_2, dtype, ("adapter, transposed", block), lambda: padded(weight_2.T))
+    bias = F.pad(bias_1, pad[2:]) if pad[3] else bias_1
+    return first, bias.contiguous(), second
 
 
 @once_per_row

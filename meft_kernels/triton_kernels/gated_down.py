@@ -360,7 +360,7 @@ def _take(x: Tensor, block: slice | None) -> Tensor:
 
 
 def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    return once_per_step(weight, dtype, 0, lambda: weight.to(dtype).contiguous())
+    return once_per_step(weight, dtype, "cast", lambda: weight.to(dtype).contiguous())
 
 
 def _parameters(x: Tensor, weight_1: Tensor, *given: Tensor) -> list[Tensor]:

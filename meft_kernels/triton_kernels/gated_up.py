@@ -123,11 +123,11 @@ def _constants(row: Row, backbone: int, side: int, need_x: bool | None = None) -
 
 def _keep(gate: Tensor, dtype: torch.dtype) -> Tensor:
     """tanh(gate / temperature), fp32, left on the device. ``dtype``: of the activations."""
-    return once_per_step(gate, dtype, 0, lambda: torch.tanh(gate.float() / GATE_TEMPERATURE))
+    return once_per_step(gate, dtype, "keep", lambda: torch.tanh(gate.float() / GATE_TEMPERATURE))
 
 
 def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    return once_per_step(weight, dtype, 0, lambda: weight.to(dtype).contiguous())
+    return once_per_step(weight, dtype, "cast", lambda: weight.to(dtype).contiguous())
 
 
 def forward(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, gate: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """What launchers share on the host: choosing a row, guarding the device, and products over all frames."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,15 +87,16 @@ def aligned(x: Tensor, width: int) -> Tensor:
     return rows if rows.data_ptr() % 16 == 0 else rows.clone()
 
 
-def once_per_step(weight: Tensor, dtype: torch.dtype, block: int, make: Callable[[], tuple]) -> tuple:
-    """What ``make`` gives of a weight in another ``dtype``, made once for all who ask with one ``block``.
+def once_per_step(weight: Tensor, dtype: torch.dtype, purpose: Hashable, make: Callable[[], Any]) -> Any:
+    """What ``make`` gives of a weight in another ``dtype`` and of nothing else, made once for all who ask for
+    one ``purpose``.
 
     Kept with the tensor, and only of one that autograd made in this step, such as a folded weight: a
     parameter may be changed in place through ``.data``, which nothing tells.
     """
     if stand_in.active() or weight.is_leaf or weight.dtype == dtype:
         return make()
-    key, known = (dtype, block, weight._version), weight.__dict__.setdefault("_made_of_it", {})
+    key, known = (dtype, purpose, weight._version), weight.__dict__.setdefault("_made_of_it", {})
     if key not in known:
         known[key] = make()
     return known[key]

@@ -109,7 +109,7 @@ def projected(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         rounded = weight.to(x.dtype)
         return rounded, rounded.sum(-1, dtype=torch.float32)
 
-    rounded, centre = once_per_step(weight, x.dtype, 0, make)
+    rounded, centre = once_per_step(weight, x.dtype, "projected", make)
     return matmul(x, rounded.T, x.dtype), centre
 
 

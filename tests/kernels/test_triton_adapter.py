@@ -115,6 +115,20 @@ def test_no_rows():
     assert not any(result[name].any() for name in NAMES[1:])
 
 
+@pytest.mark.parametrize("shared", ["weight_1", "weight_2", "both"])
+def test_adapters_that_share_a_weight_of_this_step(shared):
+    """What is made of a weight once per step does not hold what else the call was given."""
+    inputs, grad = draw(Case("adapter", batch=1, frames=3), torch.float16)
+    for name in ("weight_1", "weight_2"):
+        inputs[name] = inputs[name].requires_grad_() * 1
+    others, other_grad = draw(Case("adapter", batch=1, frames=3), torch.float16, seed=1)
+    names = ["weight_1", "weight_2"] if shared == "both" else [shared]
+    others |= {name: inputs[name] for name in names}
+    with torch.no_grad():
+        run(kernel, inputs, grad, NAMES, True)
+        assert_as_good_as_reference(kernel, reference, [(others, other_grad)], NAMES, True)
+
+
 def test_float64_and_unlisted_widths_use_the_reference():
     wide = Case("adapter", batch=1, frames=2, side=1300, adapter_dim=3)
     for inputs, grad in (draw(Case("adapter"), torch.float64), draw(wide, torch.float32)):

@@ -32,6 +32,7 @@ def test_a_weight_is_prepared_once_per_step_but_a_parameter_each_time():
     for _ in range(2):  # what is made may be the weight itself
         host.once_per_step(alias, torch.float32, 8, make)
     assert len(calls) == 7
+    assert host.once_per_step(alias, torch.bfloat16, "another", lambda: "something else") == "something else"
     made = weakref.ref(first[0])
     del alias, first
     gc.collect()
