@@ -67,10 +67,11 @@ def _key(op: str, names: Sequence[str], arguments: Sequence) -> tuple:
 def _trial(names: Sequence[str], arguments: Sequence, seed: int) -> list:
     """Random arguments of the same widths and types for a few clips."""
     device = next(a for a in arguments if isinstance(a, Tensor)).device
-    generator = torch.Generator().manual_seed(seed)
+    # Drawn on the CPU, the same for every device and whatever torch.set_default_device says.
+    how = {"generator": torch.Generator("cpu").manual_seed(seed), "device": "cpu"}
 
     def normal(*shape: int, like: Tensor, scale: float = 1.0, mean: float = 0.0) -> Tensor:
-        return (mean + scale * torch.randn(shape, generator=generator)).to(device, like.dtype)
+        return (mean + scale * torch.randn(shape, **how)).to(device, like.dtype)
 
     small, rows = [], None
     for name, argument in zip(names, arguments):
@@ -82,7 +83,7 @@ def _trial(names: Sequence[str], arguments: Sequence, seed: int) -> list:
             small.append(torch.tensor([FRAMES, 33, FRAMES // 2][:CLIPS], dtype=argument.dtype, device=device))
         elif name == "active":
             shape = None if argument is None else (CLIPS * FRAMES, argument.shape[-1])
-            bits = None if shape is None else torch.randint(256, shape, generator=generator)
+            bits = None if shape is None else torch.randint(256, shape, **how)
             small.append(bits if bits is None else bits.to(argument.device, argument.dtype))
         elif isinstance(argument, Tensor) and name in _ACTIVATIONS:
             small.append(normal(CLIPS, FRAMES, argument.shape[-1], like=argument, mean=0.3))

@@ -90,6 +90,16 @@ def fail(*_):
     raise RuntimeError("out of resources: shared memory\nand more")
 
 
+def test_right_kernels_pass_whatever_device_is_the_default():
+    x = torch.randn(2, 5, 16)
+    arguments = (x, torch.randn(4, 16), torch.randn(4), *reference.row_statistics(x))
+    names = ["x", "weight", "bias", "mean", "rstd"]
+    plain, fused = reference.norm_linear.forward, lambda *given: reference.norm_linear.forward(*given)
+    with warnings.catch_warnings(), torch.device("meta"):  # as torch.set_default_device("cuda") on a GPU
+        warnings.simplefilter("error")
+        assert self_check.choose("norm_linear", names, arguments, plain, fused) is fused
+
+
 @pytest.mark.parametrize(
     ("fused", "complaint"),
     [
