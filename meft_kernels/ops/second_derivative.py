@@ -90,9 +90,13 @@ def refuses_second_derivative(backward: Callable) -> Callable:
     They depend on the upstream gradient and on what was saved, and the marked gradients hang on all of it: so
     a derivative raises to whatever it is taken, also where ``torch.autograd.grad`` visits those nodes alone
     that lead there. Of arguments that a Function does not save it has to save the ``edges``.
+
+    Where no gradient comes from above, as with ``set_materialize_grads(False)``, none goes on.
     """
 
     def run(ctx, *upstream: Tensor | None):
+        if upstream[0] is None:  # of the only output that can be differentiated
+            return (None,) * len(ctx.needs_input_grad)
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             with torch.no_grad():
                 return backward(ctx, *upstream)

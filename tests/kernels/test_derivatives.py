@@ -1,5 +1,7 @@
 """Derivatives that the ops do not have raise, however they are asked for; those that they have go on."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.autograd import forward_ad
@@ -7,7 +9,7 @@ from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vmap
 from torch.utils.checkpoint import checkpoint
 
 import meft_kernels
-from meft_kernels import ops
+from meft_kernels import ops, use_backend
 from meft_kernels.self_attention import self_attention
 from meft_kernels.testing import CASES, flat_tensors
 
@@ -83,6 +85,36 @@ def test_of_a_frozen_head():
     with TWICE:
         grad(lambda x: SQUARE(grad(lambda x: SQUARE(run(x)))(x)))(x.detach())
     assert jacrev(run)(x.detach()).shape == (3, 3, 4)  # through vmap
+
+
+class _Stopped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+@pytest.mark.parametrize(
+    ("case", "backend"),
+    [
+        *(pytest.param(case, "auto", id=case.op) for case in ONE_EACH),
+        *(pytest.param(case, "triton", id="slab") for case in ONE_EACH if case.op == "relu_attention"),
+    ],
+)
+def test_where_no_gradient_comes_from_above(case, backend):
+    """Also of what keeps more than its arguments for the backward: C++ kernels, a slab, a frozen head."""
+    if backend == "triton":
+        pytest.importorskip("triton")
+    inputs = replace(case, frames=5).inputs(torch.float32)
+    tensors = [t for t in flat_tensors(inputs).values() if t.is_floating_point()]
+    taking = [t.requires_grad_() for t in (tensors[:1] if case.op == "linear_cross_entropy" else tensors)]
+    with use_backend(backend):
+        out = case.function()(**inputs)
+        (_Stopped.apply(out).sum() + sum(t.sum() for t in taking)).backward()
+    assert all(torch.equal(t.grad, torch.ones_like(t)) for t in taking)
 
 
 def test_under_checkpointing():
