@@ -1,6 +1,7 @@
 """SHERL's output through a frozen function, such as an encoder layer, in parts of which nothing is kept."""
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from .disposing import may_dispose
 from .ops import backends
 from .ops.second_derivative import refuses_second_derivative
 from .reference import stand_in
+from .reference.common import in_autocast
 
 
 def parts(clips: int, size: int) -> Iterator[slice]:
@@ -63,8 +65,8 @@ class WidenInto(torch.autograd.Function):
             grad_y = y.clone()
         parameters = (weight, bias, gate)
         found: list[list[Tensor]] = []
-        autocast = torch.autocast(grad.device.type, enabled=False)
-        with torch.no_grad(), autocast, backends.assume_backend(ctx.backend):
+        off = torch.autocast(grad.device.type, enabled=False) if in_autocast(grad.device) else nullcontext()
+        with torch.no_grad(), off, backends.assume_backend(ctx.backend):
             widen = backends.kernel("gated_up")
             for part in parts(len(x), ctx.size):
                 states, of_part = x[part], grad_y[part]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import native, reference
 from ..reference import SAVED_ACTIVATIONS, stand_in
+from ..reference.common import in_autocast
 from . import backends, schemas
 from .second_derivative import edges, in_forward_mode, in_nested_transforms, refuses_second_derivative
 
@@ -222,7 +223,6 @@ def call(
 
 def activation(x: Tensor) -> Tensor:
     """Casts fp32 activations to autocast's type where autocast is on."""
-    device = x.device.type
-    if x.dtype == torch.float32 and torch.is_autocast_enabled(device):
-        return x.to(torch.get_autocast_dtype(device))
+    if x.dtype == torch.float32 and in_autocast(x.device):
+        return x.to(torch.get_autocast_dtype(x.device.type))
     return x

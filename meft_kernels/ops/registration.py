@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import native, reference
+from ..reference.common import in_autocast
 from . import schemas, self_check
 from .backends import HAS_TRITON, NAMESPACES, library_is_faster
 
@@ -44,7 +45,7 @@ def _without_autocast(kernel: Callable) -> Callable:
 
     @functools.wraps(kernel)
     def run(first: Tensor, *arguments):
-        if not torch.is_autocast_enabled(first.device.type):
+        if not in_autocast(first.device):
             return kernel(first, *arguments)
         with torch.autocast(first.device.type, enabled=False):
             return kernel(first, *arguments)

@@ -25,6 +25,11 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def in_autocast(device: torch.device) -> bool:
+    """Whether autocast is on for tensors of a device; some, such as meta, know none."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
 def row_blocks(rows: int, width: int, device: torch.device, every: bool = False) -> Iterator[slice]:
     """Slices that cover ``range(rows)``, each at most about ``BLOCK_ELEMENTS`` elements of rows ``width``
     wide and nearly as long as the others: an allocator then has the memory of one for the next. For counting

@@ -274,6 +274,17 @@ def test_fake_tensors(method):
 
 
 @BOTH
+def test_meta_tensors(method):
+    side = build(method, device="meta")
+    hidden_states = [torch.empty(2, 9, D, device="meta") for _ in range(L + 1)]
+    side(hidden_states).sum().backward()
+    if method == "SHERL":
+        given = (lambda x, part: x, lambda x, grad, part: grad, (1, 1))
+        side.widen_into(*side.merge(hidden_states), *given).sum().backward()
+    assert all(p.grad.shape == p.shape for p in side.parameters())
+
+
+@BOTH
 def test_saves_one_small_state_per_layer(method):
     """Beside the hidden states themselves, what is kept for the backward is one (B, T, r) per layer."""
     side = build(method, num_layers=4)
