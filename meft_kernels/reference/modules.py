@@ -216,8 +216,9 @@ class SideNetwork(nn.Module):
         if hidden_state.shape[1] == 0:
             raise ValueError(f"{name} must hold at least one frame, got shape {tuple(hidden_state.shape)}")
         if first is None:
-            parameter = next(self.parameters())
-            if hidden_state.device != parameter.device:
+            # A replica of torch.nn.DataParallel has tensors in their place.
+            parameter = next(self.parameters(), None)
+            if parameter is not None and hidden_state.device != parameter.device:
                 raise ValueError(
                     f"{name} is on {hidden_state.device} but the parameters of {type(self).__name__} are on "
                     f"{parameter.device}; move one to the other's device"

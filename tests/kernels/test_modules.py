@@ -285,6 +285,23 @@ def test_meta_tensors(method):
 
 
 @BOTH
+def test_a_replica_of_data_parallel(method):
+    """Which has no parameters, but tensors in their place: as ``torch.nn.parallel.replicate`` makes it."""
+    side, hidden_states = build(method), states()
+    parts = list(side.modules())
+    copies = {part: part._replicate_for_data_parallel() for part in parts}
+    for part, copy_of_it in copies.items():
+        for name, child in part.named_children():
+            setattr(copy_of_it, name, copies[child])
+        for name, parameter in part.named_parameters(recurse=False):
+            setattr(copy_of_it, name, parameter.clone())
+    expected, found = output(side, hidden_states), output(copies[side], hidden_states)
+    assert torch.equal(found, expected)
+    found.square().sum().backward()
+    assert all(p.grad is not None for p in side.parameters())
+
+
+@BOTH
 def test_saves_one_small_state_per_layer(method):
     """Beside the hidden states themselves, what is kept for the backward is one (B, T, r) per layer."""
     side = build(method, num_layers=4)
