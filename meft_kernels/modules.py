@@ -179,7 +179,8 @@ class UniPTDecoder(CausalUniPT, reference.UniPTDecoder):
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return super().hear(features, memory)
         size = max(1, _SCORES // max(1, features.shape[1] * memory.shape[1]))
-        parts = zip(features.split(size), memory.split(size))
+        memory = memory.expand(len(features), -1, -1)
+        parts = zip(features.split(size), memory.split(size), strict=True)
         heard = [recomputed(super(UniPTDecoder, self).hear, *part) for part in parts]
         return heard[0] if len(heard) == 1 else torch.cat(heard)
 

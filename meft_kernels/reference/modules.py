@@ -270,6 +270,20 @@ class SideNetwork(nn.Module):
                 )
 
 
+def check_memory(memory: Tensor | None, like: Tensor) -> None:
+    """Checks what a decoder's network (B, U, r) listens to.
+
+    Raises:
+        ValueError: none, or not of shape (B or 1, T, r).
+    """
+    batch, width = like.shape[0], like.shape[-1]
+    shape = None if memory is None else tuple(memory.shape)
+    if shape is None or len(shape) != 3 or shape[0] not in (1, batch) or shape[2] != width:
+        raise ValueError(
+            f"memory must be the encoder's side state, of shape ({batch} or 1, T, {width}), got {shape}"
+        )
+
+
 class NormLinear(nn.Module):
     """LayerNorm(D), then Linear(D, r)."""
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from . import adapter, norm_linear
 from .common import GATE_TEMPERATURE, NORM_EPS, accumulation_dtype
-from .modules import LST, Rung, SideNetwork, adapter_params, norm_linear_params, norm_params
+from .modules import LST, Rung, SideNetwork, adapter_params, check_memory, norm_linear_params, norm_params
 
 Cache = Callable[[int, bool, Callable[[], tuple[Tensor, Tensor]]], tuple[Tensor, Tensor]]
 
@@ -114,18 +114,20 @@ class LadderDecoder(LST):
         """s_L, (B, U, r).
 
         Args:
-            hidden_states, lengths: as ``forward``'s. memory: S (B, T, r).
+            hidden_states, lengths: as ``forward``'s. memory: S (B, T, r), or of one clip that all listen to.
             cache: called as ``cache(rung, listens, make)``, where ``make()`` gives keys and values
                 (B, heads, ..., r / heads) of these tokens, or of S where it ``listens``; gives those of all
                 tokens so far, or of S. None: there are no others.
             valid: (B, K), true for tokens that may be looked at; None: all.
+
+        Raises:
+            ValueError: no ``memory``, or of another shape.
         """
-        if memory is None:
-            raise ValueError("memory must be the encoder ladder's output (B, T, r), got None")
         stream = (state.values for state in self.read(hidden_states))
         first = next(stream)
         self.check_lengths(lengths, first)
         state = self.project(0, first)
+        check_memory(memory, state)
         memory, mask = memory.to(state.dtype), None
         if cache is None:
             mask = _mask(state.shape[1], state.shape[1], valid, state.device)

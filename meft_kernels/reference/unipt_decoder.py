@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .common import ATTENTION_EPS, NORM_EPS, accumulation_dtype
-from .modules import CausalUniPT, UniPT, norm_params
+from .modules import CausalUniPT, UniPT, check_memory, norm_params
 
 
 class UniPTMemory(UniPT):
@@ -105,13 +105,15 @@ class UniPTDecoder(CausalUniPT):
         """Z, (B, U, r).
 
         Args:
-            hidden_states, lengths: as ``forward``'s. memory: S (B, T, r).
+            hidden_states, lengths: as ``forward``'s. memory: S (B, T, r), or of one clip that all listen to.
             past, valid: as for ``CausalUniPT.state``; the features that ``past`` is given have listened.
+
+        Raises:
+            ValueError: no ``memory``, or of another shape.
         """
-        if memory is None:
-            raise ValueError("memory must be the encoder's side state (B, T, r), got None")
         *features, anchor = self.features(hidden_states)
         self.check_lengths(lengths, anchor)
+        check_memory(memory, anchor)
         features = [
             each + listening(self.hear(each, memory)) for each, listening in zip(features, self.listening)
         ]

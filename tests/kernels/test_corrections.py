@@ -216,6 +216,26 @@ def test_a_pair_on_the_ops_is_the_readable_one(kind):
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-7)
 
 
+@PAIRS
+@PACKAGES
+def test_all_may_listen_to_one_clip_and_else_each_to_its_own(package, kind, monkeypatch):
+    monkeypatch.setattr(meft_kernels.modules, "_SCORES", 1)  # a clip at a time
+    memory, decoder = pair(package, kind)
+    heard, states = memory(wide_states(11, 3, 1)), wide_states(5, LAYERS + 1, 2)
+    one = heard[:1]
+    found, expected = (written(decoder, states, each) for each in (one, one.expand(2, -1, -1)))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    upstream = torch.randn_like(found)
+    parameters = [*memory.parameters(), *decoder.parameters()]
+    outputs = (found, expected)
+    grads = [torch.autograd.grad(each, parameters, upstream, retain_graph=True) for each in outputs]
+    for ours, theirs in zip(*grads):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
+    for wrong in (heard.repeat(2, 1, 1), heard[:0], heard[..., :-1], heard[0]):
+        with pytest.raises(ValueError, match=r"memory must be .* of shape \(2 or 1, T, 64\), got \("):
+            decoder.state(states, None, wrong)
+
+
 class Cache:
     """Keeps what earlier tokens left behind, as a generation does."""
 
