@@ -508,11 +508,7 @@ class UniPT(_Upsampled):
         attention: str = "exact",
     ) -> None:
         super().__init__(hidden_size, num_layers, reduction_factor, layers, saved_activations)
-        self.attention, self._attention = attention, parse_attention(attention)
-        if self.causal and self._attention != ("relu", 1):
-            raise ValueError(
-                f"attention must be 'exact' where no token may see what follows it, got {attention!r}"
-            )
+        self.attention = attention
         place = {"device": device, "dtype": dtype}
         size = self.side_size
         self.down = nn.ModuleList(NormLinear(hidden_size, size, **place) for _ in range(len(self.taps) + 1))
@@ -521,6 +517,24 @@ class UniPT(_Upsampled):
         self.adapter = Adapter(size, hidden_size, **place)
         self._build_up(correction, **place)
         self.reset_parameters()
+
+    @property
+    def attention(self) -> str:
+        """May be set to another word at any time.
+
+        Raises:
+            ValueError: when set to another word than the class takes.
+        """
+        return self.__dict__["attention"]
+
+    @attention.setter
+    def attention(self, attention: str) -> None:
+        parsed = parse_attention(attention)
+        if self.causal and parsed != ("relu", 1):
+            raise ValueError(
+                f"attention must be 'exact' where no token may see what follows it, got {attention!r}"
+            )
+        self.__dict__["attention"], self._attention = attention, parsed
 
     def state(self, hidden_states: Iterable[Tensor], lengths: Tensor | None) -> Tensor:
         """Z, (B, T, r)."""

@@ -1,5 +1,6 @@
 """UniPT's attention in its forms: what each is, where they agree, and that padding does not count."""
 
+import copy
 import math
 
 import pytest
@@ -285,6 +286,20 @@ def test_forms_share_their_parameters(kind):
         assert ("attention=" in repr(other)) == (form != "exact")
     assert torch.equal(outputs[0], outputs[1])
     assert all(not torch.allclose(outputs[0], each, rtol=1e-3) for each in outputs[2:])
+
+
+@pytest.mark.parametrize("package", [meft_kernels, reference])
+def test_a_form_may_be_set_later(package):
+    side = network(package, "exact")
+    for form in FORMS[::-1]:
+        side.attention = form
+        assert torch.equal(side.pooled(states()), network(package, form).pooled(states()))
+        assert repr(copy.deepcopy(side)) == repr(network(package, form))
+    with pytest.raises(ValueError, match="attention must be 'exact', 'pooled:p'"):
+        side.attention = "Linear"
+    assert side.attention == FORMS[0]
+    with pytest.raises(ValueError, match="attention must be 'exact' where"):
+        network(package, "exact", "CausalUniPT").attention = "linear"
 
 
 @pytest.mark.parametrize("keep", ["exact", "fp8"])
