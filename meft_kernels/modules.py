@@ -41,6 +41,18 @@ class _Folded:
         together = (torch.stack(each) for each in zip(*map(norm_linear_params, self.down)))
         return list(zip(*(each.unbind(0) for each in ops.fold(*together))))
 
+    def folded(self, given: Sequence[tuple[Tensor, Tensor]] | None) -> Sequence[tuple[Tensor, Tensor]]:
+        """What ``fold`` gave, if it was called before, or gives now.
+
+        Raises:
+            ValueError: not a pair for each projection.
+        """
+        if given is None:
+            return self.fold()
+        if len(given) != len(self.down):
+            raise ValueError(f"folded must be the {len(self.down)} pairs that fold gives, got {len(given)}")
+        return given
+
     def widen(self, state: Tensor) -> Tensor:
         """The output (B, T, D) from the side state (B, T, r)."""
         if self.correction:
@@ -54,7 +66,11 @@ class _Folded:
         folded: Sequence[tuple[Tensor, Tensor]] | None = None,
     ) -> Tensor:
         """The mean of ``forward`` over each utterance's valid frames, (B, D); arguments as there, and
-        ``folded``: what ``fold`` gave, if it was called before."""
+        ``folded``: what ``fold`` gave, if it was called before.
+
+        Raises:
+            ValueError: another number of ``folded``, or of a ``correction``.
+        """
         state = self.state(hidden_states, lengths, folded)
         return ops.pooled_upsample(state, *self.pool_params(), lengths, self.relu_before_up)
 
@@ -70,7 +86,7 @@ class LST(_Folded, reference.LST):
     ) -> Tensor:
         """s_L, (B, T, r); ``folded``: what ``fold`` gave, if it was called before."""
         stream, keep = self.read(hidden_states), self.saved_activations
-        first_fold, *folded = folded or self.fold()
+        first_fold, *folded = self.folded(folded)
         first = next(stream)
         self.check_lengths(lengths, first.values)
         again = first.again
@@ -118,7 +134,7 @@ class UniPT(_Folded, reference.UniPT):
         folded: Sequence[tuple[Tensor, Tensor]] | None = None,
     ) -> Tensor:
         """Z, (B, T, r); ``folded``: what ``fold`` gave, if it was called before."""
-        *folded, of_anchor = folded or self.fold()
+        *folded, of_anchor = self.folded(folded)
         stream, keep = self.read(hidden_states), self.saved_activations
         first = next(stream)
         self.check_lengths(lengths, first.values)

@@ -327,6 +327,16 @@ def test_saves_one_small_state_per_layer(method):
     del out
 
 
+@pytest.mark.parametrize("method", ["LST", "UniPT"])
+def test_folded_projections_are_all_there(method):
+    side, hidden_states = build(method), states()
+    folded = side.fold()
+    assert torch.equal(side.pooled(hidden_states, None, folded), side.pooled(hidden_states))
+    for wrong in (folded[:-1], folded + folded[:1], []):
+        with pytest.raises(ValueError, match=f"folded must be the 4 pairs that fold gives, got {len(wrong)}"):
+            side.pooled(hidden_states, None, wrong)
+
+
 BAD_SIZES = [
     ({"hidden_size": 0}, "hidden_size must be a positive integer, got 0"),
     ({"num_layers": -1}, "num_layers must be a positive integer, got -1"),
