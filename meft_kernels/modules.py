@@ -18,6 +18,7 @@ from .reference import HiddenState
 from .reference.modules import (
     adapter_params,
     gated_down_params,
+    linear_params,
     norm_linear_params,
 )
 from .widening import WidenInto
@@ -154,13 +155,13 @@ class UniPT(_Folded, reference.UniPT):
         if slab is None:
             merged = self.merge(anchor, features, lengths)
         else:
-            merged = slab.attend(anchor, self.gate.weight, self.gate.bias, lengths, pool)
+            merged = slab.attend(anchor, *linear_params(self.gate), lengths, pool)
         return anchor + ops.adapter(merged, *adapter_params(self.adapter))
 
     def merge(self, anchor: Tensor, features: list[Tensor], lengths: Tensor | None) -> Tensor:
         """G (B, T, r) from A and F_0 .. F_{L-1}, by ``attention``."""
         kind, pool = self._attention
-        gate = (self.gate.weight, self.gate.bias)
+        gate = linear_params(self.gate)
         if kind == "relu":
             return ops.relu_attention(anchor, *gate, features, lengths, pool)
         if kind == "linear":
@@ -216,7 +217,7 @@ class SHERL(reference.SHERL):
             parameters = _of_this_step(gated_down_params(down))
             features.append(ops.gated_down(values, *parameters, keep, hidden_state.again))
         self.check_lengths(lengths, values)
-        guide = self.guide.weight, self.guide.bias
+        guide = linear_params(self.guide)
         if torch.is_grad_enabled() and any(each.requires_grad for each in (*guide, *features)):
             return values, GuidanceOfOwn.apply(*guide, *features)
         return values, ops.guidance(*guide, features)
@@ -224,7 +225,7 @@ class SHERL(reference.SHERL):
     def widen(self, hidden_state: Tensor, merged: Tensor) -> Tensor:
         """The last encoder layer's input (B, T, D) from what ``merge`` gave. Cheap: whoever backpropagates
         through that layer in parts may compute it again, as ``widen_into`` does."""
-        return ops.gated_up(hidden_state, merged, self.out.weight, self.out.bias, self.gate)
+        return ops.gated_up(hidden_state, merged, *linear_params(self.out), self.gate)
 
     def widen_into(
         self,
@@ -249,11 +250,9 @@ class SHERL(reference.SHERL):
         Returns:
             (B, ...).
         """
-        (weight,) = _of_this_step([self.out.weight])
+        weight, bias = _of_this_step(linear_params(self.out))
         gate = self.gate.view_as(self.gate)  # of which its tanh is made
-        return WidenInto.apply(
-            run, backward, sizes, hidden_state.detach(), merged, weight, self.out.bias, gate
-        )
+        return WidenInto.apply(run, backward, sizes, hidden_state.detach(), merged, weight, bias, gate)
 
     def forward(self, hidden_states: Iterable[Tensor | HiddenState], lengths: Tensor | None = None) -> Tensor:
         return self.widen(*self.merge(hidden_states, lengths))

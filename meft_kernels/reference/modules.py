@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from . import (
     adapter,
@@ -100,6 +101,9 @@ def _taps(layers: Sequence[int] | None, num_layers: int) -> tuple[int, ...]:
 
 class SideNetwork(nn.Module):
     """What the three side networks share: sizes, checks, initialisation, and reading the stream.
+
+    Layers inside are never called, their parameters are read: by ``torch.nn.utils.parametrize`` these may be
+    computed, but a layer of another class raises ``TypeError`` and one with forward hooks ``ValueError``.
 
     Args:
         hidden_size: D, the backbone's width.
@@ -321,29 +325,58 @@ class GatedDown(nn.Module):
         self.linear_3 = nn.Linear(out_size, out_size, device=device, dtype=dtype)
 
 
+def read_only(part: nn.Module, kind: type[nn.Module] | None = None) -> None:
+    """Refuses a part that is more than its parameters, since the ops read those and nobody calls the part.
+
+    Raises:
+        TypeError: a layer of another class than ``kind``. One with ``torch.nn.utils.parametrize`` is fine.
+        ValueError: forward hooks, by which also the old spectral_norm, weight_norm and pruning work.
+    """
+    if part._forward_hooks or part._forward_pre_hooks:
+        raise ValueError(
+            f"{type(part).__name__} in a side network must have no forward hooks: its parameters are read "
+            "and it is never called, so they would not run; torch.nn.utils.parametrize computes weights"
+        )
+    if kind is not None and type(part) is not kind and type_before_parametrizations(part) is not kind:
+        raise TypeError(
+            f"a layer in a side network must be a torch.nn.{kind.__name__}, got {type(part).__name__}: its "
+            "parameters are read and it is never called, so that its own forward would not run"
+        )
+
+
 def norm_params(norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a LayerNorm, in the order the ops take them."""
+    """Weight and bias of a LayerNorm, in the order the ops take them.
+
+    Raises:
+        TypeError: a layer of another class. ValueError: forward hooks on it. So below.
+    """
+    read_only(norm, nn.LayerNorm)
     return norm.weight, norm.bias
+
+
+def linear_params(linear: nn.Linear) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a Linear, in the order the ops take them."""
+    read_only(linear, nn.Linear)
+    return linear.weight, linear.bias
 
 
 def norm_linear_params(module: NormLinear) -> tuple[Tensor, ...]:
     """The four parameters of a ``NormLinear`` in the order the ops take them."""
-    return (*norm_params(module.norm), module.linear.weight, module.linear.bias)
+    read_only(module)
+    return (*norm_params(module.norm), *linear_params(module.linear))
 
 
 def adapter_params(module: Adapter) -> tuple[Tensor, ...]:
     """The six parameters of an ``Adapter`` in the order the ops take them."""
-    first, second = module.linear_1, module.linear_2
-    return (*norm_params(module.norm), first.weight, first.bias, second.weight, second.bias)
+    read_only(module)
+    return (*norm_params(module.norm), *linear_params(module.linear_1), *linear_params(module.linear_2))
 
 
 def gated_down_params(module: GatedDown) -> tuple[Tensor, ...]:
     """The six parameters of a ``GatedDown`` in the order the ops take them."""
-    return tuple(
-        t
-        for linear in (module.linear_1, module.linear_2, module.linear_3)
-        for t in (linear.weight, linear.bias)
-    )
+    read_only(module)
+    layers = (module.linear_1, module.linear_2, module.linear_3)
+    return tuple(parameter for layer in layers for parameter in linear_params(layer))
 
 
 class _Upsampled(SideNetwork):
@@ -393,6 +426,7 @@ class _Upsampled(SideNetwork):
         """The output (B, T, D) from the side state (B, T, r)."""
         if self.correction:
             return norm_linear.definition(state, *norm_linear_params(self.up))
+        read_only(self.up)
         normed = nn.functional.layer_norm(
             state.to(self.up.norm.weight.dtype), (self.side_size,), *norm_params(self.up.norm), NORM_EPS
         )
@@ -548,7 +582,7 @@ class UniPT(_Upsampled):
 
     def merge(self, anchor: Tensor, features: list[Tensor], lengths: Tensor | None) -> Tensor:
         """G (B, T, r) from A and F_0 .. F_{L-1}, by ``attention``."""
-        given = (anchor, self.gate.weight, self.gate.bias, lengths, features)
+        given = (anchor, *linear_params(self.gate), lengths, features)
         kind, pool = self._attention
         if kind == "relu":
             return relu_attention.definition(*given, pool)
@@ -598,7 +632,7 @@ class CausalUniPT(UniPT):
     ) -> Tensor:
         """Z, (B, U, r), from A and F_0 .. F_{L-1}."""
         keys = None if past is None else past(features)
-        gate = self.gate.weight, self.gate.bias
+        gate = linear_params(self.gate)
         merged = causal_attention.definition(anchor, *gate, features, keys, valid)
         return anchor + self.adapt(merged)
 
@@ -701,5 +735,5 @@ class SHERL(SideNetwork):
         for down, hidden_state in zip(self.down, self.read(hidden_states), strict=True):
             features.append(gated_down.definition(hidden_state.values, *gated_down_params(down)))
         self.check_lengths(lengths, hidden_state.values)
-        merged = guidance.definition(self.guide.weight, self.guide.bias, features)
-        return gated_up.definition(hidden_state.values, merged, self.out.weight, self.out.bias, self.gate)
+        merged = guidance.definition(*linear_params(self.guide), features)
+        return gated_up.definition(hidden_state.values, merged, *linear_params(self.out), self.gate)

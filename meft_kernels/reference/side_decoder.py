@@ -16,7 +16,17 @@ from torch import Tensor, nn
 
 from . import adapter, norm_linear
 from .common import GATE_TEMPERATURE, NORM_EPS, accumulation_dtype
-from .modules import LST, Rung, SideNetwork, adapter_params, check_memory, norm_linear_params, norm_params
+from .modules import (
+    LST,
+    Rung,
+    SideNetwork,
+    adapter_params,
+    check_memory,
+    linear_params,
+    norm_linear_params,
+    norm_params,
+    read_only,
+)
 
 Cache = Callable[[int, bool, Callable[[], tuple[Tensor, Tensor]]], tuple[Tensor, Tensor]]
 
@@ -61,8 +71,8 @@ class SideAttention(nn.Module):
 
     def split(self, x: Tensor, linear: nn.Linear) -> Tensor:
         """(B, U, r) -> (B, heads, U, r / heads), projected, in the type of ``x``."""
-        bias = None if linear.bias is None else linear.bias.to(x.dtype)
-        projected = F.linear(x, linear.weight.to(x.dtype), bias)
+        weight, bias = linear_params(linear)
+        projected = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         return projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def normed(self, x: Tensor) -> Tensor:
@@ -73,11 +83,13 @@ class SideAttention(nn.Module):
 
     def attend(self, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
         """What normed rows x (B, U, r) get of keys and values (B, heads, K, r / heads)."""
+        read_only(self)
         query = self.split(x, self.query)
         keys, values = keys.to(query.dtype), values.to(query.dtype)
         mixed = F.scaled_dot_product_attention(query, keys, values, mask)
         mixed = mixed.transpose(1, 2).flatten(2)
-        return F.linear(mixed, self.out.weight.to(x.dtype), self.out.bias.to(x.dtype))
+        weight, bias = linear_params(self.out)
+        return F.linear(mixed, weight.to(x.dtype), bias.to(x.dtype))
 
 
 class LadderDecoder(LST):

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .common import ATTENTION_EPS, NORM_EPS, accumulation_dtype
-from .modules import CausalUniPT, UniPT, check_memory, norm_params
+from .modules import CausalUniPT, UniPT, check_memory, linear_params, norm_params
 
 
 class UniPTMemory(UniPT):
@@ -56,7 +56,7 @@ class LinearNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, U, r) in its type, computed in at least fp32."""
         wide = accumulation_dtype(x.dtype)
-        given = (self.linear.weight, self.linear.bias, *norm_params(self.norm))
+        given = (*linear_params(self.linear), *norm_params(self.norm))
         weight, bias, norm_weight, norm_bias = (tensor.to(wide) for tensor in given)
         projected = F.linear(x.to(wide), weight, bias)
         return F.layer_norm(projected.to(wide), x.shape[-1:], norm_weight, norm_bias, NORM_EPS).to(x.dtype)

@@ -236,6 +236,24 @@ def test_all_may_listen_to_one_clip_and_else_each_to_its_own(package, kind, monk
             decoder.state(states, None, wrong)
 
 
+@PAIRS
+@PACKAGES
+def test_hooks_on_parts_of_a_pair_run_or_are_refused(package, kind):
+    memory, decoder = pair(package, kind)
+    heard, states = memory(wide_states(3, 3, 1)).detach(), wide_states(2, LAYERS + 1, 2)
+    for name, part in decoder.named_modules():
+        if not name or isinstance(part, torch.nn.ModuleList):
+            continue
+        ran = []
+        handle = part.register_forward_hook(lambda *_, ran=ran: ran.append(1))
+        try:
+            written(decoder, states, heard)
+            assert ran, name
+        except ValueError as error:
+            assert f"{type(part).__name__} in a side network must have no forward hooks" in str(error)
+        handle.remove()
+
+
 class Cache:
     """Keeps what earlier tokens left behind, as a generation does."""
 

@@ -337,6 +337,78 @@ def test_folded_projections_are_all_there(method):
             side.pooled(hidden_states, None, wrong)
 
 
+def parts(side):
+    """All that a network is made of, but lists."""
+    return {n: p for n, p in side.named_modules() if n and not isinstance(p, torch.nn.ModuleList)}
+
+
+PACKAGES = pytest.mark.parametrize("package", [meft_kernels, reference])
+
+
+@BOTH
+@PACKAGES
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooks_run_or_are_refused(method, package, register):
+    side, hidden_states = build(method, package, num_layers=1), states(count=2)
+    for name, part in parts(side).items():
+        ran = []
+        handle = getattr(part, register)(lambda *_, ran=ran: ran.append(1))
+        for call in calls(side):
+            ran.clear()
+            try:
+                call(hidden_states)
+                assert ran, name
+            except ValueError as error:
+                assert f"{type(part).__name__} in a side network must have no forward hooks" in str(error)
+        handle.remove()
+    for call in calls(side):
+        call(hidden_states)
+
+
+class Wrapped(torch.nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+@BOTH
+@PACKAGES
+def test_layers_of_another_class_are_refused(method, package):
+    hidden_states = states(count=2)
+    for name, part in parts(build(method, package, num_layers=1)).items():
+        if not isinstance(part, torch.nn.Linear):
+            continue
+        side = build(method, package, num_layers=1)
+        side.set_submodule(name, Wrapped(part.in_features, part.out_features))
+        with pytest.raises(TypeError, match=r"must be a torch\.nn\.Linear, got Wrapped"):
+            output(side, hidden_states)
+
+
+@BOTH
+def test_weights_may_be_computed(method):
+    """By a parametrization; the old functions of torch.nn.utils do it by hooks, and are refused."""
+    side, hidden_states = build(method, num_layers=1), states(count=2)
+    layer = next(part for part in side.modules() if isinstance(part, torch.nn.Linear))
+    before = output(side, hidden_states)
+    torch.nn.utils.parametrizations.weight_norm(layer)
+    torch.testing.assert_close(output(side, hidden_states), before)
+    with torch.no_grad():
+        layer.parametrizations.weight.original0.mul_(3)
+    scaled = build(method, num_layers=1)
+    with torch.no_grad():
+        next(part for part in scaled.modules() if isinstance(part, torch.nn.Linear)).weight.mul_(3)
+    out = output(side, hidden_states)
+    torch.testing.assert_close(out, output(scaled, hidden_states))
+    out.square().sum().backward()
+    assert layer.parametrizations.weight.original0.grad is not None
+    torch._dynamo.reset()
+    compiled = torch.compile(output, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(side, hidden_states), out)
+    other = build(method, num_layers=1)
+    torch.nn.utils.spectral_norm(next(p for p in other.modules() if isinstance(p, torch.nn.Linear)))
+    with pytest.raises(ValueError, match="Linear in a side network must have no forward hooks"):
+        output(other, hidden_states)
+
+
 BAD_SIZES = [
     ({"hidden_size": 0}, "hidden_size must be a positive integer, got 0"),
     ({"num_layers": -1}, "num_layers must be a positive integer, got -1"),
