@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import native, reference
 from ..reference import SAVED_ACTIVATIONS, stand_in
 from ..reference.common import in_autocast
-from . import backends, schemas
+from . import backends, schemas, shapes
 from .second_derivative import edges, in_forward_mode, in_nested_transforms, refuses_second_derivative
 
 # How a Function keeps x: as it is, as an 8-bit copy, or not, but by what makes it again.
@@ -210,7 +210,13 @@ def how_to_keep(x: Tensor, saved_activations: str, again: Callable[[], Tensor] |
 def call(
     name: str, *arguments, saved_activations: str = "exact", again: Callable[[], Tensor] | None = None
 ) -> Tensor:
-    """Runs an op with autograd where a gradient or a tangent is asked for, else its kernel alone."""
+    """Runs an op with autograd where a gradient or a tangent is asked for, else its kernel alone.
+
+    Raises:
+        ValueError: shapes that do not fit each other, or another ``saved_activations``.
+    """
+    if name != "linear_cross_entropy":  # checked with its labels
+        shapes.check(name, *arguments)
     keep = how_to_keep(arguments[0], saved_activations, again)
     needs_grad = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
     if needs_grad or in_forward_mode():

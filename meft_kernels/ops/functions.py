@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from . import backends
+from . import backends, shapes
 from .autograd import activation, call
 
 
@@ -49,7 +49,11 @@ def fold(norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor) -
 
     Returns:
         Weight (r, D) and bias (r,), with gradient to all four; of n projections (n, r, D) and (n, r).
+
+    Raises:
+        ValueError: shapes that do not fit each other.
     """
+    shapes.check("fold", norm_weight, norm_bias, weight, bias)
     return reference.norm_linear.fold(norm_weight, norm_bias, weight, bias)
 
 
@@ -61,6 +65,9 @@ def norm_linear(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tenso
 
     Returns:
         (..., r) in the type of x.
+
+    Raises:
+        ValueError: shapes that do not fit each other.
     """
     return folded_linear(x, *fold(norm_weight, norm_bias, weight, bias))
 
@@ -85,7 +92,7 @@ def folded_linear(
         (..., r) in the type of x.
 
     Raises:
-        ValueError: another ``saved_activations``.
+        ValueError: shapes that do not fit each other, or another ``saved_activations``.
     """
     x, statistics = activation(x), statistics or row_statistics(x)
     options = {"saved_activations": saved_activations, "again": again}
@@ -108,6 +115,9 @@ def adapter(
 
     Returns:
         (..., r) in the type of x.
+
+    Raises:
+        ValueError: shapes that do not fit each other.
     """
     parameters = (norm_weight, norm_bias, weight_1, bias_1, weight_2, bias_2)
     return call("adapter", activation(x), *parameters)
@@ -138,6 +148,9 @@ def ladder(
 
     Returns:
         The next side state, (..., r) in the type of x.
+
+    Raises:
+        ValueError: shapes that do not fit each other.
     """
     folded = fold(down_norm_weight, down_norm_bias, down_weight, down_bias)
     parameters = (gate, norm_weight, norm_bias, weight_1, bias_1, weight_2, bias_2)
@@ -169,7 +182,7 @@ def folded_ladder(
         The next side state, (..., r) in the type of x.
 
     Raises:
-        ValueError: another ``saved_activations``.
+        ValueError: shapes that do not fit each other, or another ``saved_activations``.
     """
     x, statistics = activation(x), statistics or row_statistics(x)
     parameters = (gate, norm_weight, norm_bias, weight_1, bias_1, weight_2, bias_2)
@@ -200,6 +213,9 @@ def pooled_upsample(
 
     Returns:
         (B, D) in the type of x.
+
+    Raises:
+        ValueError: shapes that do not fit each other.
     """
     parameters = (norm_weight, norm_bias, weight, bias, out_norm_weight, out_norm_bias)
     return call("pooled_upsample", activation(x), *parameters, lengths, relu)
@@ -225,7 +241,7 @@ def relu_attention(
         (B, T, r) in the type of anchor.
 
     Raises:
-        ValueError: no features, or ``pool`` is not a positive integer.
+        ValueError: shapes that do not fit each other, no features, or ``pool`` is not a positive integer.
     """
     _check_features(features)
     if isinstance(pool, bool) or not isinstance(pool, int) or pool < 1:
@@ -254,7 +270,7 @@ def linear_attention(
         (B, T, r) in the type of anchor.
 
     Raises:
-        ValueError: no features.
+        ValueError: shapes that do not fit each other, or no features.
     """
     _check_features(features)
     anchor = activation(anchor)
@@ -281,6 +297,9 @@ def gated_down(
 
     Returns:
         (..., r) in the type of x.
+
+    Raises:
+        ValueError: shapes that do not fit each other.
     """
     parameters = (weight_1, bias_1, weight_2, bias_2, weight_3, bias_3)
     return call("gated_down", activation(x), *parameters, saved_activations=saved_activations, again=again)
@@ -297,7 +316,7 @@ def guidance(weight: Tensor, bias: Tensor, features: Sequence[Tensor]) -> Tensor
         (..., r) in the type of the last feature.
 
     Raises:
-        ValueError: no features.
+        ValueError: shapes that do not fit each other, or no features.
     """
     _check_features(features)
     deep = activation(features[-1])
@@ -314,6 +333,9 @@ def gated_up(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, gate: Tensor) -
 
     Returns:
         (..., D) in the type of x.
+
+    Raises:
+        ValueError: shapes that do not fit each other.
     """
     x = activation(x)
     return call("gated_up", x, y.to(x.dtype), weight, bias, gate)
@@ -330,7 +352,11 @@ def gated_up_sums_(grad: Tensor, x: Tensor, y: Tensor, weight: Tensor) -> list[T
     Returns:
         In fp32, or float64, what the gradient of the weight is made of (D, r) and what those of bias and gate
         are made of (2, D).
+
+    Raises:
+        ValueError: shapes that do not fit each other.
     """
+    shapes.check("gated_up_sums_", grad, x, y, weight)
     return backends.kernel("gated_up_sums_")(grad, x, y, weight)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import backends
+from . import backends, shapes
 from .autograd import FUNCTIONS, activation, how_to_keep, is_fused
 from .second_derivative import edges as edges_of
 from .second_derivative import in_forward_mode, in_transform, refuses_second_derivative
@@ -46,6 +46,7 @@ class FeatureSlab:
         keep, backend = how_to_keep(x, saved_activations, again), backends.current()
         x = activation(x)
         statistics = statistics or backends.kernel("row_statistics")(x.detach())
+        shapes.check("norm_linear", x, weight, bias, *statistics)
         with torch.no_grad():
             features = backends.kernel("norm_linear")(x, weight, bias, *statistics)
             if self._slab is None:
@@ -71,6 +72,7 @@ class FeatureSlab:
         anchor = anchor.to(slab.dtype)
         pool = max(1, min(pool, anchor.shape[1]))
         given = (anchor, gate_weight, gate_bias, lengths)
+        shapes.check("relu_attention", *given, pool, slab[0])
         return _Attention.apply(backend, slab, pool, tuple(edges), *given, *edges.values())
 
 

@@ -299,6 +299,52 @@ def test_guidance_of_tiny_vectors_is_finite(size, width):
     assert torch.isfinite(out).all() and all(torch.isfinite(grad).all() for grad in grads)
 
 
+# Features of half the frames, too few numbers, rows of two sizes, one length for all, no clips.
+WRONG = [
+    ("relu_attention", "features", lambda given: [each[:1, :4] for each in given]),
+    ("relu_attention", "anchor", lambda given: given[0]),
+    ("relu_attention", "lengths", lambda given: torch.tensor([13])),
+    ("linear_attention", "features", lambda given: [given[0][:, :-1], *given[1:]]),
+    ("guidance", "features", lambda given: [given[0][:, :-1], *given[1:]]),
+    ("norm_linear", "bias", lambda given: given[:3]),
+    ("gated_up", "y", lambda given: given[:, :2]),
+    ("pooled_upsample", "lengths", lambda given: torch.tensor(2)),
+    *(
+        (case.op, name, lambda given: given[..., :-1])
+        for case in ONE_EACH
+        for name in flat_tensors(case.inputs(torch.float32))
+        if "features" not in name and case.pool == 1
+    ),
+]
+
+
+@pytest.mark.parametrize(("op", "name", "change"), WRONG, ids=[f"{op}-{name}" for op, name, _ in WRONG])
+def test_shapes_that_do_not_fit_are_refused_alike(op, name, change):
+    inputs = next(case for case in ONE_EACH if case.op == op).inputs(torch.float32)
+    inputs[name] = change(inputs[name])
+    said = set()
+    for backend in ops.BACKENDS if backends.HAS_TRITON else ops.BACKENDS[:-1]:
+        for takes_gradient in (False, True):
+            for tensor in flat_tensors(inputs).values():
+                tensor.requires_grad_(takes_gradient)
+            with ops.assume_backend(backend), pytest.raises(ValueError, match="must have shape") as error:
+                Case(op).function()(**inputs)
+            said.add(str(error.value))
+    assert len(said) == 1 and "\n" not in said.pop()
+
+
+def test_other_shapes_that_do_not_fit():
+    x, weight, bias = torch.randn(6, 32), torch.randn(16, 32), torch.zeros(16)
+    with pytest.raises(ValueError, match=r"mean must have shape \(6,\), got \(5,\)"):
+        ops.folded_linear(x, weight, bias, ops.row_statistics(x[:5]))
+    with pytest.raises(ValueError, match=r"norm_bias must have shape \(32,\), got \(1,\)"):
+        ops.fold(torch.ones(32), torch.zeros(1), weight, bias)
+    with pytest.raises(ValueError, match=r"x must have shape \(\.\.\., D\), got \(\)"):
+        ops.gated_up(x[0, 0], bias, weight.T, x[0], torch.zeros(1))
+    with pytest.raises(ValueError, match=r"grad must have shape \(6, 32\), got \(5, 32\)"):
+        ops.gated_up_sums_(x[:5], x, torch.randn(6, 16), weight.T)
+
+
 def test_use_backend():
     case = next(case for case in CASES if case.op == "gated_up")
     inputs = case.inputs(torch.float32)
