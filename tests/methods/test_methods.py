@@ -779,6 +779,17 @@ def test_a_run_in_which_nothing_moved_fails(work, tmp_path, capsys):
     assert not (tmp_path / "out" / "train_results.json").exists()
 
 
+def test_a_run_in_which_nothing_moved_fails_again_when_it_is_resumed(work, tmp_path, capsys):
+    options = {"max_steps": 1, "warmup_steps": 10, "resume_from_checkpoint": True}
+    for _ in range(2):
+        assert main(command(work, tmp_path / "out", "head", **options)) == 1
+        captured = capsys.readouterr()
+        error = [line for line in captured.err.splitlines() if "error:" in line]
+        assert len(error) == 1 and "never moved in 1 steps" in error[0]
+        assert not (tmp_path / "out" / "train_results.json").exists()
+    assert "training was over at" in captured.out
+
+
 def test_an_option_of_another_method_is_named(work, tmp_path, capsys):
     assert main(command(work, tmp_path / "out", "full", r=8)) == 1
     assert "'r' is not an option of full, accepted are max_frames" in capsys.readouterr().err

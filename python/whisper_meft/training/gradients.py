@@ -49,6 +49,10 @@ class GradientReport(TrainerCallback):
         self.steps = 0
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self.begin()
+
+    def begin(self) -> None:
+        """Takes the parameters as they are for their start."""
         named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         self.trained = len(named)
         self.still = {name: _checksum(p) for name, p in named}
@@ -71,12 +75,13 @@ class GradientReport(TrainerCallback):
         if slopes is not None:  # MeZO has no gradients, only slopes along a few directions
             self.norms.setdefault("slope", []).append(math.sqrt(float(slopes.square().mean())))
         if self.still and (control.should_log or control.should_training_stop or self.steps <= 2):
-            self._look()
+            self.look()
 
     def on_train_end(self, args, state, control, **kwargs):
-        self._look()
+        self.look()
 
-    def _look(self) -> None:
+    def look(self) -> None:
+        """Compares the parameters that have not moved yet with their start."""
         named = dict(self.model.named_parameters())
 
         def is_still(name: str) -> bool:
@@ -115,7 +120,7 @@ class GradientReport(TrainerCallback):
 
     def check(self, learning_rate: float | None = None) -> None:
         """Raises UserError if the head or the method's own parameters are all where they were before."""
-        if not self.steps:  # resumed at its end: nothing was to move
+        if not self.steps:  # nothing was to move
             return
         for part, belongs in (("head", True), ("method", False)):
             named = [name for name, p in self.model.named_parameters() if p.requires_grad]

@@ -423,6 +423,7 @@ def run_training(
     trainer: MeftTrainer, watch: Watch, settings: Settings, examples: RunData, resume_from: Path | None
 ) -> TrainOutput:
     """Trains, and says how it went; only takes over what is there if training was over at the checkpoint.
+    That is compared with the start too: a run that was refused is not called a success when it is resumed.
 
     Raises:
         UserError: NaN or infinity turned up, the device's memory was too small, or trained parameters never
@@ -432,6 +433,11 @@ def run_training(
     ending = (trainer.total_steps(), settings.training.early_stopping_patience)
     if resume_from is not None and is_at_end(resume_from, *ending):
         say(f"training was over at {resume_from}; its results are written now")
+        watch.report.begin()  # the seed gives the start values again
+        trainer.load(resume_from)  # the last, also where another one is to be left
+        watch.report.steps = trainer.first_step
+        watch.report.look()
+        watch.report.check(settings.training.learning_rate)
         trainer.take_over(resume_from)
         return TrainOutput(trainer.state.global_step, None, {})
     if resume_from is not None:
