@@ -664,6 +664,30 @@ def test_push_to_hub(backbone_folder, tmp_path, monkeypatch):
     assert uploads == [("me/dialects", "t", sorted([*files, "backbone"])), ("me/named", None, files)]
 
 
+def test_saving_uploads_what_is_saved_and_as_is_said(backbone_folder, tmp_path, monkeypatch):
+    model = saved_model(backbone_folder, tmp_path / "out")
+    model.config.base_model_name_or_path = "openai/whisper-small"
+    told = {}
+
+    class Hub:
+        def __init__(self, token=None):
+            told["token"] = token
+
+        def create_repo(self, repo_id, private=None, exist_ok=False):
+            told["private"] = private
+            return type("Url", (), {"repo_id": repo_id})
+
+        def upload_folder(self, folder_path, **options):
+            told.update(options, weights=(Path(folder_path) / "model.safetensors").read_bytes())
+
+    monkeypatch.setattr(whisper_meft.model.saving, "HfApi", Hub)
+    options = {"repo_id": "me/ours", "private": True, "token": "t", "revision": "mine", "create_pr": True}
+    options["commit_message"] = "Ours"
+    ones = {name: torch.ones_like(value) for name, value in model.state_dict().items()}
+    model.save_pretrained(tmp_path / "new", state_dict=ones, push_to_hub=True, **options)
+    assert told == options | {"weights": (tmp_path / "new/model.safetensors").read_bytes()}
+
+
 def test_audio_classification_pipeline(backbone_folder, tmp_path):
     model = saved_model(backbone_folder, tmp_path / "out").eval()
     extractor = WhisperFeatureExtractor(feature_size=MELS, chunk_length=0.48, n_fft=400, hop_length=160)

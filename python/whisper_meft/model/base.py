@@ -331,16 +331,15 @@ class MeftBase(PreTrainedModel):
         if is_main_process:
             save(self, Path(save_directory), state_dict, save_backbone)
             if push_to_hub:
-                known = ("commit_message", "private", "token", "revision")
-                options = {name: kwargs[name] for name in known if name in kwargs}
-                repo_id = kwargs.get("repo_id") or Path(save_directory).name
-                self.push_to_hub(repo_id, save_backbone=save_backbone, **options)
+                repo_id = kwargs.pop("repo_id", None) or Path(save_directory).name
+                self.push_to_hub(repo_id, save_backbone=save_backbone, state_dict=state_dict, **kwargs)
 
     def push_to_hub(
         self,
         repo_id: str,
         *,
         save_backbone: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
         commit_message: str = "Upload side network",
         private: bool | None = None,
         token: str | bool | None = None,
@@ -351,7 +350,8 @@ class MeftBase(PreTrainedModel):
         """Uploads what :meth:`save_pretrained` writes to the model hub.
 
         Args:
-            repo_id: name of the repository, made as needed. save_backbone: see :meth:`save_pretrained`.
+            repo_id: name of the repository, made as needed.
+            save_backbone, state_dict: see :meth:`save_pretrained`.
             commit_message, private, token, revision, create_pr: see ``huggingface_hub.HfApi``.
             kwargs: other options of ``PreTrainedModel.push_to_hub`` are ignored.
 
@@ -359,7 +359,7 @@ class MeftBase(PreTrainedModel):
             UserError: the backbone is a local folder, which nobody else could find.
         """
         options = {"commit_message": commit_message, "revision": revision, "create_pr": create_pr}
-        return upload(self, repo_id, save_backbone, private, token, **options)
+        return upload(self, repo_id, state_dict, save_backbone, private, token, **options)
 
     @classmethod
     def from_pretrained(

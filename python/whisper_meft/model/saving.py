@@ -116,6 +116,7 @@ def extractor_to_save(extractor: Any, max_frames: int | str) -> Any:
 def upload(
     model: PreTrainedModel,
     repo_id: str,
+    state_dict: dict[str, torch.Tensor] | None,
     save_backbone: bool,
     private: bool | None,
     token: str | bool | None,
@@ -135,5 +136,5 @@ def upload(
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder, save_backbone=save_backbone)
+        model.save_pretrained(folder, state_dict=state_dict, save_backbone=save_backbone)
         return api.upload_folder(repo_id=repo_id, folder_path=folder, **options)
