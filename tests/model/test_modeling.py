@@ -655,8 +655,10 @@ def test_push_to_hub(backbone_folder, tmp_path, monkeypatch):
             uploads.append((repo_id, self.token, sorted(os.listdir(folder_path))))
 
     monkeypatch.setattr(whisper_meft.model.saving, "HfApi", Hub)
-    with pytest.raises(UserError, match="is not on the model hub"):
-        model.push_to_hub("dialects")
+    for name in (model.config.base_model_name_or_path, str(tmp_path / "moved away"), "~/moved away"):
+        model.config.base_model_name_or_path = name
+        with pytest.raises(UserError, match="is not on the model hub"):
+            model.push_to_hub("dialects")
     model.push_to_hub("dialects", save_backbone=True, token="t")
     model.config.base_model_name_or_path = "openai/whisper-small"
     model.save_pretrained(tmp_path / "named", push_to_hub=True)

@@ -4,8 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from whisper_meft import LoRAConfig, LSTConfig
-from whisper_meft.training.settings import _graphs_refused
+from training_fixtures import make_backbone
+from whisper_meft import LoRAConfig, LSTConfig, UserError
+from whisper_meft.options.training import parsed_options
+from whisper_meft.synthetic.shipped import shipped_backbone
+from whisper_meft.training.settings import _graphs_refused, settle
 
 
 def arguments(device="cuda", **changes):
@@ -35,3 +38,16 @@ def test_where_cuda_graphs_are_refused(config, changes, reason):
     found = _graphs_refused(config, arguments(**changes))
     assert (found is None) == (reason is None)
     assert reason is None or found.startswith(reason)
+
+
+def test_an_upload_that_nobody_could_load_is_refused(tmp_path):
+    def settled(backbone, **options):
+        told = {"train_data": "unread", "output_dir": tmp_path / "out", "reduction_factor": 2, **options}
+        model, method, _, training = parsed_options({"model_name_or_path": backbone, **told})
+        return settle(model, method, training)
+
+    backbone = make_backbone(tmp_path / "backbone")
+    with pytest.raises(UserError, match="push_to_hub: the backbone .* is not on the model hub"):
+        settled(backbone, push_to_hub=True)
+    settled(backbone)
+    settled(shipped_backbone(), push_to_hub=True)

@@ -40,6 +40,13 @@ def resolve_backbone(name: str | os.PathLike, folder: str | os.PathLike | None =
     return name
 
 
+def found_here_alone(name: str | os.PathLike) -> bool:
+    """Whether a backbone is a folder of this machine, there or not any more, and none shipped with this
+    package: nobody else could load what refers to it."""
+    where = Path(resolve_backbone(name))
+    return where.is_absolute() and where.resolve().parent != ASSETS.resolve()
+
+
 def check_source(argument: str, name: str) -> None:
     """Raises UserError if ``name`` can only mean a local folder and there is no model folder there."""
     path = Path(name)

@@ -16,7 +16,7 @@ from ..encoder.quantization import REVISION
 from ..errors import UserError
 from ..files import replacing, write_text
 from ..once import warn_once
-from .backbone import backbone_reference
+from .backbone import backbone_reference, found_here_alone
 from .card import model_card
 from .weights import plain_name, some_of
 
@@ -128,7 +128,7 @@ def upload(
         UserError: the backbone is a local folder, which nobody else could find.
     """
     name = model.config.base_model_name_or_path
-    if not save_backbone and (not name or os.path.isdir(name)):
+    if not save_backbone and (not name or found_here_alone(name)):
         raise UserError(
             f"the backbone ({name or 'no name'}) is not on the model hub, so nobody could load the "
             "upload: use push_to_hub(..., save_backbone=True)"

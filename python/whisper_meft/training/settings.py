@@ -8,6 +8,7 @@ from .. import data
 from ..data.augmenter import Augmenter
 from ..errors import UserError
 from ..methods import MeftConfig
+from ..model.backbone import found_here_alone
 from ..model.module import graphs_refused
 from ..model.pretrained import load_config, load_feature_extractor, resolve_dtype
 from ..model.speaking import load_language
@@ -52,6 +53,11 @@ def settle(model: ModelArguments, method: MethodArguments, training: TrainArgume
     Raises:
         UserError: options contradict each other, or the backbone cannot be used.
     """
+    if training.push_to_hub and found_here_alone(model.model_name_or_path):
+        raise UserError(
+            f"push_to_hub: the backbone {model.model_name_or_path} is not on the model hub, so nobody could "
+            "load the upload: leave it out, and upload with the model's push_to_hub(..., save_backbone=True)"
+        )
     dtype = model.backbone_dtype
     if dtype == "auto" and MeftConfig.methods()[method.method].trains_backbone:
         dtype = "float32"
