@@ -105,3 +105,10 @@ def test_a_demo_that_learns_nothing_fails(engine, tmp_path, capsys, monkeypatch)
     arguments = ["--train_clips_per_class", "20", "--test_clips_per_class", "10", "--num_train_epochs", "1"]
     assert main(["demo", "--output_dir", str(tmp_path / "demo"), *arguments]) == 1
     assert "LST did not beat both" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrong", ["--num_train_epochs=0", "--num_train_epochs=-1", "--seed=-1"])
+def test_a_wrong_option_is_found_before_the_corpus_is_made(wrong, tmp_path, capsys):
+    assert main(["demo", "--output_dir", str(tmp_path / "demo"), wrong]) == 2
+    assert f"error: {wrong.partition('=')[0]} must" in capsys.readouterr().err
+    assert not (tmp_path / "demo").exists()

@@ -250,6 +250,11 @@ def test_the_rate_is_chosen_by_validation_alone(work, tmp_path, monkeypatch):
         ({"train_data": "{work}/corpus/train"}, 1, "--test_data is needed"),
         ({"output_dir": "{work}/backbone/config.json"}, 1, "is a file, a folder is needed"),
         ({"model_name_or_path": "{work}/nowhere"}, 1, "there is no folder"),
+        # What is wrong whatever the data is found before that is looked for.
+        ({"num_train_epochs": 0, "train_data": "{work}/nowhere"}, 2, "--num_train_epochs must be above 0"),
+        ({"num_train_epochs": -1, "train_data": None}, 2, "--num_train_epochs must be above 0"),
+        ({"methods": "head,lst:layers=last:99", "train_data": "{work}/nowhere"}, 1, "lst:layers=last:99: "),
+        ({"methods": "lst:placement=both", "train_data": "{work}/nowhere"}, 1, "placement must be 'encoder'"),
     ],
 )
 def test_mistakes_give_one_line(options, status, message, work, tmp_path, capsys):

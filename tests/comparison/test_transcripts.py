@@ -114,6 +114,7 @@ def test_the_rate_is_chosen_by_word_errors_of_validation_alone(work, tmp_path, m
         ({"train_data": None}, 2, "--train_data is needed with --task transcribe"),
         ({"model_name_or_path": None}, 2, "--model_name_or_path is needed with --task transcribe"),
         ({"task": "classify"}, 2, "--language cannot be used with --task classify"),
+        ({"methods": "lora,lst:layers=last:99", "train_data": "nowhere"}, 1, "lst:layers=last:99: "),
         ({"max_frames": "longest"}, 1, "max_frames must be 'fidelity' or a number for recognition"),
     ],
 )

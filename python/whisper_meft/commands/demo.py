@@ -108,21 +108,21 @@ def run(argv: Sequence[str]) -> int:
 def _demo(arguments: DemoArguments) -> int:
     started = time.perf_counter()
     output = Path(arguments.output_dir)
+    options = _training_options(arguments, output / f"corpus_seed{arguments.seed}")
+    parsed = parsed_options(options)
     print(
         "This is a small synthetic task: formant-synthesised English in a few accents, 2-second clips and\n"
         "a tiny backbone. It shows that the pipeline works and learns; it says nothing about how well the\n"
         "methods do on human speech.\n"
     )
     corpus = make_accent_corpus(
-        output / f"corpus_seed{arguments.seed}",
+        options["train_data"],
         train_clips_per_class=arguments.train_clips_per_class,
         test_clips_per_class=arguments.test_clips_per_class,
         seed=arguments.seed,
         progress=True,
     )
-    options = _training_options(arguments, corpus)
     print("\nwhisper-meft train " + " ".join(f"--{name} {value}" for name, value in options.items()) + "\n")
-    parsed = parsed_options(options)
     result = train(*parsed)
 
     print("\nscoring on the test set: speakers and sentences that training never heard")

@@ -41,6 +41,7 @@ from ..training.data import load_data, usable_examples
 from ..training.output_folder import clear_earlier_run, prepare_output_dir
 from ..training.run import train
 from ..training.settings import make_task
+from ..training.tasks.base import check_method
 from .arguments import CompareArguments, options_of, parse_method, rate_factor
 from .costs import measure_costs
 from .measures import MEASURES
@@ -81,7 +82,7 @@ class Comparison:
         self.device = torch.device("cuda" if torch.cuda.is_available() and not arguments.use_cpu else "cpu")
         if arguments.bf16 is None:
             arguments.bf16 = self.device.type == "cuda" and torch.cuda.is_bf16_supported(False)
-        self.source = arguments.train_data or str(self._make_corpus())
+        self.source = arguments.train_data or str(self._corpus_folder())
         self.extractor = load_feature_extractor(self.backbone, "model_name_or_path")
         self.config = load_config(ModelArguments(self.backbone))
         self.data_arguments = TrainDataArguments(
@@ -95,9 +96,17 @@ class Comparison:
         # What is learnt of the data does not depend on the method.
         method = MeftConfig.from_dict({"method": "lst", "max_frames": arguments.max_frames})
         of_task = {"task": arguments.task, "language": arguments.language}
-        how_told = {**of_task, **arguments.given(), **arguments.augment_given()}
+        how_told = {name: getattr(arguments, name) for name in ("num_train_epochs", "seed")}
+        how_told |= {**of_task, **arguments.given(), **arguments.augment_given()}
         (model_arguments, _, _, training), sizes = self._any_run(how_told), self.config
         self.task = make_task(model_arguments, training, method, sizes, self.extractor)
+        for entry in arguments.chosen:
+            try:
+                check_method(self._config(entry), sizes, self.measure.base_class)
+            except UserError as error:
+                raise UserError(f"{entry}: {error}") from error
+        if arguments.train_data is None:
+            self._make_corpus()
         self.examples = load_data(self.data_arguments, self.task, True, True, arguments.seed, **how)
         self.task.note(self.examples.training)
         self.labels = label_inventory(self.examples.training) if arguments.task == "classify" else None
@@ -136,18 +145,24 @@ class Comparison:
         values = {name: getattr(self.arguments, name) for name in _OF_SOUND}
         return {name: value for name, value in values.items() if value is not None}
 
-    def _make_corpus(self) -> Path:
+    def _corpus_folder(self) -> Path:
+        clips = self.arguments.train_clips_per_class, self.arguments.test_clips_per_class
+        return self.output / f"corpus_seed{self.arguments.seed}_{clips[0]}_{clips[1]}"
+
+    def _make_corpus(self) -> None:
         from ..synthetic.speech import make_accent_corpus
 
-        clips = self.arguments.train_clips_per_class, self.arguments.test_clips_per_class
-        folder = self.output / f"corpus_seed{self.arguments.seed}_{clips[0]}_{clips[1]}"
-        return make_accent_corpus(
-            folder,
-            train_clips_per_class=clips[0],
-            test_clips_per_class=clips[1],
+        make_accent_corpus(
+            self._corpus_folder(),
+            train_clips_per_class=self.arguments.train_clips_per_class,
+            test_clips_per_class=self.arguments.test_clips_per_class,
             seed=self.arguments.seed,
             progress=sys.stderr.isatty(),
         )
+
+    def _config(self, method: str) -> MeftConfig:
+        options = options_of(method, self.config.d_model, self.arguments.reduction_factor)
+        return MeftConfig.from_dict({"max_frames": self.arguments.max_frames, **options})
 
     def _load_test(self) -> ExampleSet:
         source = self.arguments.test_data or self.source
@@ -338,8 +353,6 @@ class Comparison:
     def costs(self, method: str) -> dict[str, Any]:
         """Time, memory and parameters of a training step at the comparison's batch."""
         arguments = self.arguments
-        options = options_of(method, self.config.d_model, arguments.reduction_factor)
-        config = MeftConfig.from_dict({"max_frames": arguments.max_frames, **options})
         dataset = self.task.dataset(self.examples.training, self._dataset)
         size = min(arguments.batch_size, len(dataset))
         items = [dataset[index] for index in range(size)]
@@ -349,6 +362,7 @@ class Comparison:
             sizes.num_labels = len(self.labels)
         dtype = parse_dtype(resolve_dtype("auto", self.device.type == "cpu"))
         autocast = torch.bfloat16 if arguments.bf16 else None
+        config = self._config(method)
         return measure_costs(sizes, config, batch, self.device, dtype, autocast, self.measure.base_class)
 
 

@@ -1,11 +1,13 @@
 """What a training run asks of its task."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, WhisperConfig
 
 from ... import data
 from ...audio.windows import Windows
@@ -15,10 +17,20 @@ from ...data.transcripts import TranscriptTokens
 from ...errors import UserError
 from ...feature_cache.dataset import CachedCollator
 from ...feature_cache.store import FeatureCache
+from ...methods import MeftConfig
 from ...model.base import MeftBase
+from ...model.module import get_meft_model
 from ...options.common import DataFormatArguments
 from ...options.training import TrainDataArguments
 from ..trainer import MeftTrainer
+
+
+def check_method(config: MeftConfig, sizes: WhisperConfig, base_class: type[PreTrainedModel]) -> None:
+    """Raises UserError where a method cannot do a task, that of ``base_class``, with a backbone of these
+    sizes."""
+    plain = MeftConfig.from_dict(config.to_dict() | {"backbone_quantization": None})
+    with torch.device("meta"):
+        get_meft_model(base_class(copy.deepcopy(sizes)), plain)
 
 
 class Task:

@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import (
@@ -28,13 +27,12 @@ from ...feature_cache.store import FeatureCache
 from ...files import read_json, write_text
 from ...methods import MeftConfig
 from ...model.base import MeftBase
-from ...model.module import get_meft_model
 from ...model.speaking import LanguageOf
 from ...options.common import DataFormatArguments
 from ...options.training import METRICS, TrainArguments
 from ..console import main_process, say
 from ..transcribing import SharedTranscriber, TranscriptionTrainer
-from .base import Task
+from .base import Task, check_method
 
 _RATES = METRICS["transcribe"][1:]
 
@@ -63,7 +61,7 @@ class Transcription(Task):
         speaking: LanguageOf,
         arguments: TrainArguments | None = None,
     ):
-        check_method(config, sizes)
+        check_method(config, sizes, self.backbone_class)
         self.config, self.extractor, self.speaking = config, extractor, speaking
         self.tokens = data.TranscriptTokens(
             speaking.tokenizer, sizes.max_target_positions, speaking.language not in WITHOUT_SPACES
@@ -200,13 +198,6 @@ class Transcription(Task):
         write_text(folder / "transcripts.csv", scores.as_csv())
         write_text(folder / "evaluation.txt", scores.as_text() + "\n")
         return {"generation": self.generation, **scores.as_dict()}
-
-
-def check_method(config: MeftConfig, sizes: WhisperConfig) -> None:
-    """Raises UserError where a method cannot transcribe with a backbone of these sizes."""
-    plain = MeftConfig.from_dict(config.to_dict() | {"backbone_quantization": None})
-    with torch.device("meta"):
-        get_meft_model(WhisperForConditionalGeneration(sizes), plain)
 
 
 class SavedTogether:
