@@ -5,10 +5,15 @@ import json
 import numpy as np
 import pytest
 import torch
+from transformers import WhisperForAudioClassification
+from whisper_meft import LSTConfig, get_meft_model
 from whisper_meft.commands import demo
 from whisper_meft.commands.cli import main
 from whisper_meft.errors import UserError
 from whisper_meft.evaluation.logistic import LogisticRegression, fit_best, mel_statistics
+from whisper_meft.model.backbone import set_labels
+from whisper_meft.synthetic.shipped import shipped_backbone
+from whisper_meft.synthetic.speech import ACCENTS
 
 
 @pytest.fixture
@@ -112,3 +117,40 @@ def test_a_wrong_option_is_found_before_the_corpus_is_made(wrong, tmp_path, caps
     assert main(["demo", "--output_dir", str(tmp_path / "demo"), wrong]) == 2
     assert f"error: {wrong.partition('=')[0]} must" in capsys.readouterr().err
     assert not (tmp_path / "demo").exists()
+
+
+@pytest.mark.parametrize(
+    "found, labels",
+    [
+        ("model/config.json", ["northern", "southern"]),
+        ("model/checkpoint-8/config.json", [*ACCENTS, "northern"]),
+        ("evaluation/eval_results.json", ACCENTS),
+    ],
+)
+def test_what_no_demo_made_is_not_replaced(found, labels, tmp_path, capsys):
+    base = WhisperForAudioClassification.from_pretrained(shipped_backbone())
+    set_labels(base, labels)
+    get_meft_model(base, LSTConfig()).save_pretrained((tmp_path / found).parent)
+    if found.startswith("evaluation"):
+        (tmp_path / found).write_text("{}")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert main(["demo", "--output_dir", str(tmp_path)]) == 1
+    assert f"holds {found}, which no demo made" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_what_a_demo_made_is_replaced(tmp_path, monkeypatch):
+    class Begun(Exception):
+        pass
+
+    def begin(*_, **__):
+        raise Begun
+
+    monkeypatch.setenv("WHISPER_MEFT_DEBUG", "1")
+    monkeypatch.setattr(demo, "make_accent_corpus", begin)
+    base = WhisperForAudioClassification.from_pretrained(shipped_backbone())
+    set_labels(base, ACCENTS)
+    for folder in ("model", "model/checkpoint-8"):
+        get_meft_model(base, LSTConfig()).save_pretrained(tmp_path / folder)
+    with pytest.raises(Begun):
+        main(["demo", "--output_dir", str(tmp_path)])

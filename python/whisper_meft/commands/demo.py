@@ -4,6 +4,7 @@ Synthesises an accent corpus, trains LST on the shipped backbone, scores it on s
 were never heard next to chance and to logistic regression, and classifies one file.
 """
 
+import json
 import random
 import sys
 import time
@@ -16,6 +17,7 @@ import torch
 
 from .. import data
 from ..data.examples import split_by_speaker
+from ..errors import UserError
 from ..evaluation.classifier import Classifier, predict
 from ..evaluation.logistic import fit_best, mel_statistics
 from ..evaluation.metrics import Scores, score
@@ -25,7 +27,8 @@ from ..model.pretrained import load_feature_extractor
 from ..options.parser import Parser
 from ..options.training import parsed_options
 from ..synthetic.shipped import shipped_backbone
-from ..synthetic.speech import make_accent_corpus
+from ..synthetic.speech import ACCENTS, make_accent_corpus
+from ..training.output_folder import check_output_dir
 from ..training.run import train
 from .predict import as_table
 
@@ -110,6 +113,8 @@ def _demo(arguments: DemoArguments) -> int:
     output = Path(arguments.output_dir)
     options = _training_options(arguments, output / f"corpus_seed{arguments.seed}")
     parsed = parsed_options(options)
+    _check_ours(output)
+    check_output_dir(options["output_dir"], {})
     print(
         "This is a small synthetic task: formant-synthesised English in a few accents, 2-second clips and\n"
         "a tiny backbone. It shows that the pipeline works and learns; it says nothing about how well the\n"
@@ -151,6 +156,29 @@ def _demo(arguments: DemoArguments) -> int:
         print("whisper-meft: error: LST did not beat both chance and logistic regression", file=sys.stderr)
         return 1
     return 0
+
+
+def _check_ours(output: Path) -> None:
+    """Raises UserError where the folder holds a model, or scores, that no demo left there."""
+    configs = [*output.glob("model/config.json"), *output.glob("model/checkpoint-*/config.json")]
+    strange = [path for path in configs if not _is_of_a_demo(path)]
+    if not any(output.glob("corpus_seed*/corpus.json")) and not (output / "demo_results.json").is_file():
+        strange += output.glob("evaluation/eval_results.json")
+    if strange:
+        raise UserError(
+            f"output_dir: {output} holds {strange[0].relative_to(output)}, which no demo made and which "
+            "would be lost; name another folder"
+        )
+
+
+def _is_of_a_demo(path: Path) -> bool:
+    try:
+        config = json.loads(path.read_bytes())
+        method, backbone = config["meft"]["method"], config["base_model_name_or_path"]
+        labels = set(config["id2label"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+    return (method, backbone, labels) == (TRAINING["method"], shipped_backbone().name, set(ACCENTS))
 
 
 def _training_options(arguments: DemoArguments, corpus: Path) -> dict[str, object]:
