@@ -420,6 +420,20 @@ def test_folders_that_cannot_be_converted(tmp_path):
         to_published(tmp_path / "empty", tmp_path / "o")
 
 
+@pytest.mark.parametrize("dst", [".", ".."])
+@pytest.mark.parametrize(
+    "turn, src", [(convert, "published"), (to_published, "ours"), (to_published, "on_the_hub/model")]
+)
+def test_the_folder_that_one_is_in_is_not_replaced(turn, src, dst, tmp_path, monkeypatch):
+    write_checkpoint(tmp_path / "published", "lst")
+    convert(tmp_path / "published", tmp_path / "ours")
+    (tmp_path / "out" / "below").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "out" / "below")
+    with pytest.raises(UserError, match="it is the folder that you are in, or above it"):
+        turn(src if "/" in src else tmp_path / src, dst)
+    assert list((tmp_path / "out").rglob("*")) == [tmp_path / "out" / "below"]
+
+
 def test_weighted_layer_sum(tmp_path):
     for method in METHODS:
         folder = tmp_path / method

@@ -177,6 +177,8 @@ def to_published(
     dst = Path(dst)
     if Path(src).is_dir():
         _check_folders(Path(src), dst)
+    else:
+        _check_destination(dst)
     # The published code has no quantised layers: it gets the weights that were rounded for this model.
     rounded_to = read_config(fetch(src, {})).meft.get("backbone_quantization")
     model = MeftModel.from_pretrained(src, backbone=backbone, quantization="none")
@@ -241,11 +243,19 @@ def to_published(
 def _check_folders(src: Path, dst: Path) -> None:
     if not src.is_dir():
         raise UserError(f"there is no folder {src}")
-    if dst.exists() and not dst.is_dir():
-        raise UserError(f"cannot write into {dst}: it is a file, a folder is needed")
+    _check_destination(dst)
     if dst.exists() and dst.samefile(src):
         raise UserError(f"source and destination are both {src}: the checkpoint would be overwritten")
     _check_apart(dst, src, "the source")
+
+
+def _check_destination(dst: Path) -> None:
+    if dst.exists() and not dst.is_dir():
+        raise UserError(f"cannot write into {dst}: it is a file, a folder is needed")
+    if Path.cwd().is_relative_to(dst.resolve()):  # replaced, the shell would stand in a deleted one
+        raise UserError(
+            f"cannot write into {dst}: it is the folder that you are in, or above it; name another"
+        )
 
 
 def _check_apart(dst: Path, name: str | os.PathLike | None, what: str) -> None:
