@@ -278,6 +278,15 @@ def test_what_cannot_be_calibrated(work, model, tmp_path, capsys):
     assert json.loads((model / "config.json").read_text())["calibration_temperature"] is None
 
 
+def test_a_card_that_cannot_be_written_leaves_the_model_as_it_was(work, model, capsys):
+    card = model / "README.md"
+    card.write_text(card.read_text() + "\n<!-- calibration -->\n")
+    before = {path.name: path.read_bytes() for path in model.iterdir() if path.is_file()}
+    assert main(["calibrate", str(model), "--data", str(work / "dev")]) == 1
+    assert "it has no one place for them, between <!-- calibration -->" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in model.iterdir() if path.is_file()} == before
+
+
 @pytest.mark.parametrize("command", ["calibrate", "evaluate", "predict"])
 def test_recognisers_have_no_classes_to_reject(command, tmp_path, capsys):
     make_recogniser(tmp_path / "whisper")

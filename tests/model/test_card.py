@@ -289,7 +289,7 @@ def test_calibrating_and_training_on_leave_nothing_that_was_so(work, tmp_path):
     model = shutil.copytree(work / "tones", tmp_path / "model")
     config = MeftModelConfig.from_pretrained(model)
     config.calibration_temperature, config.rejection_threshold = 1.5, 0.25
-    card.write_calibration_into_card(model, config)
+    (model / "README.md").write_text(card.calibrated_card(model, config))
     text = (model / "README.md").read_text()
     assert "divided by the temperature 1.5" in text and "not calibrated" not in text
     check_header(model / "README.md")
@@ -298,8 +298,7 @@ def test_calibrating_and_training_on_leave_nothing_that_was_so(work, tmp_path):
     assert "None yet." in text and "| Accuracy |" not in text and "Trained on." in text
     assert "model-index" not in metadata_load(model / "README.md")
     (model / "README.md").write_text("My own page.")
-    card.write_calibration_into_card(model, config)
-    assert (model / "README.md").read_text() == "My own page."
+    assert card.calibrated_card(model, config) is None
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ from .. import data
 from ..errors import UserError, printable
 from ..evaluation.calibration import calibrate
 from ..evaluation.classifier import Classifier
-from ..files import check_writable, read_json, write_json
-from ..model.card import write_calibration_into_card
+from ..files import check_writable, read_json, write_json, write_text
+from ..model.card import calibrated_card
 from ..model.kinds import kind_of
 from ..options.common import DataFormatArguments
 from ..options.inference import InferenceArguments
@@ -81,12 +81,15 @@ def run(argv: Sequence[str]) -> int:
     examples = load_scored(arguments, False, "validation")
     total = len(examples)
     classifier = Classifier.load(where.model_dir, inference, sys.stderr.isatty())
+    calibrated_card(folder, classifier.model.config)  # whether it can be written, before the work is done
     examples, bad = classifier.check(examples, arguments.strict)
     found = calibrate(classifier, examples, arguments.keep)
+    card = calibrated_card(folder, classifier.model.config)
     values = read_json(folder / "config.json")
     values |= {"calibration_temperature": found.temperature, "rejection_threshold": found.reject_below}
     write_json(folder / "config.json", values)
-    write_calibration_into_card(folder, classifier.model.config)
+    if card is not None:
+        write_text(folder / "README.md", card)
     print(f"{printable(folder)} on {printable(examples.description)}\n{found.as_text()}")
     if bad:
         print(data.describe_bad(bad, total), file=sys.stderr)

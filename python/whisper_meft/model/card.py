@@ -437,17 +437,17 @@ def write_results_into_card(
     write_text(folder / "README.md", _with_results(folder, config, results, data, hub_data, afresh))
 
 
-def write_calibration_into_card(folder: Path, config: PreTrainedConfig) -> None:
-    """Says in the README.md of a model's folder what its probabilities mean now, if it has a place for it.
+def calibrated_card(folder: Path, config: PreTrainedConfig) -> str | None:
+    """The README.md of a model's folder that says what its probabilities mean now; None where there is none,
+    or none that has a place for it.
 
     Raises:
-        UserError: it cannot be read or written.
+        UserError: it cannot be read, or has more than one place.
     """
     path = folder / "README.md"
     try:
         text = path.read_text(encoding="utf-8-sig") if path.exists() else ""
-        if "<!-- calibration -->" in text:
-            write_text(path, _filled(text, "calibration", _calibration(config)))
+        return _filled(text, "calibration", _calibration(config)) if "<!-- calibration -->" in text else None
     except (OSError, ValueError) as error:
         raise UserError(f"the calibration cannot be written into {path}: {one_line(error)}") from error
 
