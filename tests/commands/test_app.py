@@ -44,6 +44,7 @@ def pages(monkeypatch):
         (["--reject_label", "other"], 2, "--reject_label other is for --reject_below, which is not given"),
         (["--reject_below", "0.5", "--reject_label", "low"], 1, "'low' is a class of the model"),
         (["--language", "nl"], 1, "--language is for models that transcribe, and this one classifies"),
+        (["--tokenizer_name", "x"], 2, "--tokenizer_name x is for models that transcribe, and this one clas"),
         (["--window", "first"], 2, "--window first is not for a page"),
         (["--host", "no.such.host.invalid"], 1, "--host: there is no address 'no.such.host.invalid'"),
     ],
@@ -54,7 +55,10 @@ def test_mistakes_are_one_line(options, status, message, work, capsys):
     assert len(error) == 1 and message in error[0]
 
 
-def test_a_model_that_transcribes_has_no_threshold(work, pages, capsys):
+def test_a_model_that_transcribes_has_no_threshold_and_windows_of_its_own(work, pages, capsys):
+    for option in ("--window", "--hop"):
+        assert main(["app", str(work / "whisper"), option, "7"]) == 2
+        assert f"{option} is for models that classify, and this one transcribes" in capsys.readouterr().err
     assert main(["app", str(work / "whisper"), "--reject_below", "0.5"]) == 2
     assert "--reject_below is for models that classify" in capsys.readouterr().err
     assert main(["app", str(work / "whisper")]) == 0

@@ -245,6 +245,25 @@ def test_models_that_transcribe_have_windows_of_their_own():
         InferenceArguments(**given).check_kind(transcribes=False)
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["predict", "tones", "audio"],
+        ["predict", "--model=tones", "--model=tones", "audio"],
+        ["evaluate", "tones", "--data=audio"],
+        ["calibrate", "tones", "--data=audio"],
+    ],
+)
+def test_models_that_classify_have_no_tokenizer(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    base = load_backbone(make_backbone(tmp_path / "backbone"))
+    get_meft_model(base, LSTConfig(reduction_factor=2)).save_pretrained("tones")
+    assert main([*command, "--tokenizer_name=whisper"]) == 2
+    said = "--tokenizer_name whisper is for models that transcribe, and this one classifies"
+    assert said in capsys.readouterr().err
+    InferenceArguments(tokenizer_name="whisper").check_kind(transcribes=True)
+
+
 @pytest.mark.slow
 def test_an_hour_takes_no_more_memory_than_ten_minutes(tmp_path):
     """Resident memory of processes with a tiny encoder of Whisper's window, so that the sound would show."""

@@ -89,6 +89,7 @@ def run(argv: Sequence[str]) -> int:
     if inference.window == "first":
         raise UsageError("--window first is not for a page, which shows what is said over time")
     transcribes = kind_of(where.model_dir) != "classification"
+    inference.check_kind(transcribes)
     if transcribes and page.reject_below is not None:
         raise UsageError("--reject_below is for models that classify, and this one transcribes")
     if not transcribes:

@@ -77,6 +77,7 @@ def run(argv: Sequence[str]) -> int:
         )
     if kind_of(where.model_dir) != "classification":
         raise UserError(f"calibrate is for models that classify, and {folder} transcribes")
+    inference.check_kind(transcribes=False)
     check_writable(folder / "config.json")
     examples = load_scored(arguments, False, "validation")
     total = len(examples)

@@ -77,6 +77,11 @@ class InferenceArguments:
                 raise UsageError(
                     f"--{name} is for models that classify, and this one transcribes, by windows of its own"
                 )
+        if not transcribes and self.tokenizer_name is not None:
+            raise UsageError(
+                f"--tokenizer_name {self.tokenizer_name} is for models that transcribe, and this one "
+                "classifies"
+            )
 
 
 SAVED = "saved"
