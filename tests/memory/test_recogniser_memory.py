@@ -170,6 +170,10 @@ def test_command_sets_methods_beside_each_other(capsys):
         (["--methods", "lst,mesh"], "--methods: 'mesh' is none of "),
         (["--methods", ","], "--methods: '' is none of "),
         (["--methods", "full", "--reduction_factor", "4"], "--reduction_factor is an option of none of full"),
+        (["--task", "transcribe", "--num_labels", "2"], "--num_labels goes with --task classify"),
+        (["--num_labels", "0"], "--num_labels must be a positive integer, got 0"),
+        (["--methods", "lst", "--method", "lora"], "--method lora is for one method"),
+        (["--methods", "lst", "--method", "lst"], "--method lst is for one method"),
         (["--methods", "lst", "--gpu_memory", "8GiB"], "--gpu_memory is for one method"),
     ],
 )

@@ -40,7 +40,7 @@ class MemoryArguments:
     gpu_memory: str | None = field(
         default=None, metadata={"help": "size of the card, such as 8GiB; says what fits and what would help"}
     )
-    num_labels: int = field(default=2, metadata={"help": "classes"})
+    num_labels: int | None = field(default=None, metadata={"help": "classes (classify; default: 2)"})
     task: Literal["classify", "transcribe"] = field(
         default="classify",
         metadata={"help": "classify clips, or transcribe them (which takes a whole Whisper)"},
@@ -76,9 +76,11 @@ class MemoryArguments:
             raise UsageError("--bf16 and --fp16 cannot be given both")
         if self.tokens is not None and self.task == "classify":
             raise UsageError("--tokens goes with --task transcribe")
+        if self.num_labels is not None and self.task == "transcribe":
+            raise UsageError("--num_labels goes with --task classify")
         if self.methods is not None and self.gpu_memory is not None:
             raise UsageError("--gpu_memory is for one method, see --method, and not for --methods")
-        for name in ("batch", "tokens"):
+        for name in ("batch", "tokens", "num_labels"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"--{name} must be a positive integer, got {value}")
@@ -105,18 +107,26 @@ def size_text(size: int) -> str:
 
 def make_parser() -> Parser:
     """The parser of `whisper-meft memory`."""
-    return Parser(
+    parser = Parser(
         "memory",
         (MemoryArguments, MethodArguments),
         usage="[options]",
         description="Counts the memory of a training step from the sizes of the model alone: every tensor of "
         "the real step, on imagined tensors. Needs no GPU and downloads no weights.",
     )
+    method = parser._option_string_actions["--method"]
+    method.default, method.help = None, f"{method.help} (default: {method.default})"  # None: it is not given
+    return parser
 
 
 def run(argv: Sequence[str]) -> int:
     """`whisper-meft memory`; returns the exit status."""
     arguments, method = make_parser().parse(argv)[:2]
+    if arguments.methods is not None and method.method is not None:
+        raise UsageError(
+            f"--method {method.method} is for one method: name it among --methods, or leave it out"
+        )
+    method.method = method.method or MethodArguments.method
     size = None if arguments.gpu_memory is None else parse_size(arguments.gpu_memory)
     if size is not None and arguments.device == "cpu":
         raise UsageError("--gpu_memory goes with --device cuda")
@@ -153,7 +163,7 @@ def _settings(arguments: MemoryArguments, method: MethodArguments) -> dict[str, 
         "model": model,
         "dtype": dtype,
         "autocast": "bfloat16" if arguments.bf16 else "float16" if arguments.fp16 else None,
-        "num_labels": arguments.num_labels,
+        "num_labels": 2 if arguments.num_labels is None else arguments.num_labels,
         "task": arguments.task,
         "tokens": 64 if arguments.tokens is None else arguments.tokens,
         "device_type": arguments.device,
