@@ -721,6 +721,27 @@ def test_methods_that_train_the_encoder_are_refused_before_the_data_is_read(work
     assert "bitfit" in capsys.readouterr().err and not (tmp_path / "c").exists()
 
 
+@pytest.mark.parametrize("command", ["cache", "train"])
+def test_a_place_that_cannot_be_a_cache_is_refused_before_the_data_is_read(command, work, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("mine")
+    for name, reason in (
+        ("file", "is a file, and a feature cache is a folder"),
+        ("file/below", "is not a folder"),
+        ("full", "is not empty and holds no feature cache"),
+    ):
+        place = tmp_path / name
+        more = [f"--output_dir={place}"]
+        if command == "train":
+            more = [f"--output_dir={tmp_path / 'out'}", f"--cache_features={place}"]
+        given = [f"--model_name_or_path={work[0]}", "--train_data=nowhere", "--reduction_factor=2"]
+        assert cli.main([command, *given, *more]) == 1
+        error = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+        assert len(error) == 1 and str(place) in error[0] and reason in error[0]
+    assert sorted(each.name for each in tmp_path.rglob("*") if each.is_file()) == ["file", "mine"]
+
+
 def test_two_processes_fill_one_cache(work, tmp_path):
     command = ["-m", "whisper_meft", "cache", f"--model_name_or_path={work[0]}"]
     command += [f"--train_data={work[1]}", f"--output_dir={tmp_path / 'c'}", "--disable_tqdm=True"]

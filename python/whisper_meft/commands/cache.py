@@ -9,6 +9,7 @@ from ..data.transcripts import TranscriptTokens
 from ..errors import UserError
 from ..evaluation.loaded import usable_device
 from ..feature_cache.filling import prepare_cache
+from ..feature_cache.store import check_place
 from ..methods import MeftConfig
 from ..model.module import get_meft_model
 from ..model.pretrained import load_whisper, resolve_dtype
@@ -90,6 +91,7 @@ def run(argv: Sequence[str]) -> int:
     models, task_arguments, methods, sources, augment, options = make_parser().parse(argv)
     augment.check_augment()
     check_copies(options.cache_copies, True, augment.augment is not None)
+    check_place(options.output_dir)
     device = usable_device(options.device)
     dtype = models.backbone_dtype
     if dtype == "auto" and MeftConfig.methods()[methods.method].trains_backbone:

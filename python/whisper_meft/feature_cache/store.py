@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..data.examples import Example
 from ..errors import UserError
-from ..files import read_json, replacing, write_json
+from ..files import check_writable, read_json, replacing, write_json
 from .key import FORMAT, KEY_NAMES, WEIGHTS, clip_fingerprint, source_of
 from .shards import STORAGES, CachedClip, checksum, parts_of, read_header, read_rows, unpack
 
@@ -110,11 +110,9 @@ class FeatureCache:
         """
         if storage not in (None, *STORAGES):
             raise UserError(f"storage must be one of {', '.join(STORAGES)}, got {storage!r}")
+        check_place(folder)
         path = Path(folder) / "cache.json"
         if not path.is_file():
-            others = Path(folder).is_dir() and any(each.name[0] != "." for each in Path(folder).iterdir())
-            if others and not path.is_file():  # another process may just have made it
-                raise UserError(f"{folder} is not empty and holds no feature cache: name another folder")
             half = key["backbone_dtype"] in ("bfloat16", "float16")
             chosen = storage or ("exact" if half else "bfloat16")
             about = {"key": key, "layers": list(layers), "hidden_size": hidden_size, "storage": chosen}
@@ -325,6 +323,20 @@ def _digest(value: dict[str, Any]) -> str:
     """SHA-256 in hexadecimal of JSON values, the entry ``digest`` left out."""
     kept = {name: each for name, each in value.items() if name != "digest"}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def check_place(folder: str | os.PathLike) -> None:
+    """Raises UserError where ``folder`` holds no cache and none can be made in it."""
+    folder = Path(folder)
+    path = folder / "cache.json"
+    if path.is_file():
+        return
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file, and a feature cache is a folder: name another")
+    others = folder.is_dir() and any(each.name[0] != "." for each in folder.iterdir())
+    if others and not path.is_file():  # another process may just have made it
+        raise UserError(f"{folder} is not empty and holds no feature cache: name another folder")
+    check_writable(path)
 
 
 def _write_new(path: Path, value: Any) -> None:

@@ -7,6 +7,7 @@ from transformers import WhisperConfig, WhisperFeatureExtractor
 from .. import data
 from ..data.augmenter import Augmenter
 from ..errors import UserError
+from ..feature_cache.store import check_place
 from ..methods import MeftConfig
 from ..model.backbone import found_here_alone
 from ..model.module import graphs_refused
@@ -71,6 +72,8 @@ def settle(model: ModelArguments, method: MethodArguments, training: TrainArgume
         raise UserError(
             f"cache_features: {config.method} trains inside the encoder, so its hidden states cannot be kept"
         )
+    if training.cache_features:
+        check_place(training.cache_features)
     if model.backbone_compile and not config.frozen_encoder:
         raise UserError(
             f"backbone_compile: {config.method} trains inside the encoder; use --torch_compile True instead"
