@@ -5,6 +5,7 @@ and ``state_dict`` keys are shared. Symbols: B batch, T frames, D ``hidden_size`
 ``num_layers``.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -103,7 +104,8 @@ class SideNetwork(nn.Module):
     """What the three side networks share: sizes, checks, initialisation, and reading the stream.
 
     Layers inside are never called, their parameters are read: by ``torch.nn.utils.parametrize`` these may be
-    computed, but a layer of another class raises ``TypeError`` and one with forward hooks ``ValueError``.
+    computed, but a layer of another class raises ``TypeError``, and one whose weights a forward hook computes
+    ``ValueError``.
 
     Args:
         hidden_size: D, the backbone's width.
@@ -326,17 +328,15 @@ class GatedDown(nn.Module):
 
 
 def read_only(part: nn.Module, kind: type[nn.Module] | None = None) -> None:
-    """Refuses a part that is more than its parameters, since the ops read those and nobody calls the part.
+    """Refuses a part that is more than its parameters, since the ops read those and nobody calls the part. Of
+    forward hooks that only look on, as tools put on every module, a warning says that they do not run.
 
     Raises:
         TypeError: a layer of another class than ``kind``. One with ``torch.nn.utils.parametrize`` is fine.
-        ValueError: forward hooks, by which also the old spectral_norm, weight_norm and pruning work.
+        ValueError: forward hooks that compute weights: the old spectral_norm, weight_norm and pruning.
     """
-    if part._forward_hooks or part._forward_pre_hooks:
-        raise ValueError(
-            f"{type(part).__name__} in a side network must have no forward hooks: its parameters are read "
-            "and it is never called, so they would not run; torch.nn.utils.parametrize computes weights"
-        )
+    if (part._forward_hooks or part._forward_pre_hooks) and not torch.compiler.is_compiling():
+        _refuse_or_tell(part)
     if kind is not None and type(part) is not kind and type_before_parametrizations(part) is not kind:
         raise TypeError(
             f"a layer in a side network must be a torch.nn.{kind.__name__}, got {type(part).__name__}: its "
@@ -344,11 +344,22 @@ def read_only(part: nn.Module, kind: type[nn.Module] | None = None) -> None:
         )
 
 
+def _refuse_or_tell(part: nn.Module) -> None:
+    what, why = f"{type(part).__name__} in a side network", "its parameters are read and it is never called"
+    for hook in (*part._forward_hooks.values(), *part._forward_pre_hooks.values()):
+        if type(hook).__module__.startswith("torch.nn.utils."):
+            raise ValueError(
+                f"the weights of a {what} must not be computed by {type(hook).__name__}, a forward hook: "
+                f"{why}; torch.nn.utils.parametrize can compute them"
+            )
+    warnings.warn(f"forward hooks of a {what} do not run: {why}", stacklevel=4)
+
+
 def norm_params(norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
     """Weight and bias of a LayerNorm, in the order the ops take them.
 
     Raises:
-        TypeError: a layer of another class. ValueError: forward hooks on it. So below.
+        TypeError: a layer of another class. ValueError: forward hooks that compute weights. So below.
     """
     read_only(norm, nn.LayerNorm)
     return norm.weight, norm.bias

@@ -1,5 +1,7 @@
 """Side networks whose output is added to the backbone's: zero at the start, exact, and causal for tokens."""
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -238,7 +240,7 @@ def test_all_may_listen_to_one_clip_and_else_each_to_its_own(package, kind, monk
 
 @PAIRS
 @PACKAGES
-def test_hooks_on_parts_of_a_pair_run_or_are_refused(package, kind):
+def test_hooks_on_parts_of_a_pair_run_or_are_told_of(package, kind):
     memory, decoder = pair(package, kind)
     heard, states = memory(wide_states(3, 3, 1)).detach(), wide_states(2, LAYERS + 1, 2)
     for name, part in decoder.named_modules():
@@ -246,11 +248,11 @@ def test_hooks_on_parts_of_a_pair_run_or_are_refused(package, kind):
             continue
         ran = []
         handle = part.register_forward_hook(lambda *_, ran=ran: ran.append(1))
-        try:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
             written(decoder, states, heard)
-            assert ran, name
-        except ValueError as error:
-            assert f"{type(part).__name__} in a side network must have no forward hooks" in str(error)
+        sentence = f"forward hooks of a {type(part).__name__} in a side network do not run: "
+        assert ran or sentence in str([each.message for each in told]), name
         handle.remove()
 
 
