@@ -159,8 +159,10 @@ def test_cached_copies_are_taken_in_turn(work, tmp_path):
 def test_rare_clips_come_again_in_another_way(work, tmp_path):
     weights, _ = run(work, tmp_path / "a", "noise:1", sampling="balanced", max_frames="fidelity")
     cached = {"cache_features": tmp_path / "cache", "cache_copies": 2, "max_frames": "fidelity"}
+    # States in 16 bits would move a weight by up to a hundredth, depending on the noise that is drawn.
+    cached |= {"cache_storage": "exact"}
     found, _ = run(work, tmp_path / "b", "noise:1", sampling="balanced", **cached)
-    assert apart(weights, found) < 1e-2
+    assert apart(weights, found) < 1e-4
 
 
 @pytest.mark.slow
