@@ -264,6 +264,20 @@ def test_mistakes_give_one_line(options, status, message, work, tmp_path, capsys
     assert len(error) == 1 and message in error[0]
 
 
+@pytest.mark.parametrize("methods, message", [("all", "no data at"), ("head,lora", "lora: needs peft")])
+def test_a_method_that_cannot_be_stops_only_who_named_it(
+    methods, message, work, tmp_path, monkeypatch, capsys
+):
+    def refuse(config, *_):
+        if config.method == "lora":
+            raise UserError("needs peft")
+
+    monkeypatch.setattr(compare, "check_method", refuse)
+    options = {"methods": methods, "train_data": f"{work}/nowhere"}
+    assert main(command(work, tmp_path / "out", **options)) == 1
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("option", ["window", "hop", "cache_features", "cache_storage", "cache_copies"])
 def test_what_training_has_and_a_comparison_has_not(option, tmp_path, capsys):
     told = f"--{option} is no option of this command: it t"
