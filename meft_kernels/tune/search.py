@@ -107,10 +107,8 @@ def fastest(
         with choice.trial(candidate), ops.use_backend("triton"), host.launched() as launched:
             try:
                 elapsed = time_case(case, sets, backward)
-            except (
-                RuntimeError,
-                TritonError,
-            ) as error:  # out of resources on this device: not a candidate here
+            except (RuntimeError, TritonError) as error:
+                # Out of resources on this device: not a candidate here.
                 print(f"  {candidate.blocks}: {(str(error).splitlines() or [repr(error)])[0]}", flush=True)
                 continue
         if f"{row.kernel}_kernel" not in launched:  # others do its work at this width
