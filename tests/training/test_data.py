@@ -1,9 +1,9 @@
 """Reading the examples of a run."""
 
-from types import SimpleNamespace
-
 import pytest
+from modelling_fixtures import whisper_config
 from training_fixtures import make_audio_folder
+from whisper_meft import LSTConfig
 from whisper_meft.errors import UserError
 from whisper_meft.options.training import TrainDataArguments
 from whisper_meft.training.data import load_data
@@ -19,7 +19,7 @@ def test_labels_must_be_in_the_training_data_and_are_named_of_the_evaluation_dat
     def load(labels):
         sources = {"train_data": str(tmp_path / "train"), "eval_data": str(tmp_path / "test")}
         arguments = TrainDataArguments(**sources, labels=labels, data_format="audiofolder")
-        task = Classification(SimpleNamespace(max_frames="longest"), None)
+        task = Classification(LSTConfig(reduction_factor=2), whisper_config(), None)
         return load_data(arguments, task, True, False, 0, progress=False)
 
     with pytest.raises(UserError, match="train has no examples of lwo, which labels names: it has high, low"):

@@ -51,3 +51,17 @@ def test_an_upload_that_nobody_could_load_is_refused(tmp_path):
         settled(backbone, push_to_hub=True)
     settled(backbone)
     settled(shipped_backbone(), push_to_hub=True)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"placement": "both"}, "placement must be 'encoder' for classification"),
+        ({"layers": [9]}, "layers"),
+    ],
+)
+def test_a_method_that_cannot_be_is_refused(options, message, tmp_path):
+    told = {"train_data": "unread", "output_dir": tmp_path / "out", "reduction_factor": 2, **options}
+    model, method, _, training = parsed_options({"model_name_or_path": shipped_backbone(), **told})
+    with pytest.raises(UserError, match=message):
+        settle(model, method, training)

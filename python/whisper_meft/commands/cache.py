@@ -137,4 +137,4 @@ def _task(
         raise UserError(
             f"tokenizer_name: {models.tokenizer_name!r} is of transcripts: give --task transcribe"
         )
-    return Classification(config, extractor), None
+    return Classification(config, sizes, extractor), None

@@ -106,7 +106,7 @@ def make_task(
             "transcribe, or leave it out"
         )
     if training.task == "classify":
-        return Classification(config, extractor, training)
+        return Classification(config, sizes, extractor, training)
     return Transcription(config, sizes, extractor, load_language(model, sizes, training.language), training)
 
 

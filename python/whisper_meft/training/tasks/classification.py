@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 from transformers import (
     EvalPrediction,
     PreTrainedModel,
+    WhisperConfig,
     WhisperFeatureExtractor,
     WhisperForAudioClassification,
 )
@@ -36,18 +37,18 @@ from ...options.training import TrainArguments, TrainDataArguments
 from ..criterion import ClassLoss, computed_weights
 from ..many_classes import counts_text, predicted_classes, weights_text
 from ..trainer import MeftTrainer
-from .base import Task
+from .base import Task, check_method
 
 
 class Classification(Task):
     """Classes, named by the labels of the training examples.
 
     Args:
-        config: the method. extractor: the backbone's feature extractor.
+        config: the method. sizes, extractor: the backbone's config and feature extractor.
         arguments: of the run; of them the options for skewed classes are read.
 
     Raises:
-        UserError: the file of class weights cannot be used.
+        UserError: the method cannot do this, or the file of class weights cannot be used.
     """
 
     backbone_class = WhisperForAudioClassification
@@ -57,9 +58,11 @@ class Classification(Task):
     def __init__(
         self,
         config: MeftConfig,
+        sizes: WhisperConfig,
         extractor: WhisperFeatureExtractor,
         arguments: TrainArguments | None = None,
     ):
+        check_method(config, sizes, self.backbone_class)
         self.max_frames, self.extractor = config.max_frames, extractor
         self.label2id: dict[str, int] = {}
         self.skew = SkewArguments() if arguments is None else arguments
