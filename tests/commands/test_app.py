@@ -59,8 +59,9 @@ def test_a_model_that_transcribes_has_no_threshold_and_windows_of_its_own(work, 
     for option in ("--window", "--hop"):
         assert main(["app", str(work / "whisper"), option, "7"]) == 2
         assert f"{option} is for models that classify, and this one transcribes" in capsys.readouterr().err
-    assert main(["app", str(work / "whisper"), "--reject_below", "0.5"]) == 2
-    assert "--reject_below is for models that classify" in capsys.readouterr().err
+    for option, value in (("--reject_below", "0.5"), ("--top", "5")):
+        assert main(["app", str(work / "whisper"), option, value]) == 2
+        assert f"{option} is for models that classify" in capsys.readouterr().err
     assert main(["app", str(work / "whisper")]) == 0
     page = pages[0][0]()
     assert page.title == "whisper" and not page.analytics_enabled

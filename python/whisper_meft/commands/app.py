@@ -36,7 +36,12 @@ class AppArguments:
     )
     max_minutes: float = field(default=10.0, metadata={"help": "longer recordings are refused"})
     max_megabytes: int = field(default=200, metadata={"help": "larger files are refused"})
-    top: int = field(default=5, metadata={"help": "classes that are shown, the most probable ones"})
+    top: int | None = field(
+        default=None,
+        metadata={
+            "help": "classes that are shown, the most probable ones (default: 5); of models that classify"
+        },
+    )
     reject_below: str | None = field(
         default=None,
         metadata={
@@ -57,8 +62,9 @@ class AppArguments:
         if not (self.max_minutes > 0 and math.isfinite(self.max_minutes)):
             raise UsageError(f"--max_minutes must be above 0 and finite, got {self.max_minutes}")
         for name in ("max_megabytes", "top"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{name} must be at least 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"--{name} must be at least 1, got {value}")
         check_threshold(self.reject_below)
         if self.reject_label is not None and self.reject_below is None:
             raise UsageError(f"--reject_label {self.reject_label} is for --reject_below, which is not given")
@@ -90,8 +96,9 @@ def run(argv: Sequence[str]) -> int:
         raise UsageError("--window first is not for a page, which shows what is said over time")
     transcribes = kind_of(where.model_dir) != "classification"
     inference.check_kind(transcribes)
-    if transcribes and page.reject_below is not None:
-        raise UsageError("--reject_below is for models that classify, and this one transcribes")
+    for name in ("reject_below", "top"):
+        if transcribes and getattr(page, name) is not None:
+            raise UsageError(f"--{name} is for models that classify, and this one transcribes")
     if not transcribes:
         generation.refuse_for_classes()
     if transcribes:
@@ -110,7 +117,7 @@ def run(argv: Sequence[str]) -> int:
     from ..app.serving import serve
 
     serve(
-        lambda: build(listener, told, max_bytes, page.top),
+        lambda: build(listener, told, max_bytes, 5 if page.top is None else page.top),
         page.host,
         page.port,
         max_bytes,
