@@ -271,3 +271,37 @@ def test_a_yielded_state_is_not_written_into_afterwards():
         states.append(state)
         copies.append(state.clone())
     assert all(torch.equal(a, b) for a, b in zip(states, copies, strict=True))
+
+
+@pytest.mark.parametrize("chunk_size", [None, 2])
+@pytest.mark.parametrize("place", ["", "self_attn", "self_attn_layer_norm", "activation_fn"])
+def test_hooks_on_a_layer_run_and_change_what_it_gives(place, chunk_size):
+    whisper = tiny_whisper().eval()
+    features, _ = batch()
+    encoder = FrozenEncoder(whisper.encoder)
+    before = list(encoder.stream(features, statistics=True, chunk_size=chunk_size))
+    seen = []
+
+    def halved(_, given, out):
+        seen.append(len(out[0]))
+        return (out[0] / 2, *out[1:]) if isinstance(out, tuple) else out / 2
+
+    hook = encoder.layers[1].get_submodule(place).register_forward_hook(halved)
+    found = list(encoder.stream(features, statistics=True, chunk_size=chunk_size))
+    assert seen
+    with torch.no_grad():
+        expected = whisper.encoder(features).last_hidden_state
+    torch.testing.assert_close(encoder.layer_norm(found[-1]), expected, rtol=1e-4, atol=1e-4)
+    hook.remove()
+    assert not torch.allclose(found[-1], before[-1], atol=1e-2)
+    again = list(encoder.stream(features, statistics=True, chunk_size=chunk_size))
+    assert torch.equal(again[-1], before[-1])
+
+
+def test_what_transformers_leaves_on_the_layers_does_not_slow_them_down(monkeypatch):
+    whisper = tiny_whisper().eval()
+    features, _ = batch()
+    whisper.encoder(features, output_hidden_states=True)
+    encoder = FrozenEncoder(whisper.encoder)
+    monkeypatch.setattr(encoder, "_run", None)  # Hugging Face's code around a layer's modules
+    list(encoder.stream(features))

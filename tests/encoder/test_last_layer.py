@@ -160,3 +160,28 @@ def test_on_a_gpu_gradients_take_the_place_of_what_was_kept(frugal):
         found = [*run(), *run(times=3)]
     for grads in found:
         assert all(relative_error(a, b) < 1e-12 for a, b in zip(grads, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    "place, register",
+    [
+        ("", "register_forward_hook"),
+        ("", "register_forward_pre_hook"),
+        ("self_attn", "register_forward_hook"),
+        ("self_attn.out_proj", "register_forward_hook"),
+        ("fc2", "register_forward_hook"),
+        ("fc2", "register_forward_pre_hook"),
+        ("final_layer_norm", "register_forward_hook"),
+    ],
+)
+def test_gradients_go_through_what_hooks_change(place, register):
+    parts = parts_of(torch.float64)
+
+    def changed(_, *values):
+        value = values[-1]
+        return (value[0] / 3, *value[1:]) if isinstance(value, tuple) else value / 3
+
+    getattr(parts[0].layers[-1].get_submodule(place), register)(changed)
+    expected = gradients(parts, None, None)
+    found = gradients(parts, None, 2)
+    assert all(relative_error(a, b) < 1e-12 for a, b in zip(found, expected, strict=True))

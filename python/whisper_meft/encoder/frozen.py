@@ -15,7 +15,7 @@ from ..errors import UserError
 from .compiled import compiled_layer
 from .dtypes import parse_dtype
 from .fingerprint import fingerprint
-from .layer import finish_layer, norm_with_statistics, run_with_gradient
+from .layer import finish_layer, is_listened_to, norm_with_statistics, run_with_gradient
 from .quantization import Original, cast, is_in_pieces, is_quantized, quantize_layers, weights_digest
 
 
@@ -250,7 +250,7 @@ class FrozenEncoder(nn.Module):
             hidden_states = hidden_states.to(self.dtype)
             mask = self._attention_mask(lengths, hidden_states.shape[1])
             layer = self.layers[-1]
-            if not self._runs_alone(hidden_states):
+            if not self._runs_alone(hidden_states, layer):
                 states = self._run(layer, hidden_states, mask)
             elif torch.is_grad_enabled() and hidden_states.requires_grad:
                 states = run_with_gradient(layer, hidden_states, mask)
@@ -283,11 +283,11 @@ class FrozenEncoder(nn.Module):
             known = normed = None
             if statistics:
                 with torch.no_grad(), self._weights_as_they_are(device):
-                    if self._runs_alone(states):
+                    if self._runs_alone(states, layer):
                         normed, known = norm_with_statistics(layer.self_attn_layer_norm, states)
             yield HiddenState(states, *known) if known else states
             with torch.no_grad(), self._weights_as_they_are(device):
-                if self._runs_alone(states):
+                if self._runs_alone(states, layer):
                     normed = layer.self_attn_layer_norm(states) if normed is None else normed
                     states, normed = self._finish(layer, states, normed, mask), None
                 else:
@@ -318,8 +318,8 @@ class FrozenEncoder(nn.Module):
             del embedded
             again = self._embed_again(input_features, lengths) if first_again else None
             masks = [self._attention_mask(of_part, states.shape[1]) for of_part in part_lengths]
-        alone = self._runs_alone(states)
         for layer in self.layers:
+            alone = self._runs_alone(states, layer)
             known, waiting = None, [None] * len(parts)
             if statistics and alone:
                 with torch.no_grad(), self._weights_as_they_are(device):
@@ -378,9 +378,11 @@ class FrozenEncoder(nn.Module):
         return again
 
     @staticmethod
-    def _runs_alone(states: torch.Tensor) -> bool:
+    def _runs_alone(states: torch.Tensor, layer: nn.Module) -> bool:
         """Whether a layer needs nothing of Hugging Face's code around its modules: under autocast the types
-        of the sums matter, and an empty batch is not for its reshapes."""
+        of the sums matter, an empty batch is not for its reshapes, and hooks run there alone."""
+        if is_listened_to(layer):
+            return False
         return states.shape[0] > 0 and not torch.is_autocast_enabled(states.device.type)
 
     def _to_evaluation(self) -> None:

@@ -100,20 +100,22 @@ def states_through_last_layer(
 
 def _is_derived(encoder: FrozenEncoder, states: Tensor) -> bool:
     """Whether the last layer is what the derivation takes it for: frozen modules as Whisper has them, with
-    PyTorch's attention, in the type of the states. What is not is left to autograd."""
+    PyTorch's attention, in the type of the states, and no hooks may change what they give. What is not is
+    left to autograd."""
     layer = encoder.layers[-1]
     attention = layer.self_attn
     projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj)
     linears = (*projections, layer.fc1, layer.fc2)
     norms = (layer.self_attn_layer_norm, layer.final_layer_norm, encoder.layer_norm)
     return (
-        encoder._runs_alone(states)
+        encoder._runs_alone(states, layer)
         and states.dtype == encoder.dtype
         and attention.config._attn_implementation == "sdpa"
         and getattr(layer.activation_fn, "act", None) is F.gelu
         and all(type(linear) is nn.Linear and not is_quantized(linear) for linear in linears)
         and all(type(norm) is nn.LayerNorm for norm in norms)
         and not any(p.requires_grad for module in (layer, encoder.layer_norm) for p in module.parameters())
+        and not frozen_layer.has_hooks((*layer.modules(), encoder.layer_norm))
     )
 
 

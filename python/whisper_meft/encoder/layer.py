@@ -1,6 +1,8 @@
 """One frozen layer of Whisper's encoder: run for its output alone, with little memory beside it, or with
 gradient to its input."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
@@ -14,6 +16,26 @@ from .quantization import project
 _INNER_ELEMENTS = {"cpu": 2**22}
 
 _DEFAULT_INNER_ELEMENTS = 2**25
+
+_CAPTURING = "transformers.utils.output_capturing"
+
+
+def is_listened_to(layer: nn.Module) -> bool:
+    """Whether there are hooks on a ``WhisperEncoderLayer``, or on those of its modules that ``finish_layer``
+    does not call: they would not run."""
+    return has_hooks((layer, layer.self_attn, layer.self_attn_layer_norm, layer.activation_fn))
+
+
+def has_hooks(modules: Iterable[nn.Module]) -> bool:
+    """Whether any of the modules has forward hooks; of those that transformers leaves on layers once it was
+    asked for hidden states, nobody waits for a call."""
+    hooks = [
+        hook
+        for module in modules
+        for found in (module._forward_hooks, module._forward_pre_hooks)
+        for hook in found.values()
+    ]
+    return any(getattr(hook, "__module__", None) != _CAPTURING for hook in hooks)
 
 
 def norm_with_statistics(
