@@ -1,6 +1,7 @@
 """What the models of all tasks share: the encoder, what a method trains, saving, loading and uploading."""
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -129,6 +130,19 @@ class MeftBase(PreTrainedModel):
                 "requires_grad_(False) on them, or use FullConfig; save_pretrained(..., save_backbone=True) "
                 "writes them too"
             )
+
+    def _tell_of_hooks(self) -> None:
+        """Warns of forward hooks that do not run: on parts that are run in steps of their own."""
+        if torch.compiler.is_compiling():
+            return
+        for name in ("encoder", "decoder", "side_network"):
+            part = getattr(self, name, None)
+            if part is not None and (part._forward_hooks or part._forward_pre_hooks):
+                warnings.warn(
+                    f"forward hooks of {name} do not run, as it is never called as a whole: put them on its "
+                    "layers, or on the model",
+                    stacklevel=3,
+                )
 
     def _training_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters that training would change, by name. Those of a frozen encoder are not among them,

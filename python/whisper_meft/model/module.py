@@ -199,6 +199,7 @@ class MeftModel(MeftBase):
         if self.training and options.method == "mezo" and torch.is_grad_enabled():
             refuse_gradients()
         self.refuse_training_in_half()
+        self._tell_of_hooks()
         if (input_features is None) == (hidden_states is None):
             raise UserError("one of input_features and hidden_states is needed, and not both")
         check_tensors(

@@ -229,6 +229,7 @@ class MeftForConditionalGeneration(MeftBase):
         if self.training and self.meft_config.method == "mezo" and torch.is_grad_enabled():
             refuse_gradients()
         self.refuse_training_in_half()
+        self._tell_of_hooks()
         check_tensors(
             input_features=input_features,
             attention_mask=attention_mask,
