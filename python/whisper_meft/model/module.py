@@ -1,5 +1,6 @@
 """A Whisper encoder, what a method trains of it or beside it, and a head as one Hugging Face model."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +18,13 @@ from ..encoder.cached import StoredStates, pooled_of_cached, states_read
 from ..encoder.chunked import pooled_in_chunks
 from ..encoder.frozen import as_output
 from ..encoder.graphed import GraphedReader
-from ..encoder.pooling import LastState, RunningStandardisation, StatisticsOf, mean_over_time
+from ..encoder.pooling import (
+    LastState,
+    RunningStandardisation,
+    StatisticsOf,
+    WeightedSum,
+    mean_over_time,
+)
 from ..errors import UserError
 from ..methods import MeftConfig
 from .backbone import resolve_backbone
@@ -277,9 +284,10 @@ def get_meft_model(
 
     Args:
         base: gives the encoder (shared with it and frozen but for what the method trains, cast if
-            ``config.backbone_dtype`` says so); a classifier the start values of the head (copied, as float32)
-            and the labels, a recogniser the decoder (shared, frozen, cast) and how it generates. Methods with
-            a frozen encoder may share one; a method that trains inside it needs one of its own.
+            ``config.backbone_dtype`` says so); a classifier the start values of the head (copied, as float32;
+            of a weighted sum of layers its weights too) and the labels, a recogniser the decoder (shared,
+            frozen, cast) and how it generates. Methods with a frozen encoder may share one; a method that
+            trains inside it needs one of its own.
         config: :class:`LSTConfig`, :class:`LoRAConfig`, :class:`FullConfig` ...: the method and its options.
 
     Returns:
@@ -328,6 +336,15 @@ def get_meft_model(
             if ours.weight.shape == theirs.weight.shape:  # the projector of statistics is another
                 ours.weight.copy_(theirs.weight)
                 ours.bias.copy_(theirs.bias)
+        weights = getattr(base, "layer_weights", None) if sizes.use_weighted_layer_sum else None
+        if weights is not None and isinstance(model.side_network, WeightedSum):
+            model.side_network.weights.copy_(weights)
+        elif weights is not None:
+            warnings.warn(
+                f"use_weighted_layer_sum of base's config is for WeightedSumConfig, {config.method} does not "
+                "sum its layers: what is copied of base's head was made for that sum",
+                stacklevel=2,
+            )
     return model.train()
 
 
