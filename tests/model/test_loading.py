@@ -68,6 +68,16 @@ def test_a_device_map_of_one_device(folder, place):
     assert {p.device.type for p in model.parameters()} == {"cpu"}
 
 
+def test_a_config_is_that_of_a_saved_model(folder):
+    model = MeftModel.from_pretrained(folder, config=None)
+    model.config.id2label = {0: "x", 1: "y", 2: "z"}
+    assert MeftModel.from_pretrained(folder, config=model.config).config.id2label[2] == "z"
+    for given in (model.encoder.config, str(folder), model.config.to_dict(), LSTConfig(reduction_factor=2)):
+        message = f"config must be None or the MeftModelConfig of a saved model, got {type(given).__name__}"
+        with pytest.raises(UserError, match=message):
+            MeftModel.from_pretrained(folder, config=given)
+
+
 def test_any_device_is_the_accelerator_or_the_cpu(folder, monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     monkeypatch.setattr(MeftModel, "to", lambda self, device: setattr(self, "went_to", device) or self)

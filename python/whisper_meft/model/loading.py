@@ -65,6 +65,11 @@ def load(
     if kwargs:
         raise UserError(f"from_pretrained got unknown arguments: {', '.join(sorted(kwargs))}")
 
+    if saved_config is not None and not isinstance(saved_config, MeftModelConfig):
+        raise UserError(
+            "config must be None or the MeftModelConfig of a saved model, got "
+            f"{type(saved_config).__name__}: the one in its folder is read without"
+        )
     folder = fetch(name_or_path, hub_options) / subfolder
     config = saved_config if isinstance(saved_config, MeftModelConfig) else read_config(folder)
     if config.task != cls.task:
