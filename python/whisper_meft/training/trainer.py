@@ -18,6 +18,7 @@ from transformers.trainer_utils import seed_worker
 
 from ..data.batching import LengthBatches, LongestFirst
 from ..errors import UserError, is_full_disk, one_line
+from ..methods import MeftConfig
 from ..methods.mezo import MeZO
 from ..model.loss import with_penalty
 from ..model.module import MeftModel
@@ -66,7 +67,7 @@ class MeftTrainer(Trainer):
 
     def __init__(
         self,
-        model: MeftModel,
+        model: MeftModel | None = None,
         args: Any = None,
         length_batches: LengthBatches | None = None,
         evaluation_in_order: bool = False,
@@ -78,10 +79,12 @@ class MeftTrainer(Trainer):
         before_first_save: Callable[[], None] | None = None,
         **kwargs: Any,
     ):
-        if kwargs.get("processing_class") is not None:
-            extractor = kwargs["processing_class"]
+        extractor = kwargs.get("processing_class")
+        if extractor is not None and model is not None:
             kwargs["processing_class"] = extractor_to_save(extractor, model.meft_config.max_frames)
         super().__init__(model=model, args=args, **kwargs)
+        if extractor is not None and model is None:  # model_init has made it now
+            self.processing_class = extractor_to_save(extractor, self.method.max_frames)
         self.length_batches, self.throughput, self.streamed = length_batches, throughput, streamed
         self.evaluation_in_order, self.windows = evaluation_in_order, windows
         self.augmentation = augmentation
@@ -99,7 +102,6 @@ class MeftTrainer(Trainer):
             self.add_callback(streamed)
         told = [each for each in (length_batches, self.train_dataset) if hasattr(each, "set_epoch")]
         self.add_callback(_TellsEpoch(*told))
-        self.method = model.meft_config
         if self.method.method == "mezo" and self.args.fp16:
             raise UserError("fp16 cannot be used with mezo, which has no gradients to scale; use bf16")
         own = self.compute_loss_func is None or isinstance(self.compute_loss_func, ClassLoss)
@@ -110,6 +112,11 @@ class MeftTrainer(Trainer):
             self.label_smoother = self._with_penalty(self.label_smoother)
         if self.compute_loss_func is not None:
             self.compute_loss_func = self._with_penalty(self.compute_loss_func)
+
+    @property
+    def method(self) -> MeftConfig:
+        """The options of the model's method: ``model_init`` may make another model for each training."""
+        return self.model.meft_config
 
     def _with_penalty(self, compute: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def computed(outputs: Any, labels: Any, num_items_in_batch: Any = None, **more: Any) -> torch.Tensor:
