@@ -1,6 +1,7 @@
 """The Trainer of all methods: the stock one with what LoRA+ and MeZO need, and batches by length."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property, partial
@@ -107,6 +108,7 @@ class MeftTrainer(Trainer):
         own = self.compute_loss_func is None or isinstance(self.compute_loss_func, ClassLoss)
         # What takes -100 for a label that does not count; another loss may take it for anything.
         self._skips_labels = own and type(self).compute_loss is MeftTrainer.compute_loss
+        self._loss_is_ours = True
         # A loss that the Trainer computes from the scores lacks the method's penalty.
         if self.label_smoother is not None:
             self.label_smoother = self._with_penalty(self.label_smoother)
@@ -136,6 +138,7 @@ class MeftTrainer(Trainer):
             raise
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        self._loss_is_ours = True
         before = self.model.penalty_elsewhere
         self.model.penalty_elsewhere |= self.label_smoother is not None or self.compute_loss_func is not None
         try:
@@ -451,9 +454,24 @@ class MeftTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> torch.Tensor:
+        self._loss_is_ours = False
         loss = self._training_step(model, inputs, num_items_in_batch)
+        if not self._loss_is_ours:
+            self._tell_of_accumulation()
         self._losses += loss.detach()
         return loss
+
+    def _tell_of_accumulation(self) -> None:
+        """Warns of a ``compute_loss`` that is not this class's where nobody has said what it is the mean of:
+        the model divides its own loss by what counts in the whole step, so nothing else does."""
+        steps = self.args.gradient_accumulation_steps
+        if steps > 1 and getattr(self, "loss_is_scaled_for_ga", False) is None:
+            warnings.warn(
+                f"if {type(self).__name__}.compute_loss gives the mean over its own clips, it counts {steps} "
+                "times, by gradient_accumulation_steps: set loss_is_scaled_for_ga = False in the class, or "
+                "True if it divides by num_items_in_batch",
+                stacklevel=3,
+            )
 
     def _training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any
@@ -461,7 +479,9 @@ class MeftTrainer(Trainer):
         if self.method.method != "mezo":
             return super().training_step(model, inputs, num_items_in_batch)
         inputs = self._prepare_inputs(inputs)
-        whole = num_items_in_batch is not None or self.compute_loss_func is not None
+        whole = getattr(self, "loss_is_scaled_for_ga", None)
+        if whole is None:
+            whole = num_items_in_batch is not None or self.compute_loss_func is not None
         share = 1 if whole else self.current_gradient_accumulation_steps
 
         def loss() -> torch.Tensor:
