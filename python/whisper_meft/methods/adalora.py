@@ -107,6 +107,11 @@ def orthogonality_penalty(tuned: nn.Module) -> Tensor:
     return torch.stack(norms).mean()
 
 
+def _finite_gradients(optimizer: torch.optim.Optimizer) -> bool:
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    return bool(torch.stack([gradient.isfinite().all() for gradient in gradients]).all())
+
+
 class RankAllocation(TrainerCallback):
     """Allocates the ranks after each optimizer step: warm-up, cubic decrease to the target, final phase.
 
@@ -145,14 +150,23 @@ class RankAllocation(TrainerCallback):
             kept = {n: optimizer.state[p][name] for n, p in factors.items() if name in optimizer.state[p]}
             setattr(self.allocator, name, kept)
         self.allocator.ipt = dict(self.allocator.exp_avg_ipt)  # only its keys are read
-        if not self.allocator.ipt:
-            self.allocator.update_ipt(self.tuned)
-        self.allocator.update_and_allocate(self.tuned, step, force_mask=step == self.last_allocation)
+        if getattr(optimizer, "scaler", None) is not None and not _finite_gradients(optimizer):
+            self._allocate_as_known(step)  # skipped, in fp16: NaN would stay in the averages for good
+        else:
+            if not self.allocator.ipt:
+                self.allocator.update_ipt(self.tuned)
+            self.allocator.update_and_allocate(self.tuned, step, force_mask=step == self.last_allocation)
         for name in _AVERAGES:
             for n, value in getattr(self.allocator, name).items():
                 optimizer.state[factors[n]][name] = value
         if step == self.last_allocation:
             self.pattern = self._pattern()
+
+    def _allocate_as_known(self, step: int) -> None:
+        """Allocates what is due after ``step`` by the averages of the steps before, where there are any."""
+        budget, due = self.allocator.budget_schedule(step)
+        if self.allocator.ipt and (due or step == self.last_allocation):
+            self.allocator.mask_to_budget(self.tuned, budget)
 
     def _pattern(self) -> dict[str, list[bool]]:
         """Which singular values are kept: the others were set to zero."""
