@@ -186,7 +186,8 @@ class MeftModel(MeftBase):
                 :func:`whisper_meft.padding.frames_with_sound` finds.
             labels: (B,) class numbers; -100 is skipped.
             return_dict: ``False`` gives a tuple.
-            num_items_in_batch: what the summed loss is divided by, from Trainer; without it the batch size.
+            num_items_in_batch: what the summed loss is divided by, from Trainer; without it the labels that
+                count.
             hidden_states: (B, S, T, D) in place of ``input_features``: the states that :attr:`states_read`
                 names, computed earlier (:mod:`whisper_meft.feature_cache`). The backbone is not run.
             hidden_state_lengths: (B,) their valid frames. Only read when ``max_frames`` is not "fidelity".
