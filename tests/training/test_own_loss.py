@@ -69,3 +69,14 @@ def test_models_of_model_init(tmp_path):
     assert trainer.method.reduction_factor == 3
     with pytest.raises(RuntimeError, match="model_init"):
         MeftTrainer(args=args)
+
+
+def test_arguments_by_position_are_the_stock_trainers(tmp_path):
+    def collate(clips):
+        raise AssertionError("collated")
+
+    trainer = MeftTrainer(model_of("lst"), arguments(tmp_path), collate, train_dataset=ToyClips(8))
+    with pytest.raises(AssertionError, match="collated"):
+        trainer.train()
+    with pytest.raises(TypeError, match="positional"):
+        MeftTrainer(model_of("lst"), arguments(tmp_path), None, ToyClips(8))

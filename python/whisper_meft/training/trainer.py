@@ -51,7 +51,7 @@ class MeftTrainer(Trainer):
     the methods with a penalty, AdaLoRA and S2-LoRA; here it holds the penalty.
 
     Args:
-        model, args, kwargs: as there.
+        model, args, data_collator, kwargs: as there.
         length_batches: what training batches are made of, instead of the batch size and a random order.
             Where it is given, evaluation goes from the longest clip to the shortest, if the evaluation data
             has a property ``lengths``: predictions and labels then come in that order.
@@ -70,6 +70,8 @@ class MeftTrainer(Trainer):
         self,
         model: MeftModel | None = None,
         args: Any = None,
+        data_collator: Any = None,
+        *,
         length_batches: LengthBatches | None = None,
         evaluation_in_order: bool = False,
         windows: str | None = None,
@@ -83,7 +85,7 @@ class MeftTrainer(Trainer):
         extractor = kwargs.get("processing_class")
         if extractor is not None and model is not None:
             kwargs["processing_class"] = extractor_to_save(extractor, model.meft_config.max_frames)
-        super().__init__(model=model, args=args, **kwargs)
+        super().__init__(model=model, args=args, data_collator=data_collator, **kwargs)
         if extractor is not None and model is None:  # model_init has made it now
             self.processing_class = extractor_to_save(extractor, self.method.max_frames)
         self.length_batches, self.throughput, self.streamed = length_batches, throughput, streamed
