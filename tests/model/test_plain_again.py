@@ -334,3 +334,11 @@ def test_cached_states_are_refused(tmp_path):
     refused = pytest.raises(UserError, match="hidden_states cannot be used in disable_adapter")
     with refused, model.disable_adapter():
         model(hidden_states=given)
+
+
+def test_merging_without_what_was_trained_is_refused():
+    for base in (tiny_whisper(), recogniser()):
+        model = get_meft_model(base, config_of("lora"))
+        with model.disable_adapter(), pytest.raises(UserError, match="switched off by disable_adapter"):
+            model.merge_and_unload()
+        assert model.merge_and_unload() is not None

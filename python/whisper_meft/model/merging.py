@@ -69,6 +69,10 @@ def merged_recogniser(model: nn.Module) -> WhisperForConditionalGeneration:
 def _check(model: nn.Module, kind: str, does: str) -> None:
     check_mergeable(model.meft_config)
     model.check_not_given_up()
+    if model._adapter_is_off:
+        raise UserError(
+            "what was trained is switched off by disable_adapter, and merging needs it: leave that first"
+        )
     if model.encoder.quantization is not None:
         raise UserError(
             f"a backbone that is quantised to {model.encoder.quantization} cannot be merged: load the model "
