@@ -26,6 +26,7 @@ from transformers import (
 from whisper_meft import LSTConfig, MeftConfig, MeftModel, SHERLConfig, UniPTConfig, UserError, get_meft_model
 from whisper_meft.encoder.fingerprint import fingerprint, same_backbone
 from whisper_meft.model.backbone import load_backbone, resolve_backbone
+from whisper_meft.once import warn_once
 
 METHODS = list(CONFIGS)
 
@@ -128,6 +129,26 @@ def test_get_meft_model_checks_its_arguments():
 
 
 # ---------------------------------------------------------------- forward and backward
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_asks_for_gradients_in_vain_is_told_of_once(method, caplog):
+    warn_once.cache_clear()
+    model = model_of(method).train()
+    features, labels = batch()
+    model.encoder.layers[-1].fc1.weight.requires_grad_()  # SHERL's gradient crosses it
+    model(features, labels=labels)
+    assert ("would train" in caplog.text) == (method != "sherl")
+    caplog.clear()
+    model.encoder.layers[0].fc1.weight.requires_grad_()
+    model.eval()(features)
+    assert not caplog.text
+    model.train()
+    for _ in range(2):
+        model(features, labels=labels).loss.backward()
+    (told,) = caplog.records
+    assert "encoder.layers.0.fc1.weight" in told.message and f"{method} runs the encoder" in told.message
+    assert model.encoder.layers[0].fc1.weight.grad is None
 
 
 @pytest.mark.parametrize("method", METHODS)

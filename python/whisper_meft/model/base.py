@@ -20,6 +20,7 @@ from ..encoder.fingerprint import fingerprint
 from ..encoder.frozen import FrozenEncoder
 from ..errors import UserError
 from ..methods import MeftConfig
+from ..once import warn_once
 from ..padding import frames_of_mask, frames_with_sound
 from .backbone import write_backbone
 from .config import MeftModelConfig
@@ -144,6 +145,22 @@ class MeftBase(PreTrainedModel):
                     stacklevel=3,
                 )
 
+    def _tell_of_unfrozen(self) -> None:
+        """Warns once of parameters of a frozen encoder that ask for gradients, which never come: those that
+        somebody unfroze, or peft's inside it."""
+        if not (self.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+            return
+        if not any(parameter.requires_grad for parameter in self.encoder.parameters()):
+            return
+        trained = {name for name, _ in self._training_parameters()}
+        asking = (f"encoder.{name}" for name, each in self.encoder.named_parameters() if each.requires_grad)
+        if idle := [name for name in asking if name not in trained]:
+            method = self.meft_config.method
+            warn_once(
+                f"{some_of(idle)} would train, but {method} runs the encoder without gradients, so that they "
+                "stay as they are: FullConfig trains the encoder, LoRAConfig puts LoRA's weights into it"
+            )
+
     def _training_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters that training would change, by name. Those of a frozen encoder are not among them,
         whatever was unfrozen: no gradient enters it but SHERL's, beside it, in its last layer and norm."""
@@ -261,7 +278,8 @@ class MeftBase(PreTrainedModel):
         the plain encoder's output. States of a feature cache are refused.
 
         Raises:
-            UserError: the method trains the backbone's own weights: full, bitfit and mezo.
+            UserError: the method trains the backbone's own weights: full, bitfit and mezo; or it is merged in
+                here.
         """
         before = self._adapter_is_off
         with self.meft_config.switched_off(self.tuned):

@@ -208,6 +208,7 @@ class MeftModel(MeftBase):
             refuse_gradients()
         self.refuse_training_in_half()
         self._tell_of_hooks()
+        self._tell_of_unfrozen()
         if (input_features is None) == (hidden_states is None):
             raise UserError("one of input_features and hidden_states is needed, and not both")
         check_tensors(

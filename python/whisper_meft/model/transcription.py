@@ -230,6 +230,7 @@ class MeftForConditionalGeneration(MeftBase):
             refuse_gradients()
         self.refuse_training_in_half()
         self._tell_of_hooks()
+        self._tell_of_unfrozen()
         check_tensors(
             input_features=input_features,
             attention_mask=attention_mask,
