@@ -126,6 +126,8 @@ def test_get_meft_model_checks_its_arguments():
         get_meft_model(torch.nn.Linear(2, 2), LSTConfig())
     with pytest.raises(UserError, match="config must be LSTConfig"):
         get_meft_model(tiny_whisper(), {"method": "lst"})
+    with pytest.raises(UserError, match="base must be .*, got NoneType: a config alone makes no model"):
+        AutoModelForAudioClassification.from_config(model_of("lst").config)
 
 
 # ---------------------------------------------------------------- forward and backward

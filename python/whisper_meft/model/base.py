@@ -61,9 +61,12 @@ class MeftBase(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
 
-    def __init__(self, config: MeftModelConfig, base: PreTrainedModel):
+    def __init__(self, config: MeftModelConfig, base: PreTrainedModel | None = None):
         if not isinstance(base, self.base_class):
-            raise UserError(f"base must be a {self.base_class.__name__}, got {type(base).__name__}")
+            raise UserError(
+                f"base must be a {self.base_class.__name__}, got {type(base).__name__}: a config alone "
+                "makes no model, get_meft_model and from_pretrained do"
+            )
         super().__init__(config)
         self.meft_config = MeftConfig.from_dict(config.meft)
         whisper_encoder = base.get_encoder()

@@ -247,7 +247,11 @@ class MeftForConditionalGeneration(MeftBase):
                 "one of input_features, encoder_outputs and hidden_states is needed, and no more of them"
             )
         if labels is None and decoder_input_ids is None:
-            raise UserError("labels or decoder_input_ids are needed: to transcribe, call generate")
+            raise UserError(
+                "labels or decoder_input_ids are needed: to transcribe, call generate; to train with a "
+                "Trainer's label_smoothing_factor, which takes labels away, let the collator give "
+                "decoder_input_ids too"
+            )
         stored = None
         if hidden_states is not None:
             self.refuse_stored()
