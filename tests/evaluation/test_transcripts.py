@@ -27,6 +27,12 @@ def test_normalisers_forgive_case_and_marks():
     assert score_transcripts(*colour, "en", spelling={"colour": "color"}).normalized_wer.errors == 0
 
 
+@pytest.mark.parametrize("blank", ["\n", "\t", "\u00a0", "\u202f", "\u3000", "  ", "\r\n "])
+def test_white_space_of_any_kind_lies_between_words(blank):
+    scores = score_transcripts([f"Quoi{blank}?"], ["Quoi ?"], "fr")
+    assert scores.wer == ErrorCounts(2, 0, 0, 0) and scores.cer == ErrorCounts(6, 0, 0, 0)
+
+
 def test_spellings_from_a_file(tmp_path):
     path = tmp_path / "normalizer.json"
     path.write_text('{"colour": "color"}')

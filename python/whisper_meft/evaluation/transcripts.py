@@ -55,7 +55,8 @@ class TranscriptScores:
 
     Attributes:
         count: number of transcripts.
-        wer, cer: as written. normalized_wer, normalized_cer: after Whisper's normaliser.
+        wer, cer: as written, any white space as one blank. normalized_wer, normalized_cer: after Whisper's
+            normaliser.
         normalizer: "english" or "basic".
         per_speaker: the same by speaker, where speakers are known.
     """
@@ -214,7 +215,8 @@ def intervals(
 
 
 def _rates(pairs: list[tuple[str, str]]) -> tuple[ErrorCounts, ErrorCounts]:
-    references, hypotheses = map(list, zip(*pairs))
+    # Of white space jiwer takes blanks alone for the ends of words, and a line's end or a tab for a letter.
+    references, hypotheses = ([" ".join(text.split()) for text in texts] for texts in zip(*pairs))
     return tuple(
         ErrorCounts(
             found.hits + found.substitutions + found.deletions,
