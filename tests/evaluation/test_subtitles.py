@@ -29,6 +29,8 @@ def test_subrip():
         "4\n100:00:00,000 --> 100:00:01,000\na hundred\n"
     )
     assert as_srt(Transcript("")) == ""
+    longer = Transcript("", (Segment(0.0, 1.0, "a ---> b ----> c --x>"),))
+    assert as_srt(longer) == "1\n00:00:00,000 --> 00:00:01,000\na -> b -> c --x>\n"
 
 
 def test_webvtt():

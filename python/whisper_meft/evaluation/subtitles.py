@@ -19,7 +19,8 @@ def as_txt(transcript: Transcript) -> str:
 def as_srt(transcript: Transcript) -> str:
     """SubRip: numbered cues with ``00:00:01,500 --> 00:00:02,000``."""
     # There is no way to write an arrow, by which readers find the times.
-    cues = [(each, text) for each in transcript.segments if (text := _line(each.text).replace("-->", "->"))]
+    lines = ((each, re.sub("--+>", "->", _line(each.text))) for each in transcript.segments)
+    cues = [(each, text) for each, text in lines if text]
     return "\n".join(f"{n}\n{_times(each, ',')}\n{text}\n" for n, (each, text) in enumerate(cues, 1))
 
 
