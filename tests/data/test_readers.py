@@ -160,6 +160,10 @@ def test_tsv_with_loose_quotation_marks(clips):
         's2\tclips/1.wav\t"\t"d""e"',
     )
     assert found(load_examples(path)) == [(0, "en", "s1"), (1, 'd"e', "s2")]
+    said = {'"Ja" zei hij, "nee"': '"Ja" zei hij, "nee"', '"Ja, ""nee"""': 'Ja, "nee"', '"Ja"': "Ja"}
+    for written, text in said.items():
+        path = table(clips / "n.tsv", "path\tsentence", f"clips/0.wav\t{written}")
+        assert load_examples(path, require_text=True)[0].text == text
 
 
 def test_manifest_split_column(clips):

@@ -150,6 +150,14 @@ def _parse_header(header: str, delimiter: str, path: Path) -> list[str]:
     return [name.strip().strip('"') for name in names]
 
 
+def _unquoted(field: str) -> str:
+    """A field between tabs without the quotation marks around it; where single ones stand inside, those at
+    its ends are not around it but said."""
+    inside = field[1:-1]
+    quoted = len(field) > 1 and field[0] == field[-1] == '"' and '"' not in inside.replace('""', "")
+    return inside.replace('""', '"') if quoted else field
+
+
 def _rows(
     path: Path, lines: io.StringIO, delimiter: str, width: int, above: int
 ) -> Iterator[tuple[int, list[str]]]:
@@ -173,5 +181,5 @@ def _rows(
         if len(row) != width:
             raise UserError(f"{path}, line {line}: {len(row)} fields, the header has {width}")
         if delimiter == "\t":
-            row = [f[1:-1].replace('""', '"') if len(f) > 1 and f[0] == f[-1] == '"' else f for f in row]
+            row = [_unquoted(field) for field in row]
         yield line, row
