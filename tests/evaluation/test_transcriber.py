@@ -1,7 +1,9 @@
 """Transcriber against Hugging Face's own generate, and what it refuses or answers by name."""
 
 import copy
+import json
 import logging
+import shutil
 
 import pytest
 import soundfile
@@ -160,6 +162,24 @@ def test_the_saved_language_holds_until_another_is_asked_for(work, tmp_path):
     assert load(tmp_path, "sherl", task="translate").language == "en"
     assert load(work).language is None
     assert spoken.transcribe(clips(work))[0] == load(work, language="nl").transcribe(clips(work))[0]
+
+
+def test_a_language_and_a_task_that_are_forced_by_tokens_hold_too(work, tmp_path):
+    shutil.copytree(work / "whisper", tmp_path / "whisper")
+    path = tmp_path / "whisper" / "generation_config.json"
+    tokenizer = WhisperTokenizer.from_pretrained(tmp_path / "whisper")
+    forced = tokenizer.get_decoder_prompt_ids(language="nl", task="translate")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"forced_decoder_ids": forced}))
+    wave = soundfile.read(work / "0.wav", dtype="float32")[0]
+    spoken = load(tmp_path)
+    assert spoken.options == {"language": "nl", "task": "translate"}
+    assert spoken.transcribe(clips(work, [0]))[0][0].text == own(tmp_path, wave)
+    assert load(tmp_path, language="de").options == {"language": "de", "task": "transcribe"}
+    get_meft_model(spoken.model, LSTConfig(reduction_factor=4)).save_pretrained(tmp_path / "lst")
+    assert load(tmp_path, "lst").options == spoken.options
+    # The tokens of published ones: the language is guessed.
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"forced_decoder_ids": [[1, None], forced[1]]}))
+    assert load(tmp_path).options == {"task": "translate"}
 
 
 def test_half_precision_hears_too(work):

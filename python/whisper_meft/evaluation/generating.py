@@ -93,6 +93,17 @@ def language_code(language: str | None, generation: GenerationConfig) -> str | N
     return code
 
 
+def _forced(model: Any) -> dict[str, str]:
+    """The language and the task in ``forced_decoder_ids``, an older way to say them."""
+    generation = model.generation_config
+    sizes = model.decoder.config if isinstance(model, MeftForConditionalGeneration) else model.config
+    of_either = (getattr(config, "forced_decoder_ids", None) for config in (generation, sizes))
+    tokens = {token for _, token in next((each for each in of_either if each is not None), ())}
+    tables = {"language": "lang_to_id", "task": "task_to_id"}
+    words = {name: getattr(generation, table, None) or {} for name, table in tables.items()}
+    return {name: word for name, known in words.items() for word, token in known.items() if token in tokens}
+
+
 def generation_options(model: Any, **options: Any) -> dict[str, Any]:
     """Options for a model's ``generate``, checked before any work is done.
 
@@ -108,6 +119,8 @@ def generation_options(model: Any, **options: Any) -> dict[str, Any]:
     """
     generation = model.generation_config
     options = {name: value for name, value in options.items() if value is not None}
+    if not any(options.get(name) or getattr(generation, name, None) for name in ("language", "task")):
+        options |= _forced(model)  # which ``generate`` reads only where nothing newer is named
     language = options.pop("language", None) or getattr(generation, "language", None)
     code = language_code(language, generation)
     if code is not None:
