@@ -446,6 +446,20 @@ def test_the_published_english_only_models_know_all_languages_tokens(work, tmp_p
     assert run(work, tmp_path / "out", language=None, model_name_or_path=english, max_steps=1) == 0
 
 
+def test_an_english_only_model_keeps_no_language_that_it_was_saved_with(work, tmp_path):
+    english = make_recogniser(tmp_path / "english")
+    WhisperTokenizer.from_pretrained(english, language="english", task="transcribe").save_pretrained(english)
+    path = english / "generation_config.json"
+    values = json.loads(path.read_text()) | {"language": "en", "task": "transcribe", "is_multilingual": False}
+    path.write_text(json.dumps(values))
+    assert run(work, tmp_path / "out", language=None, model_name_or_path=english, max_steps=1) == 0
+    tokenizer = WhisperTokenizer.from_pretrained(tmp_path / "out")
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    said = tokenizer.convert_ids_to_tokens(tokenizer.prefix_tokens)
+    assert said == ["<|startoftranscript|>", "<|notimestamps|>"]
+    assert generation.get("language") is None and generation.get("task") is None
+
+
 def test_another_models_tokenizer_is_told(work, tmp_path, capsys):
     mixed = tmp_path / "mixed"
     shutil.copytree(work / "whisper", mixed)

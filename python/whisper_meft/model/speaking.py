@@ -42,6 +42,7 @@ class LanguageOf:
             multilingual = bool(self.languages) and sizes.vocab_size != _ENGLISH_ONLY
         self.language = self._code(language, multilingual)
         task = "transcribe" if multilingual else None
+        tokenizer.language = tokenizer.task = None  # which None in the call would leave as they were saved
         tokenizer.set_prefix_tokens(language=self.language, task=task, predict_timestamps=False)
         _check_tokenizer(tokenizer, sizes)
 
@@ -88,6 +89,8 @@ class LanguageOf:
             found["lang_to_id"] = {f"<|{code}|>": number for code, number in self.languages.items()}
             found["task_to_id"] = {task: self._id(f"<|{task}|>") for task in ("transcribe", "translate")}
             generation.language, generation.task = self.language, "transcribe"
+        else:  # where one is named, ``generate`` puts it into the prompt
+            generation.language = generation.task = None
         for name, value in found.items():
             if getattr(generation, name, None) is None:
                 setattr(generation, name, value)
