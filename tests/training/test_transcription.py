@@ -29,6 +29,7 @@ from whisper_meft.data import load_examples
 from whisper_meft.evaluation.transcriber import Transcriber
 from whisper_meft.evaluation.transcripts import ErrorCounts, score_transcripts
 from whisper_meft.memory import counting
+from whisper_meft.options.inference import InferenceArguments
 from whisper_meft.training import checkpoints
 from whisper_meft.training import run as train
 from whisper_meft.training.tasks import transcription
@@ -444,6 +445,19 @@ def test_the_published_english_only_models_know_all_languages_tokens(work, tmp_p
     assert run(work, tmp_path / "out", language="nl", model_name_or_path=english) == 1
     assert "English-only" in capsys.readouterr().err
     assert run(work, tmp_path / "out", language=None, model_name_or_path=english, max_steps=1) == 0
+
+
+def test_spellings_of_the_english_normaliser_are_saved(work, tmp_path):
+    """So that scoring the saved model later forgives what the run's own scores do."""
+    english, out = make_recogniser(tmp_path / "english", multilingual=False), tmp_path / "out"
+    (english / "normalizer.json").write_text(json.dumps({"colour": "color"}))
+    options = {"model_name_or_path": english, "language": None, "max_steps": 1, **NOT_EVALUATED}
+    assert run(work, out, **options) == 0
+    saved = Transcriber.load(str(out), InferenceArguments(device="cpu"), progress=False).tokenizer
+    assert saved.english_spelling_normalizer == {"colour": "color"}
+    (english / "normalizer.json").unlink()
+    assert run(work, out, **options, overwrite_output_dir=True) == 0
+    assert not (out / "normalizer.json").exists()
 
 
 def test_an_english_only_model_keeps_no_language_that_it_was_saved_with(work, tmp_path):

@@ -20,6 +20,7 @@ RESULT_FILES = [
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
+    "normalizer.json",
     "training_args.bin",
     "README.md",
     "train_results.json",

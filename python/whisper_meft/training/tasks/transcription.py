@@ -24,7 +24,7 @@ from ...evaluation.transcriber import quantized_as
 from ...evaluation.transcripts import WITHOUT_SPACES
 from ...feature_cache.dataset import CachedCollator, CachedDataset
 from ...feature_cache.store import FeatureCache
-from ...files import read_json, write_text
+from ...files import read_json, write_json, write_text
 from ...methods import MeftConfig
 from ...model.base import MeftBase
 from ...model.speaking import LanguageOf
@@ -209,3 +209,6 @@ class SavedTogether:
     def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:
         for part in self.parts:
             part.save_pretrained(folder, **kwargs)
+            # transformers reads the spellings of its English normaliser there, and does not write them.
+            if spelling := getattr(part, "english_spelling_normalizer", None):
+                write_json(Path(folder) / "normalizer.json", spelling)
