@@ -247,6 +247,9 @@ def test_options_that_no_model_takes(work, tmp_path):
     english.model.generation_config = generation
     with pytest.raises(UserError, match="'cantonese' is none of this model's 99 languages"):
         generation_options(english.model, language="cantonese")
+    del generation.lang_to_id, generation.is_multilingual  # as of older ones, which may know any
+    with pytest.raises(UserError, match="language='en' cannot be told to this model, .* no lang_to_id"):
+        generation_options(english.model, language="en")
 
 
 def test_options_of_trained_models_are_not_for_a_plain_whisper(work):

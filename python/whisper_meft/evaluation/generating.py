@@ -73,7 +73,8 @@ def language_code(language: str | None, generation: GenerationConfig) -> str | N
         the code; None for English of an English-only model, which takes no such option.
 
     Raises:
-        UserError: no language of Whisper's, none of the model's, or the model is English-only.
+        UserError: no language of Whisper's, none of the model's, or the model is English-only or does not say
+            which languages it knows.
     """
     if language is None:
         return None
@@ -84,10 +85,15 @@ def language_code(language: str | None, generation: GenerationConfig) -> str | N
             f"language must be a code (nl) or a name (dutch) of Whisper's languages, got {language!r}"
         )
     known = getattr(generation, "lang_to_id", None)
-    if getattr(generation, "is_multilingual", None) is False or not known:
+    if getattr(generation, "is_multilingual", None) is False:
         if code == "en":
             return None
         raise UserError(f"language={language!r} was asked for, and the model is English-only: leave it out")
+    if not known:
+        raise UserError(
+            f"language={language!r} cannot be told to this model, whose generation_config.json has no "
+            "lang_to_id: leave it out, or take that file from the published Whisper of its size"
+        )
     if f"<|{code}|>" not in known:
         raise UserError(f"language={language!r} is none of this model's {len(known)} languages")
     return code
