@@ -358,6 +358,18 @@ def test_transcripts_that_cannot_be_learnt_are_named_before_any_work(text, said,
     assert not (tmp_path / "out").exists()
 
 
+def test_what_generation_never_writes_is_said(work, tmp_path, capsys):
+    header, first, *rows = (work / "train.csv").read_text().splitlines()
+    path, text, speaker = first.split(",")
+    (tmp_path / "said.csv").write_text("\n".join([header, f"{path},{text}; so: {text},{speaker}", *rows]))
+    options = {"train_data": tmp_path / "said.csv", "max_steps": 1, **NOT_EVALUATED}
+    assert run(work, tmp_path / "out", **options) == 0
+    (line,) = (each for each in capsys.readouterr().out.splitlines() if "never written" in each)
+    before, _, marks = line.partition(" say: ")
+    assert before == "1 of them hold what is never written, as suppress_tokens of the generation config"
+    assert sorted(marks.split(", ")) == ["':'", "';'"]
+
+
 # --- options ----------------------------------------------------------------------------------------------
 
 

@@ -22,6 +22,7 @@ class LanguageOf:
 
     Attributes:
         language: its code; None for English-only models.
+        suppressed: tokens that the model never generates.
 
     Raises:
         UserError: the tokenizer is another model's, or the language is needed, unknown or not this model's.
@@ -37,6 +38,7 @@ class LanguageOf:
         self.tokenizer = tokenizer
         known = {code: self._id(f"<|{code}|>") for code in TO_LANGUAGE_CODE.values()}
         self.languages = {code: number for code, number in known.items() if number is not None}
+        self.suppressed = frozenset(getattr(generation or sizes, "suppress_tokens", None) or ())
         multilingual = getattr(generation, "is_multilingual", None)
         if multilingual is None:
             multilingual = bool(self.languages) and sizes.vocab_size != _ENGLISH_ONLY

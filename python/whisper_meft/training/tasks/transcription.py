@@ -1,5 +1,6 @@
 """Training for what is said in a clip."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from transformers import (
 )
 
 from ... import data
-from ...data.examples import Example, ExampleSet
+from ...data.examples import Example, ExampleSet, listing
 from ...data.features import read_features, true_frames, window_of
 from ...data.streaming import Stream
 from ...errors import UserError
@@ -154,7 +155,24 @@ class Transcription(Task):
         words = sum(len(example.text.split()) for example in training)
         speakers = training.speakers()
         of = f" of {len(speakers)} speakers" if speakers else ""
-        return [f"training on {len(training)} transcripts{of}, {words:,} words; {self.speaking.describe()}"]
+        found = f"training on {len(training)} transcripts{of}, {words:,} words; {self.speaking.describe()}"
+        return [found, *self._never_written(training)]
+
+    def _never_written(self, training: ExampleSet) -> list[str]:
+        """A line on what of the transcripts is never generated, however well it is learnt, or none."""
+        speaking, clips = self.speaking, 0
+        left_out: Counter[int] = Counter()
+        for example in training:
+            tokens = speaking.suppressed.intersection(self.tokens(example)["labels"])
+            left_out.update(tokens)
+            clips += bool(tokens)
+        if not clips:
+            return []
+        marks = dict.fromkeys(speaking.tokenizer.decode([each]).strip() for each, _ in left_out.most_common())
+        return [
+            f"{clips} of them hold what is never written, as suppress_tokens of the generation config say: "
+            f"{listing(map(repr, marks))}"
+        ]
 
     def trainer_options(self, evaluation: ExampleSet | None) -> dict[str, Any]:
         def rates(model: nn.Module) -> dict[str, float]:
