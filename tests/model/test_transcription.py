@@ -13,6 +13,7 @@ from tokens_fixtures import spelling_tokenizer
 from transformers import (
     AutoModelForAudioClassification,
     AutoModelForSpeechSeq2Seq,
+    DynamicCache,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     WhisperFeatureExtractor,
@@ -617,6 +618,10 @@ def test_where_sherl_starts():
         ({"labels": [[4]]}, "labels must be a torch.Tensor"),
         ({"decoder_input_ids": torch.full((3, 2), 4)}, "labels must have the shape of decoder_input_ids"),
         ({"input_features": torch.zeros(3, MELS, 9)}, "input_features must have 48 frames"),
+        ({"past_key_values": DynamicCache()}, "past_key_values must be None: forward reads token numbers"),
+        ({"decoder_inputs_embeds": torch.zeros(3, 2, 16)}, "decoder_inputs_embeds must be None"),
+        ({"decoder_position_ids": torch.arange(3)[None]}, "decoder_position_ids must be None"),
+        ({"use_cache": True}, "use_cache must be None: .* keeps no cache; generate does"),
     ],
 )
 def test_bad_inputs_are_named(changes, message):

@@ -31,6 +31,9 @@ from .config import MeftModelConfig
 from .loss import refuse_backward, refuse_gradients, with_penalty
 from .merging import merged_recogniser
 
+# Of Whisper's forward, what would make the outcome another one, or is waited for by who goes on from it.
+_NOT_TAKEN = ("past_key_values", "decoder_inputs_embeds", "decoder_position_ids", "use_cache")
+
 
 class MeftForConditionalGeneration(MeftBase):
     """A Whisper with a side network that corrects what its decoder hears, or what it writes; or one that a
@@ -216,16 +219,23 @@ class MeftForConditionalGeneration(MeftBase):
             hidden_state_statistics: (B, S, T, 2) mean and rstd of their rows, where these are known.
             hidden_state_scales: (B, S, 2, D) scale and shift of ``hidden_states`` in 8 bits, float8_e4m3fn.
             kwargs: ``label_smoothing``, the share of the loss's target that is spread over the vocabulary;
-                others are ignored, for callers that pass options of other models.
+                others are ignored, for callers that pass options of other models, but for those of Whisper's
+                that read a part of a transcript or keep a cache for the next.
 
         Returns:
             ``loss`` (a float32 scalar) if ``labels`` are given, and ``logits`` (B, U, vocabulary) unless they
             are left out.
 
         Raises:
-            UserError: wrong shape, dtype, device or label, more tokens than the decoder has positions, or
-                sound behind ``max_frames``.
+            UserError: wrong shape, dtype, device or label, more tokens than the decoder has positions, sound
+                behind ``max_frames``, or an argument of Whisper's that is not taken here.
         """
+        for name in _NOT_TAKEN:
+            if kwargs.get(name) is not None and kwargs[name] is not False:
+                raise UserError(
+                    f"{name} must be None: forward reads token numbers from the first on and keeps no cache; "
+                    "generate does"
+                )
         if self.training and self.meft_config.method == "mezo" and torch.is_grad_enabled():
             refuse_gradients()
         self.refuse_training_in_half()
