@@ -214,6 +214,15 @@ def test_greedy_generation_follows_the_logits(method, placement):
         ids = torch.cat([ids, found[:, step : step + 1]], 1)
 
 
+def test_a_generation_config_in_its_place_among_the_arguments():
+    model, (features, _) = model_of("lst", "encoder").eval(), clips()
+    config = copy.deepcopy(model.generation_config)
+    config.max_length, config.eos_token_id = 3, None
+    found = model.generate(features, config)
+    assert torch.equal(found, model.generate(features, generation_config=config))
+    assert found.shape[1] < model.generate(features).shape[1]
+
+
 @EVERYWHERE
 def test_generation_from_encoder_outputs(method, placement):
     model = model_of(method, placement).eval()

@@ -311,12 +311,12 @@ class MeftForConditionalGeneration(MeftBase):
             return tuple(each for each in (loss, logits) if each is not None)
         return Seq2SeqLMOutput(loss=loss, logits=logits)
 
-    def generate(self, input_features: torch.Tensor | None = None, **kwargs: Any) -> Any:
+    def generate(self, input_features: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """Transcribes: Hugging Face's ``WhisperForConditionalGeneration.generate``, with all its arguments
         (beams, language, timestamps, long form) and results. In evaluation mode, whatever the model is in.
 
         Args:
-            input_features: (B, mel bins, frames). kwargs: see there; ``encoder_outputs`` are what
+            input_features: (B, mel bins, frames). args, kwargs: see there; ``encoder_outputs`` are what
                 :meth:`get_encoder` gave.
 
         Raises:
@@ -334,7 +334,7 @@ class MeftForConditionalGeneration(MeftBase):
             whisper = self.decoder.whisper(_Encoder(self), decoder)
             whisper.generation_config = self.generation_config
             with self.decoder.weights_as_they_are(self.encoder.conv1.weight.device):
-                return whisper.generate(input_features, **kwargs)
+                return whisper.generate(input_features, *args, **kwargs)
         finally:
             self.train(training)
 
