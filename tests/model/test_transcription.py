@@ -32,6 +32,7 @@ from whisper_meft import (
 from whisper_meft.data import Collator, Example, TranscriptTokens
 from whisper_meft.decoder import chunked as decoder_chunked
 from whisper_meft.encoder import chunked as encoder_chunked
+from whisper_meft.once import warn_once
 
 METHODS = pytest.mark.parametrize("method", list(CONFIGS))
 PLACEMENTS = pytest.mark.parametrize("placement", ["encoder", "decoder"])
@@ -654,6 +655,17 @@ def test_a_shorter_window(placement):
     assert torch.equal(logits(model, features, ids), logits(model, features[..., :20], ids))
     heard = model.get_encoder()(features).last_hidden_state
     assert heard.shape[1] == 10 and model.generate(features).shape[0] == 3
+
+
+def test_spec_augment_of_the_config_is_said_not_to_be_done(caplog):
+    warn_once.cache_clear()
+    features, labels = clips()
+    for asked in (False, True):
+        model = model_of("lst", "encoder", base=recogniser(apply_spec_augment=asked))
+        model.eval()(features, labels=labels)
+        assert "SpecAugment" not in caplog.text
+        model.train()(features, labels=labels)
+    assert "apply_spec_augment" in caplog.text and "--augment spec" in caplog.text
 
 
 def test_smoothed_labels_and_logits_on_demand():

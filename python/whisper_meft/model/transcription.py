@@ -24,6 +24,7 @@ from ..encoder.fingerprint import fingerprint
 from ..errors import UserError
 from ..files import write_text
 from ..methods import MeftConfig
+from ..once import warn_once
 from ..padding import frames_with_sound
 from .backbone import write_whisper
 from .base import MeftBase, check_tensors
@@ -241,6 +242,11 @@ class MeftForConditionalGeneration(MeftBase):
         self.refuse_training_in_half()
         self._tell_of_hooks()
         self._tell_of_unfrozen()
+        if self.training and getattr(self.decoder.config, "apply_spec_augment", False):
+            warn_once(
+                "The backbone's config asks for SpecAugment in training (apply_spec_augment), which is not "
+                "done: augment the clips instead (--augment spec, or data.augmenter.Augmenter)"
+            )
         check_tensors(
             input_features=input_features,
             attention_mask=attention_mask,
