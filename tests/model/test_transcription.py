@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForAudioClassification,
     AutoModelForSpeechSeq2Seq,
     DynamicCache,
+    GenerationConfig,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     WhisperFeatureExtractor,
@@ -21,6 +22,7 @@ from transformers import (
 )
 from whisper_meft import (
     HeadConfig,
+    LoRAConfig,
     LSTConfig,
     MeftForConditionalGeneration,
     MeftModel,
@@ -499,6 +501,25 @@ def test_save_and_load(method, placement, backbone_folder, tmp_path):
         assert torch.equal(again.generate(features), model.generate(features))
         assert again.generation_config.max_length == 9
     assert "automatic-speech-recognition" in (tmp_path / "README.md").read_text()
+
+
+def test_what_is_set_in_a_generation_config_is_loaded_wherever_it_is_from(backbone_folder, tmp_path):
+    """As of a folder without generation_config.json."""
+    base = loaded(backbone_folder)
+    base.generation_config = GenerationConfig.from_model_config(base.config)
+    base.generation_config.language = "nl"
+    model = get_meft_model(base, LoRAConfig(r=2))
+    model.generation_config.lang_to_id = {"<|nl|>": 5}
+    model.save_pretrained(tmp_path / "saved", save_backbone=True)
+    path = tmp_path / "saved" / "generation_config.json"
+    before = json.loads(path.read_text())
+    for values in (before, {**before, "_from_model_config": True}):  # as earlier versions wrote it
+        path.write_text(json.dumps(values))
+        again = MeftForConditionalGeneration.from_pretrained(tmp_path / "saved")
+        again.merge_and_unload().save_pretrained(tmp_path / "merged")
+        for found in (again, WhisperForConditionalGeneration.from_pretrained(tmp_path / "merged")):
+            assert found.generation_config.language == "nl"
+            assert found.generation_config.lang_to_id == {"<|nl|>": 5}
 
 
 @PLACEMENTS

@@ -150,6 +150,7 @@ def _check_device(device: str | torch.device | None) -> None:
 
 def _generation_config(folder: Path) -> GenerationConfig:
     values = read_json(folder / "generation_config.json")
+    values.pop("_from_model_config", None)  # which has all left out that transformers does not know
     try:
         return GenerationConfig.from_dict(values)
     except Exception as error:

@@ -107,6 +107,8 @@ class MeftForConditionalGeneration(MeftBase):
         else:
             self.side_network = options.build_correction(config.hidden_size, layers[self.placement], **place)
         self.generation_config = copy.deepcopy(base.generation_config)
+        # Of one that the backbone's config gave, transformers reads nothing back that was set in it later.
+        self.generation_config._from_model_config = False
 
     @property
     def placement(self) -> str | None:
