@@ -459,6 +459,23 @@ def test_the_published_english_only_models_know_all_languages_tokens(work, tmp_p
     assert run(work, tmp_path / "out", language=None, model_name_or_path=english, max_steps=1) == 0
 
 
+@pytest.mark.parametrize("kept", [None, ("eos_token_id", "pad_token_id", "max_length")])
+def test_what_a_generation_config_lacks_is_saved_and_loaded(kept, work, tmp_path):
+    """A folder without the file, or with an older one."""
+    older = make_recogniser(tmp_path / "older")
+    path = older / "generation_config.json"
+    values = json.loads(path.read_text())
+    path.unlink()
+    if kept is not None:
+        path.write_text(json.dumps({name: values[name] for name in kept}))
+    options = {"model_name_or_path": older, "max_steps": 1, **NOT_EVALUATED}
+    assert run(work, tmp_path / "out", **options) == 0
+    again = Transcriber.load(str(tmp_path / "out"), InferenceArguments(device="cpu"), progress=False)
+    assert again.options == {"language": "nl", "task": "transcribe"}
+    for name in ("lang_to_id", "task_to_id", "no_timestamps_token_id", "decoder_start_token_id"):
+        assert getattr(again.model.generation_config, name) == values[name]
+
+
 def test_spellings_of_the_english_normaliser_are_saved(work, tmp_path):
     """So that scoring the saved model later forgives what the run's own scores do."""
     english, out = make_recogniser(tmp_path / "english", multilingual=False), tmp_path / "out"

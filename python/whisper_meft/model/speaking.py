@@ -85,7 +85,9 @@ class LanguageOf:
         """Makes a generation config name the language and the task, and what generation looks up for that."""
         tokens = self.tokenizer
         generation.forced_decoder_ids = None  # an older way to say the same
-        found = {"no_timestamps_token_id": self._id("<|notimestamps|>"), "is_multilingual": False}
+        prompt = list(tokens.prefix_tokens)
+        found = {"decoder_start_token_id": prompt[0], "is_multilingual": False}
+        found["no_timestamps_token_id"] = self._id("<|notimestamps|>")
         if self.language is not None:
             found["is_multilingual"] = True
             found["lang_to_id"] = {f"<|{code}|>": number for code, number in self.languages.items()}
@@ -96,7 +98,6 @@ class LanguageOf:
         for name, value in found.items():
             if getattr(generation, name, None) is None:
                 setattr(generation, name, value)
-        prompt = list(tokens.prefix_tokens)
         said = [generation.decoder_start_token_id]
         if self.language is not None:
             said += [generation.lang_to_id.get(f"<|{self.language}|>"), generation.task_to_id["transcribe"]]
