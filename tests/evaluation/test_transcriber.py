@@ -240,6 +240,13 @@ def test_options_that_no_model_takes(work, tmp_path):
     assert "language" not in load(tmp_path, "english", language="English").options
     with pytest.raises(UserError, match="task='translate' is none of this model's"):
         load(tmp_path, "english", task="translate")
+    path = tmp_path / "english" / "generation_config.json"
+    before = path.read_text()
+    for name in ("language", "task"):
+        path.write_text(json.dumps(json.loads(before) | {name: "en"}))
+        with pytest.raises(UserError, match=f"has {name}='en' and no .*_to_id .*: take {name} out"):
+            load(tmp_path, "english")
+    path.write_text(before)
     english = load(tmp_path, "english", task="transcribe")
     assert english.language == "en" and english.transcribe(clips(work, [0, 1]))[0][0].text
     generation = copy.deepcopy(load(work).model.generation_config)

@@ -14,6 +14,9 @@ from ..errors import UserError
 from ..model.backbone import quiet_transformers
 from ..model.transcription import MeftForConditionalGeneration
 
+# Where a generation config has the tokens of what it names.
+_TABLES = {"language": "lang_to_id", "task": "task_to_id"}
+
 FRAME = 0.01  # seconds from one frame of log-mel to the next
 
 
@@ -105,8 +108,7 @@ def _forced(model: Any) -> dict[str, str]:
     sizes = model.decoder.config if isinstance(model, MeftForConditionalGeneration) else model.config
     of_either = (getattr(config, "forced_decoder_ids", None) for config in (generation, sizes))
     tokens = {token for _, token in next((each for each in of_either if each is not None), ())}
-    tables = {"language": "lang_to_id", "task": "task_to_id"}
-    words = {name: getattr(generation, table, None) or {} for name, table in tables.items()}
+    words = {name: getattr(generation, table, None) or {} for name, table in _TABLES.items()}
     return {name: word for name, known in words.items() for word, token in known.items() if token in tokens}
 
 
@@ -124,6 +126,13 @@ def generation_options(model: Any, **options: Any) -> dict[str, Any]:
         UserError: the language or task is none of the model's, or more tokens than its decoder holds.
     """
     generation = model.generation_config
+    for name, table in _TABLES.items():
+        said = getattr(generation, name, None)
+        if said is not None and not getattr(generation, table, None):
+            raise UserError(
+                f"the model's generation_config.json has {name}={said!r} and no {table} to look it up in: "
+                f"take {name} out of it"
+            )
     options = {name: value for name, value in options.items() if value is not None}
     if not any(options.get(name) or getattr(generation, name, None) for name in ("language", "task")):
         options |= _forced(model)  # which ``generate`` reads only where nothing newer is named
