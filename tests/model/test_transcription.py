@@ -80,6 +80,17 @@ def test_step_0_is_the_backbone_bit_for_bit(method, placement, attention):
 
 
 @EVERYWHERE
+def test_languages_are_detected_as_by_the_backbone_at_the_start(method, placement):
+    base = recogniser()
+    base.generation_config.lang_to_id = {"<|nl|>": 5, "<|de|>": 6, "<|en|>": 7}
+    features = clips(6)[0]
+    expected = copy.deepcopy(base).eval().detect_language(features, num_segment_frames=features.shape[2])
+    model = model_of(method, placement, trained=False, base=base).train()
+    found = model.detect_language(features, num_segment_frames=features.shape[2])
+    assert torch.equal(found, expected) and model.training
+
+
+@EVERYWHERE
 def test_a_step_changes_what_it_should_and_the_backbone_keeps_every_bit(method, placement):
     base = recogniser()
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}

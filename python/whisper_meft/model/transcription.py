@@ -3,6 +3,7 @@
 import copy
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -330,6 +331,24 @@ class MeftForConditionalGeneration(MeftBase):
         Raises:
             UserError: sound behind ``max_frames``.
         """
+        with self._as_whisper() as whisper:
+            return whisper.generate(input_features, *args, **kwargs)
+
+    def detect_language(self, input_features: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """The token of each clip's language: Hugging Face's ``detect_language``, with its arguments.
+
+        Args:
+            input_features, args, kwargs: as of :meth:`generate`.
+
+        Returns:
+            (B,) token numbers.
+        """
+        with self._as_whisper() as whisper:
+            return whisper.detect_language(input_features, *args, **kwargs)
+
+    @contextmanager
+    def _as_whisper(self) -> Iterator[WhisperForConditionalGeneration]:
+        """This model, in evaluation mode, as Hugging Face's code that generates takes it."""
         self.check_not_given_up()
         training = self.training
         self.eval()
@@ -342,7 +361,7 @@ class MeftForConditionalGeneration(MeftBase):
             whisper = self.decoder.whisper(_Encoder(self), decoder)
             whisper.generation_config = self.generation_config
             with self.decoder.weights_as_they_are(self.encoder.conv1.weight.device):
-                return whisper.generate(input_features, *args, **kwargs)
+                yield whisper
         finally:
             self.train(training)
 
