@@ -7,6 +7,7 @@ from typing import Literal
 
 from huggingface_hub import hf_hub_download
 
+from ..errors import UserError, one_line
 from .backbone import resolve_backbone
 from .config import MeftModelConfig
 
@@ -16,13 +17,21 @@ Kind = Literal["classification", "transcription", "whisper"]
 def kind_of(name: str | os.PathLike) -> Kind:
     """A saved model's task, or "whisper" for a plain Whisper with a decoder.
 
-    Where the config cannot be had or is something else, "classification": loading that says what is wrong.
+    Where the config is something else, "classification": loading that says what is wrong.
+
+    Raises:
+        UserError: there is no such folder, nor can it be had from the hub.
     """
     folder = Path(resolve_backbone(name))
     path = folder / "config.json"
-    try:
-        if not folder.exists():
+    if not folder.exists():
+        try:
             path = Path(hf_hub_download(os.fspath(name), "config.json"))
+        except Exception as error:
+            raise UserError(
+                f"there is no folder {name}, nor can it be had from the model hub: {one_line(error)}"
+            ) from error
+    try:
         values = json.loads(path.read_bytes())
         if values.get("model_type") == MeftModelConfig.model_type:
             return "transcription" if values.get("task") == "transcription" else "classification"
