@@ -283,6 +283,8 @@ def test_a_model_without_timestamps_hears_no_long_clip(work):
     transcriber.model.generation_config.__dict__.pop("no_timestamps_token_id")
     found, bad = transcriber.transcribe(clips(work, [0, 1]))
     assert found[0] and found[1] is None and "no_timestamps_token_id" in bad[0][1]
+    with pytest.raises(UserError, match="no_timestamps_token_id"):  # before anything is heard
+        generation_options(transcriber.model, return_timestamps=True)
 
 
 # ---------------------------------------------------------------- for a training run
@@ -305,4 +307,6 @@ def test_batches_of_a_training_run(work):
 
 def test_kinds(work, tmp_path):
     assert kind_of(work / "whisper") == "whisper" and kind_of(work / "lst") == "transcription"
-    assert kind_of("phoneme-tiny") == kind_of(tmp_path) == kind_of("nobody/nothing") == "classification"
+    assert kind_of("phoneme-tiny") == kind_of(tmp_path) == "classification"
+    with pytest.raises(UserError, match="no folder nobody/nothing, nor can it be had from the model hub"):
+        kind_of("nobody/nothing")

@@ -123,7 +123,8 @@ def generation_options(model: Any, **options: Any) -> dict[str, Any]:
         the options, with the model's own language and task where these are not given.
 
     Raises:
-        UserError: the language or task is none of the model's, or more tokens than its decoder holds.
+        UserError: the language or task is none of the model's, it has no times, or more tokens than its
+            decoder holds.
     """
     generation = model.generation_config
     for name, table in _TABLES.items():
@@ -136,6 +137,8 @@ def generation_options(model: Any, **options: Any) -> dict[str, Any]:
     options = {name: value for name, value in options.items() if value is not None}
     if not any(options.get(name) or getattr(generation, name, None) for name in ("language", "task")):
         options |= _forced(model)  # which ``generate`` reads only where nothing newer is named
+    if options.get("return_timestamps"):
+        _check_times(generation)
     language = options.pop("language", None) or getattr(generation, "language", None)
     code = language_code(language, generation)
     if code is not None:
@@ -158,6 +161,14 @@ def generation_options(model: Any, **options: Any) -> dict[str, Any]:
             f"{options['max_new_tokens']}"
         )
     return options
+
+
+def _check_times(generation: GenerationConfig) -> None:
+    if getattr(generation, "no_timestamps_token_id", None) is None:
+        raise UserError(
+            "the model's generation_config.json names no no_timestamps_token_id, without which it has no "
+            "timestamps and hears no clip longer than its window"
+        )
 
 
 @torch.no_grad()  # not inference_mode: what a model keeps of this may be used in training
@@ -186,11 +197,8 @@ def generate_transcripts(
     if long and len(input_features) > 1:
         raise UserError("clips longer than the model's window are transcribed one by one")
     timed = long or bool(options.get("return_timestamps", getattr(generation, "return_timestamps", False)))
-    if timed and getattr(generation, "no_timestamps_token_id", None) is None:
-        raise UserError(
-            "the model's generation_config.json names no no_timestamps_token_id, without which it has no "
-            "timestamps and hears no clip longer than its window"
-        )
+    if timed:
+        _check_times(generation)
     place = next(model.parameters())
     # Our model casts what it hears itself.
     dtype = torch.float32 if isinstance(model, MeftForConditionalGeneration) else place.dtype
