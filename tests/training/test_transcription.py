@@ -484,9 +484,22 @@ def test_spellings_of_the_english_normaliser_are_saved(work, tmp_path):
     assert run(work, out, **options) == 0
     saved = Transcriber.load(str(out), InferenceArguments(device="cpu"), progress=False).tokenizer
     assert saved.english_spelling_normalizer == {"colour": "color"}
+    (out / "normalizer.json").unlink()  # as where transformers saved the tokenizer
+    saved = Transcriber.load(str(out), InferenceArguments(device="cpu"), progress=False).tokenizer
+    assert saved.english_spelling_normalizer == {"colour": "color"}
     (english / "normalizer.json").unlink()
     assert run(work, out, **options, overwrite_output_dir=True) == 0
     assert not (out / "normalizer.json").exists()
+
+
+def test_times_are_not_asked_for_where_training_had_none(work, tmp_path):
+    timed = make_recogniser(tmp_path / "timed")
+    path = timed / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"return_timestamps": True}))
+    options = {"model_name_or_path": timed, "max_steps": 1, **NOT_EVALUATED}
+    assert run(work, tmp_path / "out", **options) == 0
+    saved = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert not saved.get("return_timestamps")
 
 
 def test_an_english_only_model_keeps_no_language_that_it_was_saved_with(work, tmp_path):

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import hf_hub_download
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import WhisperForConditionalGeneration
@@ -15,6 +16,7 @@ from transformers import WhisperForConditionalGeneration
 from ..data.examples import Example, ExampleSet, listing
 from ..data.features import read_features, true_frames, window_frames
 from ..errors import UserError
+from ..files import read_json
 from ..model.backbone import load_backbone, resolve_backbone
 from ..model.kinds import kind_of
 from ..model.pretrained import load_tokenizer
@@ -28,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 _EXTRACTOR_FILES = ("preprocessor_config.json", "processor_config.json")
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
+_SPELLINGS = "normalizer.json"
 
 
 class WholeClips(Dataset):
@@ -169,6 +172,9 @@ class Transcriber(LoadedModel):
         extractor = extractor_of(beside, named, model.config, max_frames)
         beside = _first_with(_TOKENIZER_FILES, model_dir, backbone)
         tokenizer = load_tokenizer(arguments.tokenizer_name or beside)
+        if backbone is not None and tokenizer.english_spelling_normalizer is None:
+            # One that transformers saved has lost them.
+            tokenizer.english_spelling_normalizer = _spellings(backbone)
         options = {} if generation is None else generation.chosen()
         sizes = arguments.batch_size, arguments.num_workers, progress
         return cls(model, extractor, tokenizer, device, *sizes, **options)
@@ -324,6 +330,17 @@ def _first_with(files: tuple[str, ...], model_dir: str | Path, backbone: str | N
     """Of a model's folder and its backbone's the first that has one of some files; else the model's."""
     names = [str(model_dir), *([backbone] if backbone else [])]
     return next((name for name in names if _has(files, name)), names[0])
+
+
+def _spellings(name: str) -> dict[str, str] | None:
+    """British spellings and their American ones that are beside a backbone's tokenizer, or None."""
+    path = Path(resolve_backbone(name)) / _SPELLINGS
+    try:
+        if not path.parent.is_dir():
+            path = Path(hf_hub_download(name, _SPELLINGS))
+    except Exception:  # there is no such file, or no way to the hub
+        return None
+    return read_json(path) if path.is_file() else None
 
 
 def quantized_as(

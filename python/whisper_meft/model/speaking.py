@@ -85,6 +85,7 @@ class LanguageOf:
         """Makes a generation config name the language and the task, and what generation looks up for that."""
         tokens = self.tokenizer
         generation.forced_decoder_ids = None  # an older way to say the same
+        generation.return_timestamps = False  # the prompt that is trained with says that there are none
         prompt = list(tokens.prefix_tokens)
         found = {"decoder_start_token_id": prompt[0], "is_multilingual": False}
         found["no_timestamps_token_id"] = self._id("<|notimestamps|>")
