@@ -19,6 +19,7 @@ from whisper_meft.data import (
     split_by_speaker,
 )
 from whisper_meft.errors import UserError
+from whisper_meft.once import warn_once
 
 
 def said(source, **options) -> list[tuple]:
@@ -46,6 +47,24 @@ def test_a_manifest_without_labels_needs_none_and_labels_are_kept(clips):
     examples = load_examples(path, require_text=True)
     assert [(e.label, e.text) for e in examples] == [("nl", '"Hij zei "ja".'), ("de", "Nee")]
     assert [e.text for e in load_examples(path)] == [None, None]
+
+
+@pytest.mark.parametrize("column", ["language", "locale", "Lang"])
+def test_transcripts_of_several_languages_are_told_of(column, clips, caplog):
+    rows = ["a.wav\tnl-NL\tJa", "b.wav\tde\tNein", "c.wav\tnl_BE\tNee"]
+    path = table(clips / "all.tsv", f"path\t{column}\tsentence", *rows)
+    audio = [{"array": wave(i).tolist(), "sampling_rate": RATE} for i in range(2)]
+    data = {"audio": audio, column: ["nl", "de"], "sentence": ["ja", "nein"]}
+    for source, found in ((path, "nl 2, de 1"), (datasets.Dataset.from_dict(data), "nl 1, de 1")):
+        warn_once.cache_clear()
+        caplog.clear()
+        load_examples(source)
+        assert not caplog.text  # they are classes
+        load_examples(source, require_text=True)
+        assert f"column '{column}' tells 2 languages apart ({found})" in caplog.text
+    caplog.clear()
+    load_examples(table(clips / "one.tsv", f"path\t{column}\tsentence", *rows[::2]), require_text=True)
+    assert not caplog.text
 
 
 def test_json_lines_and_a_named_column(clips):

@@ -2,11 +2,14 @@
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
 from ..errors import UserError
+from ..once import warn_once
 from .examples import listing
 from .names import composed, normal
 
@@ -26,6 +29,8 @@ LABEL = (
 )
 
 TEXT = ("text", "sentence", "transcription", "transcript", "transcriptions", "transcripts", "raw_text")
+
+LANGUAGE = ("language", "lang", "locale")
 
 SPEAKER = ("speaker", "speaker_id", "speakerid", "speaker_name", "spk", "spk_id", "spkid", "client_id")
 
@@ -111,6 +116,23 @@ def find_column(names: Sequence[str], given: str | None, usual: Sequence[str], w
             "rename one"
         )
     return found[0] if found else None
+
+
+def language_column(names: Sequence[str]) -> str | None:
+    """The first column that says, by its name, which language a transcript is in."""
+    return next((name for name in names if normal(name) in LANGUAGE), None)
+
+
+def say_languages(column: str, values: Iterable[str | None], where: str) -> None:
+    """Warns where a table of transcripts has several languages, regions (en-GB) not counted: a model hears
+    and writes one."""
+    counts = Counter(re.split("[-_]", value)[0].lower() for value in values if value)
+    if len(counts) > 1:
+        found = listing(f"{name} {number}" for name, number in counts.most_common())
+        warn_once(
+            f"{where}: its column {column!r} tells {len(counts)} languages apart ({found}), and a model "
+            "learns one, and is scored in one unless it guesses: make a table of each"
+        )
 
 
 def need_column(names: Sequence[str], given: str | None, usual: Sequence[str], where: str) -> str:

@@ -235,6 +235,9 @@ def _divided_examples(
     label = find([n for n in names if n != audio], options.label_column, columns.LABEL, where)
     speaker = columns.find_column(names, options.speaker_column, columns.SPEAKER, where)
     texts = _transcripts(dataset, options, where)
+    language = columns.language_column(names) if options.with_text else None
+    if language and getattr(dataset.features[language], "dtype", "") in ("string", "large_string"):
+        columns.say_languages(language, _texts(dataset, language), where)
     labels = _label_names(dataset, label, where)
     say_forms(labels, where)
     speakers = _texts(dataset, speaker)

@@ -9,7 +9,18 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..once import warn_once
-from .columns import AUDIO, LABEL, SPEAKER, SPLIT, TEXT, find_column, logger, need_column
+from .columns import (
+    AUDIO,
+    LABEL,
+    SPEAKER,
+    SPLIT,
+    TEXT,
+    find_column,
+    language_column,
+    logger,
+    need_column,
+    say_languages,
+)
 from .examples import Example, listing, say_forms, utterance
 from .names import normal
 from .options import Options
@@ -139,6 +150,8 @@ def table_examples(
         )
         found.append((part, example))
     told.say()
+    if options.with_text and (language := language_column(names)):
+        say_languages(language, (field(row, language) for _, row, _, _ in located), where)
     say_forms(labels, where)
     return found
 
