@@ -187,13 +187,13 @@ class Found:
         """The seeds that were run on all of ``folds``."""
         return [s for s in sorted({s for s, _ in self.answers}) if all((s, f) in self.answers for f in folds)]
 
-    def as_row(self, folds: set[int]) -> dict[str, Any]:
-        """What ``study_report.difference`` takes."""
+    def as_row(self, folds: set[int], seeds: Sequence[int] | None = None) -> dict[str, Any]:
+        """What ``study_report.difference`` takes, of all seeds that were run or of these."""
         order = sorted(folds)
         return {
             "seeds": [
                 {"predicted": "".join(self.answers[seed, fold] for fold in order)}
-                for seed in self.seeds(folds)
+                for seed in (self.seeds(folds) if seeds is None else seeds)
             ]
         }
 
@@ -216,13 +216,19 @@ def clips_of(found: dict[str, Any], folds: set[int]) -> dict[str, str]:
     }
 
 
-def gap(found: dict[str, Any], one: Found, other: Found) -> dict[str, float] | None:
+def gap(found: dict[str, Any], one: Found, other: Found, same_seeds: bool = False) -> dict[str, float] | None:
     """How much more accurate one row is than another, in points, on the folds that both were tested on:
-    ``mean``, and ``low`` and ``high`` over draws of speakers and seeds. None without such a fold."""
+    ``mean``, and ``low`` and ``high`` over draws of speakers and seeds. None without such a fold.
+
+    ``same_seeds`` leaves out the seeds that only one of them has: what one option changes is then not
+    mixed with what another start changes.
+    """
     folds = one.folds & other.folds
     if not folds:
         return None
-    return {**difference(clips_of(found, folds), one.as_row(folds), other.as_row(folds)), "folds": len(folds)}
+    seeds = [seed for seed in one.seeds(folds) if seed in other.seeds(folds)] if same_seeds else None
+    compared = (row.as_row(folds, seeds) for row in (one, other))
+    return {**difference(clips_of(found, folds), *compared), "folds": len(folds)}
 
 
 def accuracies(found: dict[str, Any], row: Found) -> list[float]:
@@ -358,7 +364,7 @@ def recipes(records: Records) -> str:
 
 
 def varied(records: Records) -> str:
-    """Rows with one option changed, beside those without it, on the folds of both."""
+    """Rows with one option changed, beside those without it, on the folds and seeds of both."""
     if _MAIN not in records:
         return NOTHING
     found = records[_MAIN]
@@ -369,7 +375,7 @@ def varied(records: Records) -> str:
             continue  # another attention has a page of its own
         kept = [f"pooling={options['pooling']}"] if "pooling" in options else []
         base = rows.get(f"{method}:{'+'.join([*kept, f'max_frames={TRIMMED}'])}")
-        gaps = gap(found, row, base) if base else None
+        gaps = gap(found, row, base, same_seeds=True) if base else None
         cells = [
             label(entry),
             f"{row.cells[0]['trainable_parameters']:,}",

@@ -200,6 +200,17 @@ def test_it_goes_on_where_it_was_and_makes_its_page(go, tmp_path, monkeypatch, c
     assert len(figures) == len(record["figures"]) + 1 and all(cell in figures for cell in record["figures"])
 
 
+def test_what_an_option_changes_is_told_on_the_same_seeds():
+    def row(entry, answers):
+        told = {"status": "ok", "fold": 0, "rate": None}
+        return report.Found(entry, [{**told, "seed": n, "predicted": each} for n, each in enumerate(answers)])
+
+    shapes = {"folds": [{"test_reference": "0011", "test_speakers": "a b c d"}]}
+    changed, base = row("lst:x=1", ["0011"]), row("lst:", ["0010", "1111"])
+    assert report.gap({"shapes": shapes}, changed, base)["mean"] == pytest.approx(37.5)
+    assert report.gap({"shapes": shapes}, changed, base, same_seeds=True)["mean"] == pytest.approx(25)
+
+
 def test_records_of_another_study_are_not_taken_up(go, speech, tmp_path, capsys):
     run, work = go
     results = tmp_path / "results"
