@@ -144,6 +144,7 @@ class Classification(Task):
             recordings = len(recordings_of(training))
             cut = "" if recordings == len(training) else f", windows of {recordings} recordings"
             lines = [f"training on {len(training)} examples of {len(labels)} classes{cut}"]
+            lines += self._padding_of(training)
         if not isinstance(training, Stream) or training.counts is not None:
             lines.append(f"  {counts_text(training.label_counts(), labels)}")
         if self.weights is not None:
@@ -153,6 +154,17 @@ class Classification(Task):
             each = len(training) / len(labels)
             lines.append(f"  an epoch draws {each:.4g} examples of each class")
         return lines
+
+    def _padding_of(self, training: ExampleSet) -> list[str]:
+        """A line where most of what is computed would be padding, or none."""
+        seconds = [example.seconds for example in training]
+        window = self.extractor.n_samples / self.extractor.sampling_rate
+        if self.max_frames != "fidelity" or None in seconds or 2 * sum(seconds) > len(seconds) * window:
+            return []
+        return [
+            f"  they are {sum(seconds) / len(seconds):.3g} s long on average and padded to {window:g} s; as "
+            "in the published code the padding is computed and pooled too: --max_frames longest leaves it out"
+        ]
 
     def classes_to_balance(self, training: ExampleSet) -> list[int] | None:
         if self.skew.sampling == "natural":
