@@ -66,6 +66,9 @@ class MeftTrainer(Trainer):
         UserError: a training argument does not go with the method.
     """
 
+    # What newer Trainers ask where a class has a loss of its own: is it divided by what counts in a step?
+    loss_is_scaled_for_ga: bool | None = None
+
     def __init__(
         self,
         model: MeftModel | None = None,
@@ -86,6 +89,8 @@ class MeftTrainer(Trainer):
         if extractor is not None and model is not None:
             kwargs["processing_class"] = extractor_to_save(extractor, model.meft_config.max_frames)
         super().__init__(model=model, args=args, data_collator=data_collator, **kwargs)
+        if self.loss_is_scaled_for_ga is not None and not hasattr(Trainer, "loss_is_scaled_for_ga"):
+            self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga  # which older ones go by
         if extractor is not None and model is None:  # model_init has made it now
             self.processing_class = extractor_to_save(extractor, self.method.max_frames)
         self.length_batches, self.throughput, self.streamed = length_batches, throughput, streamed
@@ -467,7 +472,7 @@ class MeftTrainer(Trainer):
         """Warns of a ``compute_loss`` that is not this class's where nobody has said what it is the mean of:
         the model divides its own loss by what counts in the whole step, so nothing else does."""
         steps = self.args.gradient_accumulation_steps
-        if steps > 1 and getattr(self, "loss_is_scaled_for_ga", False) is None:
+        if steps > 1 and self.loss_is_scaled_for_ga is None:
             warnings.warn(
                 f"if {type(self).__name__}.compute_loss gives the mean over its own clips, it counts {steps} "
                 "times, by gradient_accumulation_steps: set loss_is_scaled_for_ga = False in the class, or "
@@ -481,7 +486,7 @@ class MeftTrainer(Trainer):
         if self.method.method != "mezo":
             return super().training_step(model, inputs, num_items_in_batch)
         inputs = self._prepare_inputs(inputs)
-        whole = getattr(self, "loss_is_scaled_for_ga", None)
+        whole = self.loss_is_scaled_for_ga
         if whole is None:
             whole = num_items_in_batch is not None or self.compute_loss_func is not None
         share = 1 if whole else self.current_gradient_accumulation_steps
