@@ -43,7 +43,11 @@ def test_the_earlier_name_of_dtype(folder):
             "id2label must name the classes 0 to 2, none left out",
         ),
         ({"id2label": {"0": "a", "1": "a", "2": "b"}}, "id2label names two classes 'a'"),
-        ({"id2label": {"0": "a", "1": 1, "2": "b"}}, "the names in id2label must be text, got 1"),
+        # transformers 5.17 looks at them itself.
+        (
+            {"id2label": {"0": "a", "1": 1, "2": "b"}},
+            "names in id2label must be text, got 1|id2label.*'1': 1",
+        ),
     ],
 )
 def test_a_damaged_config_is_named(folder, changes, message):
@@ -101,7 +105,7 @@ def test_labels_of_the_base():
         ({0: "a", 1: None, 2: "b"}, "the names in id2label must be text, got None"),
     ):
         base = tiny_whisper()
-        base.config.id2label = labels
+        vars(base.config)["id2label"] = labels  # where transformers 5.17 would not take all of them
         with pytest.raises(UserError, match=message):
             get_meft_model(base, LSTConfig(reduction_factor=4))
     base = tiny_whisper()

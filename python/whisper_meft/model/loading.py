@@ -274,7 +274,7 @@ def read_config(folder: Path) -> MeftModelConfig:
     try:
         config = MeftModelConfig.from_dict(values)
     except Exception as error:
-        raise UserError(f"{folder / 'config.json'} cannot be used: {error}") from error
+        raise UserError(f"{folder / 'config.json'} cannot be used: {one_line(error)}") from error
     if config.task not in TASKS:
         raise UserError(
             f"{folder / 'config.json'} cannot be used: task must be {' or '.join(TASKS)}, got {config.task!r}"
