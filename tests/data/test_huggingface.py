@@ -103,6 +103,37 @@ def test_a_stream_is_not_divided_by_a_column(tmp_path, shards):
     assert len(found(load_shards(own, split="test"))) == 1
 
 
+# --- numbers, some of them missing ---
+
+
+@pytest.mark.parametrize("kind", ["paths", "audio", "streamed"])
+def test_nan_is_missing_and_whole_floats_are_digits(tmp_path, kind):
+    nan, load = float("nan"), load_shards if kind == "streamed" else load_examples
+    clips = [str(write(tmp_path / f"{i}.wav", i)) for i in range(3)]
+    columns = {"audio": clips, "speaker": [19.0, nan, 2.5], "label": [1.0, nan, 0.0]}
+    data = Dataset.from_dict(columns)
+    data = data if kind == "paths" else data.cast_column("audio", Audio(decode=False))
+    data = data.to_iterable_dataset() if kind == "streamed" else data
+    expected = [(0, "1", "19"), (1, None, None), (2, "0", "2.5")]
+    assert found(load(data, require_labels=False)) == expected
+    if kind != "streamed":
+        with pytest.raises(UserError, match="1 of 3 examples of .* have no label"):
+            load_examples(data)
+
+
+def test_times_that_are_nan_are_missing(tmp_path):
+    nan, clips = float("nan"), [str(write(tmp_path / f"{i}.wav", i)) for i in range(2)]
+    data = Dataset.from_dict({"audio": clips, "label": ["a", "b"], "start": [0.05, nan], "end": [nan, 0.1]})
+    assert [(e.start, e.stop) for e in load_examples(data)] == [(0.05, None), (None, 0.1)]
+
+
+@pytest.mark.parametrize("value", [0.5, float("inf"), float("-inf")])
+def test_labels_that_are_no_whole_numbers(tmp_path, value):
+    clips = [str(write(tmp_path / f"{i}.wav", i)) for i in range(2)]
+    with pytest.raises(UserError, match="the label column 'label' is of type float64; text, integers or"):
+        load_examples(Dataset.from_dict({"audio": clips, "label": [1.0, value]}))
+
+
 # --- relative paths ---
 
 

@@ -152,6 +152,22 @@ def test_manifests_of_json(tmp_path, whole):
     assert found(load_examples(path)) == [(0, "7", None), (1, "é", "s")]
 
 
+def test_nan_in_json_is_missing_and_whole_floats_are_digits(tmp_path):
+    """As Python writes what pandas made of a column in which values are missing."""
+    nan = float("nan")
+    rows = [
+        {"path": "0.wav", "label": 1.0, "speaker": 19.0, "start": 0.5, "end": nan},
+        {"path": "1.wav", "label": nan, "speaker": nan, "start": nan, "end": 0.75},
+        {"path": "2.wav", "label": 0.5, "speaker": 19, "start": 1.0, "end": 2},
+    ]
+    path = table(tmp_path / "m.jsonl", *map(json.dumps, rows))
+    examples = load_examples(path, require_labels=False)
+    assert [(e.label, e.speaker) for e in examples] == [("1", "19"), (None, None), ("0.5", "19")]
+    assert [(e.start, e.stop) for e in examples] == [(0.5, None), (None, 0.75), (1.0, 2.0)]
+    with pytest.raises(UserError, match="1 of 3 examples of .* have no label: .*1.wav"):
+        load_examples(path)
+
+
 @pytest.mark.parametrize(
     "text, message",
     [

@@ -38,6 +38,13 @@ def test_labels_and_speakers(shards, tmp_path):
     assert found(shards(str(tmp_path / "x.tar"))) == [(0, "nl", "ann"), (1, "de", "7"), (2, "3", "cid")]
 
 
+def test_nan_in_json_is_missing(tmp_path):
+    """As Python writes what pandas made of a column in which values are missing."""
+    told = as_json(dialect="de", speaker=float("nan"))
+    tar(tmp_path / "x.tar", [("0.wav", sound(0)), ("0.json", told)])
+    assert found(load_examples(str(tmp_path / "x.tar"))) == [(0, "de", None)]
+
+
 @pytest.mark.parametrize("shards", [load_examples, load_shards])
 def test_times_and_channels_are_said_not_to_cut(shards, tmp_path, caplog):
     # The sound was cut out of a longer recording when it was packed: the times are of that.

@@ -147,6 +147,17 @@ def need_column(names: Sequence[str], given: str | None, usual: Sequence[str], w
     return found
 
 
+def value_as_text(value: Any) -> str | None:
+    """A typed value as the field of a table, stripped: a whole number in digits also where it is a float, to
+    which a missing value elsewhere in the column turns it; ``None`` where it is empty, or NaN, which is how
+    such a value is then written."""
+    if isinstance(value, float):
+        if math.isnan(value):
+            return None
+        value = int(value) if value.is_integer() else value
+    return None if value is None else str(value).strip() or None
+
+
 @lru_cache(maxsize=256)  # the records of a source mostly have the same names
 def _found(names: tuple[str, ...], given: str | None, usual: tuple[str, ...]) -> str | None:
     return find_column(names, given, usual, "")
@@ -154,7 +165,7 @@ def _found(names: tuple[str, ...], given: str | None, usual: tuple[str, ...]) ->
 
 def field_of(record: Mapping[str, Any], given: str | None, usual: tuple[str, ...], where: str) -> str | None:
     """What one record has in its field called ``given``, or in the first with a usual name, as text; integers
-    in digits, ``None`` where it is empty or not there.
+    in digits, ``None`` where it is empty, NaN or not there.
 
     Raises:
         UserError: as :func:`find_column`; or it is neither text nor a whole number.
@@ -170,11 +181,10 @@ def field_of(record: Mapping[str, Any], given: str | None, usual: tuple[str, ...
             value = value.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise UserError(f"{where}: {name} is not text in UTF-8") from error
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if value is not None and not isinstance(value, str | int):
+    fraction = isinstance(value, float) and not (value.is_integer() or math.isnan(value))
+    if fraction or not (value is None or isinstance(value, str | int | float)):
         raise UserError(f"{where}: {name} must be text or a whole number, got {type(value).__name__}")
-    return None if value is None else str(value).strip() or None
+    return value_as_text(value)
 
 
 def number(text: str, where: str) -> float | None:

@@ -4,6 +4,7 @@ Audio columns are never decoded by ``datasets``, which needs torchcodec for it: 
 ``Audio(decode=False)`` and their files or bytes read by :func:`whisper_meft.audio.read_audio`.
 """
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -392,10 +393,7 @@ def _texts(dataset: Any, name: str | None) -> list[str | None]:
     feature = dataset.features[name]
     if isinstance(feature, datasets.ClassLabel):
         return _label_names(dataset, name, name)
-    return [
-        None if value is None or not str(value).strip() else str(value).strip()
-        for value in _column(dataset, name)
-    ]
+    return [columns.value_as_text(value) for value in _column(dataset, name)]
 
 
 def _label_names(dataset: Any, name: str | None, where: str) -> list[str | None]:
@@ -406,7 +404,8 @@ def _label_names(dataset: Any, name: str | None, where: str) -> list[str | None]
 
 
 def label_names(values: list[Any], name: str, features: Any, where: str) -> list[str | None]:
-    """The values of a column of labels as names: a ClassLabel's own, text as it is, integers in digits.
+    """The values of a column of labels as names: a ClassLabel's own, text as it is, integers in digits, none
+    for NaN.
 
     Args:
         name: of the column. features: of all columns. where: what messages call the data set.
@@ -424,12 +423,11 @@ def label_names(values: list[Any], name: str, features: Any, where: str) -> list
             )
         return [None if value is None or value < 0 else known[value] for value in values]
     dtype = str(getattr(feature, "dtype", feature))
-    if dtype in ("string", "large_string"):
-        return [None if value is None or not value.strip() else value.strip() for value in values]
-    if dtype.startswith(("int", "uint", "bool")):
-        return [None if value is None else str(value) for value in values]
-    if dtype.startswith("float") and all(value is None or value == int(value) for value in values):
-        return [None if value is None else str(int(value)) for value in values]
+    floats = dtype.startswith("float") and all(
+        value is None or math.isnan(value) or float(value).is_integer() for value in values
+    )
+    if floats or dtype in ("string", "large_string") or dtype.startswith(("int", "uint", "bool")):
+        return [columns.value_as_text(value) for value in values]
     raise UserError(
         f"{where}: the label column {name!r} is of type {dtype}; text, integers or ClassLabel are accepted "
         f"(columns: {listing(features, 30)})"

@@ -180,8 +180,7 @@ class HuggingFaceShards(ShardedExamples):
         return None if found is None else composed(found)
 
     def _text(self, row: dict[str, Any], column: str | None) -> str | None:
-        value = None if column is None else row[column]
-        return None if value is None or not str(value).strip() else str(value).strip()
+        return None if column is None else columns.value_as_text(row[column])
 
 
 def _is_path_alone(value: Any) -> bool:

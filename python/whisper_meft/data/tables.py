@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..files import lines_of
-from .columns import is_known
+from .columns import is_known, value_as_text
 from .names import normal
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".ndjson")
@@ -132,10 +132,8 @@ class Nested(str):
 
 
 def _as_text(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, str):
-        return value.strip()
+    if value is None or isinstance(value, str | float):
+        return value_as_text(value) or ""
     text = json.dumps(value, ensure_ascii=False)
     return Nested(text) if isinstance(value, list | dict) else text
 
