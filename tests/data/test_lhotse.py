@@ -148,6 +148,15 @@ def test_a_folder_of_splits(cuts, tmp_path):
     assert len(list(load_shards(source, split="validation"))) == 2
 
 
+def test_cuts_beside_those_of_splits_are_in_none_of_them(cuts, tmp_path, caplog):
+    source = str(tmp_path / "lists")
+    for name, part in (("train", cuts[:3]), ("test", cuts[3:4]), ("musan", cuts[4:])):
+        save(part, tmp_path / "lists" / f"cuts_{name}.jsonl.gz")
+    assert sorted(list_splits(source)) == ["cuts_musan", "cuts_test", "cuts_train"]
+    assert len(load_examples(source, split="train")) == 3
+    assert "holds 'cuts_musan' beside the splits cuts_test, cuts_train" in caplog.text
+
+
 def test_recordings_elsewhere(cuts, tmp_path):
     moved = [cut.with_recording_path_prefix("") for cut in cuts]
     for cut in moved:

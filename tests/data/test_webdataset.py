@@ -129,6 +129,22 @@ def test_splits_by_name_and_by_folder(tmp_path):
         load_shards(str(tmp_path / "names"))
 
 
+def test_shards_beside_those_of_splits_are_in_none_of_them(tmp_path, caplog):
+    for prefix, size in (("train", 2), ("test", 3), ("extra", 4)):
+        make_shards(tmp_path / "x", [size], prefix=prefix)
+    source = str(tmp_path / "x")
+    for streaming in (False, True):
+        assert sorted(list_splits(source, streaming=streaming)) == ["extra", "test", "train"]
+    sizes = {"train": 2, "test": 3, "extra": 4}
+    assert {split: len(load_examples(source, split=split)) for split in sizes} == sizes
+    assert {split: len(list(load_shards(source, split=split))) for split in sizes} == sizes
+    told = f"{source} holds 'extra' beside the splits test, train: each is a split of its own"
+    assert sum(message.startswith(told) for message in caplog.messages) == 1
+    make_shards(tmp_path / "y", [1], prefix="test_of_time")
+    make_shards(tmp_path / "y", [2], prefix="other")
+    assert list_splits(str(tmp_path / "y")) == [] and len(load_examples(str(tmp_path / "y"))) == 3
+
+
 def test_a_tar_file_beside_audio_is_passed_over(tmp_path):
     from data_fixtures import write
 

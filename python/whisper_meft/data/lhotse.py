@@ -13,7 +13,7 @@ from ..errors import LazyPackage, UserError, one_line
 from . import columns
 from .examples import DatasetCell, Example, Span, listing
 from .options import Options
-from .splits import split_kinds
+from .splits import are_splits
 from .streaming import ShardedExamples
 
 lhotse = LazyPackage("lhotse", "reading Lhotse cuts")
@@ -163,7 +163,8 @@ def _records(cut: Any) -> list[dict[str, Any]]:
 
 
 def split_cuts(source: str, options: Options) -> dict[str | None, LhotseShards]:
-    """The files of cuts by split: where their names have one (``cuts_train.jsonl.gz``), else all together.
+    """The files of cuts by split: where their names have one (``cuts_train.jsonl.gz``;
+    :func:`.splits.are_splits`), else all together.
 
     Raises:
         UserError: there are none.
@@ -173,6 +174,6 @@ def split_cuts(source: str, options: Options) -> dict[str | None, LhotseShards]:
     for file in files:
         stem = re.sub(r"\.jsonl(\.gz)?$", "", os.path.basename(file), flags=re.I)
         groups.setdefault(re.sub(r"[-_.]*\d*$", "", stem), []).append(file)
-    if len(files) == 1 or len(split_kinds(groups)) < len(groups):
+    if len(files) == 1 or not are_splits(groups, source):
         return {None: LhotseShards(files, options, source)}
     return {split: LhotseShards(own, options, f"{source} ({split})") for split, own in groups.items()}

@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Literal
 
 from ..errors import UserError
@@ -64,6 +64,20 @@ def split_kinds(names: Iterable[str]) -> dict[str, str]:
     kinds = {name: kind for name in names if (kind := canonical_split(name))}
     sure = any(not is_code(name) for name in kinds)
     return {name: kind for name, kind in kinds.items() if sure or not is_code(name)}
+
+
+def are_splits(names: Collection[str], where: str) -> bool:
+    """Whether files that are called so, side by side, are in splits: all names are a split's, or that for
+    training or two kinds are among them. The others are then splits of their own, which a warning says."""
+    kinds = split_kinds(names)
+    several = "train" in kinds.values() or len(set(kinds.values())) > 1
+    others = sorted(name for name in names if name not in kinds)
+    if several and others:
+        warn_once(
+            f"{where} holds {listing(map(repr, others))} beside the splits {listing(sorted(kinds))}: each is "
+            "a split of its own, and part of none of them"
+        )
+    return several or not others
 
 
 def code_pairs(names: Iterable[str]) -> list[str]:

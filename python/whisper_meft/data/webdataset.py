@@ -22,7 +22,7 @@ from . import columns
 from .examples import DatasetCell, Example, listing
 from .folders import AUDIO_SUFFIXES, subfolders
 from .options import Options
-from .splits import canonical_split, split_kinds
+from .splits import are_splits, canonical_split
 from .streaming import ShardedExamples
 
 webdataset = LazyPackage("webdataset", "a pattern or an address of tar files")
@@ -254,7 +254,7 @@ def _expanded(pattern: str) -> list[str]:
 
 def split_shards(source: str, options: Options) -> dict[str | None, TarShards]:
     """The tar files by split: where the names before their numbers, or their folders, are those of splits
-    (``train-000.tar``, ``dev/000.tar``); all together where they are not.
+    (``train-000.tar``, ``dev/000.tar``; :func:`.splits.are_splits`); all together where they are not.
 
     Raises:
         UserError: there are no shards.
@@ -263,7 +263,7 @@ def split_shards(source: str, options: Options) -> dict[str | None, TarShards]:
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(_group(name, source), []).append(name)
-    if len(split_kinds(groups)) < len(groups):
+    if not are_splits(groups, source):
         return {None: TarShards(names, options, source)}
     return {split: TarShards(own, options, f"{source} ({split})") for split, own in groups.items()}
 
