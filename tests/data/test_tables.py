@@ -330,7 +330,7 @@ def test_starts_without_ends(stereo):
 
 @pytest.mark.parametrize(
     "values, first",
-    [(("0", "1"), 0), (("1", "2"), 1), (("A", "B"), None), (("left", "Right"), None)],
+    [(("0", "1"), 0), (("1", "2"), 1), (("1.0", "2.0"), 1), (("A", "B"), None), (("left", "Right"), None)],
 )
 def test_a_channel_is_an_example_of_its_own(stereo, values, first, caplog):
     path = table(stereo / "m.csv", "path,label,channel", *(f"x.wav,{v},{v}" for v in values))
@@ -354,6 +354,13 @@ def test_a_channel_column_of_files_with_one_channel_is_not_used(stereo, caplog):
     table(path, "path,label,mic", "x.wav,a,near")
     with pytest.raises(UserError, match="a channel is a number, left or right, A or B; .* mic has near"):
         load_examples(path, channel_column_name="mic")
+
+
+def test_a_channel_column_that_is_not_used_for_some_of_its_values_is_named(stereo, caplog):
+    rows = "x.wav,a,1,0,1", "x.wav,b,2,1,2", "x.wav,a,both,2,3"
+    path = table(stereo / "m.csv", "path,label,channel,start,end", *rows)
+    assert [e.channel for e in load_examples(path)] == [None] * 3
+    assert "its column channel is not used, as it holds both beside channels" in caplog.text
 
 
 @pytest.mark.parametrize("values", [("0", "1"), ("0", "0"), ("1", "2"), ("left", "right")])
