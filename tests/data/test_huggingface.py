@@ -103,6 +103,27 @@ def test_a_stream_is_not_divided_by_a_column(tmp_path, shards):
     assert len(found(load_shards(own, split="test"))) == 1
 
 
+# --- several columns of audio ---
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_of_several_columns_of_audio_one_is_known_or_named(tmp_path, streaming):
+    clips = [str(write(tmp_path / f"{i}.wav", i)) for i in range(4)]
+    data = Dataset.from_dict({"noisy": clips[:2], "clean": clips[2:], "label": ["a", "b"]})
+    for name in ("noisy", "clean"):
+        data = data.cast_column(name, Audio(decode=False))
+
+    def load(data, **how):
+        load = load_shards if streaming else load_examples
+        return found(load(data.to_iterable_dataset() if streaming else data, **how))
+
+    with pytest.raises(UserError, match="has several columns of audio .noisy, clean.: name one with audio_"):
+        load(data)
+    assert load(data, audio_column_name="clean") == [(2, "a", None), (3, "b", None)]
+    assert load(data.rename_column("clean", "audio")) == [(2, "a", None), (3, "b", None)]
+    assert load(data.remove_columns("clean")) == [(0, "a", None), (1, "b", None)]
+
+
 # --- numbers, some of them missing ---
 
 

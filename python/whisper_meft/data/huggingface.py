@@ -27,6 +27,8 @@ datasets = LazyPackage("datasets", "a Hugging Face data set")
 
 _FEATURES = "input_features"  # the column of the published preprocessing, with `labels` beside it
 
+_AUDIO = ("audio", *columns.AUDIO)
+
 _TEXT_OR_CLASS = ("string", "large_string", "int8", "int16", "int32", "int64")  # of a class the number
 
 _NAMES = (
@@ -330,10 +332,15 @@ def _cuts(dataset: Any, audio: str, options: Options, where: str) -> list[dict[s
 def _audio_column(dataset: Any, options: Options, where: str) -> str:
     typed = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Audio)]
     if options.audio_column is None and typed:
-        return typed[0]
+        known = typed[0] if len(typed) == 1 else columns.find_column(typed, None, _AUDIO, where)
+        if known is None:
+            raise UserError(
+                f"{where} has several columns of audio ({listing(typed)}): name one with audio_column_name"
+            )
+        return known
     if options.audio_column is None and _FEATURES in dataset.column_names:
         return _FEATURES
-    return columns.need_column(dataset.column_names, options.audio_column, ("audio", *columns.AUDIO), where)
+    return columns.need_column(dataset.column_names, options.audio_column, _AUDIO, where)
 
 
 def _cells(dataset: Any, audio: str, options: Options, where: str) -> list[tuple[Any, dict[str, str]]]:
