@@ -122,6 +122,14 @@ def test_shared_speakers_are_warned_about(caplog):
     assert not caplog.records
 
 
+@pytest.mark.parametrize("there, here", [("007", "7"), ("7.0", "7"), ("7", "007"), ("0", "0.0")])
+def test_speakers_that_are_numbers_are_compared_as_such(there, here, caplog):
+    train, evaluation = make_set(f"a:{there} b:x", "train"), make_set(f"a:{here} b:70", "test")
+    assert warn_on_shared_speakers(train, evaluation) == [here]
+    assert f"1 of 2 speakers of test are also in train ({here}): 50 %" in caplog.text
+    assert warn_on_shared_speakers(train, make_set("a:7.5 b:x7 a:")) == []
+
+
 def test_shared_audio_is_warned_about(caplog):
     train = ExampleSet([Example("a.wav"), Example("b.wav", start=0, stop=1)], "train")
     evaluation = ExampleSet([Example("b.wav", start=1, stop=2), Example("a.wav")], "test")

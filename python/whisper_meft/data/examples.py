@@ -4,6 +4,7 @@ import logging
 import math
 import os
 import random
+import re
 from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Sequence
@@ -316,9 +317,11 @@ def check_known_labels(examples: ExampleSet, names: Sequence[str]) -> None:
 def warn_on_shared_speakers(train: ExampleSet, evaluation: ExampleSet) -> list[str]:
     """Warns when speakers are heard in both sets, and returns them sorted.
 
-    A model may recognise a voice instead of a class, so results on known speakers come out too high.
+    A model may recognise a voice instead of a class, so results on known speakers come out too high. Numbers
+    are compared as such: 007 of one table is 7, or 7.0, in another that a program read and wrote again.
     """
-    shared = sorted(train.speakers() & evaluation.speakers())
+    heard = set(map(_as_number, train.speakers()))
+    shared = sorted(speaker for speaker in evaluation.speakers() if _as_number(speaker) in heard)
     if shared:
         known = set(shared)
         part = sum(example.speaker in known for example in evaluation) / len(evaluation)
@@ -333,6 +336,11 @@ def warn_on_shared_speakers(train: ExampleSet, evaluation: ExampleSet) -> list[s
             100 * part,
         )
     return shared
+
+
+def _as_number(speaker: str) -> str | int:
+    digits = re.sub(r"\.0+$", "", speaker)
+    return int(digits) if digits.isascii() and digits.isdigit() else speaker
 
 
 def utterance(example: Example, real: RealPaths) -> Hashable:
