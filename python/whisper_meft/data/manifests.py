@@ -35,6 +35,7 @@ _PLACEHOLDER = re.compile(r"\{(\w+)\}|\$\{(\w+)\}|\$(\w+)")
 # Columns that tell any row from any other, and so nothing of what is heard in it.
 _ROW_NAMES = frozenset(
     ("", "id", "index", "idx", "row", "no", "number", "unnamed_0", "utt_id", "utterance_id")
+    + ("index_level_0", "level_0")  # what pandas calls the numbers of rows that were chosen among others
 )
 
 Rows = Iterable[tuple[int, list[str]]]
