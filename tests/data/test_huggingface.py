@@ -1,8 +1,11 @@
 """Tables of paths in Parquet and in data sets: they are read as the same table in CSV is."""
 
+from decimal import Decimal
 from importlib.util import find_spec
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from data_fixtures import RATE, found, wave, write
 from datasets import Audio, ClassLabel, Dataset, DatasetDict
@@ -153,6 +156,28 @@ def test_labels_that_are_no_whole_numbers(tmp_path, value):
     clips = [str(write(tmp_path / f"{i}.wav", i)) for i in range(2)]
     with pytest.raises(UserError, match="the label column 'label' is of type float64; text, integers or"):
         load_examples(Dataset.from_dict({"audio": clips, "label": [1.0, value]}))
+
+
+def test_times_in_decimals_cut(tmp_path):
+    """As databases write them."""
+    clips = [str(write(tmp_path / f"{i}.wav", i)) for i in range(2)]
+    pairs = (("start", ("0.05", "0.00")), ("end", ("0.10", "0.20")), ("speaker_id", ("7.00", "8.00")))
+    columns = {name: pa.array(map(Decimal, values)) for name, values in pairs}
+    pq.write_table(pa.table({"path": clips, "label": ["a", "b"], **columns}), tmp_path / "m.parquet")
+    examples = load_examples(tmp_path / "m.parquet", cache_dir=str(tmp_path / "cache"))
+    assert [(e.start, e.stop, e.speaker) for e in examples] == [(0.05, 0.1, "7"), (0, 0.2, "8")]
+
+
+def test_columns_of_other_types_are_said_not_to_be_used(tmp_path, caplog):
+    clips = [str(write(tmp_path / f"{i}.wav", i)) for i in range(2)]
+    others = {"start": pa.array([50, 60], pa.duration("ms")), "speaker": [["s"], ["t"]], "more": [[1], [2]]}
+    data = Dataset(pa.table({"path": clips, "label": ["a", "b"], **others}))
+    assert [(e.start, e.speaker) for e in load_examples(data)] == [(None, None)] * 2
+    told = [message.partition("its column ")[2] for message in caplog.messages]
+    assert told[0] == "'start' is not used, as it is of type duration[ms]"
+    assert len(told) == 2 and told[1].startswith("'speaker' is not used, as it is of type")
+    with pytest.raises(UserError, match="the column 'start' is of type duration.ms.; text and numbers are"):
+        load_examples(data, start_column_name="start")
 
 
 # --- relative paths ---

@@ -5,6 +5,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from decimal import Decimal
 from functools import lru_cache
 from typing import Any
 
@@ -148,13 +149,13 @@ def need_column(names: Sequence[str], given: str | None, usual: Sequence[str], w
 
 
 def value_as_text(value: Any) -> str | None:
-    """A typed value as the field of a table, stripped: a whole number in digits also where it is a float, to
-    which a missing value elsewhere in the column turns it; ``None`` where it is empty, or NaN, which is how
-    such a value is then written."""
-    if isinstance(value, float):
+    """A typed value as the field of a table, stripped: a whole number in digits also where it is a decimal or
+    a float, to which a missing value elsewhere in the column turns it; ``None`` where it is empty, or NaN,
+    which is how such a value is then written."""
+    if isinstance(value, float | Decimal):
         if math.isnan(value):
             return None
-        value = int(value) if value.is_integer() else value
+        value = int(value) if math.isfinite(value) and value == int(value) else value
     return None if value is None else str(value).strip() or None
 
 

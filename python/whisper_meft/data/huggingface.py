@@ -288,12 +288,16 @@ def _examples_of_files(
     name no splits where the layout is "class"."""
     if None in files:
         raise UserError(f"{where}: row {files.index(None)} has no audio path in its column {audio!r}")
-    plain = ("string", "large_string", "int", "uint", "float", "double", "bool")
-    names = [
-        name
-        for name, feature in dataset.features.items()
-        if name == audio or str(getattr(feature, "dtype", "")).startswith(plain)
-    ]
+    plain = ("string", "large_string", "int", "uint", "float", "double", "decimal", "bool")
+    types = {name: str(getattr(feature, "dtype", feature)) for name, feature in dataset.features.items()}
+    names = [name for name, dtype in types.items() if name == audio or dtype.startswith(plain)]
+    for name in (name for name in types if name not in names):
+        if name in options.columns():
+            raise UserError(
+                f"{where}: the column {name!r} is of type {types[name]}; text and numbers are accepted"
+            )
+        if columns.names_a_part(name) or columns.normal(name) in (*columns.SPEAKER, *columns.SPLIT):
+            warn_once(f"{where}: its column {name!r} is not used, as it is of type {types[name]}")
     find = columns.need_column if options.require_labels else columns.find_column
     label = find([n for n in dataset.column_names if n != audio], options.label_column, columns.LABEL, where)
     values = {audio: files, **{name: _texts(dataset, name) for name in names if name not in (audio, label)}}
