@@ -349,6 +349,16 @@ def test_kaldi_joins_by_id(kaldi, clips):
     assert found(load_examples(kaldi)) == [(3, "a", "s1")]
 
 
+def test_options_that_mean_nothing_for_a_format_are_named(kaldi, folder, clips, caplog):
+    """They may be meant for the evaluation data, which has another one."""
+    load_examples(kaldi, speaker_column_name="utt2gender", start_column_name="begin", data_root=clips)
+    load_examples(folder, data_root=clips, dataset_config_name="x")
+    assert [message for message in caplog.messages if "without" in message] == [
+        f'{kaldi} is read as "kaldi", without speaker_column_name, start_column_name',
+        f'{folder} is read as "audiofolder", without data_root, dataset_config_name',
+    ]
+
+
 def test_kaldi_folders_are_splits(kaldi):
     assert list_splits(kaldi) == []
     assert list_splits(kaldi.parent) == ["train"]

@@ -177,6 +177,22 @@ def load_shards(
 _SPLIT_SHARDS = {"webdataset": split_shards, "lhotse": split_cuts}
 
 
+_CUTTING = ("start_column", "stop_column", "channel_column")
+
+# By format, the options that mean nothing for it, beside those that it says itself or refuses.
+_UNUSED = {
+    "audiofolder": ("data_root", "config"),
+    "manifest": ("config",),
+    "speechbrain": ("config",),
+    "kaldi": ("audio_column", "speaker_column", *_CUTTING, "config"),
+    "kespeech": ("audio_column", "speaker_column", *_CUTTING, "config"),
+    "librispeech": ("audio_column", "label_column", "text_column", "speaker_column", *_CUTTING)
+    + ("data_root", "config"),
+    "webdataset": ("config",),
+    "lhotse": ("audio_column", "config"),
+}
+
+
 def _sharded(source: Any, data_format: str, options: Options) -> tuple[dict[str | None, Any], str]:
     """The splits of a source in shards, and what messages call it."""
     shown = source if isinstance(source, str) else f"the given {type(source).__name__}"
@@ -186,6 +202,7 @@ def _sharded(source: Any, data_format: str, options: Options) -> tuple[dict[str 
             "sound is read when it is heard anyway, so leave streaming out"
         )
     _check_whole(options, shown, data_format)
+    _say_unused(source, data_format, options)
     if data_format == "huggingface":
         from .huggingface_streams import stream_huggingface  # datasets takes a second to import
 
@@ -288,7 +305,16 @@ def _detect(source: str, options: Options) -> str:
     return "audiofolder"
 
 
+def _say_unused(source: str, data_format: str, options: Options) -> None:
+    """Says which options mean nothing for a format; they may be meant for other data of the same run."""
+    named = {"config": "dataset_config_name", "data_root": "data_root"}
+    unused = _UNUSED.get(data_format, ())
+    if given := [named.get(name, f"{name}_name") for name in unused if getattr(options, name) is not None]:
+        warn_once(f'{source} is read as "{data_format}", without {listing(given)}')
+
+
 def _read(source: Any, data_format: str, options: Options) -> Splits:
+    _say_unused(source, data_format, options)
     if data_format == "huggingface":
         from .huggingface import read_huggingface  # datasets takes a second to import
 
