@@ -94,8 +94,16 @@ def test_labels_composed_in_two_ways_are_one_and_it_is_said(tmp_path, caplog):
 def test_labels_that_differ_in_case_are_said(tmp_path, caplog):
     path = table(tmp_path / "m.csv", "path,label", "0.wav,Ji-Lu", "1.wav,ji-lu", "2.wav,Ａ", "3.wav,b")
     assert len(load_examples(path).label_counts()) == 4
-    assert "differ only in case or width, each a class of its own: 'Ji-Lu' and 'ji-lu'" in caplog.text
+    told = "differ only in case, width, white space or what cannot be seen, each a class of its own: "
+    assert f"{told}'Ji-Lu' and 'ji-lu'" in caplog.text
     assert alike(["Ａ", "A", "b"]) == [["A", "Ａ"]]
+
+
+def test_labels_that_look_the_same_are_said(tmp_path, caplog):
+    rows = "0.wav,a", "1.wav,a\u200b", "2.wav,new  land", "3.wav,New land", "4.wav,newland"
+    assert len(load_examples(table(tmp_path / "m.csv", "path,label", *rows)).label_counts()) == 5
+    assert "each a class of its own: 'New land' and 'new  land', 'a' and 'a\\u200b'" in caplog.text
+    assert alike(["\ufeffa", "a", "b c", "b\xa0c", "bc"]) == [["a", "\ufeffa"], ["b c", "b\xa0c"]]
 
 
 def test_labels_to_keep_are_compared_composed(tmp_path):

@@ -11,10 +11,12 @@ def composed(text: str) -> str:
 
 
 def folded(text: str) -> str:
-    """``text`` without what is a matter of writing: case, width, composed or not (NFKC and casefold)."""
-    if text.isascii():
-        return text.strip().lower()
-    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()).strip()
+    """``text`` without what is a matter of writing: case, width, composed or not (NFKC and casefold), what
+    cannot be seen (a zero-width space, a byte-order mark), and how much white space is between words."""
+    if not text.isascii():
+        text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+        text = "".join(each for each in text if unicodedata.category(each) != "Cf")
+    return " ".join(text.lower().split())
 
 
 def normal(name: str) -> str:
@@ -26,7 +28,7 @@ def normal(name: str) -> str:
 
 
 def alike(names: Iterable[str]) -> list[list[str]]:
-    """Those of the distinct ``names`` that are the same but for case, width or form, in groups."""
+    """Those of the distinct ``names`` that are the same but for how they are written, in groups."""
     groups = defaultdict(list)
     for name in sorted(set(names)):
         groups[folded(name)].append(name)

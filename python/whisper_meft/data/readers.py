@@ -373,7 +373,7 @@ def _keep(
 
 
 def _written_otherwise(wanted: set[str], there: set[str]) -> str:
-    """A hint at labels that are there in another case or width."""
+    """A hint at labels that are there in another case, width or spacing."""
     close = [(a, b) for a in sorted(wanted) for b in sorted(there) if a != b and folded(a) == folded(b)]
     return f"; {close[0][0]!r} is written {close[0][1]!r} there" if close else ""
 
@@ -383,6 +383,6 @@ def _say_alike(examples: ExampleSet) -> None:
     if groups:
         shown = listing(" and ".join(map(repr, group)) for group in groups)
         warn_once(
-            f"{examples.description} has labels that differ only in case or width, each a class of its own: "
-            f"{shown}"
+            f"{examples.description} has labels that differ only in case, width, white space or what cannot "
+            f"be seen, each a class of its own: {shown}"
         )
