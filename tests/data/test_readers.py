@@ -181,6 +181,38 @@ def test_manifest_split_column(clips):
         load_examples(path, split="test")
 
 
+@pytest.mark.parametrize("name, train, test", [("set", "train", "test"), ("Usage", "Training", "Testing")])
+def test_manifest_column_that_holds_nothing_but_splits(clips, name, train, test, caplog):
+    rows = f"clips/0.wav,a,{train}", f"clips/1.wav,b,{test}", f"clips/2.wav,b,{train}"
+    path = table(clips / "m.csv", f"path,label,{name}", *rows)
+    assert list_splits(path) == [train, test]
+    assert [e.label for e in load_examples(path, split="train")] == ["a", "b"]
+    assert [e.label for e in load_examples(path, split="test")] == ["b"]
+    told = f"its column {name!r} is taken for the split of each row, as it holds {test}, {train}"
+    assert sum(message.endswith(told) for message in caplog.messages) == 1
+    both = table(clips / "b.csv", f"path,label,{name},own", *(f"{row},{row.split(',')[2]}" for row in rows))
+    with pytest.raises(UserError, match=f"columns '{name}', 'own' all name splits: call the one that is"):
+        load_examples(both)
+
+
+@pytest.mark.parametrize(
+    "name, values",
+    [
+        ("set", ("train", "other", "test")),
+        ("set", ("train", "train", "")),
+        ("set", ("dev", "test", "dev")),
+        ("lng", ("tr", "cv", "tr")),
+        ("accent", ("train", "test", "train")),
+    ],
+)
+def test_manifest_columns_that_are_no_splits(clips, name, values):
+    rows = (f"clips/{i}.wav,{'ab'[i % 2]},{value}" for i, value in enumerate(values))
+    path = table(clips / "m.csv", f"path,label,{name}", *rows)
+    assert list_splits(path) == [] and len(load_examples(path)) == 3
+    table(path, "path,what,label", *(f"clips/{i}.wav,{v},c" for i, v in enumerate(["train", "test"])))
+    assert len(load_examples(path, label_column_name="what")) == 2
+
+
 def test_manifest_rows_of_a_split_that_is_written_in_several_ways_or_not_at_all(clips, caplog):
     splits = ["train", "Train", "training", "", "extra", "valid", "dev"]
     header, *rows = "path,label,split", *(f"clips/{i % 3}.wav,{i},{split}" for i, split in enumerate(splits))
