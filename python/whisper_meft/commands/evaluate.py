@@ -201,14 +201,14 @@ def check_has_card(model_dir: str) -> None:
 def run(argv: Sequence[str]) -> int:
     """`whisper-meft evaluate`; returns the exit status."""
     inference, generation, arguments, where = make_parser().parse(argv)
+    if arguments.card:
+        check_has_card(where.model_dir)
     transcribes = kind_of(where.model_dir) != "classification"
     inference.check_kind(transcribes)
     if not transcribes:
         generation.refuse_for_classes()
     elif given := next((n for n in ("reject_below", "unknown_labels") if getattr(arguments, n)), None):
         raise UserError(f"--{given} is for models that classify, and this one transcribes")
-    if arguments.card:
-        check_has_card(where.model_dir)
     folder = Path(arguments.output_dir or Path(where.model_dir) / "evaluation")
     if Path(where.model_dir, "config.json").is_file() or arguments.output_dir:
         check_writable(folder / "eval_results.json")
