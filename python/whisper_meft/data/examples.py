@@ -4,7 +4,6 @@ import logging
 import math
 import os
 import random
-import re
 from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Sequence
@@ -17,7 +16,7 @@ import numpy as np
 from ..audio import decode_audio, describe_source, read_window, read_windows
 from ..errors import UserError
 from ..once import warn_once
-from .names import composed, folded
+from .names import composed, folded, whole_number
 from .paths import RealPaths
 
 logger = logging.getLogger(__name__)
@@ -339,8 +338,8 @@ def warn_on_shared_speakers(train: ExampleSet, evaluation: ExampleSet) -> list[s
 
 
 def _as_number(speaker: str) -> str | int:
-    digits = re.sub(r"\.0+$", "", speaker)
-    return int(digits) if digits.isascii() and digits.isdigit() else speaker
+    number = whole_number(speaker)
+    return speaker if number is None else number
 
 
 def utterance(example: Example, real: RealPaths) -> Hashable:

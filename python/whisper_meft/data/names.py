@@ -1,5 +1,6 @@
 """Names in any script: when two of them are the same."""
 
+import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable
@@ -17,6 +18,12 @@ def folded(text: str) -> str:
         text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
         text = "".join(each for each in text if unicodedata.category(each) != "Cf")
     return " ".join(text.lower().split())
+
+
+def whole_number(text: str) -> int | None:
+    """The whole number that a field holds, also as a float, as tools write a column with empty fields."""
+    digits = re.sub(r"\.0+$", "", text)
+    return int(digits) if digits.isdecimal() else None
 
 
 def normal(name: str) -> str:

@@ -1,6 +1,5 @@
 """The columns of a table that cut its rows out of files: start, end or duration, and channel."""
 
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
@@ -21,7 +20,7 @@ from .columns import (
     time_column,
 )
 from .examples import listing
-from .names import folded, normal
+from .names import folded, normal, whole_number
 from .options import Options
 
 soundfile = LazyPackage("soundfile", "reading audio")
@@ -139,7 +138,7 @@ class Channels:
         for path, value in rows:
             of_file[path].add(value)
         values = set().union(*of_file.values()) - {""}
-        odd = sorted(v for v in values if _whole(v) is None and folded(v) not in _SIDES)
+        odd = sorted(v for v in values if whole_number(v) is None and folded(v) not in _SIDES)
         if odd and self.given:
             raise UserError(
                 f"{self.where}: a channel is a number, left or right, A or B; its column {self.column} has "
@@ -153,7 +152,7 @@ class Channels:
                 )
             self.column = None  # how or by what it was recorded
             return
-        numbers = {number for value in values if (number := _whole(value)) is not None}
+        numbers = {number for value in values if (number := whole_number(value)) is not None}
         self._first = 1 if numbers and 0 not in numbers else 0
         told_apart = any(len(found - {""}) > 1 for found in of_file.values())
         if not told_apart and not self.given and (mono := self._only_mono(of_file)):
@@ -191,14 +190,8 @@ class Channels:
         """A channel as it is written as a number from 0; ``None`` where all are to be averaged."""
         if self.column is None or not value:
             return None
-        number = _whole(value)
+        number = whole_number(value)
         return _SIDES[folded(value)] if number is None else number - self._first
-
-
-def _whole(value: str) -> int | None:
-    """The whole number that a field holds, also as a float, as tools write a column with empty fields."""
-    digits = re.sub(r"\.0+$", "", value)
-    return int(digits) if digits.isdecimal() else None
 
 
 def _spread(paths: list[str]) -> list[str]:

@@ -7,9 +7,9 @@ from typing import Literal
 
 from huggingface_hub import hf_hub_download
 
-from ..errors import UserError, one_line
 from .backbone import resolve_backbone
 from .config import MeftModelConfig
+from .loading import nowhere
 
 Kind = Literal["classification", "transcription", "whisper"]
 
@@ -28,9 +28,7 @@ def kind_of(name: str | os.PathLike) -> Kind:
         try:
             path = Path(hf_hub_download(os.fspath(name), "config.json"))
         except Exception as error:
-            raise UserError(
-                f"there is no folder {name}, nor can it be had from the model hub: {one_line(error)}"
-            ) from error
+            raise nowhere(name, error) from error
     try:
         values = json.loads(path.read_bytes())
         if values.get("model_type") == MeftModelConfig.model_type:

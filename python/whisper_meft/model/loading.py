@@ -255,9 +255,12 @@ def fetch(name: str | os.PathLike, hub_options: dict[str, Any]) -> Path:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(
-            f"there is no folder {name}, nor can it be had from the model hub: {one_line(error)}"
-        ) from error
+        raise nowhere(name, error) from error
+
+
+def nowhere(name: str | os.PathLike, error: Exception) -> UserError:
+    """What to say of a model that is neither a folder nor, by ``error``, to be had from the hub."""
+    return UserError(f"there is no folder {name}, nor can it be had from the model hub: {one_line(error)}")
 
 
 def read_config(folder: Path) -> MeftModelConfig:
