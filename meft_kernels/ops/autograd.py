@@ -2,9 +2,9 @@
 
 Each op saves its inputs for the backward and nothing else: what the forward computed is recomputed. Only the
 C++ kernels keep, of fp32 activations, the projection (..., r) of a hidden state as well: that is most of what
-there is to recompute (``native.keeps_projection``). With ``saved_activations="fp8"`` the leading input x, a
-hidden state, is kept as an 8-bit normalised copy instead; one that is cheap to make again is not kept at all.
-``linear_cross_entropy`` of a frozen head keeps the gradient itself.
+there is to recompute (``native.keeps_projection``). With ``saved_activations="int8"`` or ``"fp8"`` the
+leading input x, a hidden state, is kept as an 8-bit normalised copy instead; one that is cheap to make again
+is not kept at all. ``linear_cross_entropy`` of a frozen head keeps the gradient itself.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,6 +18,7 @@ from ..reference.common import in_autocast
 from . import backends, schemas, shapes
 from .second_derivative import edges, in_forward_mode, in_nested_transforms, refuses_second_derivative
 
+EIGHT_BIT = reference.eight_bit.CODE_DTYPES
 # How a Function keeps x: as it is, as an 8-bit copy, or not, but by what makes it again.
 Keep = str | Callable[[], Tensor]
 
@@ -48,7 +49,7 @@ def make_function(name: str) -> type[torch.autograd.Function]:
                 slab = torch.stack(arguments[len(fixed) :])
                 packed = _pack(name, (*arguments[: len(fixed)], *slab.unbind(0)))
                 return backends.kernel(name, backend)(*packed), slab
-            if keep == "fp8" and name == "gated_down" and is_fused(name, backend, arguments[0]):
+            if keep in EIGHT_BIT and name == "gated_down" and is_fused(name, backend, arguments[0]):
                 return backends.kernel("gated_down_active", backend)(*arguments)
             if backend in ("auto", "native") and keep == "exact" and native.keeps_projection(name, arguments):
                 return native.kernel(f"{name}_keeping")(*arguments)
@@ -62,7 +63,7 @@ def make_function(name: str) -> type[torch.autograd.Function]:
             if has_flag:
                 ctx.flag = arguments.pop(flag_at)
             ctx.keeping, active = isinstance(output, tuple), None
-            if ctx.keeping and ctx.keep == "fp8":  # of gated_down: where p > 0
+            if ctx.keeping and ctx.keep in EIGHT_BIT:  # of gated_down: where p > 0
                 active, ctx.keeping = output[1], False
                 ctx.mark_non_differentiable(active)
                 ctx.set_materialize_grads(False)
@@ -127,27 +128,27 @@ def kept(backend: str, names: list[str], keep: Keep, arguments: list, active: Te
     ``gated_down``'s bits, where they are known."""
     if keep == "exact":
         return arguments
-    return _encoded(backend, names, arguments, active) if keep == "fp8" else [None, *arguments[1:]]
+    return _encoded(backend, names, keep, arguments, active) if keep in EIGHT_BIT else [None, *arguments[1:]]
 
 
 def restored(backend: str, names: list[str], keep: Keep, saved: Sequence, grad: Tensor) -> tuple[list, tuple]:
     """The arguments that ``kept`` was given, or what stands for them, and what the backward takes after
     them; ``grad`` has the type of x."""
-    if keep == "fp8":
+    if keep in EIGHT_BIT:
         return _decoded(backend, names, saved, grad)
     return list(saved) if keep == "exact" else [keep(), *saved[1:]], ()
 
 
-def _encoded(backend: str, names: list[str], arguments: list, active: Tensor | None) -> list:
-    """Arguments with x as an 8-bit copy, and at the end what the backward needs to make do with it;
-    ``active``: ``gated_down``'s bits, where they are known."""
+def _encoded(backend: str, names: list[str], keep: str, arguments: list, active: Tensor | None) -> list:
+    """Arguments with x as an 8-bit copy of the kind ``keep``, and at the end what the backward needs to make
+    do with it; ``active``: ``gated_down``'s bits, where they are known."""
     x, *rest = arguments
     given = dict(zip(names, arguments))
     if "mean" in given:  # the backward takes the normalised x for x: its statistics are 0 and 1
-        code, *channels = backends.kernel("encode", backend)(x, given["mean"], given["rstd"])
+        code, *channels = backends.kernel("encode", backend)(x, given["mean"], given["rstd"], keep)
         return [code, *(None if n in ("mean", "rstd") else t for n, t in zip(names[1:], rest)), *channels]
     mean, rstd = backends.kernel("row_statistics", backend)(x)
-    code, *channels = backends.kernel("encode", backend)(x, mean, rstd)
+    code, *channels = backends.kernel("encode", backend)(x, mean, rstd, keep)
     if active is None:
         active = reference.gated_down.active_bits(x, given["weight_1"], given["bias_1"])
     return [code, *rest, *channels, mean, rstd, active]
@@ -200,8 +201,8 @@ def how_to_keep(x: Tensor, saved_activations: str, again: Callable[[], Tensor] |
         ValueError: ``saved_activations`` is another word.
     """
     if saved_activations not in SAVED_ACTIVATIONS:
-        accepted = " or ".join(map(repr, SAVED_ACTIVATIONS))
-        raise ValueError(f"saved_activations must be {accepted}, got {saved_activations!r}")
+        accepted = ", ".join(map(repr, SAVED_ACTIVATIONS))
+        raise ValueError(f"saved_activations must be one of {accepted}, got {saved_activations!r}")
     if x.requires_grad or in_nested_transforms():  # a gradient to x itself would need the exact x
         return "exact"
     return saved_activations if again is None else again

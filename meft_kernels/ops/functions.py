@@ -13,18 +13,24 @@ from . import backends, shapes
 from .autograd import activation, call
 
 
-def eight_bit(x: Tensor) -> Tensor:
-    """What a backward reads in place of x with ``saved_activations="fp8"``, without gradient: the normalised
-    rows, in 8 bits and back; see ``reference.eight_bit``.
+def eight_bit(x: Tensor, kind: str = "fp8") -> Tensor:
+    """What a backward reads in place of x where ``saved_activations`` is ``kind``, without gradient: the
+    normalised rows, in 8 bits and back; see ``reference.eight_bit``.
 
     Args:
         x: (..., D).
+        kind: ``"int8"`` or ``"fp8"``.
 
     Returns:
         (..., D) in the type of x.
+
+    Raises:
+        ValueError: another ``kind``.
     """
+    if kind not in reference.eight_bit.CODE_DTYPES:
+        raise ValueError(f"kind must be 'int8' or 'fp8', got {kind!r}")
     x = x.detach()
-    encoded = backends.kernel("encode")(x, *row_statistics(x))
+    encoded = backends.kernel("encode")(x, *row_statistics(x), kind)
     return backends.kernel("decode")(*encoded, x.new_empty(0))
 
 
@@ -85,7 +91,8 @@ def folded_linear(
     Args:
         x: (..., D). weight: (r, D). bias: (r,).
         statistics: what ``row_statistics(x)`` would give, where it is known already.
-        saved_activations: ``"exact"`` keeps x for the backward, ``"fp8"`` an 8-bit copy of the normalised x.
+        saved_activations: ``"exact"`` keeps x for the backward, ``"int8"`` and ``"fp8"`` an 8-bit copy of
+            the normalised x.
         again: makes x again, so that neither x nor a copy is kept.
 
     Returns:

@@ -51,8 +51,8 @@ def _fake_row_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape[:-1], dtype=dtype), x.new_empty(x.shape[:-1], dtype=dtype)
 
 
-def _fake_encode(x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    code = x.new_empty(x.shape, dtype=reference.eight_bit.CODE_DTYPE)
+def _fake_encode(x: Tensor, mean: Tensor, rstd: Tensor, kind: str = "fp8") -> tuple[Tensor, Tensor, Tensor]:
+    code = x.new_empty(x.shape, dtype=reference.eight_bit.CODE_DTYPES[kind])
     return code, mean.new_empty(x.shape[-1]), mean.new_empty(x.shape[-1])
 
 
@@ -138,7 +138,7 @@ def _registered() -> list[Registered]:
             "row_statistics(Tensor x) -> (Tensor, Tensor)", "row_statistics", "forward", _fake_row_statistics
         ),
         Registered(
-            "encode(Tensor x, Tensor mean, Tensor rstd) -> (Tensor, Tensor, Tensor)",
+            "encode(Tensor x, Tensor mean, Tensor rstd, str kind='fp8') -> (Tensor, Tensor, Tensor)",
             "eight_bit",
             "encode",
             _fake_encode,

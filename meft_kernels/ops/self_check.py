@@ -71,7 +71,8 @@ def _trial(names: Sequence[str], arguments: Sequence, seed: int) -> list:
     how = {"generator": torch.Generator("cpu").manual_seed(seed), "device": "cpu"}
 
     def normal(*shape: int, like: Tensor, scale: float = 1.0, mean: float = 0.0) -> Tensor:
-        return (mean + scale * torch.randn(shape, **how)).to(device, like.dtype)
+        drawn = mean + scale * torch.randn(shape, **how)
+        return (drawn.clamp(-127, 127) if like.dtype == torch.int8 else drawn).to(device, like.dtype)
 
     small, rows = [], None
     for name, argument in zip(names, arguments):
@@ -86,7 +87,9 @@ def _trial(names: Sequence[str], arguments: Sequence, seed: int) -> list:
             bits = None if shape is None else torch.randint(256, shape, **how)
             small.append(bits if bits is None else bits.to(argument.device, argument.dtype))
         elif isinstance(argument, Tensor) and name in _ACTIVATIONS:
-            small.append(normal(CLIPS, FRAMES, argument.shape[-1], like=argument, mean=0.3))
+            # Squares of codes, times a scale and over an rstd: not beyond half precision.
+            scale = 8.0 if argument.dtype == torch.int8 else 1.0
+            small.append(normal(CLIPS, FRAMES, argument.shape[-1], like=argument, scale=scale, mean=0.3))
             if name in ("x", "code"):
                 rows = small[-1] if name == "x" else small[-1].float()
         elif isinstance(argument, Tensor):

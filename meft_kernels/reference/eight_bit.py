@@ -1,12 +1,18 @@
-"""Hidden states kept for the backward in 8 bits: ``saved_activations="fp8"``.
+"""Hidden states kept for the backward in 8 bits: ``saved_activations="int8"`` and ``"fp8"``.
 
-    n = (x - mean) * rstd,   code = e4m3((n - shift) / scale);    n ~ code * scale + shift
+    n = (x - mean) * rstd,   code = c((n - shift) / scale);    n ~ v(code) * scale + shift
+
+    int8:  c(d) = sign(d) round(sqrt|d|),   v(c) = c |c|
+    fp8:   c(d) = e4m3(d),                  v(c) = c
 
 mean and rstd are the row's, shift and scale the channel's: its mean over all rows, and its largest distance
-from that over e4m3's largest value. Whisper's hidden states have channels that are large and almost constant;
-without the shift those would spend the 3 bits of mantissa on the constant. What is left is an unbiased
-rounding of about 2.6 % of each deviation, which averages out in a weight gradient, a sum over all frames. The
-conversion is part of PyTorch on every device: no card or CPU needs 8-bit arithmetic for it.
+from that over the largest v, 127^2 or 448. Whisper's hidden states have channels that are large and almost
+constant; without the shift those would spend the bits on the constant. What is left is an unbiased rounding,
+which averages out in a weight gradient, a sum over all frames: with fp8 of about 2.6 % of each deviation.
+e4m3 spends half of its bits on 18 powers of two; a channel needs far fewer. The squares of integers lie
+closest around the shift, where most deviations are, and at 1.6 % of the largest deviation far from it: on
+Whisper's hidden states the error is 0.7 % of the deviations, padded or not. Neither needs 8-bit arithmetic of
+a card or CPU.
 """
 
 import torch
@@ -14,12 +20,19 @@ from torch import Tensor
 
 from .common import accumulation_dtype, row_blocks
 
-CODE_DTYPE = torch.float8_e4m3fn
-LARGEST = torch.finfo(CODE_DTYPE).max
+CODE_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+LARGEST = {"int8": 127.0**2, "fp8": torch.finfo(torch.float8_e4m3fn).max}  # values of codes
 
 
-def encode(x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """x (..., D) and its row statistics (...) -> code (..., D) in e4m3, scale and shift (D,)."""
+def values(code: Tensor, dtype: torch.dtype) -> Tensor:
+    """v(code), a new tensor of a floating-point ``dtype``."""
+    wide = code.to(dtype)
+    return wide.mul_(wide.abs()) if code.dtype == torch.int8 else wide
+
+
+def encode(x: Tensor, mean: Tensor, rstd: Tensor, kind: str = "fp8") -> tuple[Tensor, Tensor, Tensor]:
+    """x (..., D) and its row statistics (...) -> code (..., D) of ``CODE_DTYPES[kind]``, scale and shift
+    (D,)."""
     rows, mean, rstd = x.reshape(-1, x.shape[-1]), mean.reshape(-1, 1), rstd.reshape(-1, 1)
     width, wide = rows.shape[1], accumulation_dtype(x.dtype)
     blocks = list(row_blocks(rows.shape[0], width, x.device))
@@ -30,16 +43,21 @@ def encode(x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tenso
     total = torch.zeros(width, dtype=wide, device=x.device)
     low, high = torch.full_like(total, torch.inf), torch.full_like(total, -torch.inf)
     for block in blocks:
-        values = normed(block)
-        total += values.sum(0)
-        low, high = torch.minimum(low, values.amin(0)), torch.maximum(high, values.amax(0))
-        del values
+        part = normed(block)
+        total += part.sum(0)
+        low, high = torch.minimum(low, part.amin(0)), torch.maximum(high, part.amax(0))
+        del part
     shift = total / max(rows.shape[0], 1)
-    scale = torch.maximum(high - shift, shift - low) / LARGEST
+    scale = torch.maximum(high - shift, shift - low) / LARGEST[kind]
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)  # a channel that never changes
-    code = torch.empty(rows.shape, dtype=CODE_DTYPE, device=x.device)
+    code = torch.empty(rows.shape, dtype=CODE_DTYPES[kind], device=x.device)
     for block in blocks:
-        code[block].copy_(normed(block).sub_(shift).div_(scale))
+        exact = normed(block).sub_(shift).div_(scale)
+        if kind == "int8":
+            root = exact.abs().sqrt_().add_(0.5).floor_()
+            exact = torch.copysign(root, exact, out=root)
+        code[block].copy_(exact)
+        del exact
     return code.view(x.shape), scale, shift
 
 
@@ -58,7 +76,7 @@ def decode(
     if mean is not None:
         mean, rstd = mean.reshape(-1, 1), rstd.reshape(-1, 1)
     for block in row_blocks(rows.shape[0], rows.shape[1], code.device):
-        values = rows[block].to(scale.dtype).mul_(scale).add_(shift)
-        out[block] = values if mean is None else values.div_(rstd[block]).add_(mean[block])
-        del values
+        normed = values(rows[block], scale.dtype).mul_(scale).add_(shift)
+        out[block] = normed if mean is None else normed.div_(rstd[block]).add_(mean[block])
+        del normed
     return out.view(code.shape)

@@ -16,6 +16,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 from . import (
     adapter,
     causal_attention,
+    eight_bit,
     gated_down,
     gated_up,
     guidance,
@@ -28,7 +29,7 @@ from . import (
 )
 from .common import NORM_EPS
 
-SAVED_ACTIVATIONS = ("exact", "fp8")
+SAVED_ACTIVATIONS = ("exact", *eight_bit.CODE_DTYPES)
 SHERL_STARTS = ("published", "even", "zero_shot")
 OPEN_GATE = 2.0  # tanh of this over the temperature is one, in float64 too
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -112,9 +113,10 @@ class SideNetwork(nn.Module):
         num_layers: L, the number of encoder layers; there are L + 1 hidden states.
         reduction_factor: the side width is r = D // reduction_factor.
         layers: indices into the hidden states, from 1 to L, that are read besides h_0. Default: all.
-        saved_activations: ``"exact"`` keeps the hidden states for the backward as they are, ``"fp8"`` as
-            normalised copies in 8 bits (see ``eight_bit``), from which weight gradients are made; outputs are
-            the same. The readable modules accept it and keep what autograd keeps.
+        saved_activations: ``"exact"`` keeps the hidden states for the backward as they are, ``"int8"``
+            and ``"fp8"`` as normalised copies in 8 bits (see ``eight_bit``: ``"int8"`` errs by a quarter of
+            what ``"fp8"`` does), from which weight gradients are made; outputs are the same. The readable
+            modules accept it and keep what autograd keeps.
 
     Raises:
         ValueError: a size is not a positive integer, ``reduction_factor`` leaves no width, ``layers`` is not
@@ -140,8 +142,8 @@ class SideNetwork(nn.Module):
             )
         self.taps = _taps(layers, num_layers)
         if saved_activations not in SAVED_ACTIVATIONS:
-            accepted = " or ".join(map(repr, SAVED_ACTIVATIONS))
-            raise ValueError(f"saved_activations must be {accepted}, got {saved_activations!r}")
+            accepted = ", ".join(map(repr, SAVED_ACTIVATIONS))
+            raise ValueError(f"saved_activations must be one of {accepted}, got {saved_activations!r}")
         self.saved_activations = saved_activations
 
     @property

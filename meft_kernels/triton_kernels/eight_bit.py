@@ -1,8 +1,9 @@
 """8-bit copies of hidden states; see ``reference.eight_bit`` for the maths.
 
 x is read twice: for each channel's sum and extremes, as partial results of groups of rows that torch adds up,
-and for the code. fp32 copies of x are never written. The conversion from and to e4m3 works on the bits
-of fp32 and fp16, the same on every architecture: Triton has no e4m3 below sm_89.
+and for the code. fp32 copies of x are never written. Both kinds of codes are bytes to the kernels. The
+conversion from and to e4m3 works on the bits of fp32 and fp16, the same on every architecture: Triton has no
+e4m3 below sm_89.
 """
 
 from collections.abc import Iterator
@@ -53,6 +54,22 @@ def from_e4m3(code):
     half = ((code & 0x80) << 8) | ((code & 0x7F) << 7)
     value = half.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
     return tl.where((code & 0x7F) == 0x7F, float("nan"), value)
+
+
+@triton.jit
+def to_root(x):
+    """The signed square roots of fp32 values, rounded to integers up to 127, of which a byte keeps the lowest
+    bits; NaN is 0."""
+    root = tl.sqrt(tl.minimum(tl.abs(tl.where(x != x, 0.0, x)), 127.0 * 127.0))
+    size = (root + 0.5).to(tl.int32)
+    return tl.where(x < 0, -size, size)
+
+
+@triton.jit
+def from_root(code):
+    """The squares of codes in uint8, with their signs, in fp32."""
+    root = code.to(tl.int8, bitcast=True).to(tl.float32)
+    return root * tl.abs(root)
 
 
 @triton.jit
@@ -107,11 +124,12 @@ def eight_bit_encode_kernel(
     rows,
     D: tl.constexpr,
     LARGEST: tl.constexpr,
+    ROOTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    # shift = sum n / rows;  scale = max |n - shift| / LARGEST;  code = e4m3((n - shift) / scale)
+    # shift = sum n / rows;  scale = max |n - shift| / LARGEST;  code = c((n - shift) / scale)
     tiles: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N
     group = (tl.program_id(0) // tiles).to(tl.int64)
     column = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -129,7 +147,8 @@ def eight_bit_encode_kernel(
     for step in tl.range(0, STEPS):
         row = (group * STEPS + step) * BLOCK_M + tl.arange(0, BLOCK_M)
         n = normed_tile(x_ptr, mean_ptr, rstd_ptr, row, rows, column, D)
-        code = to_e4m3((n - shift[None, :]) * inverse[None, :])
+        exact = (n - shift[None, :]) * inverse[None, :]
+        code = to_root(exact) if ROOTS else to_e4m3(exact)
         store_tile(code_ptr, row, rows, column, code, D)
 
 
@@ -143,12 +162,13 @@ def eight_bit_decode_kernel(
     out_ptr,  # (rows, D)
     rows,
     D: tl.constexpr,
+    ROOTS: tl.constexpr,
     OF_X: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    # n = code * scale + shift;  x = n / rstd + mean
+    # n = v(code) * scale + shift;  x = n / rstd + mean
     tiles: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N
     group = (tl.program_id(0) // tiles).to(tl.int64)
     column = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -156,7 +176,8 @@ def eight_bit_decode_kernel(
     shift = tl.load(shift_ptr + column, mask=column < D, other=0.0)[None, :]
     for step in tl.range(0, STEPS):
         row = (group * STEPS + step) * BLOCK_M + tl.arange(0, BLOCK_M)
-        out = from_e4m3(load_tile(code_ptr, row, rows, column, D)) * scale + shift
+        code = load_tile(code_ptr, row, rows, column, D)
+        out = (from_root(code) if ROOTS else from_e4m3(code)) * scale + shift
         if OF_X:
             std = 1.0 / load_statistic(rstd_ptr, row, rows)
             out = out * std + load_statistic(mean_ptr, row, rows)
@@ -173,13 +194,13 @@ def _are_fp32(*tensors: Tensor | None) -> bool:
     return all(tensor is None or tensor.dtype == torch.float32 for tensor in tensors)
 
 
-def encode(x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """As ``reference.eight_bit.encode``: x (..., D) and its row statistics (...) -> code (..., D) in e4m3,
-    scale and shift (D,)."""
+def encode(x: Tensor, mean: Tensor, rstd: Tensor, kind: str = "fp8") -> tuple[Tensor, Tensor, Tensor]:
+    """As ``reference.eight_bit.encode``: x (..., D) and its row statistics (...) -> code (..., D), scale and
+    shift (D,)."""
     width = x.shape[-1]
     first, second = (row_for(f"eight_bit_{kernel}", x, width) for kernel in ("channels", "encode"))
     if first is None or second is None or x.numel() == 0 or not _are_fp32(mean, rstd):
-        return reference.encode(x, mean, rstd)
+        return reference.encode(x, mean, rstd, kind)
     rows = aligned(x, width)
     mean, rstd = flat(mean, rstd)
     groups, programs = _grid(first, rows.shape[0], width)
@@ -208,10 +229,11 @@ def encode(x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tenso
             shift,
             rows.shape[0],
             D=width,
-            LARGEST=reference.LARGEST,
+            LARGEST=reference.LARGEST[kind],
+            ROOTS=kind == "int8",
             **second.blocks_and_options,
         )
-    return code.view(reference.CODE_DTYPE).view(x.shape), scale, shift
+    return code.view(reference.CODE_DTYPES[kind]).view(x.shape), scale, shift
 
 
 def decode(
@@ -243,6 +265,7 @@ def decode(
             out,
             rows.shape[0],
             D=width,
+            ROOTS=code.dtype == torch.int8,
             OF_X=mean is not None,
             **row.blocks_and_options,
         )
@@ -262,8 +285,14 @@ _TYPES = {
 
 
 def static_launches(row: Row, dtype: str, width: int) -> Iterator[tuple]:
-    """The row's kernel as ``triton.compile`` takes it, for rows ``width`` wide; the decoding one of x."""
-    flags = {"eight_bit_encode": {"LARGEST": reference.LARGEST}, "eight_bit_decode": {"OF_X": True}}
-    constants = {"D": width, **flags.get(row.kernel, {}), **row.blocks}
+    """The row's kernel as ``triton.compile`` takes it, for rows ``width`` wide, of each kind of codes; the
+    decoding one of x."""
     function = next(kernel for kernel in _TYPES if kernel.__name__ == f"{row.kernel}_kernel")
-    yield compile_arguments(function, pointer_types(_TYPES[function], dtype), constants)
+    for kind in [None] if function is eight_bit_channels_kernel else reference.CODE_DTYPES:
+        flags = {} if kind is None else {"ROOTS": kind == "int8"}
+        if function is eight_bit_encode_kernel:
+            flags["LARGEST"] = reference.LARGEST[kind]
+        elif function is eight_bit_decode_kernel:
+            flags["OF_X"] = True
+        constants = {"D": width, **flags, **row.blocks}
+        yield compile_arguments(function, pointer_types(_TYPES[function], dtype), constants)

@@ -114,30 +114,35 @@ def test_a_sample_does_not_depend_on_its_batch(op):
             torch.testing.assert_close(alone, together["out"][3:4], rtol=1.6e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("width", WIDTHS)
-def test_eight_bit_copies(width, dtype):
+def test_eight_bit_copies(width, dtype, kind):
     """At real shapes: the reference's codes but for roundings of fp32, the same bits every time, NaN kept."""
     x = 3 * torch.randn(width, device="cuda") + torch.randn(5, 1500, width, device="cuda")
     x = x.to(dtype)
     statistics = ops.row_statistics(x)
     plain, fused = torch.ops.meft_reference, torch.ops.meft_triton
-    expected = plain.encode(x, *statistics)
-    code, scale, shift = fused.encode(x, *statistics)
+    expected = plain.encode(x, *statistics, kind)
+    code, scale, shift = fused.encode(x, *statistics, kind)
     torch.testing.assert_close(scale, expected[1], rtol=1e-5, atol=0)
     torch.testing.assert_close(shift, expected[2], rtol=1e-5, atol=1e-6)
     other = code.view(torch.uint8) != expected[0].view(torch.uint8)
     assert other.float().mean() < 1e-3
-    steps = (code.float() - expected[0].float()).abs() / expected[0].float().abs().clamp(min=2**-6)
-    assert steps.max() <= 1 / 8
+    apart = (code.float() - expected[0].float()).abs()
+    if kind == "int8":
+        assert apart.max() <= 1
+    else:
+        assert (apart / expected[0].float().abs().clamp(min=2**-6)).max() <= 1 / 8
     for _ in range(3):
-        again = fused.encode(x, *statistics)
+        again = fused.encode(x, *statistics, kind)
         assert all(torch.equal(a.float(), b.float()) for a, b in zip(again, (code, scale, shift)))
     for more in ((), statistics):
         results = [op.decode(code, scale, shift, x.new_empty(0), *more) for op in (plain, fused)]
         torch.testing.assert_close(*results, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
     x[2, 700, 5] = torch.nan
-    assert fused.encode(x, *reference.row_statistics(x))[0].float().isnan().all()
+    spoilt = fused.encode(x, *reference.row_statistics(x), kind)
+    assert fused.decode(*spoilt, x.new_empty(0)).isnan().all()
 
 
 def test_eight_bit_conversions_are_those_of_torch():
@@ -146,15 +151,18 @@ def test_eight_bit_conversions_are_those_of_torch():
 
     for values in (suite.boundary_values, suite.random_values):
         suite.test_conversion_equals_that_of_torch_bit_for_bit(values)
+    suite.test_roots_are_rounded_to_the_nearest_integer()
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        suite.test_every_code_is_decoded_as_by_torch(dtype)
+        for kind in ("int8", "fp8"):
+            suite.test_every_code_is_decoded_as_by_torch(dtype, kind)
 
 
-def test_eight_bit_copies_of_more_elements_than_int32_counts():
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_eight_bit_copies_of_more_elements_than_int32_counts(kind):
     x = torch.zeros(2**31 // 768 + 1000, 768, dtype=torch.bfloat16, device="cuda")
     x[-1] = torch.randn(768, device="cuda")
     statistics = torch.zeros(len(x), device="cuda"), torch.ones(len(x), device="cuda")
-    encoded = torch.ops.meft_triton.encode(x, *statistics)
+    encoded = torch.ops.meft_triton.encode(x, *statistics, kind)
     out = torch.ops.meft_triton.decode(*encoded, x.new_empty(0))
     torch.testing.assert_close(out[-1:], x[-1:], rtol=2e-2, atol=1e-5)  # the largest of its channel
     assert out[:-1].abs().max() < 1e-4

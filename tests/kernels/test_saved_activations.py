@@ -9,6 +9,7 @@ from meft_kernels import HiddenState, ops, reference
 from meft_kernels.reference import eight_bit, gated_down
 
 METHODS = pytest.mark.parametrize("method", ["LST", "UniPT", "SHERL"])
+KINDS = pytest.mark.parametrize("kind", ["int8", "fp8"])
 D, L, FRAMES = 192, 4, 150
 
 
@@ -63,7 +64,7 @@ def kept(side, hidden_states):
     return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
 
 
-def assert_same_direction(exact, rounded):
+def assert_same_direction(exact, rounded, kind):
     # A cosine needs more than one element: the gates of a network are judged together.
     gates = [name for name, grad in exact.items() if grad.numel() == 1 and grad.any()]
     for grads in (exact, rounded) if gates else ():
@@ -73,18 +74,19 @@ def assert_same_direction(exact, rounded):
             assert not rounded[name].any(), name
         else:
             cosine = F.cosine_similarity(expected.flatten(), rounded[name].flatten(), dim=0)
-            assert cosine >= 0.999, f"{name}: {cosine}"
+            assert cosine >= {"fp8": 0.999, "int8": 0.9999}[kind], f"{name}: {cosine}"
     assert not all(torch.equal(rounded[name], expected) for name, expected in exact.items())
 
 
 @METHODS
+@KINDS
 @pytest.mark.parametrize("outlier", [0.0, 60.0])
-def test_gradients_from_eight_bits_point_where_exact_ones_do(method, outlier):
+def test_gradients_from_eight_bits_point_where_exact_ones_do(method, kind, outlier):
     hidden_states = states(outlier=outlier)
     exact_out, exact = gradients(build(method), hidden_states)
-    out, rounded = gradients(build(method, saved_activations="fp8"), hidden_states)
+    out, rounded = gradients(build(method, saved_activations=kind), hidden_states)
     assert torch.equal(out, exact_out)
-    assert_same_direction(exact, rounded)
+    assert_same_direction(exact, rounded, kind)
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +113,9 @@ NAMES = ("wide", "cold", "far away", "quite green")
 
 
 @METHODS
+@KINDS
 @pytest.mark.parametrize("steps", [0, 10])
-def test_on_real_hidden_states(method, steps, speech):
+def test_on_real_hidden_states(method, kind, steps, speech):
     """Gradients of a classification loss, at the start and after some training."""
     encoder, hidden_states, labels = speech
     width = hidden_states[0].shape[-1]
@@ -130,25 +133,27 @@ def test_on_real_hidden_states(method, steps, speech):
         optimizer.step()
     names, parameters = zip(*side.named_parameters())
     found = []
-    for keep in ("exact", "fp8"):
+    for keep in ("exact", kind):
         side.saved_activations = keep
         found.append(dict(zip(names, torch.autograd.grad(loss(), parameters))))
-    assert_same_direction(*found)
+    assert_same_direction(*found, kind)
 
 
 @METHODS
-def test_eight_bits_of_an_empty_batch(method):
-    side = build(method, saved_activations="fp8")
+@KINDS
+def test_eight_bits_of_an_empty_batch(method, kind):
+    side = build(method, saved_activations=kind)
     output(side, [h[:0] for h in states()]).sum().backward()
     assert all(not parameter.grad.any() for parameter in side.parameters())
 
 
 @METHODS
-def test_eight_bits_keep_half_of_what_half_precision_keeps(method):
+@KINDS
+def test_eight_bits_keep_half_of_what_half_precision_keeps(method, kind):
     hidden_states = states(torch.bfloat16)
     exact, small = (
         kept(build(method), hidden_states),
-        kept(build(method, saved_activations="fp8"), hidden_states),
+        kept(build(method, saved_activations=kind), hidden_states),
     )
     read = L if method == "SHERL" else L + 1
     one = hidden_states[0].numel()
@@ -159,27 +164,46 @@ def test_eight_bits_keep_half_of_what_half_precision_keeps(method):
     assert exact - small == copies * (one - statistics - channels - bits)
 
 
-def test_encoding_rounds_deviations_and_never_saturates():
+@KINDS
+def test_encoding_rounds_deviations_and_never_saturates(kind):
     rows = 100 * states()[0]
     rows[..., 5] = rows[..., 6] = 0
     rows[0, 0, 6] = 1e4  # one spike in a channel that is constant otherwise
     mean, rstd = ops.row_statistics(rows)
-    code, scale, shift = eight_bit.encode(rows, mean, rstd)
-    assert code.dtype == torch.float8_e4m3fn and code.shape == rows.shape
+    code, scale, shift = eight_bit.encode(rows, mean, rstd, kind)
+    assert code.dtype == eight_bit.CODE_DTYPES[kind] and code.shape == rows.shape
     assert scale.shape == shift.shape == (D,)
     normed = (rows - mean[..., None]) * rstd[..., None]
     deviation = normed - normed.mean((0, 1))
     back = eight_bit.decode(code, scale, shift, rows.new_empty(0))
     error = (back - normed).abs()
-    # Half a step of a 3-bit mantissa, or half of the smallest subnormal step.
-    assert (error <= deviation.abs() * 2**-4 + scale * 2**-10 + 1e-5).all()
-    assert error.max() > 0.01
+    if kind == "fp8":  # half a step of a 3-bit mantissa, or half of the smallest subnormal step
+        assert (error <= deviation.abs() * 2**-4 + scale * 2**-10 + 1e-5).all()
+        assert error.max() > 0.01
+    else:  # half a step of the square root, d (s +- 1/2)^2 = s +- 1/4
+        assert (error <= (deviation.abs() * scale).sqrt() + 0.25 * scale + 1e-5).all()
+        assert code.abs().amax((0, 1)).eq(127).sum() > D / 2 and error.max() > 0.001
 
 
-def test_decoding_gives_the_rows_themselves_where_their_statistics_are_given():
+def test_int8_errs_by_a_quarter_of_fp8():
+    for outlier in (0.0, 60.0):
+        rows = states(outlier=outlier)[-1]
+        normed = F.layer_norm(rows, (D,))
+        deviation = normed - normed.mean((0, 1))
+        errors = [
+            ((ops.eight_bit(rows, kind) - normed).norm() / deviation.norm()).item()
+            for kind in ("int8", "fp8")
+        ]
+        assert errors[0] < 0.0085 and 0.024 < errors[1] < 0.029, (outlier, errors)
+    with pytest.raises(ValueError, match="kind must be 'int8' or 'fp8', got 'int4'"):
+        ops.eight_bit(rows, "int4")
+
+
+@KINDS
+def test_decoding_gives_the_rows_themselves_where_their_statistics_are_given(kind):
     rows = 100 * states()[0] + 7
     statistics = ops.row_statistics(rows)
-    encoded = eight_bit.encode(rows, *statistics)
+    encoded = eight_bit.encode(rows, *statistics, kind)
     mean, rstd = (value[..., None].double() for value in statistics)
     expected = eight_bit.decode(*encoded, rows.new_empty(0, dtype=torch.float64)) / rstd + mean
     restored = eight_bit.decode(*encoded, rows.new_empty(0), *statistics)
@@ -188,19 +212,21 @@ def test_decoding_gives_the_rows_themselves_where_their_statistics_are_given():
     assert torch.equal(half, restored.half())  # rounded once
 
 
+@KINDS
 @pytest.mark.parametrize("shape", [(1, 1, D), (0, 7, D)])
-def test_encoding_of_one_frame_and_of_none(shape):
+def test_encoding_of_one_frame_and_of_none(shape, kind):
     rows = states()[0][:1, :1].expand(1, 1, D)[: shape[0]] if shape[0] else torch.zeros(shape)
-    code, scale, shift = eight_bit.encode(rows, *ops.row_statistics(rows))
+    code, scale, shift = eight_bit.encode(rows, *ops.row_statistics(rows), kind)
     back = eight_bit.decode(code, scale, shift, rows.new_empty(0))
     assert back.shape == rows.shape
     torch.testing.assert_close(back, F.layer_norm(rows, (D,)))
 
 
-def test_encoding_keeps_a_nan():
+@KINDS
+def test_encoding_keeps_a_nan(kind):
     rows = states()[0]
     rows[0, 0, 0] = float("nan")
-    code, scale, shift = eight_bit.encode(rows, *ops.row_statistics(rows))
+    code, scale, shift = eight_bit.encode(rows, *ops.row_statistics(rows), kind)
     assert eight_bit.decode(code, scale, shift, rows.new_empty(0))[0, 0].isnan().all()
 
 
@@ -218,14 +244,15 @@ def test_active_bits_are_the_signs_of_the_exact_projection(width):
         assert torch.equal(found, expected)
 
 
-def test_a_gradient_to_the_hidden_state_keeps_it_exact():
+@KINDS
+def test_a_gradient_to_the_hidden_state_keeps_it_exact(kind):
     side, (x, *_) = build("SHERL"), states()
     down = side.down[0]
     parameters = [
         t for n in (1, 2, 3) for t in (getattr(down, f"linear_{n}").weight, getattr(down, f"linear_{n}").bias)
     ]
     grads = []
-    for keep in ("exact", "fp8"):
+    for keep in ("exact", kind):
         x = x.detach().requires_grad_()
         grads.append(torch.autograd.grad(ops.gated_down(x, *parameters, keep).sum(), [x, *parameters]))
     assert all(torch.equal(a, b) for a, b in zip(*grads))
@@ -253,7 +280,8 @@ def test_given_statistics_are_used():
 
 @METHODS
 def test_bad_values_are_named(method):
-    with pytest.raises(ValueError, match="saved_activations must be 'exact' or 'fp8', got 'int4'"):
+    accepted = "saved_activations must be one of 'exact', 'int8', 'fp8', got 'int4'"
+    with pytest.raises(ValueError, match=accepted):
         build(method, saved_activations="int4")
     h = states()
     bad = HiddenState(h[0], torch.zeros(3, 1), torch.zeros(3, FRAMES))
@@ -262,9 +290,10 @@ def test_bad_values_are_named(method):
 
 
 @METHODS
-def test_eight_bits_compile_as_one_graph_and_follow_shapes(method):
+@KINDS
+def test_eight_bits_compile_as_one_graph_and_follow_shapes(method, kind):
     torch._dynamo.reset()
-    side = build(method, saved_activations="fp8")
+    side = build(method, saved_activations=kind)
     compiled = torch.compile(output, backend="aot_eager", fullgraph=True, dynamic=True)
     counter = torch._dynamo.utils.counters["stats"]
     graphs = []
@@ -281,16 +310,17 @@ def test_eight_bits_compile_as_one_graph_and_follow_shapes(method):
     assert graphs[1] == graphs[2] == graphs[3]  # the second made both axes dynamic
 
 
-def test_ops_of_the_copy_have_right_fakes_and_write_into_no_argument():
+@KINDS
+def test_ops_of_the_copy_have_right_fakes_and_write_into_no_argument(kind):
     x = states(torch.float16)[0]
     arguments = (x, *ops.row_statistics(x))
     checks = ("test_faketensor", "test_aot_dispatch_dynamic")  # the others multiply outputs: not in 8 bits
-    torch.library.opcheck(torch.ops.meft.encode, arguments, test_utils=checks)
+    torch.library.opcheck(torch.ops.meft.encode, (*arguments, kind), test_utils=checks)
     for dtype in (torch.float16, torch.float32, torch.float64):
         x = states(dtype)[0]
         arguments = (x, *ops.row_statistics(x))
         before = [argument.clone() for argument in arguments]
-        encoded = torch.ops.meft.encode(*arguments)
+        encoded = torch.ops.meft.encode(*arguments, kind)
         again = [encoded[0].float(), *encoded[1:]]
         decoded = torch.ops.meft.decode(*encoded, x.new_empty(0))
         restored = torch.ops.meft.decode(*encoded, x.new_empty(0), *arguments[1:])
