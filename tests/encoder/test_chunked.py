@@ -126,9 +126,10 @@ def test_sherl_computes_its_last_layer_again_only_where_keeping_it_is_dear(monke
 
 
 @SIDE
-def test_eight_bit_copies_in_chunks(method):
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_eight_bit_copies_in_chunks(method, kind):
     exact_scores, exact = step(build(method, torch.float32, chunk_size=2))
-    scores, grads = step(build(method, torch.float32, chunk_size=2, saved_activations="fp8"))
+    scores, grads = step(build(method, torch.float32, chunk_size=2, saved_activations=kind))
     assert all(torch.equal(a, b) for a, b in zip(scores, exact_scores))
     flat = [torch.cat([g.flatten() for g in found.values()]) for found in (exact, grads)]
     assert torch.cosine_similarity(*flat, dim=0) > 0.995  # 5 tiny clips; test_saved_activations has more
@@ -140,7 +141,10 @@ def test_eight_bit_copies_in_chunks(method):
     [
         ({"chunk_size": 0}, "chunk_size must be a positive integer, got 0"),
         ({"chunk_size": "4"}, "chunk_size must be a positive integer, got '4'"),
-        ({"saved_activations": "int8"}, "saved_activations must be 'exact' or 'fp8', got 'int8'"),
+        (
+            {"saved_activations": "int4"},
+            "saved_activations must be one of 'exact', 'int8', 'fp8', got 'int4'",
+        ),
     ],
 )
 def test_bad_options_are_named(options, message):

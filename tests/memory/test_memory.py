@@ -45,7 +45,7 @@ METHODS = [
     ("lst", {"saved_activations": "fp8"}),
     ("lst", {"chunk_size": 2}),
     ("unipt", {}),
-    ("unipt", {"chunk_size": 3, "saved_activations": "fp8"}),
+    ("unipt", {"chunk_size": 3, "saved_activations": "int8"}),
     ("unipt", {"attention": "pooled:6"}),
     ("unipt", {"attention": "linear", "chunk_size": 2}),
     ("unipt", {"attention": "summary"}),
@@ -476,13 +476,13 @@ def test_command_says_that_its_search_stopped(capsys, monkeypatch):
     assert cli.main(["memory", "--gpu_memory", "40GiB"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert 290 <= int(lines[1].split()[0]) <= 308
-    assert lines[2].startswith("  at least 512  with --saved_activations fp8 (33.50 GiB)")
+    assert lines[2].startswith("  at least 512  with --saved_activations int8 (33.50 GiB)")
     assert lines[3] == "The search stops at 512 clips, so more may fit where it says at least."
 
 
 @pytest.mark.parametrize(
     "method, least",
-    [("lst", "1.57 GiB, with --saved_activations fp8 --chunk_size 1"), ("head", "2.00 GiB, as given")],
+    [("lst", "1.57 GiB, with --saved_activations int8 --chunk_size 1"), ("head", "2.00 GiB, as given")],
 )
 @pytest.mark.parametrize(
     "size, text", [("1KiB", "1 KiB"), ("1GiB", "1 GiB"), ("0.5", "512 MiB"), ("0.001K", "1 bytes")]

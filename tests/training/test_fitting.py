@@ -82,7 +82,9 @@ def test_auto_batch_leaves_a_batch_that_fits(inputs, tmp_path):
 
 def test_not_even_one_clip_fits(inputs, tmp_path, monkeypatch):
     monkeypatch.setattr(fitting, "device_memory", lambda use_cpu: 1000)
-    with pytest.raises(UserError, match="auto_batch: not even one clip fits into .* --saved_activations fp8"):
+    with pytest.raises(
+        UserError, match="auto_batch: not even one clip fits into .* --saved_activations int8"
+    ):
         train.train(*parsed(inputs, tmp_path / "out", auto_batch=True))
 
 
@@ -100,7 +102,7 @@ def test_out_of_memory_is_answered_with_what_fits(inputs, tmp_path, monkeypatch,
     # By the count all six fit, so something else fills the device: half of them are suggested.
     assert "do not hold a step of 6 clips" in error
     assert "--per_device_train_batch_size 3 --gradient_accumulation_steps 4" in error
-    assert "--saved_activations fp8" in error
+    assert "--saved_activations int8" in error
 
 
 def test_fixed_frames_count_as_a_shorter_window(inputs, tmp_path):

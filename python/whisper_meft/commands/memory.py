@@ -287,11 +287,11 @@ def advice(size: int, asked: dict[str, Any]) -> str:
 
     batch = try_with("as given")
     if "saved_activations" in _option_names(asked["method"]):
-        lean = {"saved_activations": "fp8"}
-        if asked.get("saved_activations") != "fp8":
-            batch = try_with("with --saved_activations fp8", **lean)
+        lean = {"saved_activations": "int8"}
+        if asked.get("saved_activations", "exact") == "exact":
+            batch = try_with("with --saved_activations int8", **lean)
         if batch < _FEW and asked.get("chunk_size") != 1:  # beyond, a chunk's share of the memory is small
-            try_with("with --saved_activations fp8 --chunk_size 1", **lean, chunk_size=1)
+            try_with("with --saved_activations int8 --chunk_size 1", **lean, chunk_size=1)
     batches = [batch for _, _, batch in tried]
     if not any(batches):
         needs = [

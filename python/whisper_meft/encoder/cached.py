@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from meft_kernels import SHERL, HiddenState
-from meft_kernels.reference.eight_bit import CODE_DTYPE
+from meft_kernels.reference.eight_bit import CODE_DTYPES
+from meft_kernels.reference.eight_bit import values as values_of
 
 from ..errors import UserError
 from .chunked import (
@@ -62,9 +63,14 @@ class StoredStates:
         the model's. ``width``: D; ``device``: the model's; ``along``: what the T are."""
         states, lengths, statistics, scales = self.values, self.lengths, self.statistics, self.scales
         expected = f"(batch, {len(self.read)}, {along}, {width})"
-        if not isinstance(states, Tensor) or states.ndim != 4 or not states.is_floating_point():
+        codes = isinstance(states, Tensor) and states.dtype in CODE_DTYPES.values()
+        numbers = codes or isinstance(states, Tensor) and states.is_floating_point()
+        if not numbers or states.ndim != 4:
             got = f"{tuple(states.shape)} of {states.dtype}" if isinstance(states, Tensor) else type(states)
-            raise UserError(f"hidden_states must be a floating-point tensor of shape {expected}, got {got}")
+            raise UserError(
+                f"hidden_states must be a floating-point tensor of shape {expected}, or one of int8 codes, "
+                f"got {got}"
+            )
         batch, number, frames, found = states.shape
         if (number, found) != (len(self.read), width) or frames < 1:
             raise UserError(
@@ -84,7 +90,7 @@ class StoredStates:
                 f"hidden_state_statistics must have shape {(batch, number, frames, 2)}, got "
                 f"{tuple(statistics.shape)}"
             )
-        if (scales is not None) != (states.dtype == CODE_DTYPE):
+        if (scales is not None) != codes:
             needed = "are needed for" if scales is None else "only go with"
             raise UserError(f"hidden_state_scales {needed} hidden_states of 8 bits, got {states.dtype}")
         if scales is not None and (statistics is None or scales.shape != (batch, number, 2, width)):
@@ -212,12 +218,12 @@ def decoded(codes: Tensor, statistics: Tensor, scales: Tensor, dtype: torch.dtyp
     """Hidden states from 8 bits (``meft_kernels.reference.eight_bit``), on the device where they are.
 
     Args:
-        codes: (B, T, D) float8. statistics: (B, T, 2) mean and rstd of the rows. scales: (B, 2, D) scale and
-            shift of each clip's channels. dtype: of the result.
+        codes: (B, T, D) int8 or float8_e4m3fn. statistics: (B, T, 2) mean and rstd of the rows.
+        scales: (B, 2, D) scale and shift of each clip's channels. dtype: of the result.
 
     Returns:
         (B, T, D).
     """
     scale, shift = scales[:, None].unbind(2)
     mean, rstd = statistics[..., None, :].unbind(-1)
-    return codes.to(scale.dtype).mul_(scale).add_(shift).div_(rstd).add_(mean).to(dtype)
+    return values_of(codes, scale.dtype).mul_(scale).add_(shift).div_(rstd).add_(mean).to(dtype)

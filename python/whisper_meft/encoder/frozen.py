@@ -363,7 +363,7 @@ class FrozenEncoder(nn.Module):
             if versions != [None if tensor.is_inference() else tensor._version for tensor in given]:
                 raise RuntimeError(
                     "input_features or lengths were changed in place between forward and backward, which "
-                    "reads them again with saved_activations='fp8'"
+                    "reads them again with saved_activations='int8' or 'fp8'"
                 )
             states = None
             with torch.no_grad(), self._weights_as_they_are(input_features.device):

@@ -292,7 +292,7 @@ def check_disk(folder: str | os.PathLike, needed: int) -> str:
     if needed + _MARGIN_BYTES > free:
         raise UserError(
             f"the feature cache in {folder} needs {said}: name a folder on another disk, or keep fewer "
-            "layers (--layers) or 8 bits (fp8)"
+            "layers (--layers) or 8 bits (int8)"
         )
     return said
 

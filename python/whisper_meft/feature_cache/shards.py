@@ -16,11 +16,11 @@ from torch import Tensor
 
 from meft_kernels import HiddenState
 from meft_kernels.reference.common import row_statistics
-from meft_kernels.reference.eight_bit import encode
+from meft_kernels.reference.eight_bit import CODE_DTYPES, encode
 
 from ..errors import UserError
 
-STORAGES = ("exact", "bfloat16", "fp8")
+STORAGES = ("exact", "bfloat16", *CODE_DTYPES)
 
 # By the names of safetensors.
 _DTYPES = {
@@ -29,6 +29,7 @@ _DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
+    "I8": torch.int8,
 }
 
 
@@ -104,13 +105,14 @@ def read_rows(file: BinaryIO, about: dict[str, Any], rows: Sequence[int]) -> Ten
 
 
 def parts_of(storage: str) -> tuple[str, ...]:
-    return ("states", "statistics", "scale", "shift") if storage == "fp8" else ("states", "statistics")
+    return ("states", "statistics", *(("scale", "shift") if storage in CODE_DTYPES else ()))
 
 
 def clip_bytes(frames: int, layers: int, hidden_size: int, storage: str, dtype: torch.dtype) -> int:
     """Bytes that a clip of so many frames takes, with states that are computed in ``dtype``."""
-    each = {"exact": dtype.itemsize, "bfloat16": 2, "fp8": 1}[storage]
-    constants = 8 * hidden_size if storage == "fp8" else 0
+    coded = storage in CODE_DTYPES
+    each = 1 if coded else {"exact": dtype.itemsize, "bfloat16": 2}[storage]
+    constants = 8 * hidden_size if coded else 0
     wide = torch.promote_types(dtype, torch.float32).itemsize
     return layers * (frames * (each * hidden_size + 2 * wide) + constants) + 400  # 400: names, header, index
 
@@ -123,7 +125,7 @@ def pack(states: Sequence[Tensor | HiddenState], frames: int, storage: str) -> d
             :meth:`FeatureCache.create`.
 
     Returns:
-        ``states`` (S, T, D), ``statistics`` (S, T, 2), and for fp8 ``scale`` and ``shift`` (S, D); on the
+        ``states`` (S, T, D), ``statistics`` (S, T, 2), and of 8 bits ``scale`` and ``shift`` (S, D); on the
         CPU.
 
     Raises:
@@ -134,8 +136,8 @@ def pack(states: Sequence[Tensor | HiddenState], frames: int, storage: str) -> d
         state = state if isinstance(state, HiddenState) else HiddenState(state)
         values, known = state.values[:frames], state.statistics
         mean, rstd = row_statistics(values) if known is None else (s[:frames] for s in known)
-        if storage == "fp8":
-            values, scale, shift = encode(values, mean, rstd)
+        if storage in CODE_DTYPES:
+            values, scale, shift = encode(values, mean, rstd, storage)
             parts["scale"].append(scale)
             parts["shift"].append(shift)
         elif storage == "bfloat16":

@@ -101,9 +101,9 @@ class FeatureCache:
 
         Args:
             key: from :func:`cache_key`. layers: indices of the hidden states that are needed.
-            hidden_size: their width. storage: "exact" keeps the states' dtype, "bfloat16" rounds to it, "fp8"
-                keeps 8 bits (``meft_kernels.reference.eight_bit``); None takes what is there, or for a new
-                cache 16 bits.
+            hidden_size: their width. storage: "exact" keeps the states' dtype, "bfloat16" rounds to it,
+                "int8" and "fp8" keep 8 bits (``meft_kernels.reference.eight_bit``); None takes what is
+                there, or for a new cache 16 bits.
 
         Raises:
             UserError: the folder holds something else, or a cache of something else, which is named.

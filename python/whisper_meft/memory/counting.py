@@ -24,6 +24,7 @@ from transformers import WhisperConfig, WhisperForAudioClassification, WhisperFo
 
 import meft_kernels
 from meft_kernels import counting
+from meft_kernels.reference.eight_bit import CODE_DTYPES
 
 from ..encoder.dtypes import parse_dtype
 from ..encoder.sizes import whisper_config
@@ -154,7 +155,7 @@ def count_step(
         for storage in recorder.alive():
             if storage.contributor == TRANSIENT:
                 is_wide = bool(storage.shape) and storage.shape[-1] == hidden_size
-                is_code = storage.dtype.itemsize == 1 and storage.dtype.is_floating_point
+                is_code = storage.dtype in CODE_DTYPES.values()
                 hidden = is_wide and (is_code or not storage.under_grad)
                 storage.contributor = HIDDEN if hidden else SAVED
         recorder.start("backward")

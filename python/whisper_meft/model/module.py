@@ -192,7 +192,8 @@ class MeftModel(MeftBase):
                 names, computed earlier (:mod:`whisper_meft.feature_cache`). The backbone is not run.
             hidden_state_lengths: (B,) their valid frames. Only read when ``max_frames`` is not "fidelity".
             hidden_state_statistics: (B, S, T, 2) mean and rstd of their rows, where these are known.
-            hidden_state_scales: (B, S, 2, D) scale and shift of ``hidden_states`` in 8 bits, float8_e4m3fn.
+            hidden_state_scales: (B, S, 2, D) scale and shift of ``hidden_states`` in 8 bits, int8 or
+                float8_e4m3fn.
             kwargs: in :meth:`disable_adapter`, ``output_hidden_states=True``; others are ignored, for callers
                 that pass options of other models.
 

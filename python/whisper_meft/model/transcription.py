@@ -221,7 +221,8 @@ class MeftForConditionalGeneration(MeftBase):
                 where ``states_of`` says "decoder", of the U tokens of ``decoder_input_ids``.
             hidden_state_lengths: (B,) how many of the frames or tokens are a clip's own.
             hidden_state_statistics: (B, S, T, 2) mean and rstd of their rows, where these are known.
-            hidden_state_scales: (B, S, 2, D) scale and shift of ``hidden_states`` in 8 bits, float8_e4m3fn.
+            hidden_state_scales: (B, S, 2, D) scale and shift of ``hidden_states`` in 8 bits, int8 or
+                float8_e4m3fn.
             kwargs: ``label_smoothing``, the share of the loss's target that is spread over the vocabulary;
                 others are ignored, for callers that pass options of other models, but for those of Whisper's
                 that read a part of a transcript or keep a cache for the next.

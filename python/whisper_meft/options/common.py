@@ -99,11 +99,11 @@ class MethodArguments:
             "last:n; lst and unipt only (default: all)"
         },
     )
-    saved_activations: Literal["exact", "fp8"] | None = field(
+    saved_activations: Literal["exact", "int8", "fp8"] | None = field(
         default=None,
         metadata={
             "help": "how side networks keep hidden states for the backward: as they are, or as 8-bit "
-            "copies (default: exact)"
+            "copies, of which int8 errs less than fp8 (default: exact)"
         },
     )
     attention: str | None = field(

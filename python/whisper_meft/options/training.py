@@ -252,11 +252,11 @@ class TrainArguments(TaskArguments, SkewArguments, AugmentArguments, TrainingArg
             "switch": True,
         },
     )
-    cache_storage: Literal["exact", "bfloat16", "fp8"] | None = field(
+    cache_storage: Literal["exact", "bfloat16", "int8", "fp8"] | None = field(
         default=None,
         metadata={
-            "help": "how cached states are kept: as computed, in 16 or in 8 bits (default: 16 bits, or what "
-            "is there)"
+            "help": "how cached states are kept: as computed, in 16 or in 8 bits, of which int8 errs less "
+            "than fp8 (default: 16 bits, or what is there)"
         },
     )
     cache_copies: int | None = field(

@@ -81,7 +81,7 @@ def fit_batch(
     if not fitting:
         raise UserError(
             f"auto_batch: not even one clip fits into {memory / 2**30:.3g} GiB; see `whisper-meft memory`"
-            + (" and --saved_activations fp8" if hasattr(config, "saved_activations") else "")
+            + (" and --saved_activations int8" if hasattr(config, "saved_activations") else "")
         )
     clips, parts = split_batch(batch, fitting)
     if parts == 1:
@@ -111,5 +111,5 @@ def out_of_memory(
     return UserError(
         f"{said}: the same result comes from --per_device_train_batch_size {clips} "
         f"--gradient_accumulation_steps {total} (--auto_batch True finds that by itself)"
-        + ("; --saved_activations fp8 halves what is kept" if lean else "")
+        + ("; --saved_activations int8 halves what is kept" if lean else "")
     )
