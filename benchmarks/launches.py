@@ -43,6 +43,7 @@ from whisper_meft.model.backbone import quiet_transformers
 
 from meft_kernels import counting, ops
 from meft_kernels.ops import backends
+from meft_kernels.reference import SAVED_ACTIVATIONS
 
 from . import record
 
@@ -374,7 +375,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", default="small", help=f"one of {', '.join(WHISPER_SIZES)}")
     parser.add_argument("--batch", type=int, default=128, help="clips per step")
     parser.add_argument("--methods", default="lst,unipt,sherl", help="names with commas between")
-    parser.add_argument("--saved", choices=("exact", "fp8"), default="exact", help="how states are kept")
+    parser.add_argument("--saved", choices=SAVED_ACTIVATIONS, default="exact", help="how states are kept")
     parser.add_argument("--dtype", default="bfloat16", help="of the frozen weights")
     parser.add_argument("--reduction_factor", type=int, default=8, help="of the side networks")
     parser.add_argument("--output", help="folder of a record (default: none is written)")

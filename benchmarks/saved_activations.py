@@ -1,9 +1,9 @@
 """``python -m benchmarks.saved_activations``: does training on 8-bit copies of hidden states learn the same?
 
 The demo's task (synthetic accents, the shipped backbone): every method is trained with
-``saved_activations="exact"`` and ``"fp8"`` from the same start on the same batches, for several seeds. What
-is compared is the loss along the way and the accuracy on the test set at the end, with the spread over seeds
-as the yardstick, and the cosine between the two kinds of gradient at the start and at the end.
+``saved_activations="exact"``, ``"int8"`` and ``"fp8"`` from the same start on the same batches, for several
+seeds. What is compared is the loss along the way and the accuracy on the test set at the end, with the spread
+over seeds as the yardstick, and the cosine of exact with rounded gradients at the start and at the end.
 """
 
 import argparse
@@ -23,10 +23,12 @@ from whisper_meft.files import check_writable
 from whisper_meft.synthetic.shipped import shipped_backbone
 from whisper_meft.synthetic.speech import make_accent_corpus
 
+from meft_kernels.reference import SAVED_ACTIVATIONS as KINDS
+from meft_kernels.reference.eight_bit import CODE_DTYPES as ROUNDED
+
 from . import record
 
 CONFIGS = {"lst": LSTConfig, "unipt": UniPTConfig, "sherl": SHERLConfig}
-KINDS = ("exact", "fp8")
 COUNTS = {"seeds": 3, "steps": 200, "batch": 32, "reduction_factor": 4, "clips": 300, "test_clips": 100}
 
 
@@ -64,11 +66,15 @@ def gradients(model: torch.nn.Module, kind: str, features: Tensor, labels: Tenso
     return grads | ({"gates": torch.cat(gates)} if len(gates) > 1 else {})
 
 
-def least_cosine(model: torch.nn.Module, features: Tensor, labels: Tensor) -> tuple[float, str]:
-    """The smallest cosine between exact and 8-bit gradients over the side network's tensors, and whose."""
-    exact, rounded = (gradients(model, kind, features, labels) for kind in KINDS)
-    flat = {name: (grad.flatten(), rounded[name].flatten()) for name, grad in exact.items()}
-    return min((F.cosine_similarity(*pair, dim=0).item(), name) for name, pair in flat.items())
+def least_cosines(model: torch.nn.Module, features: Tensor, labels: Tensor) -> dict[str, tuple[float, str]]:
+    """For each kind of codes the smallest cosine between exact and 8-bit gradients over the side network's
+    tensors, and whose."""
+    exact, found = gradients(model, "exact", features, labels), {}
+    for kind in ROUNDED:
+        rounded = gradients(model, kind, features, labels)
+        flat = {name: (grad.flatten(), rounded[name].flatten()) for name, grad in exact.items()}
+        found[kind] = min((F.cosine_similarity(*pair, dim=0).item(), name) for name, pair in flat.items())
+    return found
 
 
 def accuracy(model: torch.nn.Module, features: Tensor, labels: Tensor) -> float:
@@ -84,7 +90,7 @@ def train(method: str, kind: str, seed: int, data: dict, options: argparse.Names
     features, labels, classes = data["train"]
     model = build(method, kind, classes, options.reduction_factor, seed)
     probe = features[:64], labels[:64]
-    row = {"method": method, "saved": kind, "seed": seed, "least_cosine_before": least_cosine(model, *probe)}
+    row = {"method": method, "saved": kind, "seed": seed, "least_cosine_before": least_cosines(model, *probe)}
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=options.learning_rate)
     generator = torch.Generator().manual_seed(seed)
@@ -97,7 +103,7 @@ def train(method: str, kind: str, seed: int, data: dict, options: argparse.Names
         optimizer.step()
         losses.append(loss.item())
     row |= {"losses": losses, "accuracy": accuracy(model, *data["test"][:2])}
-    return row | {"least_cosine_after": least_cosine(model, *probe)}
+    return row | {"least_cosine_after": least_cosines(model, *probe)}
 
 
 def summary(rows: list[dict]) -> list[dict]:
@@ -112,14 +118,19 @@ def summary(rows: list[dict]) -> list[dict]:
             for name, values in (("loss", last), ("accuracy", scores)):
                 entry[f"{kind}_{name}"] = statistics.mean(values)
                 entry[f"{kind}_{name}_spread"] = max(values) - min(values)
-        pairs = list(zip(*by_kind.values(), strict=True))
-        entry["largest_accuracy_difference"] = max(abs(a["accuracy"] - b["accuracy"]) for a, b in pairs)
-        entry["mean_loss_difference"] = statistics.mean(
-            abs(x - y) for a, b in pairs for x, y in zip(a["losses"], b["losses"])
-        )
-        entry["least_cosine"], entry["least_cosine_of"] = min(
-            run[key] for run in by_kind["exact"] for key in ("least_cosine_before", "least_cosine_after")
-        )
+        for kind in ROUNDED:
+            pairs = list(zip(by_kind["exact"], by_kind[kind], strict=True))
+            entry[f"{kind}_largest_accuracy_difference"] = max(
+                abs(a["accuracy"] - b["accuracy"]) for a, b in pairs
+            )
+            entry[f"{kind}_mean_loss_difference"] = statistics.mean(
+                abs(x - y) for a, b in pairs for x, y in zip(a["losses"], b["losses"])
+            )
+            entry[f"{kind}_least_cosine"], entry[f"{kind}_least_cosine_of"] = min(
+                run[key][kind]
+                for run in by_kind["exact"]
+                for key in ("least_cosine_before", "least_cosine_after")
+            )
         found.append(entry)
     return found
 
@@ -179,14 +190,15 @@ def compared(options: argparse.Namespace, command: str) -> Path:
                 rows.append(train(method, kind, seed, data, options))
                 print(f"{method} {kind} seed {seed}: accuracy {rows[-1]['accuracy']:.1%}", flush=True)
     entries = summary(rows)
-    print(f"\n{'':<8}{'loss':>15}{'fp8':>9}{'accuracy':>18}{'fp8':>15}{'least cosine':>14}")
+    print(f"\n{'':<8}{'':<8}{'loss':>8}{'accuracy':>16}  least cosine of a gradient")
     for e in entries:
-        print(
-            f"{e['method']:<8}{e['exact_loss']:>15.4f}{e['fp8_loss']:>9.4f}"
-            f"{e['exact_accuracy']:>10.1%} ± {e['exact_accuracy_spread'] / 2:>5.1%}"
-            f"{e['fp8_accuracy']:>8.1%} ± {e['fp8_accuracy_spread'] / 2:>4.1%}"
-            f"{e['least_cosine']:>14.5f} {e['least_cosine_of']}"
-        )
+        for kind in KINDS:
+            cosine = e.get(f"{kind}_least_cosine")
+            of = "" if cosine is None else f"  {cosine:.5f} {e[f'{kind}_least_cosine_of']}"
+            print(
+                f"{e['method']:<8}{kind:<8}{e[f'{kind}_loss']:>8.4f}{e[f'{kind}_accuracy']:>8.1%} ± "
+                f"{e[f'{kind}_accuracy_spread'] / 2:>5.1%}{of}"
+            )
     shapes = {k: v for k, v in vars(options).items() if k not in ("corpus", "output")}
     return record.write(
         "saved_activations",

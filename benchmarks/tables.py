@@ -214,16 +214,21 @@ def resident(records: list[dict]) -> list[str]:
 
 def saved_activations(records: list[dict]) -> list[str]:
     """Training on exact hidden states and on 8-bit copies: final loss, accuracy and the gradients' cosine."""
-    header = ("", "loss, exact", "fp8", "accuracy, exact", "fp8", "least cosine of a gradient")
+    kinds, rounded = ("exact", "int8", "fp8"), ("int8", "fp8")
+    header = (
+        *("", "loss, exact", "int8", "fp8", "accuracy, exact", "int8", "fp8"),
+        *("least cosine of a gradient, int8", "fp8"),
+    )
     blocks = []
     for found in newest(records, "saved_activations"):
         rows = []
         for entry in found["figures"]["summary"]:
-            cells = [f"{entry[f'{kind}_loss']:.3f}" for kind in ("exact", "fp8")]
-            for kind in ("exact", "fp8"):
+            cells = [f"{entry[f'{kind}_loss']:.3f}" for kind in kinds]
+            for kind in kinds:
                 spread = entry[f"{kind}_accuracy_spread"] / 2
                 cells.append(f"{entry[f'{kind}_accuracy']:.1%} ± {spread:.1%}")
-            rows.append([entry["method"].upper(), *cells, f"{entry['least_cosine']:.5f}"])
+            cosines = [f"{entry[f'{kind}_least_cosine']:.5f}" for kind in rounded]
+            rows.append([entry["method"].upper(), *cells, *cosines])
         blocks.append(f"{source(found)}\n\n{markdown(header, rows)}")
     return blocks
 

@@ -15,7 +15,11 @@ def measured(monkeypatch):
     def train(method, kind, seed, data, options):
         runs.append((method, kind, seed))
         row = {"method": method, "saved": kind, "seed": seed, "losses": [1.0, 0.5], "accuracy": 0.75}
-        return row | {"least_cosine_before": (0.9, "gates"), "least_cosine_after": (0.8, "gates")}
+        before, after = (
+            {"int8": (0.99, "gates"), "fp8": (0.9, "gates")},
+            {"int8": (0.98, "gates"), "fp8": (0.8, "x")},
+        )
+        return row | {"least_cosine_before": before, "least_cosine_after": after}
 
     monkeypatch.setattr(saved_activations, "train", train)
     monkeypatch.setattr(saved_activations, "make_accent_corpus", lambda *_, **__: None)
@@ -27,11 +31,13 @@ def test_the_record_is_of_the_processor_that_trains(measured, monkeypatch, tmp_p
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda *_: "NVIDIA Card")
     assert saved_activations.main(["--methods", "lst", "--seeds", "2", "--output", str(tmp_path)]) == 0
-    assert measured == [("lst", kind, seed) for seed in range(2) for kind in ("exact", "fp8")]
+    assert measured == [("lst", kind, seed) for seed in range(2) for kind in ("exact", "int8", "fp8")]
     [path] = tmp_path.iterdir()
     written = json.loads(path.read_text())
     assert written["environment"]["device"] != "NVIDIA Card" and "NVIDIA" not in path.read_text()
-    assert written["figures"]["summary"][0]["least_cosine"] == 0.8
+    [entry] = written["figures"]["summary"]
+    assert entry["int8_least_cosine"] == 0.98 and entry["fp8_least_cosine"] == 0.8
+    assert entry["fp8_least_cosine_of"] == "x"
 
 
 @pytest.mark.parametrize(

@@ -197,7 +197,10 @@ def test_a_probe_says_what_was_wrong():
         ("--repeats -1", "repeats must be 0 (memory alone) or more, got -1"),
         ("--methods lst:chunk_size", "lst's options are written lst:option=value"),
         ("--methods lst:nope=1", "'nope' is not an option of lst, accepted are chunk_size, "),
-        ("--methods lst:saved_activations=fp7", "saved_activations must be 'exact' or 'fp8', got 'fp7'"),
+        (
+            "--methods lst:saved_activations=fp7",
+            "saved_activations must be one of 'exact', 'int8', 'fp8', got 'fp7'",
+        ),
         ("--methods full,lst:layers=[13]", "layers must lie in 1..12"),
         ("--methods lst:method=unipt", "lst's options are written lst:option=value"),
         ("--methods published_lst:x=1", "published_lst has no options"),
