@@ -120,7 +120,7 @@ VARIED = (
     *(f"head:{RECIPE}+{options}" for options in BACKBONES),
     *(f"lst:layers={layers}" for layers in ("last:2", "last:3", "[4]", "[3,4]")),
     *(f"{entry}max_frames={PADDED}" for entry in ("head:", f"head:{RECIPE}+", "lst:", f"lst:{RECIPE}+")),
-    f"lst:{RECIPE}+saved_activations=fp8",
+    *(f"lst:{RECIPE}+saved_activations={kind}" for kind in ("int8", "fp8")),
     *(f"lst:{RECIPE}+{options}" for options in QUANTIZATIONS),
 )
 
