@@ -62,6 +62,38 @@ def test_splits_of_a_data_set_go_before_a_column(tmp_path, caplog):
     assert "its column 'split' has test, train; it is not used" in caplog.text
 
 
+@pytest.mark.parametrize("kind", ["paths", "audio", "arrays"])
+def test_a_column_of_any_name_that_holds_nothing_but_splits(tmp_path, kind, caplog):
+    data = divided(tmp_path, kind, "set")
+    data.to_parquet(tmp_path / "m.parquet")
+    data.save_to_disk(tmp_path / "disk")
+    classes = data.cast_column("set", ClassLabel(names=["test", "train"]))
+    for source in (data, classes, tmp_path / "m.parquet", tmp_path / "disk", DatasetDict(train=data)):
+        how = {} if isinstance(source, Dataset | DatasetDict) else {"cache_dir": str(tmp_path / "cache")}
+        assert list_splits(source, **how) == ["train", "test"]
+        assert found(load_examples(source, split="train", **how)) == [(0, "a", None), (2, "b", None)]
+        assert found(load_examples(source, split="test", **how)) == [(1, "b", None)]
+    assert f"{tmp_path}/disk: its column 'set' is taken for the split of each row, as it" in caplog.text
+    with pytest.raises(UserError, match="columns 'set', 'own' all name splits"):
+        list_splits(data.add_column("own", SPLITS))
+    DatasetDict(train=data, test=data.select([1])).save_to_disk(tmp_path / "own")
+    assert len(load_examples(tmp_path / "own", split="train")) == 4
+    assert f"{tmp_path}/own (train): its column 'set' has test, train; it is not used" in caplog.text
+    assert f"{tmp_path}/own: its column" not in caplog.text
+
+
+@pytest.mark.parametrize("values", [["train", "other", "test", None], ["train"] * 4, ["dev", "test"] * 2])
+def test_columns_of_any_name_that_are_no_splits(tmp_path, values, caplog):
+    data = divided(tmp_path, "audio").remove_columns("split").add_column("set", values)
+    classes = data.cast_column("label", ClassLabel(names=["a", "b"])).rename_column("label", "what")
+    assert list_splits(data) == [] and len(load_examples(data)) == 4
+    assert len(list(load_shards(data.to_iterable_dataset(num_shards=2)))) == 4
+    assert list_splits(classes, label_column_name="what") == [] and not caplog.text
+    named = data.remove_columns("label").map(lambda row, i: {"set": SPLITS[i] or "dev"}, with_indices=True)
+    assert len(load_examples(named, label_column_name="Set")) == 4
+    assert len(list(load_shards(named.to_iterable_dataset(), label_column_name="Set"))) == 4
+
+
 def test_a_column_of_something_else_is_no_split(tmp_path, caplog):
     data = divided(tmp_path, "audio").remove_columns("split").add_column("subset", ["S", "M", "S", "M"])
     assert list_splits(data) == [] and len(load_examples(data)) == 4
@@ -88,18 +120,20 @@ def test_paths_in_a_file_divide_it_as_they_do_in_csv(tmp_path, caplog):
     assert len(load_examples(tmp_path / "all.parquet", **cache)) == 4
 
 
+@pytest.mark.parametrize("name", ["split", "set"])
 @pytest.mark.parametrize("shards", [1, 4])
-def test_a_stream_is_not_divided_by_a_column(tmp_path, shards):
-    data = divided(tmp_path, "arrays")
-    with pytest.raises(UserError, match="column 'split' says the split of each row .train, test.*streaming"):
+def test_a_stream_is_not_divided_by_a_column(tmp_path, shards, name):
+    data = divided(tmp_path, "arrays", name)
+    told = f"column '{name}' says the split of each row .(train, test|test, train)., and a stream"
+    with pytest.raises(UserError, match=told):
         list(load_shards(data.to_iterable_dataset(num_shards=shards)))
     for shard in range(1, shards):
         stream = load_shards(data.select([0, 1, 1, 1]).to_iterable_dataset(num_shards=shards))
-        with pytest.raises(UserError, match="column 'split' says the split of each row .train, test."):
+        with pytest.raises(UserError, match=told):
             list(stream.labels(shard))
     data.to_parquet(tmp_path / "m.parquet")
     for source in (str(tmp_path / "m.parquet"), DatasetDict(train=data)):
-        with pytest.raises(UserError, match="column 'split' says the split"):
+        with pytest.raises(UserError, match=told):
             list(load_shards(source, cache_dir=str(tmp_path / "cache")))
     assert len(found(load_shards(data.select([0, 2]).to_iterable_dataset()))) == 2
     own = DatasetDict(train=data.select([0, 2]), test=data.select([1]))

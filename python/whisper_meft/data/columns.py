@@ -4,7 +4,7 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from decimal import Decimal
 from functools import lru_cache
 from typing import Any
@@ -12,7 +12,8 @@ from typing import Any
 from ..errors import UserError
 from ..once import warn_once
 from .examples import listing
-from .names import composed, normal
+from .names import composed, folded, normal
+from .splits import CANONICAL, split_kinds
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,8 @@ _UNITS: dict[str, float | str] = {
     **dict.fromkeys(("frame", "frames"), FRAMES),
 }
 
+_LOOKED_AT = 100  # rows that tell most columns from those of splits
+
 _NAMED = frozenset((*AUDIO, *LABEL, *TEXT, *SPEAKER, *SPLIT, *CHANNEL, "id"))
 
 
@@ -117,6 +120,60 @@ def find_column(names: Sequence[str], given: str | None, usual: Sequence[str], w
             "rename one"
         )
     return found[0] if found else None
+
+
+def unknown_columns(names: Sequence[str], given: Sequence[str]) -> list[str]:
+    """Those of the columns that neither their name nor who gave it (``given``) says anything of."""
+    taken = {normal(name) for name in given}
+    return [name for name in names if not is_known(name) and normal(name) not in taken]
+
+
+def split_column(
+    names: Sequence[str],
+    given: Sequence[str],
+    values: Callable[[str, int | None], Iterable[str | None]],
+    where: str,
+    say: bool = True,
+) -> str | None:
+    """The column that says the split of each row: by its name, or else one that holds nothing but names of
+    splits (:func:`are_splits_of_rows`; ``set``, ``usage``), which a warning says.
+
+    Args:
+        names: the columns that may be it. given: those that were named for something else.
+        values: gives the values of a column in the first so many rows, or in all.
+        say: warn, and raise; else the first one is meant, by whoever has splits already.
+
+    Raises:
+        UserError: several hold such names.
+    """
+    taken = {normal(name) for name in given}
+    free = [name for name in names if normal(name) not in taken]
+    if (known := find_column(free, None, SPLIT, where)) is not None:
+        return known
+    found: dict[str, list[str]] = {}
+    for name in unknown_columns(names, given):
+        if not all(folded(value or "") in CANONICAL for value in {*values(name, _LOOKED_AT)} - {"", None}):
+            continue
+        if are_splits_of_rows(there := {*values(name, None)} - {"", None}):
+            found[name] = sorted(there)
+    if say and len(found) > 1:
+        raise UserError(
+            f"{where}: the columns {listing(map(repr, found))} all name splits: call the one that is meant "
+            "'split', or remove the others"
+        )
+    for name, there in found.items() if say else ():
+        warn_once(
+            f"{where}: its column {name!r} is taken for the split of each row, as it holds {listing(there)}"
+        )
+    return next(iter(found), None)
+
+
+def are_splits_of_rows(values: Collection[str]) -> bool:
+    """Whether the values of a column whose name says nothing are those of splits alone: that for training and
+    another among them."""
+    kinds = split_kinds(values)
+    exact = len(kinds) == len(values) and all(folded(value) in CANONICAL for value in values)
+    return exact and {"train"} < set(kinds.values())
 
 
 def language_column(names: Sequence[str]) -> str | None:

@@ -21,7 +21,7 @@ from .manifests import splits_of_paths, table_examples
 from .options import Options
 from .paths import Paths
 from .segments import Channels, Times
-from .splits import Layout, Splits, SplitsOfRows, canonical_split
+from .splits import Layout, Splits, SplitsOfRows, canonical_split, split_kinds
 
 datasets = LazyPackage("datasets", "a Hugging Face data set")
 
@@ -109,20 +109,28 @@ def without_splits(loaded: Any) -> Any | None:
     return loaded[name] if name == "train" or (name and canonical_split(name) is None) else None
 
 
-def split_column(features: Any, options: Options, where: str) -> str | None:
-    """The column of text or classes that may say the split of each row."""
-    names = [
+def split_columns(features: Any) -> list[str]:
+    """The columns that may say the split of each row: of text, or of classes of which one is called so."""
+    usual = [name for name in features if columns.normal(name) in columns.SPLIT]
+    return [
         name
-        for name, feature in features.items()
-        if name not in options.columns() and getattr(feature, "dtype", None) in _TEXT_OR_CLASS
+        for name, each in features.items()
+        if getattr(each, "dtype", None) in _TEXT_OR_CLASS
+        and (name in usual or not isinstance(each, datasets.ClassLabel) or split_kinds(each.names))
     ]
-    return columns.find_column(names, None, columns.SPLIT, where)
+
+
+def _split_column(dataset: Any, options: Options, where: str, say: bool = False) -> str | None:
+    def values(name: str, most: int | None) -> list[str | None]:
+        return _texts(dataset if most is None else dataset.take(min(most, len(dataset))), name)
+
+    return columns.split_column(split_columns(dataset.features), options.columns(), values, where, say)
 
 
 def _divided(dataset: Any, options: Options, where: str, of_file: bool) -> Splits | None:
     """The splits that a column of the data set names, or those that the paths in a file lie in (``of_file``);
     ``None`` where there are none."""
-    column = split_column(dataset.features, options, where)
+    column = _split_column(dataset, options, where, say=True)
     values = dict.fromkeys(_texts(dataset, column))
     there = [value for value in values if value is not None]
     by_paths = column is None and of_file
@@ -143,7 +151,7 @@ def _divided(dataset: Any, options: Options, where: str, of_file: bool) -> Split
 
 def _of_split(dataset: Any, split: str, options: Options, where: str) -> list[Example]:
     """The examples of one of the splits that a data set has; a warning where a column says another split."""
-    column = split_column(dataset.features, options, where)
+    column = _split_column(dataset, options, where)
     of = {value: canonical_split(value) for value in set(_texts(dataset, column)) - {None}}
     own, kinds = canonical_split(split), set(of.values()) - {None}
     if kinds - {own} if own else len(kinds) > 1:
@@ -232,8 +240,10 @@ def _divided_examples(
     dataset = dataset.with_format(None)
     names = dataset.column_names
     audio = _audio_column(dataset, options, where)
+    split = None if by_paths else _split_column(dataset, options, where)
     if (files := _files(dataset, audio)) is not None:
-        return _examples_of_files(dataset, audio, files, options, where, None if by_paths else "class")
+        layout = None if by_paths else "class"
+        return _examples_of_files(dataset, audio, files, options, where, layout, split)
     find = columns.need_column if options.require_labels else columns.find_column
     label = find([n for n in names if n != audio], options.label_column, columns.LABEL, where)
     speaker = columns.find_column(names, options.speaker_column, columns.SPEAKER, where)
@@ -246,7 +256,7 @@ def _divided_examples(
     speakers = _texts(dataset, speaker)
     cells = _cells(dataset, audio, options, where)
     cuts = _cuts(dataset, audio, options, where)
-    parts = _texts(dataset, split_column(dataset.features, options, where))
+    parts = _texts(dataset, split)
     return [
         (parts[i], Example(cell, label=labels[i], speaker=speakers[i], text=texts[i], **named, **cut))
         for i, ((cell, named), cut) in enumerate(zip(cells, cuts))
@@ -282,10 +292,16 @@ def _files(dataset: Any, audio: str) -> list[str] | None:
 
 
 def _examples_of_files(
-    dataset: Any, audio: str, files: list[str | None], options: Options, where: str, layout: Layout | None
+    dataset: Any,
+    audio: str,
+    files: list[str | None],
+    options: Options,
+    where: str,
+    layout: Layout | None,
+    split: str | None,
 ) -> list[tuple[str | None, Example]]:
     """The rows as those of a table of paths, whose columns may say which part of a file is meant. The paths
-    name no splits where the layout is "class"."""
+    name no splits where the layout is "class"; the column ``split`` does."""
     if None in files:
         raise UserError(f"{where}: row {files.index(None)} has no audio path in its column {audio!r}")
     plain = ("string", "large_string", "int", "uint", "float", "double", "decimal", "bool")
@@ -306,7 +322,7 @@ def _examples_of_files(
     rows = enumerate([field or "" for field in row] for row in zip(*values.values()))
     given = replace(options, audio_column=audio, label_column=label, layout=layout)
     paths = Paths(options.data_root or "", where)
-    return table_examples([*values], rows, given, where, paths, unit="row")
+    return table_examples([*values], rows, given, where, paths, unit="row", split=split)
 
 
 def _cuts(dataset: Any, audio: str, options: Options, where: str) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ not used, since neither says how to go on in the middle: :mod:`.streaming` does 
 
 import os
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,13 @@ from .huggingface import (
     label_names,
     opened,
     rooted,
-    split_column,
+    split_columns,
     table_of,
     without_splits,
 )
-from .names import composed
+from .names import composed, folded
 from .options import Options
-from .splits import canonical_split
+from .splits import CANONICAL, canonical_split
 from .streaming import ShardedExamples
 
 _AT_ONCE = 16  # rows that are made of columns together
@@ -80,26 +81,51 @@ class HuggingFaceShards(ShardedExamples):
         # Such columns of files that rows share say which part is meant, which a stream does not hear.
         self.timed = [name for name in others if columns.names_a_part(name)]
         self._check_audio()
-        self.split = None if divided else split_column(dataset.features, options, description)
+        may_be = [] if divided else split_columns(dataset.features)
+        # Without rows only the names of columns tell; others are looked at as rows come.
+        self.split = columns.split_column(may_be, options.columns(), lambda *_: (), description)
         self._only = None  # what all rows must have there: the first one's
+        other = columns.unknown_columns(may_be, options.columns()) if self.split is None else []
+        # What such a column of any other name has held so far, until something else is found there.
+        self._held: dict[str, set[str]] = {name: set() for name in other}
 
     def _check_split(self, row: dict[str, Any]) -> None:
         """Raises UserError where a column says that a row is of another split than the first one is."""
+        for name in list(self._held):
+            self._check_held(name, row)
+        if self.split is None:
+            return
         if self._only is None:
             first = next(self._rows(0, [self.split]), row)
-            self._only = (self._split_of(first),)
-        found = self._split_of(row)
+            self._only = (self._split_of(first, self.split),)
+        found = self._split_of(row, self.split)
         if found != self._only[0] and (canonical_split(found) or canonical_split(self._only[0])):
-            raise UserError(
-                f"{self.description}: its column {self.split!r} says the split of each row "
-                f"({self._only[0] or 'none'}, {found or 'none'}), and a stream is not divided by it: leave "
-                "streaming out, or store each split in a file of its own"
-            )
+            self._refuse_splits(self.split, [self._only[0] or "none", found or "none"])
 
-    def _split_of(self, row: dict[str, Any]) -> str:
-        feature, value = self.dataset.features[self.split], row[self.split]
+    def _check_held(self, name: str, row: dict[str, Any]) -> None:
+        """The same for a column that holds nothing but names of splits, until it holds something else."""
+        held, found = self._held[name], self._split_of(row, name)
+        if not found or found in held:
+            return
+        if folded(found) not in CANONICAL:
+            del self._held[name]
+            return
+        if not held:  # maybe of a shard that holds one split, where the first holds another
+            held |= {self._split_of(first, name) for first in islice(self._rows(0, [name]), 1)} - {""}
+        held.add(found)
+        if columns.are_splits_of_rows(held):
+            self._refuse_splits(name, sorted(held))
+
+    def _refuse_splits(self, name: str, found: list[str]) -> None:
+        raise UserError(
+            f"{self.description}: its column {name!r} says the split of each row ({', '.join(found)}), and a "
+            "stream is not divided by it: leave streaming out, or store each split in a file of its own"
+        )
+
+    def _split_of(self, row: dict[str, Any], column: str) -> str:
+        feature, value = self.dataset.features[column], row[column]
         if isinstance(feature, datasets.ClassLabel):
-            value = label_names([value], self.split, self.dataset.features, self.description)[0]
+            value = label_names([value], column, self.dataset.features, self.description)[0]
         return "" if value is None else str(value).strip()
 
     def _refuse_parts(self) -> None:
@@ -138,10 +164,9 @@ class HuggingFaceShards(ShardedExamples):
             ) from error
 
     def examples(self, shard: int) -> Iterator[Example]:
-        named = [self.audio, self.label, self.speaker, self.text, self.id, self.split]
+        named = [self.audio, self.label, self.speaker, self.text, self.id, self.split, *self._held]
         for number, row in enumerate(self._rows(shard, named)):
-            if self.split is not None:
-                self._check_split(row)
+            self._check_split(row)
             value = row[self.audio]
             if self.timed and _is_path_alone(value):
                 self._refuse_parts()
@@ -157,10 +182,9 @@ class HuggingFaceShards(ShardedExamples):
             )
 
     def labels(self, shard: int) -> Iterator[tuple[str, str | None]]:
-        named = [self.label or self.text or self.audio, self.split]
+        named = [self.label or self.text or self.audio, self.split, *self._held]
         for number, row in enumerate(self._rows(shard, named)):
-            if self.split is not None:
-                self._check_split(row)
+            self._check_split(row)
             yield self._name(shard, number), self._label(row)
 
     def _name(self, shard: int, number: int) -> str:

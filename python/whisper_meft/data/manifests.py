@@ -13,21 +13,20 @@ from .columns import (
     AUDIO,
     LABEL,
     SPEAKER,
-    SPLIT,
     TEXT,
     find_column,
-    is_known,
     language_column,
     logger,
     need_column,
     say_languages,
+    split_column,
 )
 from .examples import Example, listing, say_forms, utterance
-from .names import folded, normal
+from .names import normal
 from .options import Options
 from .paths import Paths, RealPaths
 from .segments import Channels, Times
-from .splits import CANONICAL, Splits, SplitsOfRows, split_kinds, split_level
+from .splits import Splits, SplitsOfRows, split_level
 from .table_folders import Table, find_tables
 from .tables import Nested, read_table
 
@@ -38,8 +37,6 @@ _ROW_NAMES = frozenset(
     ("", "id", "index", "idx", "row", "no", "number", "unnamed_0", "utt_id", "utterance_id")
     + ("index_level_0", "level_0")  # what pandas calls the numbers of rows that were chosen among others
 )
-
-_LOOKED_AT = 100  # rows that tell most columns from those of splits
 
 Rows = Iterable[tuple[int, list[str]]]
 
@@ -59,43 +56,19 @@ def read_manifest(
     root = options.data_root if options.data_root is not None else os.path.dirname(where)
     paths = Paths(root, where, search=options.data_root is None)
     rows = list(rows)
-    split = split_column(names, rows, options, where)
+    split = _split_column(names, rows, options, where)
     return table_examples(names, rows, options, where, paths, samples, split=split)
 
 
-def split_column(
-    names: Sequence[str], rows: list[tuple[int, list[str]]], options: Options, where: str
+def _split_column(
+    names: Sequence[str], rows: Sequence[tuple[int, list[str]]], options: Options, where: str
 ) -> str | None:
-    """The column that says the split of each row: by its name, or else, with a warning, one that holds
-    nothing but names of splits, that for training and another among them (``set``, ``usage``).
+    index = {name: i for i, name in enumerate(names)}
 
-    Raises:
-        UserError: several do.
-    """
-    if (known := find_column(names, None, SPLIT, where)) is not None:
-        return known
-    found: dict[str, list[str]] = {}
-    for i, name in enumerate(names):
-        if is_known(name) or any(normal(name) == normal(given) for given in options.columns()):
-            continue
-        values = {row[i] for _, row in rows[:_LOOKED_AT]} - {""}
-        if not all(folded(value) in CANONICAL for value in values):
-            continue
-        values = {row[i] for _, row in rows} - {""}
-        kinds = split_kinds(values)
-        exact = all(folded(value) in CANONICAL for value in values) and len(kinds) == len(values)
-        if exact and {"train"} < set(kinds.values()):
-            found[name] = sorted(values)
-    if len(found) > 1:
-        raise UserError(
-            f"{where}: the columns {listing(map(repr, found))} all name splits: call the one that is meant "
-            "'split', or remove the others"
-        )
-    for name, values in found.items():
-        warn_once(
-            f"{where}: its column {name!r} is taken for the split of each row, as it holds {listing(values)}"
-        )
-    return next(iter(found), None)
+    def values(name: str, most: int | None) -> Iterable[str]:
+        return (row[index[name]] for _, row in rows[:most])
+
+    return split_column(names, options.columns(), values, where)
 
 
 def table_examples(
@@ -115,7 +88,7 @@ def table_examples(
         where: what messages call the table. unit: what they call its rows.
         paths: finds the files.
         samples: whether start and end are samples; ``None`` finds out (:class:`Times`).
-        split: the column that says it; ``None``: one that is known by its name.
+        split: the column that says it, if one does.
 
     Rows given twice are dropped with a warning. Where no column says the split, the paths may
     (``train/a.wav``). Lists and objects of JSON are no names: a column that holds some is not used, with a
@@ -133,7 +106,6 @@ def table_examples(
     label = find(names, options.label_column, LABEL, where)
     text = need_column(names, options.text_column, TEXT, where) if options.with_text else None
     speaker = find_column(names, options.speaker_column, SPEAKER, where)
-    split = find_column(names, None, SPLIT, where) if split is None else split
     times = Times(names, options, samples, where)
     channels = Channels(names, options.channel_column, where)
     if not (options.require_labels or options.label_column):
@@ -339,7 +311,7 @@ def table_splits(path: Path, options: Options) -> list[str | None]:
     """The splits of a table in order of appearance, ``None`` for rows of none."""
     names, rows = read_table(path, options.columns())
     rows, where = list(rows), os.fspath(path)
-    split = split_column(names, rows, options, where)
+    split = _split_column(names, rows, options, where)
     if split is not None and any(isinstance(row[names.index(split)], Nested) for _, row in rows):
         split = None
     column = split or find_column(names, options.audio_column, AUDIO, where)
