@@ -276,6 +276,8 @@ def parts(path, **options) -> list[tuple]:
         ("start_ms,duration", "0,0.25", "250,0.5"),
         ("onset,offset", "0,0.25", "0.25,0.75"),
         ("begin_time_seconds,end_time_seconds", "0,0.25", "0.25,0.75"),
+        ("t_start,t_end", "0,0.25", "0.25,0.75"),
+        ("startTime,endTime", "0,0.25", "0.25,0.75"),
     ],
 )
 def test_columns_of_times(stereo, columns, first, second):
@@ -326,6 +328,34 @@ def test_starts_without_ends(stereo):
         load_examples(path)
     table(path, "path,label,start,end", "x.wav,a,0.1,0.3", "x.wav,b,0.3,")
     assert parts(path) == [("a", 0.1, 0.3, "seconds"), ("b", 0.3, None, "seconds")]
+
+
+@pytest.mark.parametrize(
+    "columns, first, second, told",
+    [
+        (
+            "xmin,xmax",
+            "0,0.25",
+            "0,",
+            "'xmin' and 'xmax' may say which part of a file is meant; they",
+        ),
+        ("to,from", "0.25,0", "0.5,0.1", "'from' and 'to' may say which part"),
+        ("f0_max,f0_min", "1,2", "2,1", ""),
+        ("from,to", "ann,bob", "cid,dov", ""),
+        ("duration", "0.3", "0.2", "'duration' says less than files last (0.3 s of 1 s in "),
+        ("duration_samples", "16000", "800", "'duration_samples' says less than files last (0.05 s of 0.2 s"),
+        ("duration", "0.98", "7", ""),
+        ("duration_frames", "3", "3", ""),
+        ("start", "0.5", "0.1", "'start' says where to start, and none is known by its name for the end"),
+        ("start,duration_frames", "0,5", "0.1,5", "files are heard to their ends (--stop_column_name)"),
+        ("start", "0", "0", ""),
+        ("end", "0.5", "", "'end' says where to end, and none is known by its name for the start: files are"),
+    ],
+)
+def test_what_is_assumed_of_times_is_said(stereo, columns, first, second, told, caplog):
+    path = table(stereo / "m.csv", f"path,label,{columns}", f"x.wav,a,{first}", f"y.wav,b,{second}")
+    assert len(load_examples(path)) == 2
+    assert told in caplog.text and len(caplog.messages) == bool(told)
 
 
 @pytest.mark.parametrize(
@@ -434,6 +464,16 @@ def test_named_columns_cut_audio_that_is_in_a_data_set(stereo):
     assert parts(data) == [("a", None, None, "seconds"), ("b", None, None, "seconds")]
     cut = parts(data, start_column_name="t_ms", stop_column_name="to_ms")
     assert cut == [("a", 0, 0.25, "seconds"), ("b", 0.25, 0.75, "seconds")]
+
+
+def test_times_beside_a_column_of_audio_that_are_not_used_are_named(stereo, caplog):
+    clips, start = [str(stereo / "x.wav"), str(stereo / "y.wav")], [0.1, 0.0]
+    columns = {"audio": clips, "label": ["a", "b"], "begin_time": start, "seg_end": [0.5, 0.1]}
+    data = Dataset.from_dict(columns).cast_column("audio", Audio(decode=False))
+    assert parts(data) == [("a", None, None, "seconds"), ("b", None, None, "seconds")]
+    assert "its columns 'begin_time', 'seg_end' may say which part of a file is meant" in caplog.text
+    cut = parts(data, start_column_name="begin_time", stop_column_name="seg_end")
+    assert cut == [("a", 0.1, 0.5, "seconds"), ("b", 0.0, 0.1, "seconds")] and len(caplog.messages) == 1
 
 
 def test_features_cannot_be_cut():

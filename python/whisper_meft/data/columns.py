@@ -50,9 +50,16 @@ START = (
     "segment_start",
     "seg_start",
     "start_offset",
+    "t_start",
+    "time_start",
+    "starttime",
 ) + (("offset", "frame_offset"))
 
-STOP = ("end", "end_time", "stop", "stop_time", "segment_end", "seg_end", "end_offset")
+STOP = ("end", "end_time", "stop", "stop_time", "segment_end", "seg_end", "end_offset") + (
+    "t_end",
+    "time_end",
+    "endtime",
+)
 
 DURATION = ("duration", "dur", "segment_duration", "num_frames")
 

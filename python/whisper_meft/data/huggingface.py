@@ -276,10 +276,15 @@ def _transcripts(dataset: Any, options: Options, where: str) -> list[str | None]
 
 def _files(dataset: Any, audio: str) -> list[str] | None:
     """The paths of a column of paths, or of one of audio where rows share a file; ``None`` for others."""
-    feature = dataset.features[audio]
-    if getattr(feature, "dtype", None) in ("string", "large_string"):
+    if getattr(dataset.features[audio], "dtype", None) in ("string", "large_string"):
         return _texts(dataset, audio)
-    if not isinstance(feature, datasets.Audio) or not len(dataset):
+    files = _paths_alone(dataset, audio)
+    return files if files is not None and len(set(files)) < len(files) else None
+
+
+def _paths_alone(dataset: Any, audio: str) -> list[str | None] | None:
+    """The paths of a column of audio that holds these alone, and no sound; ``None`` for others."""
+    if not isinstance(dataset.features[audio], datasets.Audio) or not len(dataset):
         return None
     flat = dataset.select_columns([audio]).cast_column(audio, datasets.Audio(decode=False)).flatten()
     stored, path = f"{audio}.bytes", f"{audio}.path"
@@ -287,8 +292,7 @@ def _files(dataset: Any, audio: str) -> list[str] | None:
         stored in flat.column_names and flat.data.column(stored).null_count < len(flat.data)
     ):
         return None
-    files = _texts(flat, path)
-    return files if len(set(files)) < len(files) else None
+    return _texts(flat, path)
 
 
 def _examples_of_files(
@@ -329,6 +333,14 @@ def _cuts(dataset: Any, audio: str, options: Options, where: str) -> list[dict[s
     """Segments and channels of audio that is in the data set, where their columns were named."""
     given = options.start_column, options.stop_column, options.channel_column
     if not any(given):
+        # Sound that is in the data set was cut out of what such columns tell of before it was put there.
+        timed = [name for name in dataset.column_names if columns.names_a_part(name)]
+        if timed and _paths_alone(dataset, audio) is not None:
+            warn_once(
+                f"{where}: its column{'s'[: len(timed) > 1]} {listing(map(repr, timed))} may say which part "
+                "of a file is meant; as each row has a file of its own they are heard whole unless such are "
+                "named (--start_column_name, --stop_column_name, --channel_column_name)"
+            )
         return [{}] * len(dataset)
     if audio == _FEATURES or _is_nested_list(dataset.features[audio]):
         raise UserError(f"{where}: features cannot be cut, {listing(filter(None, given))} cannot be used")

@@ -1,8 +1,9 @@
 """The columns of a table that cut its rows out of files: start, end or duration, and channel."""
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from itertools import islice
+from itertools import islice, product
 from typing import Any
 
 from ..errors import LazyPackage, UserError
@@ -18,6 +19,7 @@ from .columns import (
     find_column,
     number,
     time_column,
+    unknown_columns,
 )
 from .examples import listing
 from .names import folded, normal, whole_number
@@ -28,6 +30,14 @@ soundfile = LazyPackage("soundfile", "reading audio")
 _SIDES = {"l": 0, "left": 0, "a": 0, "r": 1, "right": 1, "b": 1}
 
 _ASKED = 256  # files that are asked how many channels they have
+
+_MEASURED = 16  # files that are asked how long they are
+
+# Words that tell the two columns of a beginning and an end apart, where their names are otherwise the same.
+_PAIRS = (
+    *product(("start", "begin", "onset", "from", "min"), ("end", "stop", "offset", "to", "max")),
+    ("t0", "t1"),
+)
 
 Field = Callable[[Sequence[str], str | None], str]
 
@@ -58,6 +68,7 @@ class Times:
                 f"the end or the duration: say what {offset!r} is (--start_column_name, --stop_column_name), "
                 "or remove it"
             )
+        self.where, self.unknown = where, unknown_columns(names, options.columns())
         self.units = [None if name is None else time_column(name)[1] for name in self.columns]
         self.samples = samples
         self.speechbrain = {"id", "wav", "duration"} <= {normal(name) for name in names}
@@ -67,6 +78,64 @@ class Times:
                 f"{where}: the column {vague[0]!r} counts in frames of a length that is not known: seconds, "
                 "milliseconds (_ms) or samples (_samples) are accepted"
             )
+
+    def say(self, rows: Sequence[tuple[str, Sequence[str]]], field: Field) -> None:
+        """Warns of (path, row) that are heard from the beginning or to the end of a file because no column is
+        known to say otherwise, where one may."""
+        start, stop, length = self.columns
+        lasts = length is not None and self.units[2] != FRAMES and not self.samples
+
+        def floats(name: str) -> list[float | None]:
+            return [_float(field(row, name)) for _, row in rows]
+
+        named = "(--start_column_name, --stop_column_name)"
+        if start is None and stop is None:
+            if pair := self._pair(floats):
+                warn_once(
+                    f"{self.where}: its columns {pair[0]!r} and {pair[1]!r} may say which part of a file is "
+                    f"meant; they are not used, files are heard whole unless these are named {named}"
+                )
+            elif lasts and (longer := self._longer(list(zip((path for path, _ in rows), floats(length))))):
+                warn_once(
+                    f"{self.where}: its column {length!r} says less than files last ({longer}), and none is "
+                    f"known by its name for the start; they are heard whole {named}"
+                )
+        elif stop is None and not lasts and any(floats(start)):
+            warn_once(
+                f"{self.where}: its column {start!r} says where to start, and none is known by its name for "
+                "the end or the duration: files are heard to their ends (--stop_column_name)"
+            )
+        elif start is None:
+            warn_once(
+                f"{self.where}: its column {stop!r} says where to end, and none is known by its name for the "
+                "start: files are heard from their beginnings (--start_column_name)"
+            )
+
+    def _pair(self, floats: Callable[[str], list[float | None]]) -> tuple[str, str] | None:
+        """Two columns that are not known and may be those of a beginning and an end, by names and numbers."""
+        plain = {normal(name): name for name in self.unknown}
+        for name, (begin, end) in product(plain, _PAIRS):
+            other = name.replace(begin, end)
+            if begin not in name or other not in plain:
+                continue
+            pairs = list(zip(floats(plain[name]), floats(plain[other])))
+            both = [(first, last) for first, last in pairs if first is not None and last is not None]
+            if both and all(0 <= first <= last for first, last in both) and any(a < b for a, b in both):
+                return plain[name], plain[other]
+        return None
+
+    def _longer(self, rows: list[tuple[str, float | None]]) -> str | None:
+        """The first of some (path, duration) whose file lasts longer, in words."""
+        unit = self.units[2]
+        for path, value in rows[:: -(-len(rows) // _MEASURED) or 1]:
+            found = _info(path)
+            if value is None or found is None or found.format == "MP3":  # of which it is a guess
+                continue
+            told = value / found.samplerate if unit == SAMPLES else value * _scale(unit or 1.0)
+            slack = 1.0 if value.is_integer() and unit in (None, 1.0) else max(0.1, 0.05 * found.duration)
+            if 0 < told < found.duration - slack:
+                return f"{told:g} s of {found.duration:g} s in {path}"
+        return None
 
     def of(self, row: Sequence[str], field: Field, at: str) -> tuple[float | None, float | None, str]:
         """(start, stop, unit), ``None`` for the beginning and the end of the file.
@@ -96,6 +165,15 @@ class Times:
             raise UserError(f"{at}: start, end and duration must all be in samples or all be times")
         check_segment(first, last, at)
         return first, last, "samples" if SAMPLES in used else "seconds"
+
+
+def _float(text: str) -> float | None:
+    """A number, ``None`` of what is none."""
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
 
 
 def _scale(unit: Any) -> float:
@@ -201,7 +279,13 @@ def _spread(paths: list[str]) -> list[str]:
 
 def _channel_count(path: str) -> int | None:
     """How many channels a file has; ``None`` where it cannot be read."""
+    found = _info(path)
+    return None if found is None else found.channels
+
+
+def _info(path: str) -> Any:
+    """What the header of a file says; ``None`` where it cannot be read."""
     try:
-        return soundfile.info(path).channels
+        return soundfile.info(path)
     except (soundfile.SoundFileError, RuntimeError, OSError, TypeError):
         return None
