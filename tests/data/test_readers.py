@@ -356,6 +356,16 @@ def test_speechbrain_columns_in_seconds_are_told_apart(clips):
     assert {e.unit for e in load_examples(path, "speechbrain")} == {"samples"}
 
 
+def test_speechbrain_rows_without_a_duration(clips):
+    rows = "u1,,clips/3.wav,0,16000,a", "u2,1.0,clips/2.wav,0,16000,b"
+    assert {e.unit for e in load_examples(speechbrain(clips / "m.csv", *rows))} == {"samples"}
+    path = speechbrain(clips / "n.csv", rows[0])
+    with pytest.raises(UserError, match="'start', 'end' may be in samples or in seconds, as no row"):
+        load_examples(path)
+    assert load_examples(path, "speechbrain")[0].unit == "samples"
+    assert load_examples(speechbrain(path, "u1,,clips/3.wav,0,2,a"))[0].unit == "seconds"
+
+
 def test_speechbrain_folder_of_splits(clips):
     for split in ("adi20_train", "adi20_dev", "adi20_test"):
         speechbrain(clips / "csv" / f"{split}.csv", "u1,0.5,../clips/3.wav,0,8000,EGY")

@@ -138,7 +138,7 @@ def table_examples(
             replaced = _PLACEHOLDER.sub(lambda _: paths.root or ".", file)
         located.append((at, row, file, replaced if replaced != file else paths(file, at)))
     paths.say()
-    times.say([(path, row) for _, row, _, path in located], field)
+    times.look_at([(path, row) for _, row, _, path in located], field)
     if channels.column is not None and located:
         channels.check((path, field(row, channels.column)) for _, row, _, path in located)
     parts = splits_of_paths([file for _, _, file, _ in located], options, where) if split is None else None

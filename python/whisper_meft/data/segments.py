@@ -31,6 +31,8 @@ _SIDES = {"l": 0, "left": 0, "a": 0, "r": 1, "right": 1, "b": 1}
 
 _ASKED = 256  # files that are asked how many channels they have
 
+_FEWEST_SAMPLES = 1000  # of a segment in whole numbers that may be one in samples: 60 ms, or 17 minutes
+
 _MEASURED = 16  # files that are asked how long they are
 
 # Words that tell the two columns of a beginning and an end apart, where their names are otherwise the same.
@@ -48,7 +50,8 @@ class Times:
     Args:
         names: the columns of the table.
         samples: whether columns without a unit count in samples; ``None`` finds out where they are
-            SpeechBrain's: they do where the end minus the start is far more than the duration.
+            SpeechBrain's (:meth:`look_at`): they do where the end minus the start is far more than the
+            duration.
 
     Raises:
         UserError: a column counts in frames, or "offset" may be an end as well as a start that was not named.
@@ -79,9 +82,17 @@ class Times:
                 "milliseconds (_ms) or samples (_samples) are accepted"
             )
 
-    def say(self, rows: Sequence[tuple[str, Sequence[str]]], field: Field) -> None:
-        """Warns of (path, row) that are heard from the beginning or to the end of a file because no column is
-        known to say otherwise, where one may."""
+    def look_at(self, rows: Sequence[tuple[str, Sequence[str]]], field: Field) -> None:
+        """Finds out from (path, row) of all rows what columns without a unit count in, and warns of rows that
+        are heard from the beginning or to the end of a file because no column is known to say otherwise,
+        where one may.
+
+        Raises:
+            UserError: they may be samples as well as seconds.
+        """
+        vague = [name for name, unit in zip(self.columns[:2], self.units) if name and unit is None]
+        if self.samples is None and self.speechbrain and vague:
+            self.samples = self._counts_in_samples(vague, [row for _, row in rows], field)
         start, stop, length = self.columns
         lasts = length is not None and self.units[2] != FRAMES and not self.samples
 
@@ -110,6 +121,25 @@ class Times:
                 f"{self.where}: its column {stop!r} says where to end, and none is known by its name for the "
                 "start: files are heard from their beginnings (--start_column_name)"
             )
+
+    def _counts_in_samples(self, vague: list[str], rows: list[Sequence[str]], field: Field) -> bool:
+        """Whether a segment is far more than the duration beside it, which is in seconds."""
+        longest, whole = 0.0, True
+        for row in rows:
+            first, last, seconds = (_float(field(row, name)) for name in self.columns)
+            if last is None:
+                continue
+            first = first or 0.0
+            if seconds:
+                return last - first > 100 * seconds
+            longest, whole = max(longest, last - first), whole and first.is_integer() and last.is_integer()
+        if whole and longest >= _FEWEST_SAMPLES:
+            raise UserError(
+                f"{self.where}: {listing(map(repr, vague))} may be in samples or in seconds, as no row with "
+                "an end has a duration: say --data_format speechbrain for samples, or let the name end in "
+                "_seconds"
+            )
+        return False
 
     def _pair(self, floats: Callable[[str], list[float | None]]) -> tuple[str, str] | None:
         """Two columns that are not known and may be those of a beginning and an end, by names and numbers."""
@@ -147,9 +177,6 @@ class Times:
         if first is None and last is None:
             return None, None, "seconds"
         length = self.columns[2]
-        if self.samples is None and self.speechbrain and last is not None:
-            seconds = number(field(row, length), at)
-            self.samples = bool(seconds) and last - (first or 0) > 100 * seconds
         plain = SAMPLES if self.samples else 1.0
         units = [plain if unit is None else unit for unit in self.units]
         used = {unit for unit, value in zip(units, (first, last)) if value is not None}
