@@ -166,6 +166,17 @@ def test_tsv_with_loose_quotation_marks(clips):
         assert load_examples(path, require_text=True)[0].text == text
 
 
+@pytest.mark.parametrize("first", ["sep=;", '"sep=;"', "SEP=\t", "sep=:"])
+def test_a_first_line_that_says_the_delimiter(clips, first):
+    """As Excel reads and writes it."""
+    rows = ["path", "label", "note"], ["clips/0.wav", "a", "x,y,z"], ["clips/1.wav", "b", ""], ["more"]
+    lines = [first, *(first.strip('"')[-1].join(row) for row in rows)]
+    path = table(clips / "m.csv", *lines[:-1], encoding="utf-8-sig", end="\r\n")
+    assert found(load_examples(path)) == [(0, "a", None), (1, "b", None)]
+    with pytest.raises(UserError, match="line 5: 1 fields, the header has 3"):
+        load_examples(table(path, *lines))
+
+
 def test_manifest_split_column(clips):
     path = table(
         clips / "m.csv",

@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,6 +19,8 @@ from .names import normal
 TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".ndjson")
 
 SPREADSHEETS = (".xlsx", ".xls", ".ods", ".numbers")
+
+_SEPARATOR = re.compile(r'"?sep=([,\t;|:])"?\s*', re.I)
 
 # What a file that is not text may be instead.
 _PACKED = ((b"PK\3\4", "zip"), (b"BZh", "bzip2"), (b"\xfd7zXZ", "xz"), (b"\x28\xb5\x2f\xfd", "zstd"))
@@ -75,9 +78,10 @@ def read_table(path: Path, wanted: Sequence[str] = ()) -> tuple[list[str], Itera
     """The header of a table and its rows with their line numbers, stripped; empty rows left out.
 
     CSV and TSV: the delimiter (comma, tab, semicolon or bar) is the one that finds the most known or
-    ``wanted`` column names in the header. Fields may be quoted, except between tabs, where quotation marks
-    often stand alone in transcripts. JSON: one object per line, or one list of objects; the columns are the
-    keys of them all, and lists and objects in them are :class:`Nested`.
+    ``wanted`` column names in the header, unless a first line such as Excel's ``sep=;`` says it. Fields may
+    be quoted, except between tabs, where quotation marks often stand alone in transcripts. JSON: one object
+    per line, or one list of objects; the columns are the keys of them all, and lists and objects in them are
+    :class:`Nested`.
 
     Raises:
         UserError: not text, no header, or a row of another length; a line that is no object of JSON.
@@ -87,6 +91,9 @@ def read_table(path: Path, wanted: Sequence[str] = ()) -> tuple[list[str], Itera
         return _json_rows(text, path)
     lines = io.StringIO(text, newline="")
     header = next((line for line in lines if line.strip()), None)
+    told = header and _SEPARATOR.fullmatch(header)
+    if told:
+        header = next((line for line in lines if line.strip()), None)
     if header is None:
         raise UserError(f"{path} is empty: a header line that names the columns is needed")
     also = {normal(name) for name in wanted}
@@ -97,7 +104,7 @@ def read_table(path: Path, wanted: Sequence[str] = ()) -> tuple[list[str], Itera
     def known(delimiter: str) -> int:
         return sum(is_known(field) or normal(field) in also for field in fields(delimiter))
 
-    delimiter = max(",\t;|", key=lambda d: (known(d), len(fields(d))))
+    delimiter = told[1] if told else max(",\t;|", key=lambda d: (known(d), len(fields(d))))
     names = fields(delimiter)
     doubled = sorted({name for name in names if names.count(name) > 1 and name})
     if doubled:
