@@ -11,7 +11,7 @@ import pytest
 import soundfile
 from data_fixtures import RATE, found, table, write
 from datasets import Audio, ClassLabel, Dataset
-from whisper_meft.data import list_splits, load_examples, segments
+from whisper_meft.data import list_splits, load_examples, load_shards, segments
 from whisper_meft.errors import UserError
 
 
@@ -166,6 +166,21 @@ def test_nan_in_json_is_missing_and_whole_floats_are_digits(tmp_path):
     assert [(e.start, e.stop) for e in examples] == [(0.5, None), (None, 0.75), (1.0, 2.0)]
     with pytest.raises(UserError, match="1 of 3 examples of .* have no label: .*1.wav"):
         load_examples(path)
+
+
+def test_true_and_false_are_the_same_classes_in_every_format(tmp_path):
+    rows = [{"path": "0.wav", "label": True, "speaker": False}, {"path": "1.wav", "label": False}]
+    data = Dataset.from_list(rows)
+    data.to_csv(tmp_path / "m.csv")
+    data.to_parquet(tmp_path / "m.parquet")
+    table(tmp_path / "m.jsonl", *map(json.dumps, rows))
+    streamed = load_shards(str(tmp_path / "m.parquet"), cache_dir=str(tmp_path / "cache"))
+    assert {e.label for e in streamed} == {"True", "False"}
+    for name in ("m.csv", "m.parquet", "m.jsonl"):
+        examples = load_examples(tmp_path / name, cache_dir=str(tmp_path / "cache"))
+        assert [(e.label, e.speaker) for e in examples] == [("True", "False"), ("False", None)]
+    table(tmp_path / "m.csv", "path,label", "0.wav,true", "1.wav,no")
+    assert [e.label for e in load_examples(tmp_path / "m.csv")] == ["true", "no"]
 
 
 @pytest.mark.parametrize(

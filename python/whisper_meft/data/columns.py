@@ -214,8 +214,9 @@ def need_column(names: Sequence[str], given: str | None, usual: Sequence[str], w
 
 def value_as_text(value: Any) -> str | None:
     """A typed value as the field of a table, stripped: a whole number in digits also where it is a decimal or
-    a float, to which a missing value elsewhere in the column turns it; ``None`` where it is empty, or NaN,
-    which is how such a value is then written."""
+    a float, to which a missing value elsewhere in the column turns it; "True" and "False" as pandas writes
+    them, also for ``true`` in JSON; ``None`` where it is empty, or NaN, which is how such a value is then
+    written."""
     if isinstance(value, float | Decimal):
         if math.isnan(value):
             return None

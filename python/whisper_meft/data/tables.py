@@ -139,10 +139,9 @@ class Nested(str):
 
 
 def _as_text(value: Any) -> str:
-    if value is None or isinstance(value, str | float):
-        return value_as_text(value) or ""
-    text = json.dumps(value, ensure_ascii=False)
-    return Nested(text) if isinstance(value, list | dict) else text
+    if isinstance(value, list | dict):
+        return Nested(json.dumps(value, ensure_ascii=False))
+    return value_as_text(value) or ""
 
 
 def _parse_header(header: str, delimiter: str, path: Path) -> list[str]:
