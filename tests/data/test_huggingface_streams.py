@@ -75,6 +75,14 @@ def test_class_labels_and_transcripts():
         load_shards(dataset().to_iterable_dataset(), require_text=True)
 
 
+def test_speakers_that_are_classes_have_their_names():
+    whole = datasets.Dataset.from_list([{**row, "speaker": i - 1} for i, row in enumerate(rows(3))])
+    whole = whole.cast_column("speaker", datasets.ClassLabel(names=["ann", "bob"]))
+    whole = whole.cast_column("audio", datasets.Audio(decode=False))
+    for examples in (load_examples(whole), load_shards(whole.to_iterable_dataset())):
+        assert [example.speaker for example in examples] == [None, "ann", "bob"]
+
+
 def test_arrays_features_and_paths(tmp_path):
     wave = (np.full(1600, 3 / 100) * 2**15).astype(np.int16)
     values = {

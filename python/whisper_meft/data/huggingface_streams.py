@@ -97,21 +97,21 @@ class HuggingFaceShards(ShardedExamples):
             return
         if self._only is None:
             first = next(self._rows(0, [self.split]), row)
-            self._only = (self._split_of(first, self.split),)
-        found = self._split_of(row, self.split)
+            self._only = (self._text(first, self.split) or "",)
+        found = self._text(row, self.split) or ""
         if found != self._only[0] and (canonical_split(found) or canonical_split(self._only[0])):
             self._refuse_splits(self.split, [self._only[0] or "none", found or "none"])
 
     def _check_held(self, name: str, row: dict[str, Any]) -> None:
         """The same for a column that holds nothing but names of splits, until it holds something else."""
-        held, found = self._held[name], self._split_of(row, name)
+        held, found = self._held[name], self._text(row, name)
         if not found or found in held:
             return
         if folded(found) not in CANONICAL:
             del self._held[name]
             return
         if not held:  # maybe of a shard that holds one split, where the first holds another
-            held |= {self._split_of(first, name) for first in islice(self._rows(0, [name]), 1)} - {""}
+            held |= {self._text(first, name) for first in islice(self._rows(0, [name]), 1)} - {None}
         held.add(found)
         if columns.are_splits_of_rows(held):
             self._refuse_splits(name, sorted(held))
@@ -121,12 +121,6 @@ class HuggingFaceShards(ShardedExamples):
             f"{self.description}: its column {name!r} says the split of each row ({', '.join(found)}), and a "
             "stream is not divided by it: leave streaming out, or store each split in a file of its own"
         )
-
-    def _split_of(self, row: dict[str, Any], column: str) -> str:
-        feature, value = self.dataset.features[column], row[column]
-        if isinstance(feature, datasets.ClassLabel):
-            value = label_names([value], column, self.dataset.features, self.description)[0]
-        return "" if value is None else str(value).strip()
 
     def _refuse_parts(self) -> None:
         raise UserError(
@@ -204,7 +198,11 @@ class HuggingFaceShards(ShardedExamples):
         return None if found is None else composed(found)
 
     def _text(self, row: dict[str, Any], column: str | None) -> str | None:
-        return None if column is None else columns.value_as_text(row[column])
+        if column is None:
+            return None
+        if isinstance(self.dataset.features[column], datasets.ClassLabel):
+            return label_names([row[column]], column, self.dataset.features, self.description)[0]
+        return columns.value_as_text(row[column])
 
 
 def _is_path_alone(value: Any) -> bool:
