@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import soundfile
-from whisper_meft.audio import decode_audio
+from whisper_meft.audio import decode_audio, read_windows
+from whisper_meft.audio.decoding import BLOCK
 from whisper_meft.data import Example
 from whisper_meft.errors import UserError
 
@@ -37,6 +38,57 @@ def test_one_channel_of_any_source(tmp_path, kind, channel, value):
     if kind != "object":
         example = Example(sources(tmp_path)[kind], start=0.25, stop=0.75, channel=channel)
         assert np.array_equal(example.decode()[0], wave)
+
+
+@pytest.mark.parametrize("kind", ["file", "bytes", "dict"])
+@pytest.mark.parametrize(
+    "level, alone", [(-1.0, True), (-0.98, True), (-0.7, False), (0.0, False), (1.0, False)]
+)
+def test_channels_that_cancel_each_other(tmp_path, kind, level, alone, caplog):
+    """One of a balanced line whose other was soldered the wrong way round: their mean is silence."""
+    left = 0.2 * np.random.default_rng(0).standard_normal(3 * RATE).clip(-4, 4).astype(np.float32)
+    sides = np.stack([left, np.float32(level) * left], 1)  # [samples, channels]
+    path = tmp_path / "x.wav"
+    soundfile.write(path, sides, RATE, subtype="FLOAT")
+    source = {"file": path, "bytes": path.read_bytes(), "dict": {"array": sides.T, "sampling_rate": RATE}}[
+        kind
+    ]
+    expected = left if alone else sides.mean(axis=1)
+    assert np.array_equal(decode_audio(source)[0], expected)
+    assert ("has channels that cancel each other" in caplog.text) == alone
+    assert np.array_equal(decode_audio(source, 0.5, 2.5)[0], expected[RATE // 2 : 5 * RATE // 2])
+    windows = read_windows(source, RATE, [0.0, 1.0, 2.0], 1.0)
+    assert np.array_equal(np.concatenate(list(windows)), expected)
+    assert np.array_equal(decode_audio(source, channel=1)[0], sides[:, 1])
+
+
+@pytest.mark.parametrize(
+    "how", [{"format": "MP3"}, {"format": "OGG", "subtype": "OPUS"}, {"subtype": "PCM_U8"}]
+)
+def test_channels_that_cancel_each_other_but_for_what_coding_left(how):
+    left = 0.04 * np.random.default_rng(0).standard_normal(3 * RATE).clip(-4, 4).cumsum() / 20
+    left -= left.mean()
+    buffer = io.BytesIO()
+    soundfile.write(buffer, np.stack([left, -left], 1), RATE, **{"format": "WAV", **how})
+    alone = decode_audio(buffer.getvalue(), channel=0)[0]
+    assert np.array_equal(decode_audio(buffer.getvalue())[0], alone)
+
+
+def test_a_silent_channel_is_not_heard_in_place_of_two_that_cancel_each_other():
+    left = np.random.default_rng(0).standard_normal(RATE)
+    sides = np.stack([0 * left, left, -left])
+    assert np.array_equal(decode_audio(sides, source_rate=RATE)[0], left.astype(np.float32))
+
+
+def test_a_few_samples_behind_a_block_follow_it(tmp_path):
+    """Of so few it cannot be told whether they cancel each other."""
+    left = 0.1 * np.random.default_rng(0).standard_normal(BLOCK // 2 + 5).astype(np.float32)
+    soundfile.write(tmp_path / "x.wav", np.stack([left, -left], 1), RATE, subtype="FLOAT")
+    assert np.array_equal(decode_audio(tmp_path / "x.wav")[0], left)
+    sides = np.stack([left, 0.5 * left], 1)
+    sides[-5:, 1] = -sides[-5:, 0]
+    soundfile.write(tmp_path / "y.wav", sides, RATE, subtype="FLOAT")
+    assert np.array_equal(decode_audio(tmp_path / "y.wav")[0], sides.mean(axis=1))
 
 
 @pytest.mark.parametrize("kind", ["file", "dict"])

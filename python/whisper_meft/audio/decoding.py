@@ -11,7 +11,7 @@ from ..errors import LazyPackage, UserError
 from . import mpeg
 from .containers import complete
 from .pieces import Pieces, open_binary
-from .segments import Segment, begins_too_late, check_rate, one_channel
+from .segments import Mono, Segment, begins_too_late, check_rate
 
 soundfile = LazyPackage("soundfile", "reading audio")
 
@@ -100,6 +100,7 @@ def _blocks(
 ) -> Iterator[tuple[np.ndarray, int]]:
     """``wanted`` frames after the first ``skip`` ones of ``silence`` and then the file, as mono blocks, and
     their rate."""
+    mono = Mono(channel, name)
     size, rate, done = max(1, BLOCK // opened.channels), opened.samplerate, silence - skip
     if done > 0:
         done = min(done, wanted)
@@ -122,7 +123,7 @@ def _blocks(
         fresh = block[max(0, -done) :]
         done += len(block)
         if len(fresh):
-            yield one_channel(fresh, channel, name), rate
+            yield mono(fresh), rate
 
 
 def _completed(file: str | bytes, name: str) -> Pieces | None:

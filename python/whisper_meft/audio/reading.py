@@ -12,11 +12,11 @@ from ..errors import LazyPackage, UserError, one_line
 from .decoding import BLOCK, file_blocks
 from .notes import say_once
 from .samples import LOUD, LOUDEST, as_samples
-from .segments import Segment, begins_too_late, check_rate, make_segment
+from .segments import Mono, Segment, begins_too_late, check_rate, make_segment
 
 soxr = LazyPackage("soxr", "resampling audio")
 
-VERSION = 3  # of what a source is read as: what was computed of an earlier one may be of another sound
+VERSION = 4  # of what a source is read as: what was computed of an earlier one may be of another sound
 
 Unit = Literal["seconds", "samples"]
 
@@ -293,5 +293,6 @@ def _array_blocks(array: Any, rate: Any, segment: Segment, name: str) -> Iterato
     if first >= total:
         raise begins_too_late(name, first, total, rate)
     last = int(min(last, total))
+    mono = Mono(segment.channel, name)
     for at in range(first, last, BLOCK):
-        yield samples.mono(at, min(at + BLOCK, last), segment.channel, name), rate
+        yield samples.part(at, min(at + BLOCK, last), mono), rate

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
-from .segments import one_channel
+from .segments import Mono
 
 LOUD = 256.0  # floats beyond this, 48 dB over full scale, are integers or another quantity
 
@@ -31,8 +31,8 @@ class Samples:
     def __len__(self) -> int:
         return max(self.array.shape) if self.array.ndim == 2 else len(self.array)
 
-    def mono(self, first: int, last: int, channel: int | None, name: str) -> np.ndarray:
-        """Samples ``first`` to ``last`` as float32 ``(samples,)``: one channel, or the mean of all."""
+    def part(self, first: int, last: int, mono: Mono) -> np.ndarray:
+        """Samples ``first`` to ``last`` as float32 ``(samples,)``, made one channel."""
         if self.array.ndim == 1:
             part = self.array[first:last, None]
         elif self.array.shape[0] <= self.array.shape[1]:
@@ -44,7 +44,7 @@ class Samples:
         if self.full is not None:
             part = (part.astype(np.float64) - self.zero) / self.full
         with np.errstate(over="ignore", invalid="ignore"):  # what leaves float32's range becomes infinite
-            return np.ascontiguousarray(one_channel(part, channel, name), dtype=np.float32)
+            return np.ascontiguousarray(mono(part), dtype=np.float32)
 
 
 def as_samples(array: Any, name: str) -> Samples:

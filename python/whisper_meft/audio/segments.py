@@ -7,6 +7,13 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
+from .notes import say_once
+
+_FEWEST = 1024  # samples that tell whether channels cancel each other
+
+# Of the energy that channels add up to which have nothing to do with each other: of two a correlation below
+# -0.95. Lossy coders and 8 bits leave up to -15 dB of channels that cancel each other.
+_CANCELLED = 0.05
 
 _RATES = (1_000, 1_000_000)  # Hz; a rate outside these is a damaged header
 
@@ -97,20 +104,50 @@ def check_rate(rate: Any, name: str) -> int:
     return value
 
 
-def one_channel(block: np.ndarray, channel: int | None, name: str) -> np.ndarray:
-    """``[samples, channels]`` as ``(samples,)``: the mean of the channels, or one of them.
+class Mono:
+    """Makes one channel of a recording's blocks, in order: the one that is asked for, or the mean of all.
 
-    Raises:
-        UserError: it has no such channel.
+    That of two of which one is the other inverted is silence: where channels cancel each other one of them is
+    heard, which a warning says.
     """
-    count = block.shape[1]
-    if channel is None:
-        return block[:, 0] if count == 1 else block.mean(axis=1)
-    if not 0 <= channel < count:
-        raise UserError(
-            f"{name} has {count} channel{'s'[: count > 1]}, channel {channel} (from 0) is not there"
-        )
-    return np.ascontiguousarray(block[:, channel])
+
+    def __init__(self, channel: int | None, name: str):
+        self.channel, self.name = channel, name
+        self._instead = None  # the channel that is heard in place of a mean that is nothing
+
+    def __call__(self, block: np.ndarray) -> np.ndarray:
+        """``[samples, channels]`` as ``(samples,)``.
+
+        Raises:
+            UserError: it has no such channel.
+        """
+        count = block.shape[1]
+        if self.channel is None:
+            return block[:, 0] if count == 1 else self._mean(block)
+        if not 0 <= self.channel < count:
+            raise UserError(
+                f"{self.name} has {count} channel{'s'[: count > 1]}, channel {self.channel} (from 0) is not "
+                "there"
+            )
+        return np.ascontiguousarray(block[:, self.channel])
+
+    def _mean(self, block: np.ndarray) -> np.ndarray:
+        mean = block.mean(axis=1)
+        if len(block) >= _FEWEST:  # of fewer samples that is chance, and the block before has told
+            with np.errstate(over="ignore", invalid="ignore"):
+                # Of channels that have nothing to do with each other both sides are alike, but for the share.
+                cancel = np.vdot(mean, mean) * block.shape[1] ** 2 < _CANCELLED * np.vdot(block, block)
+            if not cancel:
+                self._instead = None
+            elif self._instead is None:
+                energies = np.einsum("sc,sc->c", block, block, dtype=np.float64)
+                self._instead = int(np.argmax(energies >= energies.max() / 2))
+                say_once(
+                    self.name,
+                    "has channels that cancel each other, as one is another inverted: channel "
+                    f"{self._instead} (from 0) is heard in place of their mean",
+                )
+        return mean if self._instead is None else np.ascontiguousarray(block[:, self._instead])
 
 
 def begins_too_late(name: str, first: int, total: int, rate: int) -> UserError:
