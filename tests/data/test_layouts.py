@@ -99,6 +99,17 @@ def test_layout_is_for_folders(tmp_path):
         load_examples(Dataset.from_dict({"path": ["x"], "label": ["a"]}), layout="class")
 
 
+def test_a_folder_of_noise_beside_classes_is_left_out(tmp_path, caplog):
+    """Speech Commands; its recordings of noise last a minute and are cut to make silence of."""
+    tree(tmp_path / "plain", "{yes,no,_silence_,_background_noise_}/{a,b}")
+    assert counts(tmp_path / "plain") == {"yes": 2, "no": 2, "_silence_": 2}
+    assert "plain: 2 files in _background_noise_ are left out, as" in caplog.text
+    tree(tmp_path / "split", "{train,test}/{yes,no}/a", "train/_background_noise_/a", "_background_noise_/a")
+    assert counts(tmp_path / "split") == {name: {"yes": 1, "no": 1} for name in ("train", "test")}
+    tree(tmp_path / "noise", "_background_noise_/a")
+    assert counts(tmp_path / "noise") == {"_background_noise_": 1}
+
+
 # --- class first, split second ---
 
 

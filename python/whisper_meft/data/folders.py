@@ -11,6 +11,8 @@ from .options import Options
 from .splits import Splits, split_level
 from .tables import tables_in
 
+_NOISE = "_background_noise_"  # what Speech Commands calls the folder of its recordings of no class
+
 AUDIO_SUFFIXES = READABLE_SUFFIXES | UNREADABLE_SUFFIXES
 
 
@@ -52,7 +54,8 @@ def subfolders(path: Path) -> list[Path]:
 
 
 def read_audio_folder(path: Path, options: Options) -> Splits:
-    """The examples of ``<class>/**``, ``<split>/<class>/**`` or ``<class>/**/<split>/**`` by split.
+    """The examples of ``<class>/**``, ``<split>/<class>/**`` or ``<class>/**/<split>/**`` by split; a folder
+    of noise beside the classes, as in Speech Commands, is left out with a warning.
 
     Raises:
         UserError: it is not certain which of these it is, or there is no audio.
@@ -62,6 +65,13 @@ def read_audio_folder(path: Path, options: Options) -> Splits:
         tables = [table.name for table in tables_in(path)]
         hint = f"; it holds {listing(tables, 3)}, if that is a manifest give its path" if tables else ""
         raise UserError(f"no audio files were found under {path}{hint}")
+    classed = [(file, folders) for file, folders in files if _NOISE not in folders]
+    if 0 < len(classed) < len(files):
+        warn_once(
+            f"{path}: {len(files) - len(classed)} files in {_NOISE} are left out, as whoever reads "
+            "Speech Commands leaves them out (rename that folder if it is a class)"
+        )
+        files = classed
     if options.with_text:
         raise UserError(
             f"{path} is a folder of audio without transcripts: give a manifest with a column of text, a "
