@@ -145,6 +145,19 @@ def test_shards_beside_those_of_splits_are_in_none_of_them(tmp_path, caplog):
     assert list_splits(str(tmp_path / "y")) == [] and len(load_examples(str(tmp_path / "y"))) == 3
 
 
+@pytest.mark.parametrize("shards", [load_examples, load_shards])
+def test_shards_that_are_called_like_languages_and_like_splits(shards, tmp_path, caplog):
+    """Those of trn, dev and tst were read as one data set."""
+    for folder, names in (("long", "trn dev tst"), ("short", "tr cv"), ("more", "tr cv nl")):
+        for prefix in names.split():
+            make_shards(tmp_path / folder, [1, 1], prefix=prefix)
+    with pytest.raises(UserError, match="long: dev, trn, tst may be splits or languages: call splits by"):
+        shards(str(tmp_path / "long"))
+    assert len(list(shards(str(tmp_path / "more")))) == 6 and not caplog.text
+    assert len(list(shards(str(tmp_path / "short")))) == 4
+    assert "short: cv, tr are read together, as languages are called so; call splits train" in caplog.text
+
+
 def test_a_tar_file_beside_audio_is_passed_over(tmp_path):
     from data_fixtures import write
 

@@ -68,8 +68,20 @@ def split_kinds(names: Iterable[str]) -> dict[str, str]:
 
 def are_splits(names: Collection[str], where: str) -> bool:
     """Whether files that are called so, side by side, are in splits: all names are a split's, or that for
-    training or two kinds are among them. The others are then splits of their own, which a warning says."""
+    training or two kinds are among them. The others are then splits of their own, which a warning says.
+
+    Raises:
+        UserError: all names may be languages as well as splits.
+    """
     kinds = split_kinds(names)
+    if len(codes := code_pairs(names)) == len(names):
+        shown = f"{where}: {listing(codes)}"
+        if any(len(name) > 2 for name in codes):
+            raise UserError(
+                f"{shown} may be splits or languages: call splits by their names (train, dev, test), and "
+                "languages in another way"
+            )
+        warn_once(f"{shown} are read together, as languages are called so; call splits train, dev, test")
     several = "train" in kinds.values() or len(set(kinds.values())) > 1
     others = sorted(name for name in names if name not in kinds)
     if several and others:
