@@ -140,6 +140,24 @@ def test_a_stream_is_not_divided_by_a_column(tmp_path, shards, name):
     assert len(found(load_shards(own, split="test"))) == 1
 
 
+@pytest.mark.parametrize("load", [load_examples, load_shards])
+def test_files_that_are_in_none_of_the_splits_are_named(tmp_path, load, caplog):
+    """datasets takes those alone whose names have a split's in them: of languages, Domung (dev)."""
+    data, cache = divided(tmp_path, "arrays").remove_columns("split"), {"cache_dir": str(tmp_path / "cache")}
+    for folder, names in (
+        ("few", ("dev", "nl", "de")),
+        ("none", ("nl", "de")),
+        ("all", ("train-nl", "test")),
+    ):
+        (tmp_path / folder).mkdir()
+        for name in names:
+            data.to_parquet(tmp_path / folder / f"{name}.parquet")
+    assert len(list(load(str(tmp_path / "none"), **cache))) == 8
+    assert len(list(load(str(tmp_path / "all"), split="train", **cache))) == 4 and not caplog.text
+    assert len(list(load(str(tmp_path / "few"), **cache))) == 4
+    assert "few: de.parquet, nl.parquet are not read, as others are called like splits (valid" in caplog.text
+
+
 # --- several columns of audio ---
 
 

@@ -169,6 +169,22 @@ def table_of(folder: Path) -> Path | None:
     return found[0] if len(found) == 1 and found[0].parent == folder and list_audio_files(folder) else None
 
 
+def say_unread(folder: Path, options: Options) -> None:
+    """Warns of Parquet files in a folder that ``datasets`` leaves out, as it finds splits in the names of
+    others. What a card (README.md) or a configuration chooses is meant."""
+    files = [path for path in folder.rglob("*.parquet") if not path.name.startswith((".", "_"))]
+    if len(files) < 2 or options.config is not None or (folder / "README.md").exists():
+        return
+    builder = datasets.load_dataset_builder(os.fspath(folder), cache_dir=options.cache_dir)
+    read = {os.path.realpath(each) for part in (builder.config.data_files or {}).values() for each in part}
+    unread = sorted(str(path.relative_to(folder)) for path in files if os.path.realpath(path) not in read)
+    if unread and read:
+        warn_once(
+            f"{folder}: {listing(unread)} are not read, as others are called like splits "
+            f"({listing(builder.config.data_files)}) and these are not"
+        )
+
+
 def _load(source: str, options: Options) -> Any:
     path = Path(source)
     if path.is_dir() and (table := table_of(path)):
@@ -183,6 +199,7 @@ def _load(source: str, options: Options) -> Any:
         if not any(path.rglob("*.parquet")) and any(path.glob("*.arrow")):
             parts = [datasets.Dataset.from_file(os.fspath(p)) for p in sorted(path.glob("*.arrow"))]
             return datasets.concatenate_datasets(parts)
+        say_unread(path, options)
         return datasets.load_dataset(source, options.config, cache_dir=options.cache_dir)
     split = options.split if options.split and "[" in options.split else None
     return datasets.load_dataset(

@@ -23,6 +23,7 @@ from .huggingface import (
     label_names,
     opened,
     rooted,
+    say_unread,
     split_columns,
     table_of,
     without_splits,
@@ -258,6 +259,7 @@ def _load(source: str, options: Options) -> Any:
         if not any(path.rglob("*.parquet")) and any(path.glob("*.arrow")):
             files = [os.fspath(each) for each in sorted(path.glob("*.arrow"))]
             return datasets.load_dataset("arrow", data_files=files, split="train", **how)
+        say_unread(path, options)
         return datasets.load_dataset(source, options.config, **how)
     return datasets.load_dataset(
         source, options.config, revision=options.revision, token=options.token, **how
