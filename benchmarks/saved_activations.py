@@ -10,6 +10,7 @@ import argparse
 import statistics
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,7 +24,6 @@ from whisper_meft.files import check_writable
 from whisper_meft.synthetic.shipped import shipped_backbone
 from whisper_meft.synthetic.speech import make_accent_corpus
 
-from meft_kernels.reference import SAVED_ACTIVATIONS as KINDS
 from meft_kernels.reference.eight_bit import CODE_DTYPES as ROUNDED
 
 from . import record
@@ -66,11 +66,13 @@ def gradients(model: torch.nn.Module, kind: str, features: Tensor, labels: Tenso
     return grads | ({"gates": torch.cat(gates)} if len(gates) > 1 else {})
 
 
-def least_cosines(model: torch.nn.Module, features: Tensor, labels: Tensor) -> dict[str, tuple[float, str]]:
+def least_cosines(
+    model: torch.nn.Module, kinds: list[str], features: Tensor, labels: Tensor
+) -> dict[str, tuple[float, str]]:
     """For each kind of codes the smallest cosine between exact and 8-bit gradients over the side network's
     tensors, and whose."""
     exact, found = gradients(model, "exact", features, labels), {}
-    for kind in ROUNDED:
+    for kind in kinds:
         rounded = gradients(model, kind, features, labels)
         flat = {name: (grad.flatten(), rounded[name].flatten()) for name, grad in exact.items()}
         found[kind] = min((F.cosine_similarity(*pair, dim=0).item(), name) for name, pair in flat.items())
@@ -89,8 +91,8 @@ def train(method: str, kind: str, seed: int, data: dict, options: argparse.Names
     """One run; its losses, accuracy on the test set, and gradient cosines before and after."""
     features, labels, classes = data["train"]
     model = build(method, kind, classes, options.reduction_factor, seed)
-    probe = features[:64], labels[:64]
-    row = {"method": method, "saved": kind, "seed": seed, "least_cosine_before": least_cosines(model, *probe)}
+    probed = partial(least_cosines, kinds=options.kinds, features=features[:64], labels=labels[:64])
+    row = {"method": method, "saved": kind, "seed": seed, "least_cosine_before": probed(model)}
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=options.learning_rate)
     generator = torch.Generator().manual_seed(seed)
@@ -103,22 +105,23 @@ def train(method: str, kind: str, seed: int, data: dict, options: argparse.Names
         optimizer.step()
         losses.append(loss.item())
     row |= {"losses": losses, "accuracy": accuracy(model, *data["test"][:2])}
-    return row | {"least_cosine_after": least_cosines(model, *probe)}
+    return row | {"least_cosine_after": probed(model)}
 
 
-def summary(rows: list[dict]) -> list[dict]:
+def summary(rows: list[dict], rounded: list[str]) -> list[dict]:
     """Per method: mean and spread of the final loss (last tenth) and accuracy, exact against 8 bits."""
+    kinds = ["exact", *rounded]
     found = []
     for method in dict.fromkeys(row["method"] for row in rows):
         entry = {"method": method}
-        by_kind = {kind: [r for r in rows if r["method"] == method and r["saved"] == kind] for kind in KINDS}
+        by_kind = {kind: [r for r in rows if r["method"] == method and r["saved"] == kind] for kind in kinds}
         for kind, runs in by_kind.items():
             last = [statistics.mean(run["losses"][-max(1, len(run["losses"]) // 10) :]) for run in runs]
             scores = [run["accuracy"] for run in runs]
             for name, values in (("loss", last), ("accuracy", scores)):
                 entry[f"{kind}_{name}"] = statistics.mean(values)
                 entry[f"{kind}_{name}_spread"] = max(values) - min(values)
-        for kind in ROUNDED:
+        for kind in rounded:
             pairs = list(zip(by_kind["exact"], by_kind[kind], strict=True))
             entry[f"{kind}_largest_accuracy_difference"] = max(
                 abs(a["accuracy"] - b["accuracy"]) for a, b in pairs
@@ -140,6 +143,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks.saved_activations", description=__doc__.split("\n\n")[0]
     )
     parser.add_argument("--methods", default="lst,unipt,sherl", help="comma-separated")
+    parser.add_argument("--kinds", default=",".join(ROUNDED), help="of 8-bit copies, comma-separated")
     for name, value in COUNTS.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
@@ -170,6 +174,9 @@ def compared(options: argparse.Namespace, command: str) -> Path:
     methods = options.methods.split(",")
     if unknown := [method for method in methods if method not in CONFIGS]:
         raise UserError(f"--methods must be out of {', '.join(CONFIGS)}, got {unknown[0]!r}")
+    options.kinds = options.kinds.split(",")
+    if unknown := [kind for kind in options.kinds if kind not in ROUNDED]:
+        raise UserError(f"--kinds must be out of {', '.join(ROUNDED)}, got {unknown[0]!r}")
     for name in COUNTS:
         if getattr(options, name) < 1:
             raise UserError(f"--{name} must be a positive integer, got {getattr(options, name)}")
@@ -186,13 +193,13 @@ def compared(options: argparse.Namespace, command: str) -> Path:
     rows = []
     for method in methods:
         for seed in range(options.seeds):
-            for kind in KINDS:
+            for kind in ("exact", *options.kinds):
                 rows.append(train(method, kind, seed, data, options))
                 print(f"{method} {kind} seed {seed}: accuracy {rows[-1]['accuracy']:.1%}", flush=True)
-    entries = summary(rows)
+    entries = summary(rows, options.kinds)
     print(f"\n{'':<8}{'':<8}{'loss':>8}{'accuracy':>16}  least cosine of a gradient")
     for e in entries:
-        for kind in KINDS:
+        for kind in ("exact", *options.kinds):
             cosine = e.get(f"{kind}_least_cosine")
             of = "" if cosine is None else f"  {cosine:.5f} {e[f'{kind}_least_cosine_of']}"
             print(

@@ -214,21 +214,23 @@ def resident(records: list[dict]) -> list[str]:
 
 def saved_activations(records: list[dict]) -> list[str]:
     """Training on exact hidden states and on 8-bit copies: final loss, accuracy and the gradients' cosine."""
-    kinds, rounded = ("exact", "int8", "fp8"), ("int8", "fp8")
-    header = (
-        *("", "loss, exact", "int8", "fp8", "accuracy, exact", "int8", "fp8"),
-        *("least cosine of a gradient, int8", "fp8"),
-    )
     blocks = []
     for found in newest(records, "saved_activations"):
+        entries = found["figures"]["summary"]
+        rounded = [kind for kind in ("int8", "fp8") if f"{kind}_loss" in entries[0]]
+        kinds = ["exact", *rounded]
+        header = [""]
+        for what, columns in (("loss", kinds), ("accuracy", kinds), ("least cosine of a gradient", rounded)):
+            header += [f"{what}, {columns[0]}", *columns[1:]]
         rows = []
-        for entry in found["figures"]["summary"]:
+        for entry in entries:
             cells = [f"{entry[f'{kind}_loss']:.3f}" for kind in kinds]
             for kind in kinds:
                 spread = entry[f"{kind}_accuracy_spread"] / 2
                 cells.append(f"{entry[f'{kind}_accuracy']:.1%} ± {spread:.1%}")
-            cosines = [f"{entry[f'{kind}_least_cosine']:.5f}" for kind in rounded]
-            rows.append([entry["method"].upper(), *cells, *cosines])
+            # Records of one kind alone name none.
+            cosines = [entry.get(f"{kind}_least_cosine", entry.get("least_cosine")) for kind in rounded]
+            rows.append([entry["method"].upper(), *cells, *(f"{cosine:.5f}" for cosine in cosines)])
         blocks.append(f"{source(found)}\n\n{markdown(header, rows)}")
     return blocks
 

@@ -44,6 +44,7 @@ def test_the_record_is_of_the_processor_that_trains(measured, monkeypatch, tmp_p
     "arguments, message",
     [
         (["--methods", "lst,full"], "--methods must be out of lst, unipt, sherl, got 'full'"),
+        (["--kinds", "fp8,int4"], "--kinds must be out of int8, fp8, got 'int4'"),
         (["--steps", "0"], "--steps must be a positive integer, got 0"),
         (["--seeds", "-1"], "--seeds must be a positive integer, got -1"),
         (["--output", __file__], "is not a folder"),
