@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 
 import pytest
 import safetensors.torch
@@ -597,6 +598,21 @@ def test_copies():
         twin.decoder.layer_norm.weight.zero_()
     assert torch.equal(model.generate(features), copy.deepcopy(model).generate(features))
     assert not torch.equal(twin(features, labels=labels).logits, model(features, labels=labels).logits)
+
+
+@pytest.mark.parametrize(("method", "placement"), [("unipt", "decoder"), ("lst", "encoder")])
+def test_a_model_that_has_generated_is_pickled(method, placement):
+    base = recogniser().eval()
+    model = model_of(method, placement, base=base).eval()
+    features, labels = clips()
+    expected = model.generate(features)
+    twin = pickle.loads(pickle.dumps(model))
+    assert torch.equal(twin.generate(features), expected)
+    assert torch.equal(model.generate(features), expected)
+    pickle.dumps(model)
+    # The base gives hidden states as before, each once.
+    states = base(features, decoder_input_ids=ids_of(model, labels), output_hidden_states=True)
+    assert len(states.decoder_hidden_states) == base.config.decoder_layers + 1
 
 
 # ---------------------------------------------------------------- options and inputs

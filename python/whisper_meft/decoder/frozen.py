@@ -123,6 +123,17 @@ class FrozenDecoder(nn.Module):
         """
         maybe_install_capturing_hooks(self._whisper[0].model.decoder)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled or copied: without those hooks, local functions that cannot be pickled, and their
+        mark. Where that is missing transformers puts them on again."""
+        decoder = self._whisper[0].model.decoder
+        if vars(decoder).pop("_output_capturing_hooks_installed", False):
+            for module in decoder.modules():
+                for number, hook in list(module._forward_hooks.items()):
+                    if getattr(hook, "__module__", None) == maybe_install_capturing_hooks.__module__:
+                        del module._forward_hooks[number]
+        return self.__dict__
+
     def around(
         self,
         layer: Callable | None = None,
