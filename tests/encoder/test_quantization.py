@@ -457,6 +457,22 @@ def test_a_cast_of_a_quantised_backbone(kind):
     assert torch.isfinite(model.float()(features).logits).all()
 
 
+@pytest.mark.parametrize("make", [Int8Linear, NF4Linear])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_cast_leaves_what_weights_are_held_by(make, dtype):
+    """Scales of small weights are nothing in float16."""
+    linear = torch.nn.Linear(64, 32, bias=False)
+    linear.weight.data.mul_(1e-5)
+    layer, x = make(linear), torch.randn(5, 64).to(dtype)
+    before, expected = layer.state_dict(), layer(x.float())
+    assert expected.any()
+    assert layer.to(dtype) is layer and layer.state_dict().keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
+    found = layer.float()(x.float())
+    assert torch.equal(found, expected)
+    assert {each.device.type for each in layer.to("meta", dtype).buffers()} == {"meta"}
+
+
 @needs_torchao
 def test_what_torchao_cannot_do_is_named(monkeypatch):
     weight = SimpleNamespace(device=torch.device("cuda"))

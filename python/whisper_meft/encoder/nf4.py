@@ -2,6 +2,9 @@
 the backbone beside a side network."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +22,18 @@ def _levels() -> Tensor:
     negative, positive = (math.sqrt(2) * torch.erfinv(2 * each - 1) for each in chance)
     levels = torch.cat([-negative, torch.zeros(1, dtype=torch.float64), positive.flip(0)])
     return (levels / levels.abs().max()).float()
+
+
+@contextmanager
+def unchanged_type(module: nn.Module, *names: str) -> Iterator[None]:
+    """A context for a module's ``_apply``, in which its buffers of these names go where the others do and
+    stay in their number format: a cast (``half()``) would round the scales of weights that are rounded."""
+    before = {name: module._buffers[name] for name in names}
+    yield
+    for name, held in before.items():
+        now = module._buffers[name]
+        if now.dtype != held.dtype:
+            module._buffers[name] = held.to(now.device)
 
 
 class NF4Linear(nn.Module):
@@ -52,6 +67,10 @@ class NF4Linear(nn.Module):
         self.register_buffer("codes", codes[:, 0] * 16 + codes[:, 1])
         self.register_buffer("levels", levels, persistent=False)
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
+
+    def _apply(self, *arguments: Any, **options: Any) -> "NF4Linear":
+        with unchanged_type(self, "lowest", "step", "levels"):
+            return super()._apply(*arguments, **options)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}"

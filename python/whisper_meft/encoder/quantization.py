@@ -28,7 +28,7 @@ from meft_kernels.int8_linear import int8_linear
 from meft_kernels.reference.stand_in import device_type
 
 from ..errors import UserError, one_line
-from .nf4 import NF4Linear
+from .nf4 import NF4Linear, unchanged_type
 
 KINDS = ("int8", "fp8", "nf4")
 
@@ -96,6 +96,10 @@ class Int8Linear(nn.Module):
         self.register_buffer("scale", scale.t().contiguous())  # (groups, out)
         self.register_buffer("total", codes.sum(2, dtype=torch.float32).t() * self.scale)
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
+
+    def _apply(self, *arguments: Any, **options: Any) -> "Int8Linear":
+        with unchanged_type(self, "scale", "total"):
+            return super()._apply(*arguments, **options)
 
     def extra_repr(self) -> str:
         groups = self.scale.shape[0]
