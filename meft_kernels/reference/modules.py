@@ -700,9 +700,6 @@ class SHERL(SideNetwork):
         start: str = "published",
     ) -> None:
         super().__init__(hidden_size, num_layers, reduction_factor, None, saved_activations)
-        if start not in SHERL_STARTS:
-            accepted = " or ".join(map(repr, SHERL_STARTS))
-            raise ValueError(f"start must be {accepted}, got {start!r}")
         self.start = start
         self.taps = tuple(range(1, num_layers))
         place = {"device": device, "dtype": dtype}
@@ -712,6 +709,22 @@ class SHERL(SideNetwork):
         self.out = nn.Linear(size, hidden_size, **place)
         self.gate = nn.Parameter(torch.empty(1, **place))
         self.reset_parameters()
+
+    @property
+    def start(self) -> str:
+        """May be set to another word at any time, for the next ``reset_parameters``.
+
+        Raises:
+            ValueError: when set to another word than the class takes.
+        """
+        return self.__dict__["start"]
+
+    @start.setter
+    def start(self, start: str) -> None:
+        if start not in SHERL_STARTS:
+            accepted = " or ".join(map(repr, SHERL_STARTS))
+            raise ValueError(f"start must be {accepted}, got {start!r}")
+        self.__dict__["start"] = start
 
     def reset_parameters(self) -> None:
         """As ``SideNetwork.reset_parameters``, and what ``start`` says."""

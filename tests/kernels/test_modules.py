@@ -542,3 +542,21 @@ def test_starts_of_sherl_differ_in_what_they_say(package):
     assert side.out.weight.grad.norm() > 0  # from which all others follow
     with pytest.raises(ValueError, match="start must be 'published' or 'even' or 'zero_shot', got 'zero'"):
         package.SHERL(16, 3, 2, start="zero")
+
+
+@pytest.mark.parametrize("package", [meft_kernels, reference])
+def test_a_start_of_sherl_may_be_set_later(package):
+    side = package.SHERL(16, 3, 2)
+    for start in reference.SHERL_STARTS[::-1]:
+        side.start = start
+        torch.manual_seed(0)
+        side.reset_parameters()
+        other = package.SHERL(16, 3, 2, start=start)
+        torch.manual_seed(0)
+        other.reset_parameters()
+        expected = other.state_dict()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in side.state_dict().items())
+        assert copy.deepcopy(side).start == start
+    with pytest.raises(ValueError, match="start must be 'published' or 'even' or 'zero_shot', got 'zero'"):
+        side.start = "zero"
+    assert side.start == reference.SHERL_STARTS[0]
