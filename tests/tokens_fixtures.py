@@ -6,13 +6,18 @@ from transformers.models.whisper.tokenization_whisper import LANGUAGES
 
 
 def spelling_tokenizer(
-    language: str | None = "dutch", task: str | None = "transcribe", multilingual: bool = True
+    language: str | None = "dutch",
+    task: str | None = "transcribe",
+    multilingual: bool = True,
+    unused: int = 0,
 ) -> WhisperTokenizer:
-    """Ids 0 to 255 are bytes, 256 is ``<|endoftext|>``, the other marks follow in Whisper's order."""
+    """Ids 0 to 255 are bytes, ``unused`` ones follow, then ``<|endoftext|>`` and the other marks in Whisper's
+    order."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     languages = [f"<|{code}|>" for code in LANGUAGES] if multilingual else []
     marks = ["<|startoftranscript|>", *languages, "<|translate|>", "<|transcribe|>"]
     marks += ["<|startoflm|>", "<|startofprev|>", "<|nospeech|>", "<|notimestamps|>"]
+    letters += [f"unused {number}" for number in range(unused)]
     tokenizer = WhisperTokenizer(
         vocab={letter: i for i, letter in enumerate([*letters, "<|endoftext|>"])}, merges=[]
     )

@@ -245,6 +245,21 @@ def test_tokens_of_an_english_only_model():
         TranscriptTokens(tokenizer)
 
 
+@pytest.mark.parametrize(
+    ("language", "task"), [("english", "transcribe"), ("english", None), (None, "transcribe")]
+)
+def test_a_published_english_only_tokenizer_takes_no_language_though_it_has_its_token(language, task):
+    tokenizer = spelling_tokenizer(language, task, unused=50_000)
+    assert tokenizer.eos_token_id == 50_256  # as that of whisper-base.en
+    with pytest.raises(UserError, match=f"language={language!r} and task={task!r} set.*: set both to None"):
+        TranscriptTokens(tokenizer)
+    tokenizer.language = tokenizer.task = None
+    prompt = TranscriptTokens(tokenizer).prompt
+    assert tokenizer.convert_ids_to_tokens(prompt) == ["<|startoftranscript|>", "<|notimestamps|>"]
+    # Of the multilingual ones it is the next.
+    assert len(TranscriptTokens(spelling_tokenizer(unused=50_001)).prompt) == 4
+
+
 def test_transcripts_that_the_decoder_cannot_say_are_refused_by_name():
     tokens = TranscriptTokens(spelling_tokenizer(), longest=8)
     assert len(tokens(example("abcd"))["labels"]) == 8

@@ -8,6 +8,10 @@ from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 from ..errors import UserError
 from .examples import Example, ExampleSet, check_transcribed
 
+# <|endoftext|> of the published English-only models, whose tokenizer has all languages' tokens nevertheless;
+# that of the others is the next.
+_ENGLISH_ONLY = 50256
+
 
 @dataclass(frozen=True)
 class TranscriptTokens:
@@ -28,7 +32,8 @@ class TranscriptTokens:
             with spaces between words: where it should go on writing so, the first word is then no surprise.
 
     Raises:
-        UserError: the tokenizer has a language set and no token for it, as those of English-only models.
+        UserError: the tokenizer has a language set and no token for it, or is that of the published
+            English-only models and has a language or a task set.
     """
 
     tokenizer: Any
@@ -37,6 +42,11 @@ class TranscriptTokens:
 
     def __post_init__(self):
         said = self.tokenizer.language
+        if self.end == _ENGLISH_ONLY and (said, self.tokenizer.task) != (None, None):
+            raise UserError(
+                f"the tokenizer has language={said!r} and task={self.tokenizer.task!r} set, and is that of "
+                "the English-only Whispers, whose prompt names neither: set both to None"
+            )
         # The tokenizer counts the language's place from <|startoftranscript|>, whatever stands there.
         if said is not None:
             there = self.tokenizer.convert_ids_to_tokens(self.prompt[1])
