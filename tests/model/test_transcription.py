@@ -246,6 +246,31 @@ def test_generation_from_encoder_outputs(method, placement):
     assert torch.equal(model.generate(encoder_outputs=heard), model.generate(features))
     ids = ids_of(model, labels)
     assert torch.equal(logits(model, None, ids, encoder_outputs=heard), logits(model, features, ids))
+    beams = model.generate(features, num_beams=2)
+    for form in (heard, (heard[0],), [heard[0]]):
+        assert torch.equal(model.generate(encoder_outputs=form, num_beams=2), beams)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"return_timestamps": True}, "return_timestamps cannot be True with encoder_outputs"),
+        (
+            {"num_return_sequences": 2, "num_beams": 2},
+            "num_return_sequences cannot be 2 with encoder_outputs",
+        ),
+        ({"temperature": (0.0, 0.5)}, r"temperature cannot be \(0.0, 0.5\) with encoder_outputs"),
+        ({"input_features": clips()[0]}, "one of input_features and encoder_outputs"),
+        ({"encoder_outputs": clips()[0]}, "encoder_outputs must be .*, got a Tensor"),
+        ({"encoder_outputs": (clips()[0][0],)}, r"encoder_outputs must be .*, got \(\d+, \d+\)"),
+        ({"generation_config": GenerationConfig(return_timestamps=True)}, "return_timestamps cannot be True"),
+    ],
+)
+def test_what_hears_again_is_refused_with_encoder_outputs(options, message):
+    model = model_of("lst", "encoder").eval()
+    given = {"encoder_outputs": model.get_encoder()(clips()[0]), **options}
+    with pytest.raises(UserError, match=message):
+        model.generate(**given)
 
 
 # ---------------------------------------------------------------- gradients, against a plain reimplementation

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForSpeechSeq2Seq, WhisperForConditionalGeneration
-from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
+from transformers import AutoModelForSpeechSeq2Seq, GenerationConfig, WhisperForConditionalGeneration
+from transformers.modeling_outputs import BaseModelOutput, ModelOutput, Seq2SeqLMOutput
 from transformers.models.whisper.modeling_whisper import shift_tokens_right
 
 from meft_kernels import linear_cross_entropy
@@ -326,12 +326,17 @@ class MeftForConditionalGeneration(MeftBase):
         (beams, language, timestamps, long form) and results. In evaluation mode, whatever the model is in.
 
         Args:
-            input_features: (B, mel bins, frames). args, kwargs: see there; ``encoder_outputs`` are what
-                :meth:`get_encoder` gave.
+            input_features: (B, mel bins, frames). args, kwargs: see there; ``encoder_outputs`` are as in
+                :meth:`forward`.
 
         Raises:
-            UserError: sound behind ``max_frames``.
+            UserError: sound behind ``max_frames``; or an option for which clips are heard again or several
+                times, where ``encoder_outputs`` take the place of ``input_features``.
         """
+        if kwargs.get("encoder_outputs") is not None:
+            config = args[0] if args else kwargs.get("generation_config")
+            _check_heard_once(input_features, kwargs, config or self.generation_config)
+            kwargs["encoder_outputs"] = _as_encoder_output(kwargs["encoder_outputs"])
         with self._as_whisper() as whisper:
             return whisper.generate(input_features, *args, **kwargs)
 
@@ -344,6 +349,8 @@ class MeftForConditionalGeneration(MeftBase):
         Returns:
             (B,) token numbers.
         """
+        if kwargs.get("encoder_outputs") is not None:
+            kwargs["encoder_outputs"] = _as_encoder_output(kwargs["encoder_outputs"])
         with self._as_whisper() as whisper:
             return whisper.detect_language(input_features, *args, **kwargs)
 
@@ -615,6 +622,50 @@ def _readable(tensor: torch.Tensor) -> bool:
     """Whether looking at the values costs no wait for a device (fake tensors have none)."""
     here = type(tensor) is torch.Tensor and tensor.device.type == "cpu"
     return here and not torch.compiler.is_compiling()
+
+
+def _as_encoder_output(given: Any) -> BaseModelOutput:
+    """``encoder_outputs`` as Hugging Face's code that generates takes them, which reads tuples otherwise than
+    ``forward`` does.
+
+    Raises:
+        UserError: they are neither what an encoder gave nor its first entry (B, T, D) in a tuple.
+    """
+    heard = given[0] if isinstance(given, (tuple, list, ModelOutput)) and len(given) else None
+    if not isinstance(heard, torch.Tensor) or heard.ndim != 3:
+        got = tuple(heard.shape) if isinstance(heard, torch.Tensor) else f"a {type(given).__name__}"
+        raise UserError(
+            "encoder_outputs must be what get_encoder() gave, or its first entry (B, T, D) in a tuple, got "
+            f"{got}"
+        )
+    return given if isinstance(given, BaseModelOutput) else BaseModelOutput(last_hidden_state=heard)
+
+
+def _check_heard_once(
+    features: torch.Tensor | None, options: dict[str, Any], config: GenerationConfig
+) -> None:
+    """Raises UserError for an option with which ``generate`` goes back to the sound, and would read all of
+    ``encoder_outputs`` again: times, behind the last of which the rest of a window is heard; other
+    temperatures, for some of the clips; several transcripts of each."""
+    if features is not None:
+        raise UserError("one of input_features and encoder_outputs is needed, and no more of them")
+
+    def asked(name: str) -> Any:
+        value = options.get(name)
+        return getattr(config, name, None) if value is None else value
+
+    temperatures = options.get("temperature")
+    refused = {
+        "return_timestamps": asked("return_timestamps") and not asked("force_unique_generate_call"),
+        "num_return_sequences": (asked("num_return_sequences") or 1) > 1,
+        "temperature": isinstance(temperatures, (tuple, list)) and len(temperatures) > 1,
+    }
+    for name, is_wrong in refused.items():
+        if is_wrong:
+            raise UserError(
+                f"{name} cannot be {asked(name)!r} with encoder_outputs, for it has clips heard again: give "
+                "input_features"
+            )
 
 
 class _Encoder(nn.Module):
