@@ -1,5 +1,6 @@
 """What a source distribution holds, and that an install goes on without the C++ kernels where it has to."""
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -35,7 +36,10 @@ def build(source: Path, kind: str, folder: Path, prelude: str = "", **environmen
 def source(tmp_path_factory) -> Path:
     """The unpacked source distribution of this checkout."""
     folder = tmp_path_factory.mktemp("sdist")
-    archive, _ = build(ROOT, "sdist", folder, MEFT_KERNELS_NATIVE="0")
+    # It is made in the checkout: processes of pytest-xdist that each have some of the tests take turns.
+    with open(ROOT / "setup.py") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        archive, _ = build(ROOT, "sdist", folder, MEFT_KERNELS_NATIVE="0")
     with tarfile.open(archive) as opened:
         opened.extractall(folder, filter="data")
     return archive.with_name(archive.name.removesuffix(".tar.gz"))
