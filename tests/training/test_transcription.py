@@ -695,3 +695,49 @@ def test_two_processes_train_as_one_and_share_the_transcribing(work, tmp_path):
     assert two[1]["count"] == 6 and two[0]["best_metric"] == pytest.approx(two[1]["cer"]["rate"])
     assert two[1]["zero_shot"] == one[1]["zero_shot"]
     assert issubclass(TranscriptionTrainer, train.MeftTrainer)
+
+
+SHARING = """
+import os
+import sys
+from types import SimpleNamespace
+
+from accelerate import PartialState
+from whisper_meft.data import check_audio, load_examples
+from whisper_meft.data.streaming import ShardedExamples
+from whisper_meft.errors import UserError
+from whisper_meft.options.inference import InferenceArguments
+from whisper_meft.training.stream_data import first_pass
+from whisper_meft.training.transcribing import SharedTranscriber
+
+
+class Shards(ShardedExamples):
+    description, names = "some", ("0.tar", "1.tar")
+
+    def labels(self, shard):
+        return [("a clip", None if shard else "a label")]
+
+
+state = PartialState(cpu=True)
+examples, _ = check_audio(load_examples(sys.argv[2], require_text=True), progress=False)
+transcriber = SharedTranscriber.load(sys.argv[1], InferenceArguments(device="cpu"), progress=False)
+state.wait_for_everyone()
+if state.process_index == 1:
+    os.remove(examples[1].audio)
+arguments = SimpleNamespace(process_index=state.process_index, world_size=2, disable_tqdm=True)
+for work in (lambda: transcriber.transcribe(examples), lambda: first_pass(Shards(), True, None, arguments)):
+    try:
+        work()
+    except UserError as error:
+        print("refused:", error)
+"""
+
+
+def test_what_fails_in_one_of_two_processes_that_share_work_fails_in_both(work, tmp_path):
+    make_audio_folder(tmp_path / "clips", per_class=1)
+    clips = make_transcripts(tmp_path / "clips.csv", tmp_path / "clips")
+    (tmp_path / "run.py").write_text(SHARING)
+    ranks = two_processes(tmp_path / "run.py", work / "whisper", clips)
+    for each in ranks:
+        heard, counted = (line for line in each.stdout.splitlines() if line.startswith("refused: "))
+        assert "low0.wav" in heard and counted == "refused: a clip has no label"

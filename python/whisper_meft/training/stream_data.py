@@ -2,10 +2,10 @@
 evaluated on."""
 
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from .. import data
@@ -20,6 +20,7 @@ from ..options.training import TrainArguments, TrainDataArguments
 from .console import main_process, say
 from .data import RunData, at_most, note_on, usable_examples
 from .tasks.base import Task
+from .together import gathered
 
 
 def check_streaming(arguments: TrainDataArguments, training: TrainArguments) -> None:
@@ -104,9 +105,8 @@ def first_pass(
     mine = range(training.process_index, len(shards), training.world_size)
     show = main_process() and not training.disable_tqdm
     bar = tqdm(mine, desc="counting examples", unit="shard", disable=not show)
-    parts = [count_labels(shards, bar, labelled)]
-    if training.world_size > 1:
-        parts = gather_object(parts)
+    count = partial(count_labels, shards, bar, labelled)
+    parts = [count()] if training.world_size == 1 else gathered(count)
     sizes = {shard: size for found, _ in parts for shard, size in found.items()}
     counts = sum((found for _, found in parts), Counter())
     if not sum(sizes.values()):

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
@@ -13,6 +12,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from ..data.examples import ExampleSet
 from ..evaluation.generating import Transcript
 from ..evaluation.transcriber import Transcriber
+from .together import gathered
 from .trainer import MeftTrainer
 
 
@@ -91,8 +91,9 @@ class SharedTranscriber(Transcriber):
         if state.num_processes == 1:
             return super().transcribe(examples)
         mine = range(state.process_index, len(examples), state.num_processes)
-        found, failed = super().transcribe(examples.select(mine)) if mine else ([], [])
-        by_place = dict(gather_object(list(zip(mine, found))))
-        reasons = dict(gather_object(failed))
+        hear = super().transcribe
+        parts = gathered(lambda: (mine, *(hear(examples.select(mine)) if mine else ([], []))))
+        by_place = {place: each for places, found, _ in parts for place, each in zip(places, found)}
+        reasons = {name: reason for *_, failed in parts for name, reason in failed}
         names = [example.name for example in examples if example.name in reasons]
         return [by_place[i] for i in range(len(examples))], [(name, reasons[name]) for name in names]
