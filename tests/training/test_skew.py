@@ -289,6 +289,14 @@ def test_a_run_says_and_saves_what_it_did(work, tmp_path, capsys):
     assert plain["batches"]["sampling"] == "natural"
 
 
+def test_a_focal_loss_with_gamma_0_is_told_in_the_card(work, tmp_path):
+    options = {"loss": "focal", "focal_gamma": 0, "max_steps": 1, "eval_strategy": "no"}
+    assert main(command(work, tmp_path / "out", **options)) == 0
+    results = results_of(tmp_path / "out")
+    assert results["loss"] == "focal" and results["focal_gamma"] == 0
+    assert "The loss is the focal loss with gamma 0." in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_weights_find_the_rare_class(work, tmp_path):
     """Of a class that nothing distinguishes from another, weights decide which is said."""
     data = tmp_path / "data"

@@ -199,7 +199,8 @@ class Classification(Task):
 
     def summary(self, training: ExampleSet | Stream) -> dict[str, Any]:
         weights = None if self.weights is None else dict(zip(self.label2id, self.weights))
-        loss = {"loss": self.skew.loss, "focal_gamma": self.skew.gamma() or None, "class_weights": weights}
+        gamma = self.skew.gamma() if self.skew.loss == "focal" else None  # which may be 0
+        loss = {"loss": self.skew.loss, "focal_gamma": gamma, "class_weights": weights}
         return {"labels": list(self.label2id), **loss}
 
     def write_scores(self, folder: Path, scores: Scores) -> dict[str, Any]:
