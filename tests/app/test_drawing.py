@@ -112,6 +112,12 @@ def test_probabilities_over_time():
     assert "0:00 to 0:02 a 90.0% 0:02 to 0:02 b 50.0% 0:02 to 0:04 c 80.0%" in page.text
 
 
+def test_how_often_a_window_begins_is_not_told_of_two():
+    """The second ends with the recording, and begins one second behind the first, which the hop is not."""
+    page = Page(drawing.answer(classified([[0.9, 0.1, 0.0], [0.8, 0.2, 0.0]], 3.0), 3))
+    assert "3.0 seconds were heard, in 2 windows of 2 s. The height is the probability" in page.text
+
+
 def test_windows_below_the_threshold_and_silent_ones_are_none():
     rows = [[0.9, 0.1, 0.0], [0.5, 0.4, 0.1], [np.nan] * 3, [0.9, 0.1, 0.0], [0.7, 0.3, 0.0]]
     page = Page(drawing.answer(classified(rows, 10.0, threshold=0.6), 3))

@@ -126,7 +126,9 @@ def _classified(heard: Classified, top: int) -> Iterable[str]:
 def _over_time(heard: Classified, order: Sequence[int]) -> Iterable[str]:
     timeline = heard.timeline
     columns = _Columns.of(heard)
-    first, second = timeline.segments[:2]
+    first, second, *more = timeline.segments
+    # Of two windows the second ends with the recording, wherever it would begin otherwise.
+    every = f", one every {second.start - first.start:.3g} s" if more else ""
     yield '<h2>Over time</h2><table class="bars" aria-hidden="true">'
     for index in order:
         strip = columns.strip(index)
@@ -134,8 +136,8 @@ def _over_time(heard: Classified, order: Sequence[int]) -> Iterable[str]:
     yield f'<tr><th></th><td class="time">{_axis(timeline.seconds)}</td></tr></table>'
     yield (
         f'<p class="quiet">{timeline.seconds:.1f} seconds were heard, in {len(timeline.segments)} windows of '
-        f"{first.end - first.start:.3g} s, one every {second.start - first.start:.3g} s. The height is the "
-        "probability; the class that is said is in colour.</p>"
+        f"{first.end - first.start:.3g} s{every}. The height is the probability; the class that is said is "
+        "in colour.</p>"
     )
     yield f"<details><summary>As a table</summary>{_runs(heard)}</details>"
 
