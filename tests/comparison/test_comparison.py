@@ -194,6 +194,40 @@ def test_results_of_other_data_are_not_taken_for_those_of_this(work, tmp_path, c
     assert "data_format, digests of the run that is there not known" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("windows", [("longest", "fidelity"), ("fidelity", "longest"), ("longest", "20")])
+def test_a_window_of_its_own_is_what_a_method_is_trained_and_measured_on(
+    windows, work, tmp_path, monkeypatch
+):
+    """Clips are made into features once, and those of another window are not taken."""
+    given, measured = {}, []
+    original = compare.train
+
+    def train(model, method, *arguments, make_dataset, **options):
+        made = []
+
+        def make(*each, **more):
+            made.append(make_dataset(*each, **more))
+            return made[-1]
+
+        outcome = original(model, method, *arguments, make_dataset=make, **options)
+        given[str(method.max_frames)] = {made[0][i]["input_features"].shape[1] for i in range(len(made[0]))}
+        return outcome
+
+    def measure(sizes, config, batch, *_):
+        measured.append((str(config.max_frames), batch["input_features"].shape[2]))
+        return dict(COSTS)
+
+    monkeypatch.setattr(compare, "train", train)
+    monkeypatch.setattr(compare, "measure_costs", measure)
+    methods = ",".join(f"head:max_frames={each}" for each in windows)
+    assert main(command(work, tmp_path / "out", methods=methods, seeds=1)[:-1]) == 0
+    lengths = {"fidelity": {100}, "20": {40}}
+    for window, frames in measured:
+        assert frames == max(given[window])
+        assert given[window] == lengths.get(window, given[window])
+    assert [window for window, _ in measured] == list(windows) and len(given["longest"]) > 5
+
+
 def test_failures_are_rows_with_a_reason(work, tmp_path, capsys, cheap, monkeypatch):
     counted = compare.train
 

@@ -41,7 +41,7 @@ from ..training.data import load_data, usable_examples
 from ..training.output_folder import clear_earlier_run, prepare_output_dir
 from ..training.run import train
 from ..training.settings import make_task
-from ..training.tasks.base import check_method
+from ..training.tasks.base import Task, check_method
 from .arguments import CompareArguments, options_of, parse_method, rate_factor
 from .costs import measure_costs
 from .measures import MEASURES
@@ -98,8 +98,8 @@ class Comparison:
         of_task = {"task": arguments.task, "language": arguments.language}
         how_told = {name: getattr(arguments, name) for name in ("num_train_epochs", "seed")}
         how_told |= {**of_task, **arguments.given(), **arguments.augment_given()}
-        (model_arguments, _, _, training), sizes = self._any_run(how_told), self.config
-        self.task = make_task(model_arguments, training, method, sizes, self.extractor)
+        (self._model, _, _, self._training), sizes = self._any_run(how_told), self.config
+        self.task = self._task_of(method)
         # Who names a method hears now that it cannot be; of all of them it gets a row that says why.
         for entry in () if arguments.methods == "all" else arguments.chosen:
             try:
@@ -138,7 +138,8 @@ class Comparison:
         }
         clips = len(self.examples.training) + len(self.examples.evaluation)
         window = 2 * self.config.max_source_positions * self.config.num_mel_bins * 4
-        self._cache: dict[int, dict[int, Any]] | None = {} if clips * window < _CACHED_BYTES else None
+        small = clips * window < _CACHED_BYTES
+        self._cache: dict[tuple[int, int | str], dict[int, Any]] | None = {} if small else None
 
     def _data_format(self) -> dict[str, Any]:
         """Those of the options of reading that choose between sounds of one name. What others change the
@@ -164,6 +165,9 @@ class Comparison:
     def _config(self, method: str) -> MeftConfig:
         options = options_of(method, self.config.d_model, self.arguments.reduction_factor)
         return MeftConfig.from_dict({"max_frames": self.arguments.max_frames, **options})
+
+    def _task_of(self, method: MeftConfig) -> Task:
+        return make_task(self._model, self._training, method, self.config, self.extractor)
 
     def _load_test(self) -> ExampleSet:
         source = self.arguments.test_data or self.source
@@ -217,7 +221,10 @@ class Comparison:
         dataset = data.SpeechDataset(examples, *arguments, **more)
         if self._cache is None or dataset.augment is not None:
             return dataset
-        return CachedDataset(dataset, self._cache.setdefault(id(examples), {}))
+        # A method may have a window of its own, of which others' items are not; none has two at a time.
+        for key in [key for key in self._cache if key[1] != dataset.max_frames]:
+            del self._cache[key]
+        return CachedDataset(dataset, self._cache.setdefault((id(examples), dataset.max_frames), {}))
 
     def run(
         self, method: str, rate: float, seed: int, say: Callable[[str], None] = lambda text: None
@@ -353,17 +360,19 @@ class Comparison:
 
     def costs(self, method: str) -> dict[str, Any]:
         """Time, memory and parameters of a training step at the comparison's batch."""
-        arguments = self.arguments
-        dataset = self.task.dataset(self.examples.training, self._dataset)
+        arguments, config, task = self.arguments, self._config(method), self.task
+        if config.max_frames != arguments.max_frames:  # a window of its own
+            task = self._task_of(config)
+            task.note(self.examples.training)
+        dataset = task.dataset(self.examples.training, self._dataset)
         size = min(arguments.batch_size, len(dataset))
         items = [dataset[index] for index in range(size)]
-        batch = self.task.collator()(items)
+        batch = task.collator()(items)
         sizes = type(self.config).from_dict(self.config.to_dict())
         if self.labels is not None:
             sizes.num_labels = len(self.labels)
         dtype = parse_dtype(resolve_dtype("auto", self.device.type == "cpu"))
         autocast = torch.bfloat16 if arguments.bf16 else None
-        config = self._config(method)
         return measure_costs(sizes, config, batch, self.device, dtype, autocast, self.measure.base_class)
 
 
