@@ -1,5 +1,6 @@
 """Classifying recordings that are longer than a model hears at once."""
 
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,9 +15,10 @@ from whisper_meft.data import Example, ExampleSet, check_audio, cut_into_windows
 from whisper_meft.data import windows as windows_module
 from whisper_meft.data.windows import WindowStream
 from whisper_meft.errors import UserError
+from whisper_meft.evaluation import plots
 from whisper_meft.evaluation.calibration import _windows_and_clips, fit_temperature
 from whisper_meft.evaluation.classifier import Classifier, predict
-from whisper_meft.evaluation.timeline import WindowLogits, pool, softmax
+from whisper_meft.evaluation.timeline import Timeline, WindowLogits, pool, softmax
 from whisper_meft.model.backbone import load_backbone, set_labels
 
 soundfile = pytest.importorskip("soundfile")
@@ -210,3 +212,30 @@ def test_pooling_counts_seconds():
         [0, -1000 - np.log(2)]
     )
     assert np.isnan(pool(np.array([[0.0, np.nan], [0.0, 1.0]]), np.ones(2))).any()
+
+
+@pytest.mark.parametrize(("classes", "rejected"), [(8, False), (11, False), (11, True)])
+def test_a_figure_shows_of_each_part_whether_a_class_is_said(classes, rejected, tmp_path, monkeypatch):
+    """Of more classes than there are colours too; what is rejected alone stays white."""
+    original, figures = plots.drawing, []
+
+    @contextmanager
+    def drawing(*arguments):
+        with original(*arguments) as figure:
+            figures.append(figure)
+            yield figure
+
+    monkeypatch.setattr(plots, "drawing", drawing)
+    logits = 5 * np.eye(classes, dtype=np.float32)
+    logits[-1] *= not rejected
+    windows = Windows(1.0)
+    found = WindowLogits.of(logits, np.zeros(classes, bool), windows, float(classes))
+    labels = [f"class {number}" for number in range(classes)]
+    timeline = Timeline.of(labels, float(classes), found.pooled(), found)
+    plots.plot_timeline(timeline, tmp_path / "time.svg", reject_below=0.5 if rejected else None)
+    lines, strip = figures[0].axes
+    parts = sorted((each.get_x(), each.get_x() + each.get_width()) for each in strip.patches)
+    assert parts == [(number, number + 1) for number in range(classes - rejected)]
+    told = [text.get_text().strip() for text in lines.get_legend().get_texts()]
+    assert ("another class" in told) == (classes > 8)
+    assert sum(bool(each.get_hatch()) for each in strip.patches) == classes - 8 - rejected

@@ -20,6 +20,9 @@ from .metrics import Confusion
 BLUE, ORANGE = "#0072B2", "#D55E00"
 _PALETTE = (BLUE, ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 
+# What is drawn of classes for which there is no colour left.
+_OTHERS = {"facecolor": "white", "edgecolor": "#999999", "hatch": "////", "linewidth": 0}
+
 # Class names may be in any script; matplotlib's own font lacks Chinese, Japanese, Korean and Arabic.
 FONTS = ("Noto Sans CJK SC", "Noto Sans SC", "WenQuanYi Zen Hei", "Microsoft YaHei", "PingFang SC", "SimHei")
 
@@ -225,7 +228,7 @@ def plot_timeline(
     timeline: Any, path: str | os.PathLike, title: str = "", reject_below: float | None = None
 ) -> None:
     """Draws the probabilities of a recording's most probable classes over time, each at the middle of its
-    window, above the class that is said of each part.
+    window, above the class that is said of each part; where that has no line it is hatched.
 
     Args:
         timeline: a :class:`.timeline.Timeline`.
@@ -261,6 +264,11 @@ def plot_timeline(
             line.set_label(f" {cut}")  # one that begins with "_" would be left out
             for number in np.flatnonzero(said == index):
                 strip.axvspan(edges[number], edges[number + 1], color=color, linewidth=0)
+        others = np.flatnonzero((said >= 0) & ~np.isin(said, shown))
+        for number in others:  # of more classes than can be told apart; white is what has none
+            strip.axvspan(edges[number], edges[number + 1], **_OTHERS)
+        if len(others):
+            lines.fill_between([], [], [], **_OTHERS, label=" another class")
         if reject_below is not None:
             lines.axhline(reject_below, color="black", linewidth=1, linestyle="--", label="rejected below")
         lines.set_ylim(-0.02, 1.02)
