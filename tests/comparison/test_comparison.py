@@ -194,6 +194,34 @@ def test_results_of_other_data_are_not_taken_for_those_of_this(work, tmp_path, c
     assert "data_format, digests of the run that is there not known" in capsys.readouterr().out
 
 
+def test_runs_with_other_noise_are_not_taken_for_those_with_this(work, tmp_path):
+    make_audio_folder(tmp_path / "noise", per_class=1)
+    make_audio_folder(tmp_path / "rooms", per_class=1)
+
+    def settings(*augment) -> dict:
+        argv = [*command(work, tmp_path / "out", methods="head")[1:], *map(str, augment)]
+        return compare.Comparison(*make_parser().parse(argv)).settings
+
+    plain = settings()
+    assert (
+        set(plain["digests"])
+        == {"training", "validation", "test"}
+        == set(settings("--augment", "noise", "spec")["digests"])
+    )
+    both = ["--augment", "noise", "room", "--noise_dir", tmp_path / "noise", "--room_dir", tmp_path / "rooms"]
+    first = settings(*both)
+    assert settings(*both) == first
+    for name, folder in (("noise_dir", "noise"), ("room_dir", "rooms")):
+        (tmp_path / folder / "low" / "low0.wav").rename(tmp_path / folder / "low" / "other.wav")
+        second = settings(*both)
+        assert compare._differences(first, second) == "another digests"
+        assert {n for n, d in second["digests"].items() if d != first["digests"][n]} == {name}
+        first = second
+    (tmp_path / "none").mkdir()
+    with pytest.raises(UserError, match="noise_dir: no audio files were found"):
+        settings("--augment", "noise", "--noise_dir", tmp_path / "none")
+
+
 @pytest.mark.parametrize("windows", [("longest", "fidelity"), ("fidelity", "longest"), ("longest", "20")])
 def test_a_window_of_its_own_is_what_a_method_is_trained_and_measured_on(
     windows, work, tmp_path, monkeypatch

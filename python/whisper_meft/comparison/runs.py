@@ -40,7 +40,7 @@ from ..training.checkpoints import list_checkpoints
 from ..training.data import load_data, usable_examples
 from ..training.output_folder import clear_earlier_run, prepare_output_dir
 from ..training.run import train
-from ..training.settings import make_task
+from ..training.settings import make_augmenter, make_task
 from ..training.tasks.base import Task, check_method
 from .arguments import CompareArguments, options_of, parse_method, rate_factor
 from .costs import measure_costs
@@ -125,6 +125,7 @@ class Comparison:
                 "training": digest_of(self.examples.training, speakers=True),
                 "validation": digest_of(self.examples.evaluation, speakers=True),
                 "test": digest_of(self.test, speakers=True),
+                **self._mixed_in(),
             },
             **({"labels": self.labels} if self.labels is not None else of_task),
             "split_seed": arguments.seed,
@@ -146,6 +147,12 @@ class Comparison:
         digests tell."""
         values = {name: getattr(self.arguments, name) for name in _OF_SOUND}
         return {name: value for name, value in values.items() if value is not None}
+
+    def _mixed_in(self) -> dict[str, str]:
+        """Digests of the recordings that training clips are mixed with."""
+        augment = make_augmenter(self._training, self.arguments.seed, self.extractor)
+        found = {} if augment is None else {"noise_dir": augment.noises, "room_dir": augment.rooms}
+        return {name: digest_of(each) for name, each in found.items() if each is not None}
 
     def _corpus_folder(self) -> Path:
         clips = self.arguments.train_clips_per_class, self.arguments.test_clips_per_class
