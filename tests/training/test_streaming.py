@@ -22,6 +22,7 @@ from whisper_meft.commands.cli import main
 from whisper_meft.data import SpeechDataset, load_examples, load_shards
 from whisper_meft.data.augmenter import Augmenter
 from whisper_meft.data.examples import Example
+from whisper_meft.evaluation.classifier import Classifier
 from whisper_meft.training.stream_data import read_labels
 from whisper_meft.training.streaming import OneByOne, RecentNames, StreamedTraining
 
@@ -341,7 +342,7 @@ def test_shards_are_also_read_at_once(work, tmp_path):
     assert len(load_examples(str(work / "shards"), split="train")) == 24
 
 
-def test_scores_of_a_stream_are_those_of_the_list(work, tmp_path, capsys):
+def test_scores_of_a_stream_are_those_of_the_list(work, tmp_path, capsys, monkeypatch):
     make_shards(tmp_path / "shards", [5, 3], labels="xy", seconds=0.4)
     members = [
         (f"{i}.wav", file.read_bytes()) for i, file in enumerate(sorted((work / "test").rglob("*.wav")))
@@ -372,6 +373,16 @@ def test_scores_of_a_stream_are_those_of_the_list(work, tmp_path, capsys):
     streamed = ["evaluate", str(work / "finished"), "--data", str(tmp_path / "shards"), "--streaming"]
     assert main(streamed) == 1
     assert "has the label 'x', which is not one of the classes" in capsys.readouterr().err
+    heard = []
+    monkeypatch.setattr(Classifier, "logits", lambda *_: heard.append(1))
+    assert main([*streamed, "--unknown_labels", "x"]) == 1
+    assert "has the label 'y', which is not one of the classes: high, low, mid" in capsys.readouterr().err
+    assert not heard
+    monkeypatch.undo()
+    assert main([*streamed, "--unknown_labels", "x", "y", "--output_dir", str(tmp_path / "named")]) == 0
+    assert "1 of 15 examples were left out" in capsys.readouterr().err
+    named = json.loads((tmp_path / "named" / "eval_results.json").read_text())
+    assert named["open_set"] == found["list"]["open_set"]
     assert main([*streamed, "--max_eval_samples", "3"]) == 2
     assert main([*streamed, "--labels", "low", "high", "hihg", "--output_dir", str(tmp_path / "some")]) == 0
     assert "has no usable examples of hihg, which labels names" in capsys.readouterr().err

@@ -223,7 +223,8 @@ def run(argv: Sequence[str]) -> int:
         threshold_of(arguments.reject_below, model.model.config, where.model_dir)  # what it says, it says now
         check_unknown(arguments.unknown_labels, model.labels)
         check_has_folder(arguments, where.model_dir)
-        others = arguments.unknown_labels is not None
+        named = [composed(label) for label in arguments.unknown_labels or ()]
+        others = None if named == ["all"] else named
         model, examples, bad = hear(model, shards, arguments.strict, labels, others)
     else:
         examples = load_scored(arguments, transcribes)

@@ -40,14 +40,14 @@ def hear(
     shards: ShardedExamples,
     strict: bool = False,
     labels: Collection[str] | None = None,
-    others: bool = False,
+    others: Collection[str] | None = (),
 ) -> tuple[HeardClassifier, ExampleSet, list[tuple[str, str]]]:
     """Classifies all examples of a source in shards, some batches at a time.
 
     Args:
         strict: raise for the first clip that cannot be used, instead of leaving it out.
         labels: those whose clips are heard; None: all.
-        others: whether there may be clips of classes that the model does not know.
+        others: classes that the model does not know, of which there may be clips; None: any.
 
     Returns:
         what has their logits; the usable examples, without sound; and (name, reason) of the others.
@@ -58,11 +58,12 @@ def hear(
     quiet, classifier.progress = classifier.progress, False
     rows, kept, bad = [], [], []
     heard = longest_window(classifier.feature_extractor, classifier.max_frames)
+    known = [*classifier.labels, *(others or ())]
     try:
         for part in tqdm(_parts(shards, classifier, labels), desc="classifying", disable=not quiet):
-            if not others:
+            if others is not None:
                 for example in part:
-                    check_label(example, classifier.labels)
+                    check_label(example, known)
             good, more = _usable(part, strict, classifier)
             bad += more
             if good:
