@@ -75,7 +75,7 @@ def ways(method: str) -> dict[str, Way]:
         f"{method}, trimmed, int8": Way(method, trimmed=True, backbone=int8),
         f"{method}, trimmed, int8, compiled": Way(method, trimmed=True, backbone=int8, compiled=True),
         f"{method}, from cache, 16 bits": Way(method, trimmed=True, cache="bfloat16"),
-        f"{method}, from cache, 8 bits": Way(method, trimmed=True, cache="fp8"),
+        f"{method}, from cache, 8 bits": Way(method, trimmed=True, cache="int8"),
     }
 
 
