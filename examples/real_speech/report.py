@@ -323,6 +323,15 @@ def _reference(rows: dict[str, Found], method: str) -> Found | None:
     return rows.get(f"{method}:max_frames=longest")
 
 
+def _rate(row: Found) -> str:
+    """The chosen rate; an arrow where it is the last one of several that were tried, and the next might do
+    better."""
+    if not row.rate:
+        return ""
+    end = {row.tried[0]: " ↓", row.tried[-1]: " ↑"} if len(row.tried) > 1 else {}
+    return f"{row.rate:g}{end.get(row.rate, '')}"
+
+
 def _comparison(found: dict[str, Any], rows: Sequence[Found], everything: dict[str, Found]) -> str:
     planned, lines = _planned(found["name"]), []
     for row in rows:
@@ -333,7 +342,7 @@ def _comparison(found: dict[str, Any], rows: Sequence[Found], everything: dict[s
             [
                 label(row.entry),
                 f"{trained:,}" if trained else "",
-                f"{row.rate:g}" if row.rate else "",
+                _rate(row),
                 _accuracy(found, row),
                 *(interval(each, len(found["shapes"]["folds"])) for each in gaps),
                 *_costs(row),

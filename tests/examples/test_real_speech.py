@@ -299,6 +299,24 @@ def test_records_say_what_they_ran_on_and_answer_every_clip(task):
             assert len(cell["predicted"]) == len(parts[cell["fold"]]["test_reference"])
 
 
+@pytest.mark.parametrize(
+    ("best", "tried", "told"),
+    [
+        (0.001, (0.0001, 0.001, 0.01), "0.001"),
+        (0.01, (0.001, 0.01), "0.01 ↑"),
+        (0.001, (0.001, 0.01), "0.001 ↓"),
+    ]
+    + [(0.001, (0.001,), "0.001")],
+)
+def test_a_rate_at_the_end_of_those_that_were_tried_is_marked(best, tried, told):
+    cells = [
+        {"status": "ok", "fold": 0, "seed": 0, "rate": rate, "predicted": "0", "validation_loss": 1.0}
+        | {"validation_accuracy": 0.5 + (rate == best) / 4}
+        for rate in tried
+    ]
+    assert report._rate(report.Found("head", cells)) == told
+
+
 @pytest.mark.parametrize("task", RECORDS)
 def test_rates_are_chosen_on_validation_clips(task):
     for row in report.rows_of(RECORDS[task]).values():
