@@ -251,6 +251,6 @@ def test_a_comparison_hands_it_to_every_run(work, tmp_path):
     augmented = json.loads((folder / "train_results.json").read_text())["augmentation"]
     assert augmented["noise_snr"] == [0.0, 5.0] and list(augmented["kinds"]) == ["noise", "spec"]
     # Only clips as they are, those that are chosen on, may stay in memory from run to run.
-    assert list(comparison._cache) == [id(comparison.examples.evaluation)]
+    assert [examples for examples, _ in comparison._cache] == [id(comparison.examples.evaluation)]
     with pytest.raises(UsageError, match="--augment must be some of"):
         CompareArguments(output_dir=str(tmp_path / "d"), augment=["echo"], **common)
