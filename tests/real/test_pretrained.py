@@ -184,12 +184,7 @@ def test_a_step_is_finite_and_its_gradient_right(folder, short, method):
 @pytest.mark.parametrize("padded", [True, False])
 @pytest.mark.parametrize("method", SIDE_NETWORKS)
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
-def test_gradients_from_eight_bits_point_where_exact_ones_do(
-    folder, clips, short, method, padded, kind, request
-):
-    if (kind, method, padded) == ("fp8", "sherl", True):
-        reason = "a few frames decide the gradient of a gate: fp8 gave 0.996 to 0.9994, see docs/memory.md"
-        request.applymarker(pytest.mark.xfail(reason=reason))
+def test_gradients_from_eight_bits_point_where_exact_ones_do(folder, clips, short, method, padded, kind):
     heard = (clips[0], torch.full_like(clips[1], clips[0].shape[-1] // 2)) if padded else short
     (loss, exact), (same, rounded) = (
         step(folder, method, heard, saved_activations=keep) for keep in ("exact", kind)
@@ -206,8 +201,10 @@ def test_gradients_from_eight_bits_point_where_exact_ones_do(
     }
     least = min(cosines, key=cosines.get)
     print(f"{method}, {kind}, padded {padded}: least cosine {cosines[least]:.5f}, of {least}")
-    assert cosines[least] >= 0.999, least
     assert any(not torch.equal(rounded[name], grad) for name, grad in exact.items())
+    if (kind, method, padded) == ("fp8", "sherl", True) and 0.99 <= cosines[least] < 0.999:
+        pytest.xfail(f"few frames decide {least}: {cosines[least]:.5f} with fp8, see docs/memory.md")
+    assert cosines[least] >= 0.999, least
 
 
 def test_saved_loaded_and_cached(folder, examples, tmp_path):
